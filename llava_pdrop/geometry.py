@@ -1,0 +1,127 @@
+"""How a picture becomes image tokens: tiles, unpadding, newlines. Arithmetic only, no pixels, no model.
+
+The data side (how many placeholders?) and the model side (which feature goes where?) both ask this file, so they
+cannot disagree. Source of the rules: `llava/mm_utils.py` and `llava/model/llava_arch.py` of LLaVA 1.2, as observed in
+golden/README section 4, points 11 and 12.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+NEWLINE = -1
+"""Entry of `ImageGeometry.merge_index` that stands for the learned ``image_newline`` vector."""
+
+PAPER_PINPOINTS_5_TILES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+"""(width, height) of the LLaVA-NeXT canvases: at most 4 tiles plus the whole picture."""
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """Tiling and merging rules of one model.
+
+    Attributes:
+        tile: side of a tile in pixels (the tower's input size).
+        patch: side of a patch in pixels.
+        aspect: ``pad`` (one square tile, LLaVA-1.5) or ``anyres`` (whole picture plus a grid of tiles, LLaVA-NeXT).
+        merge: ``flat`` (all patches in order), ``spatial`` (tiles merged to one grid) or ``spatial_unpad`` (the same
+            without padding and with a newline per row).
+        pinpoints: allowed anyres canvases as (width, height), in order of preference for ties.
+        rounding: ``original`` truncates the unpadded size as LLaVA does, ``hf`` rounds it as newer transformers do;
+            they differ by one row or column on rare sizes such as 88x55.
+
+    Raises:
+        ValueError: the tile is no multiple of the patch, anyres without canvases, or a canvas that is no multiple of
+            the tile.
+    """
+
+    tile: int
+    patch: int
+    aspect: Literal["pad", "anyres"] = "pad"
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    rounding: Literal["original", "hf"] = "original"
+
+    def __post_init__(self) -> None:
+        if self.tile % self.patch:
+            raise ValueError(f"a tile of {self.tile} pixels is not a whole number of {self.patch}-pixel patches")
+        if self.aspect == "anyres" and not self.pinpoints:
+            raise ValueError("image aspect 'anyres' needs pinpoints, a list of canvas sizes (width, height)")
+        for size in self.pinpoints:
+            if size[0] % self.tile or size[1] % self.tile:
+                raise ValueError(f"pinpoint {size[0]}x{size[1]} is not a multiple of the tile size {self.tile}")
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.tile // self.patch
+
+    @property
+    def patches(self) -> int:
+        """Patches of one tile."""
+        return self.patches_per_side**2
+
+    def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) a picture of ``size`` (width, height) is fitted into: the canvas that keeps the most
+        of its pixels, then wastes the least."""
+        if self.aspect == "pad":
+            return self.tile, self.tile
+        width, height = size
+
+        def fit(candidate: tuple[int, int]) -> tuple[int, int]:
+            scale = min(candidate[0] / width, candidate[1] / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            return kept, kept - candidate[0] * candidate[1]
+
+        return max(self.pinpoints, key=fit)
+
+    def num_tiles(self, size: tuple[int, int]) -> int:
+        """Tiles that go through the tower for a picture of ``size`` (width, height), the whole picture included."""
+        if self.aspect == "pad":
+            return 1
+        width, height = self.canvas(size)
+        return 1 + (width // self.tile) * (height // self.tile)
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of a picture of ``size`` (width, height)."""
+        return len(self.merge_index(size))
+
+    def unpadded(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of the merged patch grid that show the picture and not its padding."""
+        canvas_w, canvas_h = self.canvas(size)
+        columns, rows = canvas_w // self.patch, canvas_h // self.patch
+        width, height = size
+        if width / height > columns / rows:
+            cut = (rows - self._round(height * (columns / width))) // 2
+            return slice(cut, rows - cut), slice(0, columns)
+        cut = (columns - self._round(width * (rows / height))) // 2
+        return slice(0, rows), slice(cut, columns - cut)
+
+    def merge_index(self, size: tuple[int, int]) -> np.ndarray:
+        """Which feature each image token takes: (tokens,) int64 indices into the picture's features
+        (tiles * patches, D), tile 0 being the whole picture and the others row-major; `NEWLINE` for a newline."""
+        return _merge_index(self, size)
+
+    def _round(self, value: float) -> int:
+        return int(value) if self.rounding == "original" else int(round(value, 7))
+
+
+@lru_cache(maxsize=65536)
+def _merge_index(geometry: ImageGeometry, size: tuple[int, int]) -> np.ndarray:
+    side, patches = geometry.patches_per_side, geometry.patches
+    base = np.arange(patches)
+    if geometry.aspect == "pad":
+        return base
+    grid_w, grid_h = (length // geometry.tile for length in geometry.canvas(size))
+    tiles = np.arange(patches, (1 + grid_w * grid_h) * patches)
+    if geometry.merge == "flat":
+        return np.concatenate([base, tiles])
+    grid = tiles.reshape(grid_h, grid_w, side, side).transpose(0, 2, 1, 3).reshape(grid_h * side, grid_w * side)
+    if geometry.merge == "spatial_unpad":
+        rows, columns = geometry.unpadded(size)
+        grid = grid[rows, columns]
+        grid = np.concatenate([grid, np.full((len(grid), 1), NEWLINE)], axis=1)
+    return np.concatenate([base, grid.reshape(-1)])

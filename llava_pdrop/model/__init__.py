@@ -1,0 +1,1 @@
+"""The model: read `vlm.py` first, then `pyramid_drop.py` (the algorithm)."""

@@ -1,0 +1,113 @@
+"""The decoder loop with its drops: the only place that calls a Hugging Face decoder layer.
+
+Works for any decoder with ``layers``, ``norm`` and ``rotary_emb`` whose attention has q_proj and k_proj (LLaMA, Mistral,
+Qwen2, Qwen3). All modules are called as modules, on every rank in the same order whatever the data, so that the hooks
+of ZeRO-3 and FSDP fire and never disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llava_pdrop.model.pyramid_drop import RANKERS, Instruction, keep_index
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.model.stream import Stage, StreamPlan
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin, each (1, T, E)."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """What one drop did, for tests and pictures: the hidden states before it (T, D), their scores (V,) and the
+    surviving positions (K,)."""
+
+    layer: int
+    stage: Stage
+    hidden_TD: Tensor
+    score_V: Tensor
+    index_K: Tensor
+
+
+def run_decoder(
+    decoder: nn.Module, x_TD: Tensor, plan: StreamPlan, schedule: Schedule, trace: list[Drop] | None = None
+) -> Tensor:
+    """Hidden states (T, D) -> normalised hidden states (T', D) of the tokens that survive all drops.
+
+    Args:
+        trace: where given, receives one `Drop` per stage.
+    """
+    stage, number = plan.stages[0], 0
+    position_T = stage.position_T
+    rope = decoder.rotary_emb(x_TD[None], position_T[None])
+    before_TD = x_TD  # what the previous layer was given
+    for index, layer in enumerate(decoder.layers):
+        if index in schedule.layers:
+            index_K, drop = _drop(decoder, index, x_TD, before_TD, rope, stage, schedule)
+            if trace is not None:
+                trace.append(drop)
+            x_TD = x_TD.index_select(0, index_K)
+            number += 1
+            stage = plan.stages[number]
+            position_T = position_T.index_select(0, index_K) if schedule.positions == "keep" else stage.position_T
+            rope = decoder.rotary_emb(x_TD[None], position_T[None])
+        before_TD = x_TD
+        x_TD = layer(
+            x_TD[None],
+            attention_mask=None,
+            position_ids=position_T[None],
+            past_key_values=None,
+            use_cache=False,
+            position_embeddings=rope,
+            segments=stage.segments,
+        )[0]
+    return decoder.norm(x_TD)
+
+
+@torch.no_grad()
+def _drop(
+    decoder: nn.Module, index: int, x_TD: Tensor, before_TD: Tensor, rope: Rope, stage: Stage, schedule: Schedule
+) -> tuple[Tensor, Drop]:
+    ranker = RANKERS[schedule.ranker]
+    instruction = None
+    if ranker.projections == "next":
+        instruction = project_instruction(decoder.layers[index], x_TD.detach(), rope, stage)
+    elif ranker.projections == "previous":
+        instruction = project_instruction(decoder.layers[index - 1], before_TD.detach(), rope, stage)
+    assert stage.candidates is not None, "every stage but the last has a drop"
+    score_V = ranker.score(instruction, stage.candidates)
+    index_K = keep_index(score_V, stage.candidates, len(x_TD))
+    return index_K, Drop(index, stage, x_TD.detach(), score_V, index_K)
+
+
+def project_instruction(layer: nn.Module, x_TD: Tensor, rope: Rope, stage: Stage) -> Instruction:
+    """What ``layer`` would attend with: queries of the instruction tokens only, keys of every token.
+
+    A stream without queries still projects one row: all ranks must run the same modules.
+    """
+    attention = layer.self_attn
+    row_Q = stage.query_Q
+    probe_Q = row_Q if len(row_Q) else torch.zeros(1, dtype=torch.int64, device=x_TD.device)
+    normed_TD = layer.input_layernorm(x_TD)
+    query_QHE = attention.q_proj(normed_TD.index_select(0, probe_Q)).unflatten(-1, (-1, attention.head_dim))
+    key_TGE = attention.k_proj(normed_TD).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, "q_norm"):
+        query_QHE, key_TGE = attention.q_norm(query_QHE), attention.k_norm(key_TGE)
+    cos_TE, sin_TE = rope[0][0], rope[1][0]
+    return Instruction(
+        query_QHE=rotate(query_QHE, cos_TE.index_select(0, probe_Q), sin_TE.index_select(0, probe_Q))[: len(row_Q)],
+        key_TGE=rotate(key_TGE, cos_TE, sin_TE),
+        row_Q=row_Q,
+        seq_lens=stage.layout.seq_lens,
+        queries=[len(starts) for starts in stage.layout.answer_starts],
+        scaling=attention.scaling,
+    )
+
+
+def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Rotary position embedding of (T, H, E), the halves of E being the two axes (LLaMA's layout)."""
+    low, high = x_THE.chunk(2, dim=-1)
+    return x_THE * cos_TE[:, None] + torch.cat((-high, low), dim=-1) * sin_TE[:, None]

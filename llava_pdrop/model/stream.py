@@ -1,0 +1,196 @@
+"""The packed stream and what happens to its layout at every drop, planned on the host before the forward.
+
+Text is never dropped and every image keeps a known number of tokens, so lengths, positions of queries and labels and
+the places of images are plain integers for all stages. `StreamPlan.build` works them out and sends the index tensors
+that the device needs in one copy; the forward then never waits for the device to learn a number.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.attention import Segments
+from llava_pdrop.model.pyramid_drop import Candidates
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.types import PackedBatch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in the stream at one stage (host integers, see `PackedBatch`).
+
+    ``image_totals`` (I) are the original token counts, from which every stage's budget is taken; ``droppable`` (I)
+    is False for images of samples without a query, which pass through whole (golden/README 4.6).
+    """
+
+    seq_lens: list[int]
+    image_spans: list[tuple[int, int]]
+    image_totals: list[int]
+    droppable: list[bool]
+    answer_starts: list[list[int]]
+    label_positions: list[int]
+
+    @staticmethod
+    def of(batch: PackedBatch) -> Layout:
+        """The layout before any drop."""
+        ends = np.cumsum(batch.seq_lens).tolist()
+        sample_of = [bisect_right(ends, start) for start, _ in batch.image_spans]
+        return Layout(
+            seq_lens=batch.seq_lens,
+            image_spans=batch.image_spans,
+            image_totals=[stop - start for start, stop in batch.image_spans],
+            droppable=[bool(batch.answer_starts[sample]) for sample in sample_of],
+            answer_starts=batch.answer_starts,
+            label_positions=batch.label_positions,
+        )
+
+    def kept(self, schedule: Schedule, stage: int) -> list[int]:
+        """Tokens every image has after drop ``stage``."""
+        return [
+            schedule.kept(total, stage) if droppable else total
+            for total, droppable in zip(self.image_totals, self.droppable)
+        ]
+
+    def after_drop(self, kept: Sequence[int]) -> Layout:
+        """The layout once every image is shortened to ``kept`` tokens."""
+        stops = [stop for _, stop in self.image_spans]
+        lost = np.concatenate([[0], np.cumsum([b - a - k for (a, b), k in zip(self.image_spans, kept)])]).astype(int)
+
+        def moved(position: int) -> int:
+            return position - int(lost[bisect_right(stops, position)])
+
+        starts = [moved(start) for start, _ in self.image_spans]
+        ends = np.concatenate([[0], np.cumsum(self.seq_lens)])
+        new_ends = [moved(int(end)) for end in ends]
+        return replace(
+            self,
+            seq_lens=np.diff(new_ends).tolist(),
+            image_spans=[(start, start + count) for start, count in zip(starts, kept)],
+            answer_starts=[[moved(p) for p in sample] for sample in self.answer_starts],
+            label_positions=[moved(p) for p in self.label_positions],
+        )
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.seq_lens)
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(stop - start for start, stop in self.image_spans)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage on the device: the attention segments, position ids (T,), and unless it is the last stage, which rows
+    are the queries (Q,) and which tokens the next drop may take."""
+
+    layout: Layout
+    segments: Segments
+    position_T: Tensor
+    query_Q: Tensor
+    candidates: Candidates | None
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """All stages of a batch, and where features go in (``image_row``, ``feature_row``) and logits come out
+    (``label_row`` in the first stream, ``predict_row`` in the last one: the token before each label)."""
+
+    stages: list[Stage]
+    image_row: Tensor
+    feature_row: Tensor
+    label_row: Tensor
+    predict_row: Tensor
+
+    @property
+    def image_tokens(self) -> list[int]:
+        """Image tokens at every stage, first to last."""
+        return [stage.layout.image_tokens for stage in self.stages]
+
+    @staticmethod
+    def build(
+        batch: PackedBatch,
+        schedule: Schedule,
+        geometry: ImageGeometry,
+        device: torch.device,
+        backend: str = "auto",
+    ) -> StreamPlan:
+        """Plans every stage of ``batch``.
+
+        Raises:
+            ValueError: an image has more placeholders than its size gives features.
+        """
+        layouts = [Layout.of(batch)]
+        for stage in range(len(schedule.layers)):
+            layouts.append(layouts[-1].after_drop(layouts[0].kept(schedule, stage)))
+
+        rows: list[np.ndarray] = [*_feature_rows(batch, geometry)]
+        rows += [np.asarray(layouts[0].label_positions), np.asarray(layouts[-1].label_positions) - 1]
+        for stage, layout in enumerate(layouts):
+            rows.append(np.concatenate([[0], np.cumsum(layout.seq_lens)]))
+            rows.append(np.concatenate([np.arange(length) for length in layout.seq_lens]))
+            rows.append(np.asarray([start - 1 for sample in layout.answer_starts for start in sample]))
+            if stage < len(schedule.layers):
+                rows += _candidate_rows(layout, layouts[0].kept(schedule, stage))
+        tensors = iter(_send(rows, device))
+
+        image_row, feature_row, label_row, predict_row = (next(tensors) for _ in range(4))
+        stages = []
+        for stage, layout in enumerate(layouts):
+            segments = Segments(layout.seq_lens, next(tensors).to(torch.int32), backend)
+            position_T, query_Q = next(tensors), next(tensors)
+            candidates = None
+            if stage < len(schedule.layers):
+                columns = [next(tensors) for _ in range(5)]
+                candidates = Candidates(*columns, survivors=layouts[stage + 1].tokens)
+            stages.append(Stage(layout, segments, position_T, query_Q, candidates))
+        return StreamPlan(stages, image_row, feature_row, label_row, predict_row)
+
+
+def _feature_rows(batch: PackedBatch, geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
+    """Stream position of every image token, and its row in the table of all features (the newline is row -1)."""
+    positions, features, first = [], [], 0
+    for (start, stop), size in zip(batch.image_spans, batch.image_sizes):
+        index = geometry.merge_index(size)
+        if stop - start > len(index):
+            raise ValueError(
+                f"an image of {size[0]}x{size[1]} pixels has {stop - start} placeholders, but only {len(index)} features"
+            )
+        index = index[: stop - start]  # a sample cut at the maximum length may have lost the end of its image
+        positions.append(np.arange(start, stop))
+        features.append(np.where(index < 0, -1, index + first))
+        first += geometry.num_tiles(size) * geometry.patches
+    if not positions:
+        return np.empty(0), np.empty(0)
+    feature_row = np.concatenate(features)
+    return np.concatenate(positions), np.where(feature_row < 0, first, feature_row)
+
+
+def _candidate_rows(layout: Layout, kept: Sequence[int]) -> list[np.ndarray]:
+    """The five columns of `Candidates`."""
+    columns: list[list[np.ndarray]] = [[], [], [], [], []]
+    first = 0
+    for image, ((start, stop), keep) in enumerate(zip(layout.image_spans, kept)):
+        if not layout.droppable[image]:
+            continue
+        count = stop - start
+        for column, value in zip(columns[1:], (image, first, count, keep)):
+            column.append(np.full(count, value))
+        columns[0].append(np.arange(start, stop))
+        first += count
+    return [np.concatenate(column) if column else np.empty(0) for column in columns]
+
+
+def _send(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
+    """All index arrays as int64 views of one tensor on ``device``: one copy, not one per array."""
+    flat = torch.from_numpy(np.concatenate(rows).astype(np.int64))
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    return flat.split([len(row) for row in rows])

@@ -1,0 +1,129 @@
+"""PyramidLlava, the training model. Read `forward` first: it is the whole program in one screen.
+
+The weights live in an ordinary Hugging Face LLaVA (``host``), whose own forward is not used: names, loading, saving and
+``generate`` stay Hugging Face's, while this file decides what happens to the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model import attention
+from llava_pdrop.model.decoder import Drop, run_decoder
+from llava_pdrop.model.loss import label_loss
+from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.model.stream import StreamPlan
+from llava_pdrop.model.vision import dummy_pixels, image_features
+from llava_pdrop.types import PackedBatch
+
+Host = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Output:
+    """``loss`` is the SUM over label tokens (scalar tensor); ``labels`` their number; ``tokens`` and ``image_tokens``
+    the length of the stream and the image tokens in it, before any drop and after each one."""
+
+    loss: Tensor
+    labels: int
+    tokens: list[int]
+    image_tokens: list[int]
+
+
+class PyramidLlava(nn.Module):
+    """A LLaVA whose decoder drops image tokens by ``schedule`` (empty: vanilla).
+
+    Args:
+        host: a vanilla Hugging Face LLaVA or LLaVA-NeXT; the schedule is written to its config.
+        schedule: when and how much to drop.
+        geometry: how pictures become tokens; default: what the host's config says.
+        backend: attention kernel of packed streams, one of `attention.BACKENDS`.
+
+    Raises:
+        ValueError: the schedule does not fit the decoder, or an unknown ranker or backend.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        schedule: Schedule = Schedule(),
+        geometry: ImageGeometry | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if schedule.ranker not in RANKERS:
+            raise ValueError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
+        if backend not in attention.BACKENDS:
+            raise ValueError(f"unknown model.attention {backend!r}: choose one of {list(attention.BACKENDS)}")
+        attention.register()
+        host.set_attn_implementation(attention.NAME)
+        self.host = host
+        self.schedule = schedule.check(host.config.text_config.num_hidden_layers)
+        self.geometry = geometry or geometry_of(host.config)
+        self.backend = backend
+        host.config.pyramid_drop = schedule.to_dict()
+
+    def forward(self, batch: PackedBatch, trace: list[Drop] | None = None) -> Output:
+        """Pixels and token ids of a packed batch -> loss.
+
+        tower -> projector -> merge into the text -> decoder layers, dropping between them -> loss at the labels
+        """
+        plan = StreamPlan.build(batch, self.schedule, self.geometry, self.device, self.backend)
+        x_TD = self.embed(batch, plan)
+        x_TD = run_decoder(self.host.model.language_model, x_TD, plan, self.schedule, trace)
+        label_L = batch.labels.index_select(0, plan.label_row)
+        loss = label_loss(self.host.lm_head, x_TD, plan.predict_row, label_L)
+        tokens = [stage.layout.tokens for stage in plan.stages]
+        return Output(loss, len(batch.label_positions), tokens, plan.image_tokens)
+
+    def embed(self, batch: PackedBatch, plan: StreamPlan) -> Tensor:
+        """The stream (T, D) that enters the decoder: text embeddings with image features at the placeholders."""
+        is_image_T = batch.input_ids == self.host.config.image_token_id
+        text_T = batch.input_ids.masked_fill(is_image_T, 0)  # the placeholder may lie outside the vocabulary
+        x_TD = self.host.get_input_embeddings()(text_T)
+        pixels = batch.pixels if len(batch.image_spans) else dummy_pixels(self.host, x_TD.device)
+        table_FD = image_features(self.host, pixels)
+        newline_D = getattr(self.host.model, "image_newline", None)
+        if newline_D is not None:
+            table_FD = torch.cat([table_FD, newline_D[None].to(table_FD.dtype)])
+        table_FD = table_FD.to(x_TD.dtype)
+        if not len(batch.image_spans):
+            return x_TD + 0.0 * table_FD.sum()
+        return x_TD.index_copy(0, plan.image_row, table_FD.index_select(0, plan.feature_row))
+
+    @torch.no_grad()
+    def logits(self, batch: PackedBatch, trace: list[Drop] | None = None) -> Tensor:
+        """Logits (T', vocabulary) of every token that survives all drops: for tests and for looking inside."""
+        plan = StreamPlan.build(batch, self.schedule, self.geometry, self.device, self.backend)
+        x_TD = run_decoder(self.host.model.language_model, self.embed(batch, plan), plan, self.schedule, trace)
+        return self.host.lm_head(x_TD)
+
+    @property
+    def device(self) -> torch.device:
+        return self.host.lm_head.weight.device
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes decoder (and trainable tower) layers in backward; the Trainer calls this."""
+        self.host.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+
+def geometry_of(config: Any) -> ImageGeometry:
+    """Tiling rules from a Hugging Face LLaVA or LLaVA-NeXT config (whose pinpoints are written (height, width))."""
+    vision = config.vision_config
+    if config.model_type != "llava_next":
+        return ImageGeometry(vision.image_size, vision.patch_size)
+    return ImageGeometry(
+        vision.image_size,
+        vision.patch_size,
+        aspect="anyres",
+        merge=getattr(config, "mm_patch_merge_type", "spatial_unpad"),
+        pinpoints=tuple((width, height) for height, width in config.image_grid_pinpoints),
+        rounding=getattr(config, "image_rounding", "original"),
+    )
