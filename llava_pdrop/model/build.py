@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from llava_pdrop.model.checkpoint import (
     ORIGINAL_TO_HOST,
     load_projector,
     load_strictly,
-    pad_vocabulary,
+    mean_rows,
     read_json,
     read_tensors,
     rename,
@@ -89,6 +89,7 @@ def build_parts(
     rounding: str = "original",
     image_size: int | None = None,
     dtype: torch.dtype = torch.float32,
+    pad_vocabulary: bool = True,
 ) -> Parts:
     """Loads a model.
 
@@ -98,12 +99,14 @@ def build_parts(
             and the image settings given here. ``image_size``: side of a tile in pixels if not the tower's own (its
             position embeddings are interpolated).
         projector: file with a pretrained projector.
+        pad_vocabulary: give an original LLaVA rows for ``<image>`` and ``<pad>``, as Hugging Face's own forward needs.
+            Without them its logits are those of the official code to the last column.
 
     Raises:
         FileNotFoundError: a directory or file that does not exist. ValueError: weights that do not fit.
     """
     if path is not None:
-        parts = _from_llava(path, dtype)
+        parts = _from_llava(path, dtype, pad_vocabulary)
     elif language_model is None or vision_tower is None:
         raise ValueError("model: give either path, or language_model and vision_tower")
     else:
@@ -184,17 +187,17 @@ def _from_parts(
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
     host = make_host(text_config, tower.config, geometry, image_token_id).to(dtype)
-    tensors = pad_vocabulary(tensors, text_config.vocab_size)
+    tensors = mean_rows(tensors, text_config.vocab_size)
     tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     fresh = {k: v for k, v in host.state_dict().items() if "multi_modal_projector" in k or k.endswith("image_newline")}
     load_strictly(host, _host_names(tensors, host) | fresh, source)
     return Parts(host, tokenizer, image_processor, geometry)
 
 
-def _from_llava(source: str, dtype: torch.dtype) -> Parts:
+def _from_llava(source: str, dtype: torch.dtype, pad: bool) -> Parts:
     directory = Path(source)
     if directory.is_dir() and "mm_vision_tower" in read_json(directory / "config.json"):
-        return _from_original(directory, dtype)
+        return _from_original(directory, dtype, pad)
     config = AutoConfig.from_pretrained(source)
     if config.model_type not in ("llava", "llava_next"):
         raise ValueError(f"{source}: model_type {config.model_type!r} is neither llava nor llava_next")
@@ -206,7 +209,7 @@ def _from_llava(source: str, dtype: torch.dtype) -> Parts:
     return Parts(host, tokenizer, load_image_processor(source, geometry.tile), geometry)
 
 
-def _from_original(directory: Path, dtype: torch.dtype) -> Parts:
+def _from_original(directory: Path, dtype: torch.dtype, pad: bool) -> Parts:
     """The layout of `liuhaotian/llava-v1.5-7b`: a LLaMA config with ``mm_*`` fields, the tower inside or beside."""
     config = read_json(directory / "config.json")
     tower_source = _beside(directory, config["mm_vision_tower"])
@@ -217,7 +220,7 @@ def _from_original(directory: Path, dtype: torch.dtype) -> Parts:
     has_tokenizer = any(directory.glob("tokenizer*"))
     tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=False) if has_tokenizer else None
     image_token_id = old_rows if tokenizer is None else add_special_tokens(tokenizer, old_rows)
-    text_config.vocab_size = _round_up(old_rows + 2)
+    text_config.vocab_size = _round_up(old_rows + 2) if pad else old_rows
     host = make_host(text_config, tower.config, geometry, image_token_id).to(dtype)
     tensors = rename(read_tensors(directory), ORIGINAL_TO_HOST)
     inside = {name for name in tensors if name.startswith("model.vision_tower.")}
@@ -226,7 +229,7 @@ def _from_original(directory: Path, dtype: torch.dtype) -> Parts:
         tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     if geometry.aspect == "pad":
         tensors.pop("model.image_newline", None)
-    load_strictly(host, _host_names(pad_vocabulary(tensors, text_config.vocab_size), host), str(directory))
+    load_strictly(host, _host_names(mean_rows(tensors, text_config.vocab_size), host), str(directory))
     return Parts(host, tokenizer, load_image_processor(tower_source, geometry.tile), geometry)
 
 
@@ -289,7 +292,3 @@ def _host_names(tensors: Mapping[str, Tensor], host: Host) -> dict[str, Tensor]:
         renamed[name] = tensor
     return renamed
 
-
-def with_schedule(parts: Parts, host: Host) -> Parts:
-    """``parts`` around another host."""
-    return replace(parts, host=host)

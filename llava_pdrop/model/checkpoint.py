@@ -89,7 +89,7 @@ def tied_to(own: Mapping[str, Tensor], name: str) -> bool:
     return any(other != name and own[other].data_ptr() == own[name].data_ptr() for other in own)
 
 
-def pad_vocabulary(tensors: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+def mean_rows(tensors: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
     """Embedding and head with ``rows`` rows; new rows are the mean of the old ones, as their own average is what an
     untrained token should look like to a trained model."""
     padded = dict(tensors)

@@ -1,0 +1,18 @@
+"""Prints after the run how many golden cases and numbers were compared."""
+
+from __future__ import annotations
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    cases = [dict(r.user_properties) for r in reports if getattr(r, "when", "") == "teardown"]
+    cases = [properties for properties in cases if "golden_case" in properties]
+    if not cases:
+        return
+    names = {properties["golden_case"] for properties in cases}
+    flagged = {properties["golden_case"] for properties in cases if properties["golden_flagged"]}
+    numbers = sum(properties["golden_numbers"] for properties in cases)
+    terminalreporter.write_line(
+        f"golden: {len(names)} cases ({len(names - flagged)} against the official results, {len(flagged)} against our own "
+        f"expectations), {numbers:,} numbers compared"
+    )
