@@ -1,0 +1,259 @@
+"""The packed training path against vanilla transformers and against itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.model.stream import StreamPlan
+from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.types import IGNORE_INDEX, PackedBatch
+from tests.tiny import ANYRES, DECODERS, IMAGE, LAYERS, PAD, PYRAMID, make_sample, make_tiny_host, mixed_samples
+
+GEOMETRIES = {"pad": PAD, "anyres": ANYRES}
+TOLERANCE = 2e-5  # float32, logits of order 1: sums in another order
+
+
+def logits_by_sample(model, samples):
+    batch = PackedBatch.pack(samples)
+    plan = StreamPlan.build(batch, model.schedule, model.geometry, model.device)
+    return model.logits(batch).split(plan.stages[-1].layout.seq_lens)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("schedule", [Schedule(), replace(PYRAMID, ratios=(1.0, 1.0, 1.0))], ids=["none", "ratio1"])
+def test_without_dropping_it_is_vanilla_transformers(decoder, schedule):
+    host = make_tiny_host(decoder)
+    samples = [make_sample(3, (28, 28), 5, "4", seed=1), make_sample((28, 28), 4, (28, 28), "3", seed=2)]
+    ours = logits_by_sample(PyramidLlava(host, schedule), samples)
+    host.set_attn_implementation("eager")
+    for sample, logits in zip(samples, ours):
+        pixels = torch.cat([image.pixels for image in sample.images])
+        with torch.no_grad():
+            theirs = host(input_ids=sample.input_ids[None], pixel_values=pixels).logits[0]
+        torch.testing.assert_close(logits, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (50, 20), (20, 60), (55, 56)])
+def test_anyres_features_lie_where_transformers_puts_them(size):
+    host = make_tiny_host(geometry=ANYRES)
+    sample = make_sample(3, size, 5, "4", geometry=ANYRES)
+    (ours,) = logits_by_sample(PyramidLlava(host), [sample])
+    sizes = torch.tensor([[size[1], size[0]]])
+    with torch.no_grad():
+        theirs = host(
+            input_ids=sample.input_ids[None], pixel_values=sample.images[0].pixels[None], image_sizes=sizes
+        ).logits[0]
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("ranker", [name for name in RANKERS if name != "random"])
+@pytest.mark.parametrize("positions", ["renumber", "keep"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_packed_equals_one_by_one(geometry, positions, ranker):
+    schedule = replace(PYRAMID, positions=positions, ranker=ranker)
+    samples = mixed_samples(GEOMETRIES[geometry])
+    model = PyramidLlava(make_tiny_host("llama_gqa", GEOMETRIES[geometry]), schedule)
+    together = logits_by_sample(model, samples)
+    for sample, logits in zip(samples, together):
+        (alone,) = logits_by_sample(model, [sample])
+        torch.testing.assert_close(logits, alone, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_packed_equals_a_slow_reference(decoder):
+    """Written from golden/README section 4 with transformers' eager layers, one sample, one image at a time."""
+    model = PyramidLlava(make_tiny_host(decoder), PYRAMID)
+    for sample in mixed_samples():
+        (ours,) = logits_by_sample(model, [sample])
+        torch.testing.assert_close(ours, slow_reference(model, sample), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@torch.no_grad()
+def slow_reference(model, sample):
+    decoder, schedule = model.host.model.language_model, model.schedule
+    batch = PackedBatch.pack([sample])
+    x = model.embed(batch, StreamPlan.build(batch, Schedule(), model.geometry, model.device))
+    owner = torch.full((len(x),), -1)
+    for image, (start, stop) in enumerate(sample.image_spans):
+        owner[start:stop] = image
+    labels = sample.labels
+    for index, layer in enumerate(decoder.layers):
+        position = torch.arange(len(x))[None]
+        cos, sin = decoder.rotary_emb(x[None], position)
+        if index in schedule.layers:
+            queries = [
+                i - 1 for i in range(1, len(x)) if labels[i] != IGNORE_INDEX and labels[i - 1] == IGNORE_INDEX
+            ]
+            if queries:
+                weights = eager_weights(layer, x, cos, sin).mean(0)[queries].mean(0)
+                keep = owner == -1
+                for image, (start, stop) in enumerate(sample.image_spans):
+                    own = (owner == image).nonzero()[:, 0]
+                    count = schedule.kept(stop - start, schedule.layers.index(index))
+                    keep[own[weights[own].topk(count).indices]] = True
+                x, owner, labels = x[keep], owner[keep], labels[keep]
+                position = torch.arange(len(x))[None]
+                cos, sin = decoder.rotary_emb(x[None], position)
+        mask = torch.full((len(x), len(x)), float("-inf")).triu(1)[None, None]
+        layer.self_attn.config._attn_implementation = "eager"
+        x = layer(x[None], attention_mask=mask, position_ids=position, position_embeddings=(cos, sin))[0]
+        layer.self_attn.config._attn_implementation = "llava_pdrop"
+    return model.host.lm_head(decoder.norm(x))
+
+
+def eager_weights(layer, x, cos, sin):
+    """Attention weights (H, T, T) of ``layer`` on ``x``, by transformers' own eager attention."""
+    layer.self_attn.config._attn_implementation = "eager"
+    mask = torch.full((len(x), len(x)), float("-inf")).triu(1)[None, None]
+    _, weights = layer.self_attn(
+        hidden_states=layer.input_layernorm(x[None]), position_embeddings=(cos, sin), attention_mask=mask
+    )
+    layer.self_attn.config._attn_implementation = "llava_pdrop"
+    return weights[0]
+
+
+def test_positions_can_be_kept():
+    sample = make_sample(3, (28, 28), 5, "4")
+    host = make_tiny_host()
+    renumbered, kept = (PyramidLlava(host, replace(PYRAMID, positions=p)) for p in ("renumber", "keep"))
+    (a,), (b,) = logits_by_sample(renumbered, [sample]), logits_by_sample(kept, [sample])
+    assert a.shape == b.shape and not torch.allclose(a, b, atol=1e-3)
+
+
+def test_checkpointing_changes_nothing():
+    gradients = []
+    for checkpointing in (False, True):
+        model = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        calls = []
+        model.host.model.language_model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+        output = model(PackedBatch.pack(mixed_samples()))
+        (output.loss / output.labels).backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=0, rtol=0, msg=name)
+
+
+def test_loss_is_the_sum_over_labels():
+    model = PyramidLlava(make_tiny_host(), PYRAMID)
+    samples = mixed_samples()
+    batch = PackedBatch.pack(samples)
+    output = model(batch)
+    assert output.labels == len(batch.label_positions) == sum((s.labels != IGNORE_INDEX).sum() for s in samples)
+    expected = 0.0
+    for sample, logits in zip(samples, logits_by_sample(model, samples)):
+        text = sample.labels[-len(logits) :] if not sample.image_spans else surviving_labels(sample, len(logits))
+        expected += F.cross_entropy(logits[:-1], text[1:], reduction="sum", ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(output.loss, expected.detach(), atol=1e-4, rtol=1e-5, check_dtype=False)
+
+
+def surviving_labels(sample, length):
+    """Labels once images have shrunk: only image tokens go, and they carry no label."""
+    is_image = sample.input_ids == IMAGE
+    lost = len(sample.input_ids) - length
+    (first, *_) = [i for i, image in enumerate(is_image.tolist()) if image] or [0]
+    keep = torch.ones(len(is_image), dtype=torch.bool)
+    keep[is_image.nonzero()[:lost, 0]] = False
+    assert first >= 0
+    return sample.labels[keep]
+
+
+def test_text_only_batch_runs_every_module_and_has_every_gradient():
+    """All ranks must run the same modules and touch the same parameters, whatever their data."""
+
+    def calls_and_gradients(samples):
+        model = PyramidLlava(make_tiny_host(geometry=ANYRES), PYRAMID)
+        calls = []
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        output = model(PackedBatch.pack(samples))
+        output.loss.backward()
+        return calls, {name for name, p in model.named_parameters() if p.grad is not None}, output
+
+    text = calls_and_gradients([make_sample(5, "3", seed=7), make_sample(4, "2", seed=8)])
+    three = calls_and_gradients([make_sample((28, 28), (50, 20), 3, (20, 60), 2, "3", geometry=ANYRES, seed=9)])
+    silent = calls_and_gradients([make_sample(5, (28, 28), 3, geometry=ANYRES, seed=10)])
+    assert text[0] == three[0] == silent[0]
+    assert text[1] == three[1] == silent[1]
+    assert text[2].image_tokens == [0, 0, 0, 0] and text[2].loss > 0
+    assert silent[2].labels == 0 and silent[2].loss == 0
+
+
+def test_a_text_only_batch_between_image_batches_changes_nothing():
+    model = PyramidLlava(make_tiny_host(), PYRAMID)
+    picture, text = [make_sample(3, (28, 28), 5, "4")], [make_sample(6, "3")]
+    before = model.logits(PackedBatch.pack(picture))
+    model.logits(PackedBatch.pack(text))
+    assert torch.equal(before, model.logits(PackedBatch.pack(picture)))
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts operators that make the host wait for the device (or would, on a GPU)."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "repeat_interleave.Tensor")
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        boolean_index = "aten.index" in name and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in (args[1] if len(args) > 1 else ()) or ()
+            if not isinstance(i, (int, float))
+        ) if "index.Tensor" in name or "index_put" in name else False  # fmt: skip
+        if boolean_index or any(f"aten.{wait}" in name for wait in self.WAITING):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranker", RANKERS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_dropping_never_waits_for_the_device(geometry, ranker):
+    geometry = GEOMETRIES[geometry]
+    batch = PackedBatch.pack(mixed_samples(geometry))
+    found = {}
+    for name, schedule in (("vanilla", Schedule()), ("dropping", replace(PYRAMID, ranker=ranker))):
+        model = PyramidLlava(make_tiny_host(geometry=geometry), schedule).train()
+        with CountSyncs() as counter:
+            output = model(batch)
+        found[name] = counter.found
+        assert output.tokens[-1] < output.tokens[0] or not schedule.layers
+    assert found["dropping"] == found["vanilla"] == []
+
+
+def test_the_counter_sees_what_it_looks_for():
+    x = torch.arange(4)
+    with CountSyncs() as counter:
+        x.sum().item(), x.nonzero(), x[x > 1], x.clone().__setitem__(x > 1, 0)
+    assert len(counter.found) >= 4
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_every_image_keeps_its_own_share(stage):
+    samples = mixed_samples(ANYRES)
+    model = PyramidLlava(make_tiny_host(geometry=ANYRES), PYRAMID)
+    batch = PackedBatch.pack(samples)
+    plan = StreamPlan.build(batch, PYRAMID, ANYRES, model.device)
+    spans = plan.stages[stage + 1].layout.image_spans
+    silent = samples[3].image_spans  # the sample without answer passes whole
+    for i, ((start, stop), (first, last)) in enumerate(zip(spans, batch.image_spans)):
+        whole = last - first
+        assert stop - start == (whole if i == 3 else int(whole * PYRAMID.ratios[stage])), silent
+
+
+def test_layers_are_named_in_the_error():
+    with pytest.raises(ValueError, match=f"the last possible entry is {LAYERS - 1}"):
+        PyramidLlava(make_tiny_host(), Schedule(layers=(2, 6), ratios=(0.5, 0.25)))
+    with pytest.raises(ValueError, match="unknown pyramid_drop.ranker 'best'"):
+        PyramidLlava(make_tiny_host(), replace(PYRAMID, ranker="best"))
