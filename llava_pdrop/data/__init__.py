@@ -1,0 +1,1 @@
+"""From files on disk to packed batches: records, conversations, tokens, images, batch plan."""

@@ -1,0 +1,183 @@
+"""The drop plan of a padded batch, as Hugging Face's ``generate`` feeds it to the decoder.
+
+The batch is planned as the packed stream of its real tokens (`stream.py`), with one `Frame` per stage that says where
+each token of the stream lies in the padded batch. From the first drop on, padding is on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.cache import PromptStages
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.model.stream import StreamPlan
+from llava_pdrop.model.vlm import geometry_of
+from llava_pdrop.types import PackedBatch
+
+
+@dataclass
+class Step:
+    """What one forward of an attached model did, on the host.
+
+    Attributes:
+        position_ids: per decoder layer (B, tokens fed).
+        survivors: per drop, the positions that survive it in the stream of the prompt's real tokens, row after row;
+            empty lists in a forward that drops nothing.
+        image_spans: where the images lie in that stream.
+    """
+
+    position_ids: list[Tensor] = field(default_factory=list)
+    survivors: list[list[int]] = field(default_factory=list)
+    image_spans: list[tuple[int, int]] = field(default_factory=list)
+
+    def kept(self, drop: int) -> list[list[int]]:
+        """Per image, which of its original tokens 0..n-1 survive drop number ``drop``."""
+        return [[p - start for p in self.survivors[drop] if start <= p < stop] for start, stop in self.image_spans]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the tokens of a stream lie in a padded batch: ``row_T`` (T,) indices into the flattened (B, N)."""
+
+    row_T: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def padded(self) -> bool:
+        return len(self.row_T) < self.shape[0] * self.shape[1]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, N, ...) or (1, N, ...), the same for every row -> (T, ...)."""
+        flat = x.expand(self.shape[0], *x.shape[1:]).flatten(0, 1)
+        return flat.index_select(0, self.row_T) if self.padded else flat
+
+    def unpack(self, x_T: Tensor) -> Tensor:
+        """(T, ...) -> (B, N, ...), zeros at the padding."""
+        if self.padded:
+            empty = x_T.new_zeros(self.shape[0] * self.shape[1], *x_T.shape[1:])
+            x_T = empty.index_copy(0, self.row_T, x_T)
+        return x_T.unflatten(0, self.shape)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt about to be pruned: the plan of its stream, a frame per stage and the columns of text at its end."""
+
+    plan: StreamPlan
+    frames: list[Frame]
+    text_tail: int
+
+    @staticmethod
+    def build(
+        image_BN: np.ndarray,
+        real_BN: np.ndarray,
+        lengths: Sequence[int] | None,
+        prompt: int | None,
+        schedule: Schedule,
+        device: torch.device,
+    ) -> Prefill:
+        """Plans the drops of a batch.
+
+        Args:
+            image_BN, real_BN: (B, N) bool, which columns are image placeholders and which are no padding.
+            lengths: tokens of every image in order of appearance; None: every run of placeholders is one image.
+            prompt: columns of the prompt, whose last token ranks; None: the last real token of each row ranks.
+
+        Raises:
+            ValueError: ``lengths`` and the number of placeholders disagree.
+        """
+        runs, seq_lens, starts, rows = [], [], [], []
+        offset = 0
+        for row, (image_N, real_N) in enumerate(zip(image_BN, real_BN)):
+            columns = np.flatnonzero(real_N)
+            edges = np.flatnonzero(np.diff(image_N[columns], prepend=False, append=False)) + offset
+            runs += [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2])]
+            ranking = len(columns) if prompt is None else int((columns < prompt).sum())
+            starts.append([offset + ranking] if len(edges) else [])
+            seq_lens.append(len(columns))
+            rows.append(columns + row * real_BN.shape[1])
+            offset += len(columns)
+        batch = PackedBatch(
+            input_ids=torch.empty(0),  # the plan asks for the layout only: the host has embedded the tokens already
+            labels=torch.empty(0),
+            pixels=torch.empty(0),
+            seq_lens=seq_lens,
+            image_spans=_split(runs, lengths),
+            image_sizes=[],
+            answer_starts=starts,
+            label_positions=[],
+        )
+        plan = StreamPlan.build(batch, schedule, ImageGeometry(tile=1, patch=1), device)
+        frames = [Frame(torch.from_numpy(np.concatenate(rows)).to(device), tuple(real_BN.shape))]
+        frames += [_left_padded(stage.layout.seq_lens, device) for stage in plan.stages[1:]]
+        last_image = np.where(image_BN, np.arange(image_BN.shape[1]), -1).max()
+        return Prefill(plan, frames, text_tail=int(image_BN.shape[1] - 1 - last_image))
+
+    def stages(self, position_BN: Tensor, schedule: Schedule) -> PromptStages:
+        """What the cache has to remember, given the position ids (B, N) of the whole prompt."""
+        last_B = self._last(0, self.frames[0].pack(position_BN))
+        shifts, real = [], []
+        for stage, frame in enumerate(self.frames[1:], start=1):
+            now_B = self._last(stage, self.plan.stages[stage].position_T)
+            shifts.append(last_B - now_B if schedule.positions == "renumber" else torch.zeros_like(last_B))
+            real.append(frame.unpack(torch.ones_like(frame.row_T, dtype=torch.bool)))
+        padded = [frame.padded for frame in self.frames[1:]]
+        return PromptStages(real, shifts, padded, self.frames[0].shape[1], self.text_tail)
+
+    def _last(self, stage: int, x_T: Tensor) -> Tensor:
+        """The entry of each row's last token: (T,) -> (B,)."""
+        ends = np.cumsum(self.plan.stages[stage].layout.seq_lens) - 1
+        return x_T[torch.from_numpy(ends).to(x_T.device)]
+
+
+def image_lengths(config: Any, placeholders: int, inputs: dict[str, Any]) -> list[int] | None:
+    """Tokens of every image of a prompt, in order.
+
+    Counted from the features where they are there already, else by picture size (LLaVA-NeXT) or equal for all
+    (LLaVA); None for a model of which only the sum is known.
+
+    Args:
+        placeholders: image tokens in the prompt.
+        inputs: arguments of the model's forward.
+    """
+    features, sizes = (inputs.get("mm_encoder_outputs") or {}).get("image"), inputs.get("image_sizes")
+    if features is not None:
+        return [len(feature) for feature in features.pooler_output]
+    if config.model_type == "llava_next":
+        geometry = replace(geometry_of(config), merge="spatial_unpad", rounding="hf")  # what Hugging Face's model does
+        return [geometry.num_tokens((int(width), int(height))) for height, width in torch.as_tensor(sizes).tolist()]
+    images = len(inputs["pixel_values"])
+    if config.model_type == "llava" and sizes is None and placeholders % images == 0:
+        return [placeholders // images] * images
+    return None
+
+
+def _split(runs: list[tuple[int, int]], lengths: Sequence[int] | None) -> list[tuple[int, int]]:
+    """Runs of placeholders -> one span per image (two images may follow each other without text between them)."""
+    if lengths is None:
+        return runs
+    placeholders = sum(stop - start for start, stop in runs)
+    if placeholders != sum(lengths):
+        raise ValueError(f"the prompt has {placeholders} image placeholders, but its images have {sum(lengths)} tokens")
+    spans, queue = [], [length for length in lengths if length][::-1]
+    for start, stop in runs:
+        while start < stop:
+            length = queue.pop()
+            if start + length > stop:  # other tokens inside the image (Pixtral's row breaks): a budget for every run
+                return runs
+            spans.append((start, start + length))
+            start += length
+    return spans
+
+
+def _left_padded(lengths: list[int], device: torch.device) -> Frame:
+    longest = max(lengths)
+    rows = [np.arange(longest - length, longest) + row * longest for row, length in enumerate(lengths)]
+    return Frame(torch.from_numpy(np.concatenate(rows)).to(device), (len(lengths), longest))
