@@ -1,0 +1,101 @@
+"""The algorithm file on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llava_pdrop.model.pyramid_drop import RANKERS, Candidates, Instruction, attention_score, keep_index
+
+
+def candidates(rows: list[list[int]], keeps: list[int], tokens: int) -> Candidates:
+    """``rows``: stream positions of each image's tokens."""
+    first, columns = 0, []
+    for image, (own, keep) in enumerate(zip(rows, keeps)):
+        columns += [(row, image, first, len(own), keep) for row in own]
+        first += len(own)
+    tensors = torch.tensor(columns, dtype=torch.int64).reshape(-1, 5).unbind(1)
+    return Candidates(*tensors, survivors=tokens - first + sum(keeps))
+
+
+def test_keeps_the_best_of_each_image_in_their_first_order():
+    two = candidates([[1, 2, 3, 4], [6, 7, 8]], [2, 1], tokens=10)
+    score_V = torch.tensor([0.1, 0.9, 0.3, 0.8, 5.0, 7.0, 6.0])
+    assert keep_index(score_V, two, 10).tolist() == [0, 2, 4, 5, 7, 9]
+
+
+def test_equal_scores_keep_the_earlier_token():
+    one = candidates([[0, 1, 2, 3]], [2], tokens=5)
+    assert keep_index(torch.zeros(4), one, 5).tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+def test_all_or_nothing(keep):
+    one = candidates([[1, 2, 3, 4]], [keep], tokens=6)
+    expected = [0, 5] if keep == 0 else [0, 1, 2, 3, 4, 5]
+    assert keep_index(torch.rand(4), one, 6).tolist() == expected
+
+
+def test_no_candidates_keep_everything():
+    assert keep_index(torch.empty(0), candidates([], [], 4), 4).tolist() == [0, 1, 2, 3]
+
+
+def test_random_keep_index_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        sizes = torch.randint(0, 9, (4,), generator=generator).tolist()
+        rows, keeps, position = [], [], 1
+        for size in sizes:
+            rows.append(list(range(position, position + size)))
+            keeps.append(int(torch.randint(0, size + 1, (1,), generator=generator)))
+            position += size + 2
+        score_V = torch.rand(sum(sizes), generator=generator)
+        expected = set(range(position)) - {row for own in rows for row in own}
+        for own, keep, score in zip(rows, keeps, score_V.split(sizes)):
+            expected |= {own[i] for i in score.topk(keep).indices.tolist()}
+        assert keep_index(score_V, candidates(rows, keeps, position), position).tolist() == sorted(expected)
+
+
+def test_score_is_the_causal_softmax_averaged_over_heads_and_queries():
+    torch.manual_seed(0)
+    query_QHE, key_TGE = torch.randn(3, 4, 8), torch.randn(12, 2, 8)
+    instruction = Instruction(query_QHE, key_TGE, torch.tensor([2, 4, 10]), [5, 3, 4], [2, 0, 1], scaling=0.3)
+    score_T = attention_score(instruction)
+    expected = torch.zeros(12)
+    for own, (first, last) in (([0, 1], (0, 5)), ([2], (8, 12))):
+        for query in own:
+            for head in range(4):
+                stop = int(instruction.row_Q[query]) + 1
+                weight = (key_TGE[first:stop, head // 2] @ query_QHE[query, head] * 0.3).softmax(0)
+                expected[first:stop] += weight / (4 * len(own))
+    torch.testing.assert_close(score_T, expected)
+    assert score_T[5:8].sum() == 0 and score_T[11] == 0
+
+
+def test_score_is_float32_and_has_no_gradient():
+    query = torch.randn(1, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    score = attention_score(Instruction(query, torch.randn(4, 2, 8).bfloat16(), torch.tensor([3]), [4], [1], 1.0))
+    assert score.dtype == torch.float32 and not score.requires_grad
+
+
+@pytest.mark.parametrize(("count", "keep"), [(16, 8), (16, 5), (7, 3), (5, 0), (5, 5), (100, 29)])
+def test_uniform_spreads_evenly(count, keep):
+    one = candidates([list(range(count))], [keep], count)
+    score_V = RANKERS["uniform"].score(None, one)
+    kept = keep_index(score_V, one, count)
+    assert len(kept) == keep == int(score_V.sum())
+    if keep > 1:
+        gaps = kept.diff()
+        assert gaps.max() - gaps.min() <= 1
+
+
+def test_random_differs_from_call_to_call_and_follows_the_seed():
+    one = candidates([list(range(64))], [32], 64)
+
+    def draw():
+        return keep_index(RANKERS["random"].score(None, one), one, 64).tolist()
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert first != second and draw() == first
