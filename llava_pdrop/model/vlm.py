@@ -109,9 +109,18 @@ class PyramidLlava(nn.Module):
     def device(self) -> torch.device:
         return self.host.lm_head.weight.device
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Recomputes decoder (and trainable tower) layers in backward; the Trainer calls this."""
-        self.host.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        if hasattr(self.host, "activation_checkpointing_enable"):
+            self.host.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+        else:  # transformers before 5.20
+            self.host.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The same under the name older Trainers call."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 
 def geometry_of(config: Any) -> ImageGeometry:

@@ -132,7 +132,7 @@ def test_checkpointing_changes_nothing():
     for checkpointing in (False, True):
         model = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         calls = []
         model.host.model.language_model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
         output = model(PackedBatch.pack(mixed_samples()))

@@ -1,0 +1,170 @@
+"""Floating-point operations of one training step, counted from the layout of its batch.
+
+Everything that is a matrix product is counted, for text and image tokens alike: tower, projector, every decoder layer
+at the length its stage leaves, causal attention, the ranking, and the head on the label rows. One multiply-accumulate
+is two operations, as in `torch.utils.flop_counter`. Element-wise work, the optimizer and data loading are not counted.
+The paper's own figure (image tokens only) is `llava_pdrop.model.schedule.paper_tflop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.model.stream import Layout
+from llava_pdrop.types import PackedBatch
+
+ATTENTION_BACKWARD = 2.5
+"""Backward of attention relative to its forward: fused kernels compute the scores once more (5 products for 2)."""
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of a step by where they happen; forward and backward together."""
+
+    tower: float
+    projector: float
+    decoder: float
+    attention: float
+    ranking: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, entry.name) for entry in fields(self))
+
+    def __add__(self, other: StepFlops) -> StepFlops:
+        return StepFlops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def layouts_of(batch: PackedBatch, schedule: Schedule) -> list[Layout]:
+    """The layout of every stage of ``batch``."""
+    layouts = [Layout.of(batch)]
+    for stage in range(len(schedule.layers)):
+        layouts.append(layouts[-1].after_drop(layouts[0].kept(schedule, stage)))
+    return layouts
+
+
+def step_flops(
+    config: Any,
+    batch: PackedBatch,
+    schedule: Schedule,
+    geometry: ImageGeometry,
+    trainable: Collection[str] = ("projector", "language_model"),
+    checkpointing: bool = False,
+) -> StepFlops:
+    """Operations of forward and backward of one micro-batch.
+
+    Args:
+        config: of the Hugging Face LLaVA (``text_config``, ``vision_config``, ``vision_feature_layer``).
+        trainable: which of projector, language_model and vision_tower learn (empty: forward only). The gradient
+            passes through a frozen decoder to what learns before it.
+        checkpointing: activation checkpointing, which runs every layer's forward once more in backward, up to the
+            last product, whose result nobody needs again.
+    """
+    text = config.text_config
+    layouts = layouts_of(batch, schedule)
+    tiles = sum(geometry.num_tiles(size) for size in batch.image_sizes) or 1  # a text-only batch runs one dummy tile
+    backward = bool(trainable)
+    repeat = checkpointing and backward
+    linear_factor = 1.0 + backward + ("language_model" in trainable)
+    attention_factor = 1.0 + repeat + ATTENTION_BACKWARD * backward
+    heads, head_size = text.num_attention_heads, _head_size(text)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+
+    linear, last = _layer_linear(text)
+    decoder = attention = ranking = 0.0
+    stage = 0
+    for layer in range(text.num_hidden_layers):
+        if layer in schedule.layers:
+            ranking += _ranking(text, layouts[stage], schedule)
+            stage += 1
+        layout = layouts[stage]
+        decoder += layout.tokens * (linear * linear_factor + (linear - last) * repeat)
+        pairs = sum(causal_pairs(length, window) for length in layout.seq_lens)
+        attention += 4 * pairs * heads * head_size * attention_factor
+    return StepFlops(
+        tower=_tower(config, tiles, "vision_tower" in trainable, checkpointing),
+        projector=_projector(config, tiles * geometry.patches, trainable),
+        decoder=decoder,
+        attention=attention,
+        ranking=ranking,
+        head=2 * len(batch.label_positions) * text.hidden_size * text.vocab_size * linear_factor,
+    )
+
+
+def predicted_reduction(
+    config: Any,
+    batches: Sequence[PackedBatch],
+    schedule: Schedule,
+    geometry: ImageGeometry,
+    trainable: Collection[str],
+    checkpointing: bool = False,
+) -> float:
+    """Share of a vanilla step's operations that ``schedule`` saves on ``batches``, between 0 and 1."""
+    options = dict(geometry=geometry, trainable=trainable, checkpointing=checkpointing)
+    vanilla = sum(step_flops(config, batch, Schedule(), **options).total for batch in batches)
+    dropping = sum(step_flops(config, batch, schedule, **options).total for batch in batches)
+    return 1 - dropping / vanilla
+
+
+def causal_pairs(length: int, window: int | None = None) -> int:
+    """(query, key) pairs of causal attention over ``length`` tokens, each seeing at most ``window``."""
+    reach = min(length, window or length)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def _head_size(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _layer_linear(text: Any) -> tuple[int, int]:
+    """Operations per token of one decoder layer's linear maps (q, k, v, o and the three of the gated MLP), and of the
+    last of them."""
+    groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    projections = 2 * (text.num_attention_heads + groups) * _head_size(text)
+    return 2 * text.hidden_size * (projections + 3 * text.intermediate_size), 2 * text.hidden_size * text.intermediate_size
+
+
+def _ranking(text: Any, layout: Layout, schedule: Schedule) -> int:
+    """Operations of one ranking: keys of all tokens, queries of the query tokens, their products. No backward."""
+    if RANKERS[schedule.ranker].projections is None:
+        return 0
+    groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size, heads = _head_size(text), text.num_attention_heads
+    queries = [len(starts) for starts in layout.answer_starts]
+    keys = 2 * layout.tokens * text.hidden_size * groups * size
+    rows = 2 * max(1, sum(queries)) * text.hidden_size * heads * size
+    scores = sum(2 * count * length * heads * size for count, length in zip(queries, layout.seq_lens))
+    return keys + rows + scores
+
+
+def _tower(config: Any, tiles: int, trainable: bool, checkpointing: bool) -> float:
+    """All layers run forward; only those below ``vision_feature_layer`` have a backward."""
+    vision = config.vision_config
+    width, layers = vision.hidden_size, vision.num_hidden_layers
+    patches = (vision.image_size // vision.patch_size) ** 2
+    tokens = tiles * (patches + 1)
+    feature = config.vision_feature_layer
+    used = layers + 1 + feature if feature < 0 else feature
+    embedding = 2 * tiles * patches * 3 * vision.patch_size**2 * width
+    linear = 2 * tokens * width * (4 * width + 2 * vision.intermediate_size)
+    attention = 4 * tokens * (patches + 1) * width
+    forward = embedding + layers * (linear + attention)
+    if not trainable:
+        return forward
+    last = 2 * tokens * width * vision.intermediate_size
+    again = linear - last + attention if checkpointing else 0
+    return forward + embedding + used * (2 * linear + ATTENTION_BACKWARD * attention + again)
+
+
+def _projector(config: Any, rows: int, trainable: Collection[str]) -> float:
+    """Two linear maps. The gradient goes into the first one's input only where the tower learns."""
+    width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+    first, second = 2 * rows * width * hidden, 2 * rows * hidden * hidden
+    learns, below = "projector" in trainable, "vision_tower" in trainable
+    return first * (1 + learns + below) + second * (1 + learns + (learns or below))
