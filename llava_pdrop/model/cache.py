@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from llava_pdrop.model.schedule import Schedule
+
 
 @dataclass(frozen=True)
 class PromptStages:
@@ -26,6 +28,7 @@ class PromptStages:
         padded: False where no row has padding, so that no mask is needed.
         length: columns the prompt had before any drop (padding included).
         text_tail: how many of its last columns hold text in every row; only these may be cropped away again.
+        schedule: what it was pruned by.
     """
 
     real_BN: list[Tensor]
@@ -33,6 +36,7 @@ class PromptStages:
     padded: list[bool]
     length: int
     text_tail: int
+    schedule: Schedule
 
     def rows(self, index: Tensor) -> PromptStages:
         """The stages of the batch rows ``index`` (beams that survive, repeated samples)."""

@@ -11,7 +11,8 @@ and replace mask and positions from there on. What later steps need to know trav
 * Every batch of prompts works: padding, several images or none per row, beams, samples, prompt lookup, static cache,
   ``use_cache=False``, plain ``model(**inputs)``. Logits come back for the surviving tokens only, padded on the left.
 * The last token of the prompt ranks. A forward is a prompt when its cache is empty, not by its length.
-* Tokens that are added to a filled cache (a second turn) are never dropped, images among them included.
+* Tokens that are added to a filled cache (a second turn) are never dropped, not even images. A pruned cache needs the
+  schedule that pruned it: do not detach between two turns.
 * Rows without images, and calls without images, pass unchanged.
 """
 
@@ -28,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_pdrop.model.cache import PromptStages, remember, sliding_window, stage_mask
-from llava_pdrop.model.decoder import Rope, project_instruction
+from llava_pdrop.model.decoder import Rope
 from llava_pdrop.model.prefill import Prefill, Step, image_lengths
-from llava_pdrop.model.pyramid_drop import RANKERS, keep_index
+from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.schedule import Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,19 +78,20 @@ def attach(model: Model, schedule: Schedule | None = None, trace: list[Step] | N
     Raises:
         ValueError: the decoder is not LLaMA-like, or the schedule does not fit it.
     """
-    detach(model)
+    target = _unwrapped(detach(model))
     if schedule is None:
-        schedule = Schedule.from_dict(getattr(model.config, "pyramid_drop", None))
-    setattr(model, _HANDLE, _Plugin(model, schedule, trace))
+        schedule = Schedule.from_dict(getattr(target.config, "pyramid_drop", None))
+    setattr(target, _HANDLE, _Plugin(target, schedule, trace))
     return model
 
 
 def detach(model: Model) -> Model:
     """Takes the schedule off again: hooks and attributes are as before `attach`. No-op on a model without one."""
-    plugin = model.__dict__.get(_HANDLE)
+    target = _unwrapped(model)
+    plugin = vars(target).get(_HANDLE)
     if plugin is not None:
-        plugin.remove(model)
-        delattr(model, _HANDLE)
+        plugin.remove(target)
+        delattr(target, _HANDLE)
     return model
 
 
@@ -108,8 +110,10 @@ class _Plugin:
             raise ValueError(f"the config of {type(model).__name__} has no image_token_id: which tokens are images?")
         self.trace = trace
         self.parameters = list(inspect.signature(base.forward).parameters)
-        self.hooks = [base.register_forward_pre_hook(self._before_model, with_kwargs=True)]
-        self.hooks.append(base.register_forward_hook(_check_reached, with_kwargs=True))
+        self.hooks = [
+            base.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            base.register_forward_hook(_check_reached, with_kwargs=True),
+        ]
         if base is not model:
             self.hooks.append(model.register_forward_pre_hook(_refuse_labels, with_kwargs=True))
         for index, layer in enumerate(self.decoder.layers):
@@ -117,7 +121,7 @@ class _Plugin:
             self.hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         # generate() knows where the prompt ends; and for static caches it would build the masks of layer 0 for all.
         patches = {"generate": _generate, "create_masks_for_generate": _two_dimensional_mask}
-        patches = {name: patch for name, patch in patches.items() if hasattr(model, "generate")}
+        patches = patches if hasattr(model, "generate") else {}
         self.shadowed = {name: model.__dict__.get(name) for name in patches}
         for name, patch in patches.items():
             setattr(model, name, MethodType(patch, model))
@@ -133,26 +137,28 @@ class _Plugin:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the model: opens a `Call` where there is something to do."""
         given = {**dict(zip(self.parameters, args)), **kwargs}
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        call = Call(mask, stages=getattr(cache, "stages", None), step=None if self.trace is None else Step())
-        if call.stages is None and self.schedule.layers:
+        mask, stages = given.get("attention_mask"), getattr(given.get("past_key_values"), "stages", None)
+        call = Call(mask, stages=stages, step=None if self.trace is None else Step())
+        if stages is not None and stages.schedule != self.schedule:
+            raise ValueError(
+                "this cache was pruned by another schedule than the attached one: start with an empty cache"
+            )
+        if stages is None and self.schedule.layers:
             call.prefill = self._plan(given)
-        if (call.prefill or call.stages) and mask is not None and getattr(mask, "ndim", 0) != 2:
+        if (call.prefill or stages) and mask is not None and getattr(mask, "ndim", 0) != 2:
             raise ValueError("attach() builds the masks of pruned layers itself: give a 2-D attention_mask or none")
         if call.step is not None:
             self.trace.append(call.step)
             call.step.image_spans = call.prefill.plan.stages[0].layout.image_spans if call.prefill else []
-        if call.prefill or call.stages or call.step:
+        if call.prefill or stages or call.step:
             return args, {**kwargs, _HANDLE: call}
         return None
 
     def _plan(self, given: dict[str, Any]) -> Prefill | None:
         """The drops of a prompt; None where it shows no image. Reads ids and mask back from the device, once."""
         ids, cache = given.get("input_ids"), given.get("past_key_values")
-        images = (
-            given.get("pixel_values") is not None or (given.get("mm_encoder_outputs") or {}).get("image") is not None
-        )
-        if ids is not None and not images:
+        features = (given.get("mm_encoder_outputs") or {}).get("image")
+        if ids is not None and features is None and given.get("pixel_values") is None:
             return None
         if cache is not None and int(cache.get_seq_length()):
             return None  # a later turn, after a first one without images
@@ -162,7 +168,7 @@ class _Plugin:
                 "and pixel_values, or detach(model)"
             )
         mask = given.get("attention_mask")
-        real = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask.to(ids.device)
+        real = mask.to(ids.device) if getattr(mask, "ndim", 0) == 2 else torch.ones_like(ids)
         image_BN, real_BN = torch.stack([ids == self.image_token, real != 0]).cpu().numpy()
         if not image_BN.any():
             return None
@@ -202,7 +208,11 @@ class _Plugin:
                 call.stages = call.prefill.stages(positions, self.schedule)
                 if kwargs.get("past_key_values") is not None:
                     remember(kwargs["past_key_values"], call.stages)
-            index_K = self._rank(call, index, hidden_BND)
+            index_K = call.prefill.rank(
+                self.decoder, index, self.schedule, call.stage, hidden_BND, call.before_BND, call.rope
+            )
+            if call.step is not None:
+                call.step.drop(index_K)
             hidden_TD, frame = frame.pack(hidden_BND), call.prefill.frames[call.stage + 1]
             hidden_BND = frame.unpack(hidden_TD.index_select(0, index_K))
             if self.schedule.positions == "keep":
@@ -217,33 +227,21 @@ class _Plugin:
         call.rope = self.decoder.rotary_emb(hidden_BND, call.position_ids)
         return hidden_BND
 
-    @torch.no_grad()
-    def _rank(self, call: Call, index: int, hidden_BND: Tensor) -> Tensor:
-        """Positions (K,) of the packed prompt that survive the drop before layer ``index``."""
-        frame, stage = call.prefill.frames[call.stage], call.prefill.plan.stages[call.stage]
-        ranker = RANKERS[self.schedule.ranker]
-        instruction = None
-        if ranker.projections is not None:
-            back, source_BND = (0, hidden_BND) if ranker.projections == "next" else (1, call.before_BND)
-            rope = tuple(frame.pack(angle)[None] for angle in call.rope)
-            instruction = project_instruction(self.decoder.layers[index - back], frame.pack(source_BND), rope, stage)
-        assert stage.candidates is not None, "every stage but the last has a drop"
-        score_V = ranker.score(instruction, stage.candidates)
-        index_K = keep_index(score_V, stage.candidates, len(frame.row_T))
-        if call.step is not None:
-            before = call.step.survivors[-1] if call.step.survivors else range(len(frame.row_T))
-            call.step.survivors.append([before[position] for position in index_K.tolist()])
-        return index_K
-
     def _mask(self, call: Call, index: int, hidden_BND: Tensor, cache: Any) -> Tensor | None:
         """The mask of a layer behind a drop, in the form its attention implementation takes."""
         config = self.decoder.config
         window, implementation = sliding_window(config, index), config._attn_implementation
         if window not in call.masks:
+            assert call.stages is not None, "behind a drop the prompt's stages are known"
             call.masks[window] = stage_mask(
                 implementation, call.stages, call.stage - 1, call.attention_mask, cache, index, hidden_BND, window
             )
         return call.masks[window]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, whose ``generate`` goes past the wrapper's own hooks."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _decoder_of(base: nn.Module) -> nn.Module:
@@ -251,11 +249,16 @@ def _decoder_of(base: nn.Module) -> nn.Module:
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else getattr(base, "language_model", base)
     layer = next(iter(getattr(decoder, "layers", [])), None)
     attention = getattr(layer, "self_attn", None)
-    wanted = [(decoder, "norm"), (decoder, "rotary_emb"), (layer, "input_layernorm")]
-    wanted += [(attention, "q_proj"), (attention, "k_proj")]
-    if any(getattr(part, name, None) is None for part, name in wanted):
+    wanted = {
+        "norm": decoder,
+        "rotary_emb": decoder,
+        "input_layernorm": layer,
+        "q_proj": attention,
+        "k_proj": attention,
+    }
+    if any(getattr(part, name, None) is None for name, part in wanted.items()):
         raise ValueError(
-            f"attach() needs a LLaMA-like decoder (layers with self_attn.q_proj and k_proj, norm, rotary_emb), "
+            "attach() needs a LLaMA-like decoder (norm, rotary_emb, layers with input_layernorm and self_attn.q_proj), "
             f"{type(decoder).__name__} is none"
         )
     return decoder
@@ -285,9 +288,7 @@ def _two_dimensional_mask(model: nn.Module, *, attention_mask: Tensor | None, **
 def _check_reached(model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     call: Call | None = kwargs.get(_HANDLE)
     if call is not None and call.prefill is not None and not call.stage:
-        raise ValueError(
-            f"{type(model).__name__} keeps keyword arguments from its decoder layers: attach() cannot drop"
-        )
+        raise ValueError(f"attach() cannot drop: {type(model).__name__} hands no keyword arguments to its layers")
 
 
 def _refuse_labels(model: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.cache import PromptStages
+from llava_pdrop.model.decoder import Rope, project_instruction
+from llava_pdrop.model.pyramid_drop import RANKERS, keep_index
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import geometry_of
@@ -36,6 +38,11 @@ class Step:
     position_ids: list[Tensor] = field(default_factory=list)
     survivors: list[list[int]] = field(default_factory=list)
     image_spans: list[tuple[int, int]] = field(default_factory=list)
+
+    def drop(self, index_K: Tensor) -> None:
+        """Notes a drop, of which ``index_K`` are the survivors among those of the drop before."""
+        index = index_K.tolist()
+        self.survivors.append([self.survivors[-1][position] for position in index] if self.survivors else index)
 
     def kept(self, drop: int) -> list[list[int]]:
         """Per image, which of its original tokens 0..n-1 survive drop number ``drop``."""
@@ -120,6 +127,35 @@ class Prefill:
         last_image = np.where(image_BN, np.arange(image_BN.shape[1]), -1).max()
         return Prefill(plan, frames, text_tail=int(image_BN.shape[1] - 1 - last_image))
 
+    @torch.no_grad()
+    def rank(
+        self,
+        decoder: nn.Module,
+        index: int,
+        schedule: Schedule,
+        stage: int,
+        hidden_BND: Tensor,
+        before_BND: Tensor | None,
+        rope: Rope,
+    ) -> Tensor:
+        """Positions (K,) of the packed prompt that survive the drop before layer ``index``.
+
+        Args:
+            stage: how many drops came before.
+            hidden_BND: what the layer would be given.
+            before_BND: what the previous layer was given, for rankers that use its projections.
+            rope: cos and sin at these positions, (B, N, E) or (1, N, E).
+        """
+        frame, candidates = self.frames[stage], self.plan.stages[stage].candidates
+        assert candidates is not None, "every stage but the last has a drop"
+        ranker, instruction = RANKERS[schedule.ranker], None
+        if ranker.projections is not None:
+            layer = decoder.layers[index if ranker.projections == "next" else index - 1]
+            source_BND = hidden_BND if ranker.projections == "next" else before_BND
+            packed = (frame.pack(rope[0])[None], frame.pack(rope[1])[None])
+            instruction = project_instruction(layer, frame.pack(source_BND), packed, self.plan.stages[stage])
+        return keep_index(ranker.score(instruction, candidates), candidates, len(frame.row_T))
+
     def stages(self, position_BN: Tensor, schedule: Schedule) -> PromptStages:
         """What the cache has to remember, given the position ids (B, N) of the whole prompt."""
         last_B = self._last(0, self.frames[0].pack(position_BN))
@@ -129,7 +165,7 @@ class Prefill:
             shifts.append(last_B - now_B if schedule.positions == "renumber" else torch.zeros_like(last_B))
             real.append(frame.unpack(torch.ones_like(frame.row_T, dtype=torch.bool)))
         padded = [frame.padded for frame in self.frames[1:]]
-        return PromptStages(real, shifts, padded, self.frames[0].shape[1], self.text_tail)
+        return PromptStages(real, shifts, padded, self.frames[0].shape[1], self.text_tail, schedule)
 
     def _last(self, stage: int, x_T: Tensor) -> Tensor:
         """The entry of each row's last token: (T,) -> (B,)."""
