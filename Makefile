@@ -1,0 +1,36 @@
+# Run `make` for the list of targets.
+SHELL := /bin/bash
+VENV := $(if $(LLAVA_PDROP_VENV),$(LLAVA_PDROP_VENV),.venv)
+PYTHON_VENV := $(VENV)/bin/python
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: help setup test check format tiny-bases test-readme clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: ## make .venv and install the project with its tested versions
+	@bash scripts/setup.sh
+
+test: setup ## run all tests (PYTEST_ARGS="-k name" for some, JOBS=1 for one after the other)
+	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+check: setup ## lint, formatting and types
+	$(PYTHON_VENV) -m ruff check .
+	$(PYTHON_VENV) -m ruff format --check .
+	$(PYTHON_VENV) -m mypy
+
+format: setup ## apply the formatter and the safe fixes of the linter
+	$(PYTHON_VENV) -m ruff check --fix .
+	$(PYTHON_VENV) -m ruff format .
+
+tiny-bases: setup ## remake the shipped miniature models (data/tiny), by seed
+	$(PYTHON_VENV) data/tiny/make_bases.py
+
+test-readme: ## clone the last commit into a temporary directory and run the commands of the README there
+	bash scripts/test_readme.sh
+
+clean: ## remove caches and prepared data; .venv and checkpoints stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache data/tiny/prepared
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Figures about a run: what a schedule costs and saves."""

@@ -1,0 +1,229 @@
+"""Reads a run from YAML: `load_config` gives a checked, frozen `Config`, `to_yaml` writes it back.
+
+    base file (``base:``) <- file <- dotted overrides (``train.learning_rate=2e-5``) -> one mapping -> `Config`
+
+Whatever is wrong is one `ConfigError` line that names the file (or the override), the key and the nearest valid name.
+The schema stands in `config_schema.py`, the check that everything named exists in `config_paths.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from llava_pdrop.config_paths import check_paths, decoder_layers
+from llava_pdrop.config_schema import (
+    CompareSection,
+    Config,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    ReferenceShape,
+    TrainSection,
+)
+from llava_pdrop.config_values import (
+    ConfigError,
+    Problem,
+    convert,
+    convert_fields,
+    did_you_mean,
+    keys_of,
+    nearest_key,
+)
+from llava_pdrop.model.schedule import Schedule
+
+__all__ = [
+    "RUN_FILE",
+    "CompareSection",
+    "Config",
+    "ConfigError",
+    "DataSection",
+    "EvalSection",
+    "ModelSection",
+    "ReferenceShape",
+    "TrainSection",
+    "check_paths",
+    "load_config",
+    "to_yaml",
+]
+
+RUN_FILE = "llava_pdrop.yaml"
+"""Name under which the resolved config of a run is saved beside its weights."""
+
+OVERRIDES = "command line"
+"""Stands for the file in errors about a dotted override."""
+
+TRAINING_ARGUMENTS_SET_ELSEWHERE = {
+    "output_dir": "output_dir (top level)",
+    "run_name": "name (top level)",
+    "seed": "seed (top level)",
+    "per_device_train_batch_size": "data.samples_per_batch or data.tokens_per_batch",
+    "per_device_eval_batch_size": "eval.batch_size",
+    "resume_from_checkpoint": "train.resume",
+    "warmup_ratio": "train.warmup_steps (a value below 1 is a share of all steps)",
+}
+"""Fields of TrainingArguments, now or once, which a config says in another place."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads ``path``, what it inherits by ``base:`` and the ``overrides`` (``"a.b=c"``, values are YAML).
+
+    Raises:
+        ConfigError: anything wrong with the files or their content. That named files exist is not looked at here, see
+            `llava_pdrop.config_paths.check_paths`.
+    """
+    layers = _read(Path(path), ())
+    layers.append((OVERRIDES, _dotlist(overrides)))
+    merged: dict[str, Any] = {}
+    for name, layer in layers:
+        try:
+            merged = OmegaConf.to_container(OmegaConf.merge(merged, layer))  # type: ignore[assignment]
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise ConfigError(f"{name}: cannot be merged with what it inherits: {_first_line(error)}") from None
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
+        return _build(resolved, Path(path))
+    except Problem as problem:
+        hint = nearest_key(problem.key, _all_keys(problem.key)) if problem.unknown else ""
+        raise ConfigError(f"{_origin(problem.key, layers)}: {problem}{hint}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved YAML of a run, no ``base:`` left; `load_config` reads the same `Config` from it."""
+    values = dataclasses.asdict(config)
+    del values["file"]
+    values["train"] |= values["train"].pop("arguments")
+    values["pyramid_drop"] = config.pyramid_drop.to_dict() if config.pyramid_drop else None
+    return OmegaConf.to_yaml(OmegaConf.create(_lists(values)))
+
+
+def _read(path: Path, below: tuple[Path, ...]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(file name, its own mapping) of ``path`` and of all it inherits, deepest base first."""
+    if path.resolve() in below:
+        chain = " -> ".join(entry.name for entry in (*below, path))
+        raise ConfigError(f"{path}: 'base' comes back to itself: {chain}")
+    if not path.is_file():
+        wanted = f"base of {below[-1].name}: " if below else ""
+        siblings = [str(entry) for entry in path.parent.glob("*.yaml")]
+        raise ConfigError(f"{wanted}no config file {path}{did_you_mean(str(path), siblings)}")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not readable as YAML: {_first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys, got a list")
+    base = content.pop("base", None)
+    own: list[tuple[str, Mapping[str, Any]]] = [(str(path), content)]  # type: ignore[list-item]
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: 'base' must be the path of one YAML file, got {base!r}")
+    return _read(Path(os.path.normpath(path.parent / base)), (*below, path.resolve())) + own
+
+
+def _dotlist(overrides: Sequence[str]) -> Mapping[str, Any]:
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"{OVERRIDES}: override {override!r} must have the form section.key=value")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{OVERRIDES}: {' '.join(overrides)}: {_first_line(error)}") from None
+
+
+def _build(values: Any, path: Path) -> Config:
+    values = {"name": f"{path.parent.name}/{path.stem}", **values}
+    values.setdefault("output_dir", f"checkpoints/{values['name']}")
+    for section in ("train", "eval", "compare"):
+        if values.get(section, {}) is None:  # a bare `train:` in YAML
+            values[section] = {}
+    train = values.get("train", {})
+    arguments: dict[str, Any] = {}
+    if isinstance(train, Mapping):
+        own = {field.name for field in dataclasses.fields(TrainSection)} - {"arguments"}
+        arguments = _training_arguments({key: value for key, value in train.items() if key not in own})
+        values["train"] = {key: value for key, value in train.items() if key in own}
+    config = Config(**convert_fields(values, Config, ""), file=str(path))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, arguments=arguments))
+    config.check(decoder_layers(config.model))
+    return config
+
+
+def _training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks names, and values of plain type, against the installed `transformers.TrainingArguments`.
+
+    Raises:
+        Problem: unknown name, wrong type, or a setting that belongs elsewhere in the config.
+    """
+    if not section:
+        return {}
+    hints = _training_argument_hints()  # imported only where a config has such keys: it takes seconds
+    for name, value in section.items():
+        key = f"train.{name}"
+        if name in TRAINING_ARGUMENTS_SET_ELSEWHERE:
+            raise Problem(key, f"{key!r} is not set here: write {TRAINING_ARGUMENTS_SET_ELSEWHERE[name]}")
+        if name not in hints:
+            raise Problem(key, f"unknown key {key!r}, also not a field of TrainingArguments", unknown=True)
+        if hints[name] in (int, float, bool, str, int | None, float | None, bool | None):
+            convert(value, hints[name], key)
+    return dict(section)
+
+
+def _all_keys(unknown: str) -> list[str]:
+    """Valid dotted keys near which a misspelt one may lie."""
+    free = "compare.training_free."
+    if unknown.startswith(free):
+        section = unknown.rsplit(".", 1)[0]
+        return [f"{section}.{name}" for name in (*keys_of(Schedule), "single_drop")]
+    arguments = [f"train.{name}" for name in _training_argument_hints() if name not in TRAINING_ARGUMENTS_SET_ELSEWHERE]
+    return [*keys_of(Config), *arguments]
+
+
+@functools.cache
+def _training_argument_hints() -> dict[str, Any]:
+    import typing
+
+    from transformers import TrainingArguments
+
+    names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    return {name: hint for name, hint in typing.get_type_hints(TrainingArguments).items() if name in names}
+
+
+def _origin(key: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The name of the last layer that sets ``key`` or, where none does, the part of it that is set."""
+    parts = key.split("[")[0].split(".") if key else []
+    while parts:
+        for name, layer in reversed(layers):
+            node: Any = layer
+            for part in parts:
+                node = node.get(part, _ABSENT) if isinstance(node, Mapping) else _ABSENT
+            if node is not _ABSENT:
+                return name
+        parts.pop()
+    return layers[-2][0]
+
+
+_ABSENT = object()
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _lists(entry) for key, entry in value.items()}
+    return [_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _first_line(error: BaseException) -> str:
+    text = getattr(error, "problem", None) or str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Makes the virtual environment of this checkout and installs the project with its tested versions.
+# A second run finds the stamp of the first and ends at once. Nothing outside the environment is changed.
+#
+#   PYTHON              interpreter to use (3.10 or newer); default: the first one found
+#   LLAVA_PDROP_VENV    where the environment lies; default: .venv in the checkout
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${LLAVA_PDROP_VENV:-$ROOT/.venv}"
+[[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
+EXTRAS="data,test"
+STAMP="$VENV/.llava_pdrop_stamp"
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# What the environment depends on. The path is part of it: an environment does not survive being moved.
+fingerprint() {
+    { printf '%s\n' "$ROOT" "$EXTRAS"; cat "$ROOT/setup.py" "$ROOT/scripts/constraints.txt"; } | cksum
+}
+
+is_ready() { [[ -x "$VENV/bin/python" && -f "$STAMP" && "$(cat "$STAMP")" == "$(fingerprint)" ]]; }
+
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+
+find_python() {
+    local candidate
+    if [[ -n "${PYTHON:-}" ]]; then
+        command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a program"
+        is_recent "$PYTHON" || fail "PYTHON=$PYTHON is not Python 3.10 or newer"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14 python; do
+        if is_recent "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.10 or newer found: install one, or name it with PYTHON=/path/to/python"
+}
+
+# One step: its name, then its command. The output is shown only if it fails.
+step() {
+    local name="$1" log
+    shift
+    say "$name"
+    log="$(mktemp)"
+    if ! "$@" >"$log" 2>&1; then
+        cat "$log" >&2
+        rm -f "$log"
+        fail "setup stopped at: $name"
+    fi
+    rm -f "$log"
+}
+
+is_ready && exit 0
+
+python="$(find_python)"
+mkdir -p "$VENV"
+# Of two setups at once the second waits here. The lock belongs to the open file, so it outlives the Python that takes it.
+exec 9>"$VENV/.llava_pdrop_lock"
+"$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' || say "no file locks here: do not run two setups at once"
+is_ready && exit 0
+
+if ! [[ -x "$VENV/bin/python" ]] || ! is_recent "$VENV/bin/python"; then
+    "$python" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
+        fail "$python cannot make virtual environments: install its venv package (python3-venv on Debian and Ubuntu)"
+    step "virtual environment with $("$python" -V 2>&1) in $VENV" "$python" -m venv "$VENV"
+fi
+rm -f "$STAMP"
+pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$ROOT/scripts/constraints.txt")
+step "PyTorch" "${pip[@]}" torch
+cd "$ROOT"
+step "the project and what it needs" "${pip[@]}" -e ".[$EXTRAS]"
+fingerprint >"$STAMP"
+say "ready: $VENV"

@@ -1,0 +1,48 @@
+"""Packaging. Exact versions of a tested set stand in scripts/constraints.txt; here are the ranges that should work."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+EXTRAS = {
+    "train": ["deepspeed>=0.18", "wandb", "tensorboard"],
+    "flash": ["flash-attn>=2.7"],
+    "data": ["easy-vqa==1.0"],  # a small third-party VQA set, no dependencies
+    "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.14"],
+}
+
+setup(
+    name="llava_pdrop",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "llava_pdrop" / "__init__.py").read_text()).group(1),
+    description="LLaVA training and inference whose decoder drops image tokens stage by stage (PyramidDrop)",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["llava_pdrop", "llava_pdrop.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "tokenizers>=0.22",
+        "accelerate>=1.10",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "protobuf>=5",  # reads tokenizer.model files, which older checkpoints have instead of tokenizer.json
+        "omegaconf>=2.3",
+        "numpy>=2",
+        "pillow>=11",
+        "datasets>=4",
+        "peft>=0.18",
+        "scikit-learn>=1.6",
+        "matplotlib>=3.9",
+        "rich>=13",
+        "tqdm>=4.66",
+        "psutil>=6",
+    ],
+    extras_require={**EXTRAS, "all": sorted({name for group in EXTRAS.values() for name in group})},
+    entry_points={"console_scripts": ["llava-pdrop = llava_pdrop.__main__:main"]},
+)

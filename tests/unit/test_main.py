@@ -1,0 +1,119 @@
+"""The command line: help, one-line errors, and what reaches the commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_pdrop import __main__ as cli
+from llava_pdrop.bench.plan import make_plan
+from llava_pdrop.config import ConfigError, load_config
+
+ROOT = Path(__file__).parents[2]
+FULL_SIZE = "configs/llava15_7b/finetune_pdrop.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls of ``train``, which does nothing else."""
+    calls: list[Any] = []
+    module = types.ModuleType("llava_pdrop.train.run")
+    module.train = calls.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "llava_pdrop.train.run", module)
+    return calls
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from llava_pdrop.__main__ import _parser; _parser().format_help(); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_overrides_reach_the_command(seen: list[Any]) -> None:
+    assert cli.main(["train", FULL_SIZE, "seed=5", "pyramid_drop.layers=[4,16,24]"]) == 0
+    assert seen[0].seed == 5 and seen[0].schedule.layers == (4, 16, 24)
+
+
+def test_options_may_stand_anywhere(seen: list[Any]) -> None:
+    assert cli.main(["train", FULL_SIZE, "--debug", "seed=5"]) == 0
+    assert seen[0].seed == 5
+
+
+def test_a_users_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", FULL_SIZE, "seeed=5"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: command line: unknown key 'seeed' (did you mean 'seed'?)\n" and not captured.out
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ConfigError):
+        cli.main(["plan", FULL_SIZE, "seeed=5", "--debug"])
+
+
+def test_a_missing_file_is_one_line_and_a_fault_of_ours_is_not_hidden(
+    seen: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = sys.modules["llava_pdrop.train.run"]
+
+    def missing(config: Any) -> None:
+        Path("/nowhere/file.json").read_text()
+
+    def broken(config: Any) -> None:
+        int("x")
+
+    monkeypatch.setattr(module, "train", missing)
+    assert cli.main(["train", FULL_SIZE]) == 2
+    assert "/nowhere/file.json" in capsys.readouterr().err
+    monkeypatch.setattr(module, "train", broken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["train", FULL_SIZE])
+
+
+def test_only_the_first_process_complains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["plan", FULL_SIZE, "seeed=5"]) == 2
+    assert not capsys.readouterr().err
+
+
+def test_compare_at_full_size_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert cli.main(["compare", "configs/llava_next_7b/finetune_pdrop.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "lmsys/vicuna-7b-v1.5" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "vanilla", "dropping"),
+    [("llava15_7b", 3.82, 1.78), ("llava_next_7b", 20.8, 9.46)],
+)
+def test_plan_gives_the_papers_figures(path: str, vanilla: float, dropping: float) -> None:
+    config = load_config(f"configs/{path}/finetune_pdrop.yaml", ["model.merge=flat"])  # the paper counts 5 x 576
+    plan = make_plan(config, [(672, 672)])
+    assert plan.rows[0].vanilla == pytest.approx(vanilla, rel=0.002)
+    assert plan.rows[0].dropping == pytest.approx(dropping, rel=0.002)
+    assert plan.average == pytest.approx(0.46875) and plan.layers == 32
+
+
+def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", FULL_SIZE]) == 0
+    out = capsys.readouterr().out
+    assert "576" in out and "1.78" in out and "any size" in out
+
+
+def test_plan_without_numbers_says_what_to_give(tmp_path: Path) -> None:
+    config = load_config(FULL_SIZE, ["model.reference_shape=null", "model.language_model=no/where"])
+    with pytest.raises(ConfigError, match=r"reference_shape"):
+        make_plan(config)

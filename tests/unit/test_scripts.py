@@ -1,0 +1,164 @@
+"""scripts/setup.sh and scripts/finetune_pdrop.sh, with a Python that only writes down how it is called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+FAKE_PYTHON = """\
+#!/usr/bin/env bash
+printf '%s|%s|%s\\n' "$(basename "$0")" "$PWD" "$*" >>"$CALLS"
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    *"-m pip install"*torch) [[ -z "${BROKEN_PIP:-}" ]] || { echo "no such package" >&2; exit 1; } ;;
+    "-m llava_pdrop"*) printf '%s %s\\n' "$MALLOC_MMAP_THRESHOLD_" "$MALLOC_TRIM_THRESHOLD_" >>"$CALLS" ;;
+    *version_info*) exit "${TOO_OLD:-0}" ;;
+    "-V") echo "Python 3.99" ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of the scripts with a fake interpreter beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.root, self.calls = directory / "check out", directory / "calls"
+        (self.root / "scripts").mkdir(parents=True)
+        for name in ("scripts/setup.sh", "scripts/finetune_pdrop.sh", "scripts/constraints.txt", "setup.py"):
+            shutil.copy(ROOT / name, self.root / name)
+        self.python = directory / "fake_python"
+        self.python.write_text(FAKE_PYTHON)
+        self.python.chmod(0o755)
+        self.env = {**os.environ, "PYTHON": str(self.python), "CALLS": str(self.calls), "NPROC_PER_NODE": "1"}
+        for name in ("LLAVA_PDROP_VENV", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "TORCHRUN_ARGS"):
+            self.env.pop(name, None)
+
+    def run(
+        self, script: str, *arguments: str, cwd: Path | None = None, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(self.root / "scripts" / script), *arguments]
+        return subprocess.run(
+            command, cwd=cwd or self.root, env={**self.env, **env}, capture_output=True, text=True, check=False
+        )
+
+    def called(self) -> list[str]:
+        """The lines written since the last call."""
+        lines = self.calls.read_text().splitlines() if self.calls.is_file() else []
+        self.calls.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_setup_installs_torch_first_then_the_project_and_only_once(checkout: Checkout) -> None:
+    done = checkout.run("setup.sh")
+    assert done.returncode == 0, done.stderr
+    installs = [line for line in checkout.called() if "pip install" in line]
+    assert [line.split()[-1] for line in installs] == ["torch", ".[data,test]"]
+    assert all("-c " in line and "constraints.txt" in line and "--user" not in line for line in installs)
+    assert len(done.stderr.splitlines()) == 4 and not done.stdout  # a line per step, and where it is
+    assert (checkout.root / ".venv" / "bin" / "python").is_file()
+    assert checkout.run("setup.sh").returncode == 0
+    assert checkout.called() == []
+
+
+def test_setup_again_when_the_pins_change(checkout: Checkout) -> None:
+    checkout.run("setup.sh")
+    checkout.called()
+    with (checkout.root / "scripts" / "constraints.txt").open("a") as pins:
+        pins.write("rich==15.0.0\n")
+    checkout.run("setup.sh")
+    lines = checkout.called()
+    assert sum("pip install" in line for line in lines) == 2 and not any("-m venv" in line for line in lines)
+
+
+def test_setup_in_another_place(checkout: Checkout, tmp_path: Path) -> None:
+    assert checkout.run("setup.sh", cwd=tmp_path, LLAVA_PDROP_VENV="elsewhere").returncode == 0
+    assert (tmp_path / "elsewhere" / "bin" / "python").is_file() and not (checkout.root / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"TOO_OLD": "1"}, "is not Python 3.10 or newer"),
+        ({"PYTHON": "no-such-python"}, "PYTHON=no-such-python is not a program"),
+    ],
+)
+def test_a_bad_interpreter_is_one_line(checkout: Checkout, env: dict[str, str], expected: str) -> None:
+    for script in ("setup.sh", "finetune_pdrop.sh"):
+        done = checkout.run(script, **env)
+        assert done.returncode == 2
+        assert expected in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert not (checkout.root / ".venv").exists()
+
+
+def test_a_failed_step_shows_its_output_and_is_tried_again(checkout: Checkout) -> None:
+    done = checkout.run("setup.sh", BROKEN_PIP="1")
+    assert done.returncode == 2 and "no such package" in done.stderr and "setup stopped at: PyTorch" in done.stderr
+    assert checkout.run("setup.sh").returncode == 0
+
+
+def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
+    command = ["bash", str(checkout.root / "scripts" / "setup.sh")]
+    both = [subprocess.Popen(command, env=checkout.env, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    for process in both:
+        assert process.stderr is not None
+        process.stderr.close()
+    # The fake interpreter takes no lock, so what is checked is that neither is harmed by the other.
+    assert (checkout.root / ".venv" / ".llava_pdrop_stamp").is_file()
+
+
+def test_finetune_passes_config_and_overrides(checkout: Checkout) -> None:
+    done = checkout.run("finetune_pdrop.sh", "configs/x.yaml", "seed=1", "pyramid_drop.layers=[1, 2]")
+    assert done.returncode == 0, done.stderr
+    call, memory = checkout.called()[-2:]
+    assert call == f"python|{checkout.root}|-m llava_pdrop compare configs/x.yaml seed=1 pyramid_drop.layers=[1, 2]"
+    assert memory == "8589934592 17179869184"
+
+
+def test_finetune_has_a_default_config(checkout: Checkout) -> None:
+    for arguments in ((), ("seed=1",)):
+        checkout.run("finetune_pdrop.sh", *arguments)
+        expected = " ".join(["-m llava_pdrop compare configs/tiny/finetune_pdrop.yaml", *arguments])
+        assert checkout.called()[-2].endswith(f"|{expected}")
+
+
+def test_finetune_from_another_directory(checkout: Checkout, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.touch()
+    checkout.run("finetune_pdrop.sh", "mine.yaml", cwd=tmp_path)
+    assert checkout.called()[-2] == f"python|{checkout.root}|-m llava_pdrop compare {mine}"
+    checkout.run("finetune_pdrop.sh", "configs/tiny/finetune_pdrop.yaml", cwd=tmp_path)
+    assert checkout.called()[-2].endswith("compare configs/tiny/finetune_pdrop.yaml")
+
+
+def test_finetune_on_several_gpus_starts_one_process_each(checkout: Checkout) -> None:
+    checkout.run("finetune_pdrop.sh", "c.yaml", "seed=1", NPROC_PER_NODE="8")
+    assert checkout.called()[-1].endswith(
+        "-m torch.distributed.run --nproc-per-node 8 --standalone -m llava_pdrop compare c.yaml seed=1"
+    )
+
+
+def test_the_exit_status_of_the_program_is_the_scripts(checkout: Checkout) -> None:
+    checkout.python.write_text(FAKE_PYTHON.replace('"$MALLOC_TRIM_THRESHOLD_" >>"$CALLS" ;;', '"" ; exit 3 ;;'))
+    assert checkout.run("finetune_pdrop.sh").returncode == 3
+
+
+def test_scripts_and_ci_are_strict_and_executable() -> None:
+    scripts = [*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]
+    for script in scripts:
+        lines = script.read_text().splitlines()
+        assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines, script
+        assert os.access(script, os.X_OK), f"{script} is not executable"
+        subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
