@@ -49,8 +49,8 @@ def packed_attention(
     if backend == "sdpa":
         return _segmentwise_sdpa(query_HTE, key_GTE, value_GTE, segments.lengths, scaling, window)
     kernel = _varlen if backend == "varlen" else _flash_attn
-    heads_last = (tensor.transpose(0, 1) for tensor in (query_HTE, key_GTE, value_GTE))
-    return kernel(*heads_last, segments.offsets, max(segments.lengths), scaling, window)
+    query_THE, key_TGE, value_TGE = (tensor.transpose(0, 1) for tensor in (query_HTE, key_GTE, value_GTE))
+    return kernel(query_THE, key_TGE, value_TGE, segments.offsets, max(segments.lengths), scaling, window)
 
 
 def _segmentwise_sdpa(
@@ -58,7 +58,9 @@ def _segmentwise_sdpa(
 ) -> Tensor:
     gqa = query_HTE.shape[0] != key_GTE.shape[0]
     if len(set(lengths)) == 1:  # equal lengths are an ordinary batch
-        chunks = [tuple(t.unflatten(1, (len(lengths), lengths[0])).transpose(0, 1) for t in (query_HTE, key_GTE, value_GTE))]
+        chunks = [
+            tuple(t.unflatten(1, (len(lengths), lengths[0])).transpose(0, 1) for t in (query_HTE, key_GTE, value_GTE))
+        ]
     else:
         chunks = list(zip(*(t[None].split(lengths, dim=2) for t in (query_HTE, key_GTE, value_GTE))))
     outputs = []
@@ -85,12 +87,18 @@ def _varlen_keywords() -> frozenset[str]:
 
 
 def _varlen(
-    query_THE: Tensor, key_TGE: Tensor, value_TGE: Tensor, offsets: Tensor, longest: int, scale: float, window: int | None
+    query_THE: Tensor,
+    key_TGE: Tensor,
+    value_TGE: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    known, options = _varlen_keywords(), {}
-    options["scale"] = scale
+    known = _varlen_keywords()
+    options: dict[str, Any] = {"scale": scale}
     if "window_size" in known:
         options["window_size"] = (window - 1 if window else -1, 0)
     elif window and longest > window:
@@ -107,7 +115,13 @@ def _varlen(
 
 
 def _flash_attn(
-    query_THE: Tensor, key_TGE: Tensor, value_TGE: Tensor, offsets: Tensor, longest: int, scale: float, window: int | None
+    query_THE: Tensor,
+    key_TGE: Tensor,
+    value_TGE: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 

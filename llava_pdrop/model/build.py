@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AddedToken,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -40,6 +37,7 @@ from llava_pdrop.model.checkpoint import (
     read_tensors,
     rename,
 )
+from llava_pdrop.model.vision import load_image_processor, load_tower
 from llava_pdrop.model.vlm import Host, geometry_of
 from llava_pdrop.types import IMAGE_MARKER
 
@@ -113,7 +111,9 @@ def build_parts(
         tower = load_tower(vision_tower, image_size, dtype)
         vision = tower.config
         geometry = ImageGeometry(vision.image_size, vision.patch_size, aspect, merge, pinpoints, rounding)  # type: ignore[arg-type]
-        parts = _from_parts(language_model, tower, load_image_processor(vision_tower, vision.image_size), geometry, dtype)
+        parts = _from_parts(
+            language_model, tower, load_image_processor(vision_tower, vision.image_size), geometry, dtype
+        )
     if projector is not None:
         load_projector(parts.host, Path(projector))
     return parts
@@ -140,50 +140,21 @@ def make_host(text_config: Any, vision_config: Any, geometry: ImageGeometry, ima
     return LlavaNextForConditionalGeneration._from_config(config)
 
 
-def load_tower(source: str, image_size: int | None = None, dtype: torch.dtype = torch.float32) -> CLIPVisionModel:
-    """A CLIP vision tower, its position embeddings interpolated (bicubic) where ``image_size`` differs from its own."""
-    tower = CLIPVisionModel.from_pretrained(source, dtype=dtype)
-    if image_size in (None, tower.config.image_size):
-        return tower
-    config = CLIPVisionConfig(**{**tower.config.to_dict(), "image_size": image_size})
-    state = tower.state_dict()
-    name = next(name for name in state if name.endswith("position_embedding.weight"))
-    state[name] = _interpolate(state[name], image_size // config.patch_size)
-    resized = CLIPVisionModel(config).to(dtype)
-    load_strictly(resized, {k: v for k, v in state.items() if not k.endswith("position_ids")}, source)
-    return resized
-
-
-def _interpolate(position_PD: Tensor, side: int) -> Tensor:
-    token_1D, grid_PD = position_PD[:1], position_PD[1:]
-    old = int(len(grid_PD) ** 0.5)
-    grid_1Dhw = grid_PD.float().T.reshape(1, -1, old, old)
-    grid_1Dhw = F.interpolate(grid_1Dhw, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([token_1D, grid_1Dhw.flatten(2)[0].T.to(position_PD.dtype)])
-
-
-def load_image_processor(source: str, tile: int) -> CLIPImageProcessorPil:
-    """CLIP's processor for one square tile of side ``tile``, from any processor of the CLIP and LLaVA family: always
-    the PIL implementation, so that pixels are the same with and without torchvision."""
-    settings, _ = CLIPImageProcessorPil.get_image_processor_dict(source)
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": tile},
-        crop_size={"height": tile, "width": tile},
-        image_mean=settings["image_mean"],
-        image_std=settings["image_std"],
-        resample=settings.get("resample", 3),
-    )
-
-
 def _from_parts(
-    source: str, tower: CLIPVisionModel, image_processor: CLIPImageProcessorPil, geometry: ImageGeometry, dtype: torch.dtype
+    source: str,
+    tower: CLIPVisionModel,
+    image_processor: CLIPImageProcessorPil,
+    geometry: ImageGeometry,
+    dtype: torch.dtype,
 ) -> Parts:
     decoder = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(source)
     image_token_id = add_special_tokens(tokenizer, decoder.config.vocab_size)
     tensors = {f"model.language_model.{name.removeprefix('model.')}": t for name, t in decoder.state_dict().items()}
     tensors["lm_head.weight"] = tensors.pop("model.language_model.lm_head.weight")
-    text_config = type(decoder.config)(**{**decoder.config.to_dict(), "vocab_size": _vocabulary(decoder.config, tokenizer)})
+    text_config = type(decoder.config)(
+        **{**decoder.config.to_dict(), "vocab_size": _vocabulary(decoder.config, tokenizer)}
+    )
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
     host = make_host(text_config, tower.config, geometry, image_token_id).to(dtype)
@@ -250,7 +221,9 @@ def add_special_tokens(tokenizer: Any, rows: int) -> int:
         rows: vocabulary size of the decoder. New tokens get the first ids behind it, as llava-hf numbers them.
     """
     known = tokenizer.get_vocab()
-    new = [AddedToken(token, special=True, normalized=False) for token in (IMAGE_MARKER, PAD_TOKEN) if token not in known]
+    new = [
+        AddedToken(token, special=True, normalized=False) for token in (IMAGE_MARKER, PAD_TOKEN) if token not in known
+    ]
     if new and len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the decoder only {rows} embeddings")
     tokenizer.add_tokens(new, special_tokens=True)
@@ -291,4 +264,3 @@ def _host_names(tensors: Mapping[str, Tensor], host: Host) -> dict[str, Tensor]:
             name = prefix + name.removeprefix("model.vision_tower.").removeprefix("vision_model.")
         renamed[name] = tensor
     return renamed
-

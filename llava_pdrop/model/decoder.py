@@ -1,8 +1,8 @@
 """The decoder loop with its drops: the only place that calls a Hugging Face decoder layer.
 
-Works for any decoder with ``layers``, ``norm`` and ``rotary_emb`` whose attention has q_proj and k_proj (LLaMA, Mistral,
-Qwen2, Qwen3). All modules are called as modules, on every rank in the same order whatever the data, so that the hooks
-of ZeRO-3 and FSDP fire and never disagree.
+Works for any decoder with ``layers``, ``norm`` and ``rotary_emb`` whose attention has q_proj and k_proj (LLaMA,
+Mistral, Qwen2, Qwen3). All modules are called as modules, on every rank in the same order whatever the data, so that
+the hooks of ZeRO-3 and FSDP fire and never disagree.
 """
 
 from __future__ import annotations

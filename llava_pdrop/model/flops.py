@@ -127,7 +127,9 @@ def _layer_linear(text: Any) -> tuple[int, int]:
     last of them."""
     groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     projections = 2 * (text.num_attention_heads + groups) * _head_size(text)
-    return 2 * text.hidden_size * (projections + 3 * text.intermediate_size), 2 * text.hidden_size * text.intermediate_size
+    return 2 * text.hidden_size * (
+        projections + 3 * text.intermediate_size
+    ), 2 * text.hidden_size * text.intermediate_size
 
 
 def _ranking(text: Any, layout: Layout, schedule: Schedule) -> int:

@@ -148,8 +148,8 @@ class StreamPlan:
             position_T, query_Q = next(tensors), next(tensors)
             candidates = None
             if stage < len(schedule.layers):
-                columns = [next(tensors) for _ in range(5)]
-                candidates = Candidates(*columns, survivors=layouts[stage + 1].tokens)
+                row_V, image_V, first_V, count_V, keep_V = (next(tensors) for _ in range(5))
+                candidates = Candidates(row_V, image_V, first_V, count_V, keep_V, layouts[stage + 1].tokens)
             stages.append(Stage(layout, segments, position_T, query_Q, candidates))
         return StreamPlan(stages, image_row, feature_row, label_row, predict_row)
 
@@ -161,7 +161,8 @@ def _feature_rows(batch: PackedBatch, geometry: ImageGeometry) -> tuple[np.ndarr
         index = geometry.merge_index(size)
         if stop - start > len(index):
             raise ValueError(
-                f"an image of {size[0]}x{size[1]} pixels has {stop - start} placeholders, but only {len(index)} features"
+                f"an image of {size[0]}x{size[1]} pixels has {stop - start} placeholders, "
+                f"but only {len(index)} features"
             )
         index = index[: stop - start]  # a sample cut at the maximum length may have lost the end of its image
         positions.append(np.arange(start, stop))

@@ -1,9 +1,14 @@
-"""From pixels to image tokens: tower, feature selection, projector."""
+"""The vision tower: how it is loaded, and from pixels to image tokens (tower, feature selection, projector)."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava_pdrop.model.checkpoint import load_strictly
 
 
 def image_features(host: nn.Module, pixels: Tensor) -> Tensor:
@@ -27,3 +32,38 @@ def dummy_pixels(host: nn.Module, device: torch.device) -> Tensor:
     ranks run the same modules."""
     side = host.config.vision_config.image_size
     return torch.zeros(1, 3, side, side, device=device)
+
+
+def load_tower(source: str, image_size: int | None = None, dtype: torch.dtype = torch.float32) -> CLIPVisionModel:
+    """A CLIP vision tower, its position embeddings interpolated (bicubic) where ``image_size`` differs from its own."""
+    tower = CLIPVisionModel.from_pretrained(source, dtype=dtype)
+    if image_size in (None, tower.config.image_size):
+        return tower
+    config = CLIPVisionConfig(**{**tower.config.to_dict(), "image_size": image_size})
+    state = tower.state_dict()
+    name = next(name for name in state if name.endswith("position_embedding.weight"))
+    state[name] = _interpolate(state[name], image_size // config.patch_size)
+    resized = CLIPVisionModel(config).to(dtype)
+    load_strictly(resized, {k: v for k, v in state.items() if not k.endswith("position_ids")}, source)
+    return resized
+
+
+def _interpolate(position_PD: Tensor, side: int) -> Tensor:
+    token_1D, grid_PD = position_PD[:1], position_PD[1:]
+    old = int(len(grid_PD) ** 0.5)
+    grid_1Dhw = grid_PD.float().T.reshape(1, -1, old, old)
+    grid_1Dhw = F.interpolate(grid_1Dhw, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([token_1D, grid_1Dhw.flatten(2)[0].T.to(position_PD.dtype)])
+
+
+def load_image_processor(source: str, tile: int) -> CLIPImageProcessorPil:
+    """CLIP's processor for one square tile of side ``tile``, from any processor of the CLIP and LLaVA family: always
+    the PIL implementation, so that pixels are the same with and without torchvision."""
+    settings, _ = CLIPImageProcessorPil.get_image_processor_dict(source)
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": tile},
+        crop_size={"height": tile, "width": tile},
+        image_mean=settings["image_mean"],
+        image_std=settings["image_std"],
+        resample=settings.get("resample", 3),
+    )

@@ -7,7 +7,7 @@ The weights live in an ordinary Hugging Face LLaVA (``host``), whose own forward
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import dummy_pixels, image_features
 from llava_pdrop.types import PackedBatch
 
-Host = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+Host: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,9 @@ class Case:
             )
             return [dataset[i] for i in range(len(dataset))]
         query = json.loads((self.root / "e2e" / family / f"query{part.removeprefix('infer')}.json").read_text())
-        record = Record("query", (Turn("human", "<image>\n" + query["question"]),), (self.root / query["image"],), "query")
+        record = Record(
+            "query", (Turn("human", "<image>\n" + query["question"]),), (self.root / query["image"],), "query"
+        )
         image = preprocess(load_image(record.images[0]), self.geometry(), parts.image_processor)
         return [prompt_sample(record, [image], *options)]
 

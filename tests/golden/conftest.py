@@ -13,6 +13,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
     flagged = {properties["golden_case"] for properties in cases if properties["golden_flagged"]}
     numbers = sum(properties["golden_numbers"] for properties in cases)
     terminalreporter.write_line(
-        f"golden: {len(names)} cases ({len(names - flagged)} against the official results, {len(flagged)} against our own "
-        f"expectations), {numbers:,} numbers compared"
+        f"golden: {len(names)} cases ({len(names - flagged)} against the official results, {len(flagged)} against our "
+        f"own expectations), {numbers:,} numbers compared"
     )

@@ -11,13 +11,22 @@ import shutil
 import sys
 from pathlib import Path
 
-CASES = """
-    l15_train_multiturn l15_train_no_answer l15_train_image_in_second_turn l15_train_mask_hole
-    l15_train_collator_cut_placeholder l15_train_trunc_inside_image l15_train_trunc_inside_image_crash
-    l15_infer_image_last l15_infer_textonly_dummy next_gqa_infer e2e_l15_train e2e_l15_infer0
-""".split()
-MODELS = "clip56 llava15 next_gqa e2e_l15".split()
-TOKENIZERS = "sp_legacy_false sp_legacy_true".split()
+CASES = [
+    "l15_train_multiturn",
+    "l15_train_no_answer",
+    "l15_train_image_in_second_turn",
+    "l15_train_mask_hole",
+    "l15_train_collator_cut_placeholder",
+    "l15_train_trunc_inside_image",
+    "l15_train_trunc_inside_image_crash",
+    "l15_infer_image_last",
+    "l15_infer_textonly_dummy",
+    "next_gqa_infer",
+    "e2e_l15_train",
+    "e2e_l15_infer0",
+]
+MODELS = ["clip56", "llava15", "next_gqa", "e2e_l15"]
+TOKENIZERS = ["sp_legacy_false", "sp_legacy_true"]
 LABEL_TEMPLATES = {"plain", "v1"}
 
 

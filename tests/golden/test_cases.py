@@ -85,10 +85,9 @@ def check_inputs(case: Case, samples) -> None:
         if "in.labels" in case.tensors:
             case.same("labels", labels, case.tensors["in.labels"][row][real].tolist()[: len(labels)])
         for image in sample.images:
-            summary = next(
-                s for s in case.info["images_summary"] if s["shape"][-4:] in ([*image.pixels.shape], [*image.pixels[0].shape])
-                and abs(s["mean"] - image.pixels.mean().item()) < 1e-5
-            )  # fmt: skip
+            shapes, mean = ([*image.pixels.shape], [*image.pixels[0].shape]), image.pixels.mean().item()
+            recorded = [s for s in case.info["images_summary"] if s["shape"] in shapes and abs(s["mean"] - mean) < 1e-5]
+            (summary,) = recorded
             case.compared += 2
             assert summary["std"] == pytest.approx(image.pixels.std().item(), abs=1e-4)
 

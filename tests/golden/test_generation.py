@@ -1,4 +1,4 @@
-"""Every golden inference case: Hugging Face's ``generate`` with the plug-in attached, and a recomputation without cache.
+"""Every golden inference case: Hugging Face's ``generate`` with the plug-in attached, and a recomputation without it.
 
 The plug-in runs on the model with rows for ``<image>`` and ``<pad>``; those never win (``suppress_tokens``), and the
 recorded logits are compared with the columns the official model has.

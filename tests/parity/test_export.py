@@ -46,7 +46,12 @@ def sources(tmp_path_factory) -> dict[str, str]:
     )  # fmt: skip
     tower = CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=7,
         )
     )
     for model in (llm, tower):
@@ -56,7 +61,9 @@ def sources(tmp_path_factory) -> dict[str, str]:
     llm.save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
     tower.save_pretrained(folder / "tower")
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder / "tower")
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        folder / "tower"
+    )
     return {"language_model": str(folder / "llm"), "vision_tower": str(folder / "tower")}
 
 

@@ -88,9 +88,7 @@ def slow_reference(model, sample):
         position = torch.arange(len(x))[None]
         cos, sin = decoder.rotary_emb(x[None], position)
         if index in schedule.layers:
-            queries = [
-                i - 1 for i in range(1, len(x)) if labels[i] != IGNORE_INDEX and labels[i - 1] == IGNORE_INDEX
-            ]
+            queries = [i - 1 for i in range(1, len(x)) if labels[i] != IGNORE_INDEX and labels[i - 1] == IGNORE_INDEX]
             if queries:
                 weights = eager_weights(layer, x, cos, sin).mean(0)[queries].mean(0)
                 keep = owner == -1
@@ -133,8 +131,10 @@ def test_checkpointing_changes_nothing():
         model = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        calls = []
-        model.host.model.language_model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+        calls: list[int] = []
+        model.host.model.language_model.layers[1].self_attn.register_forward_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
         output = model(PackedBatch.pack(mixed_samples()))
         (output.loss / output.labels).backward()
         assert len(calls) == 1 + checkpointing
@@ -173,7 +173,7 @@ def test_text_only_batch_runs_every_module_and_has_every_gradient():
 
     def calls_and_gradients(samples):
         model = PyramidLlava(make_tiny_host(geometry=ANYRES), PYRAMID)
-        calls = []
+        calls: list[int] = []
         for name, module in model.named_modules():
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
         output = model(PackedBatch.pack(samples))
@@ -200,7 +200,15 @@ def test_a_text_only_batch_between_image_batches_changes_nothing():
 class CountSyncs(TorchDispatchMode):
     """Counts operators that make the host wait for the device (or would, on a GPU)."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "repeat_interleave.Tensor")
+    WAITING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "equal",
+        "is_nonzero",
+        "repeat_interleave.Tensor",
+    )
 
     def __init__(self):
         super().__init__()

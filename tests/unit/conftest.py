@@ -16,9 +16,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tensors here are tiny: a second thread only waits for the first, and for whatever else the machine runs."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``llm``, ``tower`` and ``data`` (12 training and 6 evaluation records, pictures of 48 pixels)."""
+    """A directory with ``llm``, ``tower`` and ``data`` (12 training, 6 evaluation records, pictures of 48 pixels)."""
     root = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     _tokenizer().save_pretrained(root / "llm")

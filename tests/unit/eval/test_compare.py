@@ -1,0 +1,60 @@
+"""`compare` end to end on a miniature: the table, the report, and that both say what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from llava_pdrop.config import ConfigError, load_config
+from llava_pdrop.eval.compare import compare
+
+DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
+FREE = {
+    "pyramid_drop": "same",
+    "fastv": {"ranker": "fastv", "single_drop": 1},
+    "random": {"ranker": "random"},
+}
+
+
+@pytest.fixture
+def finished(tiny_config, capsys):
+    config = load_config(tiny_config("job", pyramid_drop=DROP, compare={"training_free": FREE}))
+    file = compare(config)
+    return config, file, capsys.readouterr().out
+
+
+def test_the_whole_job(finished):
+    config, file, printed = finished
+    text = file.read_text()
+    results = json.loads((file.parent / "results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    names = ["vanilla", "pyramid_drop", "vanilla + pyramid_drop", "vanilla + fastv", "vanilla + random"]
+    assert [row["name"] for row in results["rows"]] == names
+
+    for name, row in rows.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert f"{row['accuracy']:.1%}" in line and f"{row['chance']:.1%}" in line
+        predictions = (file.parent / "predictions" / f"{name.replace(' + ', '_on_')}.jsonl").read_text().splitlines()
+        scores = [json.loads(entry)["score"] for entry in predictions]
+        assert row["accuracy"] == pytest.approx(sum(scores) / 6) and len(scores) == 6
+    assert rows["vanilla"]["chance"] == pytest.approx(1 / 3)
+    assert rows["pyramid_drop"]["image_tokens"] == [16, 8, 4, 2]
+    assert "16 → 8 → 4 → 2" in text and "16 → 8 → 4 → 2" in printed
+
+    timings = [rows[name]["timing"]["cpu"] for name in ("vanilla", "pyramid_drop")]
+    assert rows["pyramid_drop"]["realised"] == pytest.approx(1 - timings[1] / timings[0])
+    assert 0 < rows["pyramid_drop"]["predicted"] < 1
+    assert f"{rows['pyramid_drop']['predicted']:.1%}" in text
+    assert rows["vanilla + random"]["timing"] is None
+
+    for picture in ("loss.png", "step_time.png", "tokens.png"):
+        assert f"({picture})" in text
+        with Image.open(file.parent / picture) as image:
+            assert min(image.size) > 200
+
+
+def test_needs_something_to_compare(tiny_config):
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare(load_config(tiny_config()))

@@ -1,0 +1,71 @@
+"""The meter and the metrics file."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava_pdrop.model.vlm import Output
+from llava_pdrop.train.metrics import MetricsFile, StepMeter, peak_memory, read_metrics, reset_peak_memory
+
+
+def output(tokens: list[int], image_tokens: list[int]) -> Output:
+    return Output(torch.zeros(()), 1, tokens, image_tokens)
+
+
+def test_meter_averages_per_step_and_per_sample():
+    meter = StepMeter(torch.device("cpu"))
+    for _ in range(2):
+        with meter.fetching():
+            time.sleep(0.01)
+        meter.on_step_begin(None, None, None)
+        meter.count(3, output([30, 20], [12, 6]))
+        meter.count(1, output([10, 8], [4, 2]))
+        time.sleep(0.02)
+        meter.on_step_end(None, None, None)
+    metrics = meter.drain()
+    assert (metrics["samples"], metrics["tokens_0"], metrics["tokens_1"]) == (4, 10, 7)
+    assert (metrics["image_tokens_0"], metrics["image_tokens_1"]) == (4, 2)
+    assert 0.02 <= metrics["step_seconds"] < 0.2 and 0.01 <= metrics["data_seconds"] < 0.2
+    assert metrics["step_cpu_seconds"] < metrics["step_seconds"]
+    assert meter.drain()["samples"] == 0
+
+
+def test_meter_sums_over_ranks():
+    meter = StepMeter(torch.device("cpu"))
+    meter.on_step_begin(None, None, None)
+    meter.count(2, output([20], [8]))
+    meter.on_step_end(None, None, None)
+    metrics = meter.drain(lambda numbers: [2 * number for number in numbers])
+    assert (metrics["samples"], metrics["tokens_0"], metrics["image_tokens_0"]) == (4, 10, 4)
+
+
+def test_file_forgets_what_a_resumed_run_does_again(tmp_path):
+    file = MetricsFile(tmp_path)
+
+    def state(step: int) -> SimpleNamespace:
+        return SimpleNamespace(global_step=step, is_world_process_zero=True)
+
+    file.on_train_begin(None, state(0), None)
+    for step in (1, 2, 3):
+        file.on_log(None, state(step), None, logs={"loss": float(step)})
+    file.on_train_begin(None, state(2), None)
+    file.on_log(None, state(3), None, logs={"loss": 9.0})
+    assert [(row["step"], row["loss"]) for row in read_metrics(file.file)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+    with file.file.open("a") as lines:
+        lines.write('{"step": 4, "lo')
+    assert len(read_metrics(file.file)) == 3
+    file.on_train_begin(None, state(0), None)
+    assert read_metrics(file.file) == []
+
+
+def test_peak_memory_sees_a_large_tensor():
+    reset_peak_memory()
+    before = peak_memory()["peak_rss_mib"]
+    tensor = torch.ones(64 * 2**20 // 4)
+    assert peak_memory()["peak_rss_mib"] >= before + 40 or before > 2000
+    assert tensor.sum() > 0
+    assert peak_memory()["peak_rss_mib"] == pytest.approx(peak_memory()["peak_rss_mib"], rel=0.1)

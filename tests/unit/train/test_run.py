@@ -1,0 +1,135 @@
+"""`train` end to end on a miniature: what it leaves on disk, reuse, resuming, stage 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava_pdrop.config import RUN_FILE, load_config
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
+from llava_pdrop.train.run import train
+
+DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def test_a_run_leaves_an_ordinary_hugging_face_directory(tiny_config):
+    config = load_config(tiny_config(pyramid_drop=DROP))
+    output = train(config)
+    model, report = AutoModelForImageTextToText.from_pretrained(output, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.config.pyramid_drop["layers"] == [1, 2, 3]
+    AutoProcessor.from_pretrained(output)
+    assert (output / "projector.safetensors").is_file()
+    assert load_config(output / RUN_FILE) == config
+
+
+def test_metrics_file_has_a_row_per_step(tiny_config):
+    output = train(load_config(tiny_config(pyramid_drop=DROP)))
+    rows = [row for row in read_metrics(output / METRICS_FILE) if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert [row[f"image_tokens_{k}"] for k in range(4)] == [16, 8, 4, 2]
+        for key in ("learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "step_cpu_seconds"):
+            assert row[key] >= 0
+        assert row["tokens_0"] - row["image_tokens_0"] == pytest.approx(row["tokens_3"] - row["image_tokens_3"])
+        assert row["peak_rss_mib"] > 10 and row["samples"] == 2
+
+
+def test_a_finished_run_is_used_again_and_a_changed_one_is_not(tiny_config):
+    file = tiny_config()
+    output = train(load_config(file))
+    before = (output / "model.safetensors").stat().st_mtime_ns
+    train(load_config(file, ["eval.batch_size=1"]))
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
+    train(load_config(file, ["train.learning_rate=0.002"]))
+    assert (output / "model.safetensors").stat().st_mtime_ns != before
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tiny_config):
+    first, second, third = (
+        train(load_config(tiny_config(name), [f"seed={seed}"])) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    one, two, three = weights(first), weights(second), weights(third)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+
+
+def test_resuming_equals_never_having_stopped(tiny_config):
+    schedule = {**DROP, "ranker": "random"}  # draws random numbers, so these must be restored too
+    steps = {"max_steps": 8, "save_steps": 3, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True}
+    whole = train(load_config(tiny_config("whole", train=steps, pyramid_drop=schedule)))
+    file = tiny_config("parts", train=steps, pyramid_drop=schedule)
+    stopped = train(load_config(file))
+    for name in ("model.safetensors", "run.json", "checkpoint-6", "checkpoint-8"):  # as if killed after step 5
+        target = stopped / name
+        if target.is_dir():
+            target.rename(stopped.parent / f"gone-{name}")
+        elif target.exists():
+            target.unlink()
+    resumed = train(load_config(file))
+    one, two = weights(whole), weights(resumed)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    losses = [[r["loss"] for r in read_metrics(d / METRICS_FILE) if "loss" in r] for d in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert json.loads((resumed / "run.json").read_text())["resumed_from"].endswith("checkpoint-3")
+
+
+def test_a_checkpoint_of_other_settings_is_refused_in_one_line(tiny_config):
+    steps = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True}
+    file = tiny_config(train=steps)
+    output = train(load_config(file))
+    with pytest.raises(ValueError, match=r"checkpoint-2 was written with another train\.weight_decay: .*never"):
+        train(load_config(file, ["train.weight_decay=0.3"]))
+    train(load_config(file, ["train.weight_decay=0.3", "train.resume=never"]))
+    assert (output / "checkpoint-2").is_dir()
+
+
+def test_stage_1_runs_first_and_hands_over_its_projector(tiny_config):
+    stage1 = tiny_config("stage1")
+    config = load_config(stage1, ["model.trainable=[projector]"])
+    text = json.loads(stage1.read_text())
+    stage1.write_text(json.dumps({**text, "model": {**text["model"], "trainable": ["projector"]}}))
+    frozen = {"max_steps": 1, "learning_rate": 0.0, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    stage2 = train(load_config(tiny_config("stage2", train=frozen, pretrain=str(stage1))))
+    handed = load_file(Path(config.output_dir) / "projector.safetensors")
+    kept = load_file(stage2 / "projector.safetensors")
+    assert all(torch.equal(handed[name], kept[name]) for name in handed)
+
+
+def test_data_are_prepared_when_missing(tiny_config, tmp_path, tiny_files):
+    script = tmp_path / "make.py"
+    script.write_text(f"import shutil, sys\nshutil.copytree({str(tiny_files / 'data')!r}, sys.argv[1])\n")
+    made = tmp_path / "made"
+    data = {"train": f"{made}/train.json", "image_root": f"{made}/images", "samples_per_batch": 2}
+    file = tiny_config(data={**data, "prepare": [str(script), str(made)]})
+    assert (train(load_config(file)) / "model.safetensors").is_file()
+    script.write_text("raise SystemExit(3)")
+    broken = tiny_config("broken", data={**data, "train": f"{made}/none.json", "prepare": [str(script), str(made)]})
+    with pytest.raises(ValueError, match="data.prepare failed with status 3"):
+        train(load_config(broken))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_activation_checkpointing_changes_nothing(tiny_config, precision):
+    arguments = {
+        "max_steps": 2,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": precision == "bf16",
+    }
+    outputs = [
+        train(load_config(tiny_config(f"gc{on}", train={**arguments, "gradient_checkpointing": on}, pyramid_drop=DROP)))
+        for on in (False, True)
+    ]
+    one, two = (weights(output) for output in outputs)
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
