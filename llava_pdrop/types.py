@@ -143,5 +143,8 @@ class PackedBatch:
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory (`torch.utils.data.DataLoader` calls this)."""
         return replace(
-            self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory(), pixels=self.pixels.pin_memory()
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            pixels=self.pixels.pin_memory(),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -113,7 +114,7 @@ class Case:
 
     def samples(self) -> list[Sample]:
         """The rows of the case's batch. Rows without a placeholder use up one (dummy) image and show none of it."""
-        if self.info["case"].startswith("e2e"):
+        if self.data_file is not None:
             return self.end_to_end_samples()
         images, samples = iter(self.all_images() if self.info["image_sizes_wh"] and self.has_images() else []), []
         ids_BL, mask_BL = self.tensors["in.input_ids"], self.tensors["in.attention_mask"]
@@ -136,23 +137,28 @@ class Case:
         ids, labels, spans = expand_slots(ids, labels, sizes, token, self.geometry(), self.max_length())
         return Sample(name, torch.tensor(ids), torch.tensor(labels), tuple(images[: len(spans)]), tuple(spans))
 
+    @property
+    def data_file(self) -> Path | None:
+        """The JSON of an end-to-end case, which its ``purpose`` names."""
+        named = re.search(r"e2e/\S+\.json", self.info["purpose"])
+        return self.root / named.group() if named else None
+
     def end_to_end_samples(self) -> list[Sample]:
         """From the JSON file and the PNGs, through our own data path."""
-        parts, (_, family, part) = self.parts(), self.info["case"].split("_", 2)
-        tokenizer = load_tokenizer(self.root / "tokenizers" / "sp_legacy_false")
+        parts, file = self.parts(), self.data_file
+        named = re.search(r"tokenizer (\w+)", self.info["purpose"])
+        tokenizer = load_tokenizer(self.root / "tokenizers" / (named.group(1) if named else "sp_legacy_false"))
         token = parts.host.config.image_token_id
         options = (TEMPLATES["v1"], tokenizer, token, self.geometry())
         if self.info["mode"] == "train":
-            folder = self.root / "e2e" / (family + part.removeprefix("train"))
-            records = read_records(folder / "data.json", folder / "images")
+            records = read_records(file, file.parent / "images")
             dataset = ConversationDataset(
                 records, *options, parts.image_processor, max_length=self.max_length(), truncation="tokens"
             )
             return [dataset[i] for i in range(len(dataset))]
-        query = json.loads((self.root / "e2e" / family / f"query{part.removeprefix('infer')}.json").read_text())
-        record = Record(
-            "query", (Turn("human", "<image>\n" + query["question"]),), (self.root / query["image"],), "query"
-        )
+        query = json.loads(file.read_text())
+        turn = Turn("human", "<image>\n" + query["question"])
+        record = Record("query", (turn,), (self.root / query["image"],), "query")
         image = preprocess(load_image(record.images[0]), self.geometry(), parts.image_processor)
         return [prompt_sample(record, [image], *options)]
 

@@ -22,11 +22,11 @@ FREE = {
 def finished(tiny_config, capsys):
     config = load_config(tiny_config("job", pyramid_drop=DROP, compare={"training_free": FREE}))
     file = compare(config)
-    return config, file, capsys.readouterr().out
+    return file, capsys.readouterr().out
 
 
 def test_the_whole_job(finished):
-    config, file, printed = finished
+    file, printed = finished
     text = file.read_text()
     results = json.loads((file.parent / "results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}

@@ -9,7 +9,14 @@ from llava_pdrop.eval.scoring import SCORERS, normalise
 
 @pytest.mark.parametrize(
     ("text", "plain"),
-    [("  The Cat. ", "cat"), ("A  big\n dog!", "big dog"), ("it's", "its"), ("", ""), ("Theatre", "theatre"), ("7", "7")],
+    [
+        ("  The Cat. ", "cat"),
+        ("A  big\n dog!", "big dog"),
+        ("it's", "its"),
+        ("", ""),
+        ("Theatre", "theatre"),
+        ("7", "7"),
+    ],
 )
 def test_normalise(text, plain):
     assert normalise(text) == plain

@@ -30,3 +30,13 @@ def test_segmentwise_sdpa(groups, lengths, window):
     upstream = torch.randn_like(ours)
     for a, b in zip(*(torch.autograd.grad(out, (query, key, value), upstream) for out in (ours, theirs))):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_varlen_is_called_with_the_arguments_this_torch_knows(groups):
+    """Shapes only, on the meta device: the kernel itself needs a GPU (tests/gpu)."""
+    query = torch.empty(4, 12, 8, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(groups, 12, 8, dtype=torch.bfloat16, device="meta")
+    offsets = torch.empty(3, dtype=torch.int32, device="meta")
+    out = packed_attention(query, key, key, Segments([5, 7], offsets, "varlen"), scaling=0.5)
+    assert out.shape == (12, 4, 8)
