@@ -1,0 +1,247 @@
+"""Makes the "forms" data set: pages of printed letters and handwritten digits, as LLaVA JSON and PNG files.
+
+A page is a grid of 12x12-pixel tiles. 26 *fields* lie on it: a printed letter and, in the tile to its right, a digit.
+Half of the other tiles hold stray digits and pen marks. The question names a letter and ends in it ("Which digit is
+written to the right of K"), the answer is its digit, so which image tokens survive decides whether it can be read.
+
+The digits are real: the 8x8 scans of scikit-learn's ``load_digits`` (43 writers). The page layout is composed here.
+Training pages use scans 0..1399 only and evaluation pages scans 1400..1796 only: the scans are stored writer by writer,
+so the evaluation digits come from other hands than those trained on, and no scan is ever seen in both.
+
+    python data/prepare/forms.py --out DIR [--seed 0] [--grid 16] [--train N] [--eval N] [--pretrain N] [--turns 8]
+
+writes to DIR (image paths in the JSON files are relative to DIR):
+    pretrain.json   stage 1: all fields of a page as short questions ("Field K" -> "7")
+    train.json      stage 2: ``--turns`` full questions per page
+    eval.json       one full question per page, the answer as its gpt turn
+    images/*.png    the pages
+    manifest.json   arguments and counts; a second run with equal arguments finds it and does nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import string
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FORMAT_VERSION = 1
+"""Goes into the manifest: raise it when pictures or texts change, so that directories made before are remade."""
+
+TILE = 12
+"""Side of a tile in pixels; with a patch size of 12 every tile is one image token."""
+
+FIRST_EVAL_SCAN = 1400
+SCAN_COUNT = 1797
+SCANS = {"train": range(FIRST_EVAL_SCAN), "eval": range(FIRST_EVAL_SCAN, SCAN_COUNT)}
+"""Scan numbers of ``load_digits`` that pages of each kind may show."""
+
+LETTERS = string.ascii_uppercase
+WORDS = (".", *string.digits, *LETTERS, "#")
+"""What a tile can show: nothing, a digit, a letter, a pen mark. An index into this tuple is a tile's *word*."""
+
+BLANK, MARK = 0, len(WORDS) - 1
+FIRST_DIGIT, FIRST_LETTER = 1, 11
+
+QUESTION = "Which digit is written to the right of {}"
+SHORT_QUESTION = "Field {}"
+
+_DIGIT_SHIFTS = [(dy, dx) for dy in (1, 2, 3) for dx in (1, 2, 3)]
+_LETTER_STYLES = [(size, dy, dx) for size in (9, 10, 11) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+_MARK_COUNT = 64
+_SPLIT_NUMBER = {"train": 0, "eval": 1, "pretrain": 2}
+
+
+@dataclass(frozen=True)
+class Page:
+    """The drawing plan of one page.
+
+    ``words`` (grid * grid,) word of every tile, row by row; ``scans`` (grid * grid,) number of the scan shown, -1 where
+    the tile is no digit; ``fields`` letter -> digit.
+    """
+
+    grid: int
+    words: np.ndarray
+    scans: np.ndarray
+    fields: dict[str, str]
+
+
+@functools.cache
+def digit_scans() -> tuple[np.ndarray, np.ndarray]:
+    """The scans of scikit-learn: images (1797, 8, 8) uint8 with values 0..255 (ink), labels (1797,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        sys.exit("forms.py needs scikit-learn for the handwritten digits: pip install scikit-learn")
+    digits = load_digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
+
+
+@functools.cache
+def _scans_by_label(split: str) -> list[np.ndarray]:
+    labels = digit_scans()[1]
+    allowed = np.asarray(SCANS[split])
+    return [allowed[labels[allowed] == digit] for digit in range(10)]
+
+
+@functools.cache
+def _tile_bank() -> tuple[np.ndarray, int, int]:
+    """Ink masks (N, 12, 12) uint8 of everything a tile can show, with the offsets of letters and of marks.
+
+    Row 0 is the empty tile, then every scan in every shift, every letter in every style, and the pen marks.
+    """
+    scans = digit_scans()[0]
+    digits = np.zeros((len(scans), len(_DIGIT_SHIFTS), TILE, TILE), np.uint8)
+    for k, (dy, dx) in enumerate(_DIGIT_SHIFTS):
+        digits[:, k, dy : dy + 8, dx : dx + 8] = scans
+    letters = []
+    fonts = {size: ImageFont.load_default(size) for size in {style[0] for style in _LETTER_STYLES}}
+    for letter in LETTERS:
+        for size, dy, dx in _LETTER_STYLES:
+            tile = Image.new("L", (TILE, TILE))
+            ImageDraw.Draw(tile).text((TILE / 2 + dx, TILE / 2 + dy), letter, fill=255, font=fonts[size], anchor="mm")
+            letters.append(np.asarray(tile))
+    marks, rng = [], np.random.default_rng(12)
+    for _ in range(_MARK_COUNT):
+        tile = Image.new("L", (TILE, TILE))
+        pen = ImageDraw.Draw(tile)
+        for _ in range(int(rng.integers(1, 4))):
+            ends = [int(v) for v in rng.integers(0, TILE, 4)]
+            if rng.random() < 0.5:
+                pen.line(ends, fill=int(rng.integers(120, 256)))
+            else:
+                pen.point([int(v) for v in rng.integers(0, TILE, 8)], fill=int(rng.integers(120, 256)))
+        marks.append(np.asarray(tile))
+    digits = digits.reshape(-1, TILE, TILE)
+    bank = np.concatenate([np.zeros((1, TILE, TILE), np.uint8), digits, np.stack(letters), np.stack(marks)])
+    return bank, 1 + len(digits), 1 + len(digits) + len(letters)
+
+
+def plan_page(
+    rng: np.random.Generator, grid: int, split: str = "train", fields: int = len(LETTERS), clutter: float = 0.5
+) -> Page:
+    """Decides what every tile of a page shows.
+
+    Args:
+        split: ``train`` or ``eval``: which scans may be used.
+        fields: number of different letters on the page.
+        clutter: share of the tiles outside of fields that hold a stray digit (60 %) or a pen mark (40 %).
+    """
+    if grid * grid < 4 * fields or not 0 <= fields <= len(LETTERS):
+        raise ValueError(f"{fields} fields do not fit on a page of {grid} x {grid} tiles")
+    words = np.full(grid * grid, BLANK, np.int64)
+    other = rng.random(grid * grid)
+    stray = rng.integers(0, 10, grid * grid)
+    words[other < clutter] = MARK
+    words[other < 0.6 * clutter] = FIRST_DIGIT + stray[other < 0.6 * clutter]
+
+    taken: set[int] = set()
+    letters = rng.permutation(len(LETTERS))[:fields]
+    starts = iter(rng.permutation(grid * grid).tolist())
+    answers: dict[str, str] = {}
+    for letter, digit in zip(letters.tolist(), rng.integers(0, 10, fields).tolist(), strict=True):
+        start = next(s for s in starts if s % grid < grid - 1 and not {s, s + 1} & taken)
+        taken |= {start, start + 1}
+        words[start], words[start + 1] = FIRST_LETTER + letter, FIRST_DIGIT + digit
+        answers[LETTERS[letter]] = str(digit)
+
+    scans = np.full(grid * grid, -1, np.int64)
+    pick = rng.random(grid * grid)
+    for digit, pool in enumerate(_scans_by_label(split)):
+        here = words == FIRST_DIGIT + digit
+        scans[here] = pool[(pick[here] * len(pool)).astype(np.int64)]
+    return Page(grid, words, scans, answers)
+
+
+def draw_page(page: Page, rng: np.random.Generator) -> np.ndarray:
+    """Draws a page: (12 * grid, 12 * grid, 3) uint8."""
+    bank, first_letter, first_mark = _tile_bank()
+    n, grid = page.grid * page.grid, page.grid
+    style = rng.random(n)
+    index = np.zeros(n, np.int64)
+    digit, mark = page.scans >= 0, page.words == MARK
+    letter = (page.words >= FIRST_LETTER) & ~mark
+    index[digit] = 1 + page.scans[digit] * len(_DIGIT_SHIFTS) + (style[digit] * len(_DIGIT_SHIFTS)).astype(np.int64)
+    styles = len(_LETTER_STYLES)
+    index[letter] = first_letter + (page.words[letter] - FIRST_LETTER) * styles + (style[letter] * styles).astype(int)
+    index[mark] = first_mark + (style[mark] * _MARK_COUNT).astype(np.int64)
+
+    paper = rng.integers(205, 256, 3).astype(np.uint16)
+    ink = rng.integers(0, 110, (n, 1, 1, 3)).astype(np.uint16)
+    shade = (paper - ink) * bank[index][..., None].astype(np.uint16) // 255
+    tiles = (paper - shade).astype(np.uint8)
+    return tiles.reshape(grid, grid, TILE, TILE, 3).swapaxes(1, 2).reshape(grid * TILE, grid * TILE, 3)
+
+
+def make_page(seed: int, split: str, number: int, grid: int) -> tuple[Page, np.ndarray, np.random.Generator]:
+    """Page ``number`` of a split with its picture, a pure function of the arguments, and the generator for its text."""
+    rng = np.random.default_rng([seed, _SPLIT_NUMBER[split], number])
+    page = plan_page(rng, grid, "eval" if split == "eval" else "train")
+    return page, draw_page(page, rng), rng
+
+
+def make_record(page: Page, rng: np.random.Generator, name: str, question: str, turns: int) -> dict:
+    """A LLaVA record that asks for ``turns`` fields of a page, none of them twice."""
+    asked = rng.permutation(sorted(page.fields))[:turns].tolist()
+    conversations = []
+    for i, letter in enumerate(asked):
+        text = ("<image>\n" if i == 0 else "") + question.format(letter)
+        conversations += [{"from": "human", "value": text}, {"from": "gpt", "value": page.fields[letter]}]
+    return {"id": name, "image": f"images/{name}.png", "conversations": conversations}
+
+
+def prepare(out: Path, seed: int, grid: int, counts: dict[str, int], turns: int) -> bool:
+    """Writes the data set into ``out``; returns False if it was there already."""
+    manifest = {"format": FORMAT_VERSION, "seed": seed, "grid": grid, "turns": turns, "counts": counts}
+    path = out / "manifest.json"
+    if path.is_file() and json.loads(path.read_text()) == manifest:
+        return False
+    path.unlink(missing_ok=True)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for split in counts:
+        for stale in (out / "images").glob(f"{split}_*.png"):
+            stale.unlink()
+    text = {"pretrain": (SHORT_QUESTION, len(LETTERS)), "train": (QUESTION, turns), "eval": (QUESTION, 1)}
+    for split, count in counts.items():
+        records = []
+        for number in range(count):
+            page, picture, rng = make_page(seed, split, number, grid)
+            record = make_record(page, rng, f"{split}_{number:05d}", *text[split])
+            Image.fromarray(picture).save(out / record["image"], compress_level=1)
+            records.append(record)
+        (out / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+    return True
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: see the top of the file."""
+    parser = argparse.ArgumentParser(description="Makes pages of printed letters and handwritten digits.")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grid", type=int, default=16, help="tiles per side: 16 = 256 image tokens, 24 = 576")
+    parser.add_argument("--pretrain", type=int, default=1280, metavar="N", help="pages for stage 1")
+    parser.add_argument("--train", type=int, default=1920, metavar="N", help="pages for stage 2")
+    parser.add_argument("--eval", type=int, default=500, metavar="N", help="held-out pages")
+    parser.add_argument("--turns", type=int, default=8, help="questions per training page")
+    args = parser.parse_args(arguments)
+    if not 11 <= args.grid <= 64:
+        parser.error(f"--grid {args.grid}: 26 fields need at least 11 tiles per side, at most 64 are possible")
+    if not 1 <= args.turns <= len(LETTERS):
+        parser.error(f"--turns {args.turns}: a page has {len(LETTERS)} fields to ask for")
+    if min(args.pretrain, args.train, args.eval) < 0:
+        parser.error("the numbers of pages cannot be negative")
+    counts = {"pretrain": args.pretrain, "train": args.train, "eval": args.eval}
+    made = prepare(args.out, args.seed, args.grid, counts, args.turns)
+    what = ", ".join(f"{count} {split}" for split, count in counts.items())
+    print(f"{args.out}: {what} pages of {args.grid * args.grid} tiles" + ("" if made else " (already there)"))
+
+
+if __name__ == "__main__":
+    main()
