@@ -106,10 +106,11 @@ def predicted_reduction(
     checkpointing: bool = False,
 ) -> float:
     """Share of a vanilla step's operations that ``schedule`` saves on ``batches``, between 0 and 1."""
-    options = dict(geometry=geometry, trainable=trainable, checkpointing=checkpointing)
-    vanilla = sum(step_flops(config, batch, Schedule(), **options).total for batch in batches)
-    dropping = sum(step_flops(config, batch, schedule, **options).total for batch in batches)
-    return 1 - dropping / vanilla
+
+    def operations(chosen: Schedule) -> float:
+        return sum(step_flops(config, batch, chosen, geometry, trainable, checkpointing).total for batch in batches)
+
+    return 1 - operations(schedule) / operations(Schedule())
 
 
 def causal_pairs(length: int, window: int | None = None) -> int:

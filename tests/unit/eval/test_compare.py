@@ -58,3 +58,14 @@ def test_the_whole_job(finished):
 def test_needs_something_to_compare(tiny_config):
     with pytest.raises(ConfigError, match="nothing to compare"):
         compare(load_config(tiny_config()))
+
+
+def test_without_vanilla_and_without_questions(tiny_config, tiny_files):
+    """What is not there is left out, not made up."""
+    data = {"train": str(tiny_files / "data/train.json"), "image_root": str(tiny_files / "data/images")}
+    sections = {"pyramid_drop": DROP, "compare": {"vanilla": False}, "data": {**data, "samples_per_batch": 4}}
+    file = compare(load_config(tiny_config("half", **sections)))
+    text = file.read_text()
+    assert "| pyramid_drop | - | - | - |" in text and "tokens.png" not in text and "vanilla |" not in text
+    (row,) = json.loads((file.parent / "results.json").read_text())["rows"]
+    assert row["predicted"] is None and row["realised"] is None and row["timing"]["steps"] == 3

@@ -11,13 +11,15 @@ import torch
 from llava_pdrop.model.vlm import Output
 from llava_pdrop.train.metrics import MetricsFile, StepMeter, peak_memory, read_metrics, reset_peak_memory
 
+CPU = torch.device("cpu")
+
 
 def output(tokens: list[int], image_tokens: list[int]) -> Output:
     return Output(torch.zeros(()), 1, tokens, image_tokens)
 
 
 def test_meter_averages_per_step_and_per_sample():
-    meter = StepMeter(torch.device("cpu"))
+    meter = StepMeter(CPU)
     for _ in range(2):
         with meter.fetching():
             time.sleep(0.01)
@@ -35,7 +37,7 @@ def test_meter_averages_per_step_and_per_sample():
 
 
 def test_meter_sums_over_ranks():
-    meter = StepMeter(torch.device("cpu"))
+    meter = StepMeter(CPU)
     meter.on_step_begin(None, None, None)
     meter.count(2, output([20], [8]))
     meter.on_step_end(None, None, None)
@@ -64,8 +66,8 @@ def test_file_forgets_what_a_resumed_run_does_again(tmp_path):
 
 def test_peak_memory_sees_a_large_tensor():
     reset_peak_memory()
-    before = peak_memory()["peak_rss_mib"]
+    before = peak_memory(CPU)["peak_rss_mib"]
     tensor = torch.ones(64 * 2**20 // 4)
-    assert peak_memory()["peak_rss_mib"] >= before + 40 or before > 2000
+    assert peak_memory(CPU)["peak_rss_mib"] >= before + 40 or before > 2000
     assert tensor.sum() > 0
-    assert peak_memory()["peak_rss_mib"] == pytest.approx(peak_memory()["peak_rss_mib"], rel=0.1)
+    assert peak_memory(CPU)["peak_rss_mib"] == pytest.approx(peak_memory(CPU)["peak_rss_mib"], rel=0.1)

@@ -1,0 +1,1 @@
+"""Evaluation by generation (`runner.py`), and the comparison of runs (`compare.py`, `report.py`)."""

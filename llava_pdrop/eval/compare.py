@@ -1,0 +1,227 @@
+"""The main job: the same run with and without PyramidDrop, evaluated and compared in one table and one report."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from llava_pdrop.config import Config, ConfigError, check_paths
+from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.images import image_size
+from llava_pdrop.data.tokens import build_sample
+from llava_pdrop.eval import report
+from llava_pdrop.eval.runner import Result, answer, load_questions
+from llava_pdrop.model.build import Parts, build_parts
+from llava_pdrop.model.flops import predicted_reduction
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
+from llava_pdrop.train.run import build_dataset, build_plan, prepare_data, release_memory, train, training_arguments
+from llava_pdrop.types import ImageInput, PackedBatch, Sample
+
+VANILLA, DROPPING = "vanilla", "pyramid_drop"
+"""Subdirectories of ``output_dir`` and names of the two trained runs."""
+
+TABLE_WIDTH = 144
+"""Columns of the table where the output is no terminal (a log file), which has no width of its own."""
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A training run's median step, its first steps left out. ``device`` says which time counts: on a GPU the wall
+    time between CUDA events, on a CPU the time all cores were busy with it, which other programs hardly touch."""
+
+    wall: float
+    cpu: float
+    peak_mib: float
+    device: str
+    steps: int
+
+    @property
+    def seconds(self) -> float:
+        return self.wall if self.device == "cuda" else self.cpu
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``predicted`` and ``realised`` are shares of the vanilla step saved; ``timing`` is None
+    where nothing was trained."""
+
+    name: str
+    schedule: Schedule
+    result: Result | None
+    timing: Timing | None = None
+    predicted: float | None = None
+    realised: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything the report is made of. ``losses`` and ``runs``: run -> rows of its metrics / its directory;
+    ``examples``: answered questions with what survived (see `report.Example`)."""
+
+    config: Config
+    rows: list[Row]
+    losses: dict[str, list[tuple[int, float]]]
+    runs: dict[str, Path]
+    examples: list[report.Example] = field(default_factory=list)
+
+
+def compare(config: Config) -> Path:
+    """Trains vanilla and with PyramidDrop, evaluates both and the training-free variants, prints the table and writes
+    ``output_dir/report.md``, whose path is returned.
+
+    Raises:
+        ConfigError: nothing to compare, or something named in the config is missing or impossible.
+    """
+    if config.pyramid_drop is None:
+        raise ConfigError(f"{config.file}: pyramid_drop: is not set, so there is nothing to compare: add the section")
+    check_paths(config)
+    prepare_data(config)
+    runs = {}
+    if config.compare.vanilla:
+        runs[VANILLA] = train(_subrun(config.vanilla(), VANILLA))
+    runs[DROPPING] = train(_subrun(config, DROPPING))
+    if os.environ.get("RANK", "0") != "0":  # the first process of a distributed run does the rest
+        return Path(config.output_dir) / report.REPORT_FILE
+    comparison = collect(config, runs)
+    wide = console if console.is_terminal else Console(width=TABLE_WIDTH)
+    wide.print(table(comparison.rows))
+    file = report.write(comparison, Path(config.output_dir), table_rows(comparison.rows))
+    console.print(f"report: {file}", soft_wrap=True)
+    return file
+
+
+def collect(config: Config, runs: dict[str, Path]) -> Comparison:
+    """Evaluates the finished ``runs`` and puts their numbers together."""
+    timings = {name: timing_of(directory / METRICS_FILE) for name, directory in runs.items()}
+    questions = load_questions(config)
+    rows, examples = [], []
+    for name, directory in runs.items():
+        parts = build_parts(path=str(directory))
+        schedules = {name: config.schedule if name == DROPPING else Schedule()}
+        if name == VANILLA:
+            layers = parts.host.config.text_config.num_hidden_layers
+            schedules |= {f"{VANILLA} + {key}": s for key, s in config.training_free(layers).items()}
+        for label, schedule in schedules.items():
+            result = answer(config, parts, questions, schedule, label) if questions else None
+            rows.append(Row(label, schedule, result, timings.get(label)))
+        if name == DROPPING:
+            examples = report.examples(config, parts, questions[: report.EXAMPLES], answer)
+            rows = _with_savings(config, rows, parts)
+        del parts
+        release_memory()
+    order = {name: place for place, name in enumerate([VANILLA, DROPPING])}
+    rows.sort(key=lambda row: order.get(row.name, 2))
+    losses = {name: _losses(directory / METRICS_FILE) for name, directory in runs.items()}
+    return Comparison(config, rows, losses, runs, examples)
+
+
+def timing_of(file: Path) -> Timing | None:
+    """Medians of a ``metrics.jsonl``; a fifth of the steps, at most 10, count as warm-up. None where no step was logged
+    (``train.logging_steps`` above the number of steps)."""
+    rows = [row for row in read_metrics(file) if "loss" in row]
+    if not rows:
+        return None
+    steady = rows[min(10, len(rows) // 5) :]
+    cuda = any("peak_cuda_mib" in row for row in rows)
+    return Timing(
+        wall=statistics.median(row["step_seconds"] for row in steady),
+        cpu=statistics.median(row["step_cpu_seconds"] for row in steady),
+        peak_mib=max(row["peak_cuda_mib" if cuda else "peak_rss_mib"] for row in rows),
+        device="cuda" if cuda else "cpu",
+        steps=len(rows),
+    )
+
+
+def training_batches(config: Config, parts: Parts) -> list[PackedBatch]:
+    """The micro-batches of the run's first epoch as far as they are trained on, without their pixels."""
+    args = training_arguments(config)
+    dataset = build_dataset(config, parts)
+    plan = build_plan(config, dataset, args)
+    batches = plan.micro_batches(0)
+    if args.max_steps > 0:
+        batches = batches[: args.max_steps * args.gradient_accumulation_steps]
+
+    rules = (TEMPLATES[config.model.template], parts.tokenizer, parts.host.config.image_token_id, parts.geometry)
+    limits = (config.data.max_length, config.data.truncation)
+
+    def sample(index: int) -> Sample:
+        record = dataset.records[index]
+        images = [ImageInput(torch.empty(0), image_size(path)) for path in record.images]
+        return build_sample(record, images, *rules, *limits)
+
+    return [PackedBatch.pack([sample(index) for index in batch]) for batch in batches]
+
+
+def table_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """The table as text, the first line being its head."""
+    cuda = any(row.timing is not None and row.timing.device == "cuda" for row in rows)
+    head = ["run", "accuracy", "chance", "image tokens per stage", "CPU s/step", "wall s/step"]
+    head += ["saved, predicted", "saved, realised", f"peak {'CUDA' if cuda else 'RSS'}"]
+    lines = [head]
+    for row in rows:
+        result, timing = row.result, row.timing
+        lines.append(
+            [
+                row.name,
+                f"{result.accuracy:.1%}" if result else "-",
+                f"{result.chance:.1%}" if result else "-",
+                " → ".join(f"{count:g}" for count in result.image_tokens) if result else "-",
+                f"{timing.cpu:.3f}" if timing else "not trained",
+                f"{timing.wall:.3f}" if timing else "",
+                f"{row.predicted:.1%}" if row.predicted is not None else "",
+                f"{row.realised:.1%}" if row.realised is not None else "",
+                f"{timing.peak_mib:,.0f} MiB" if timing else "",
+            ]
+        )
+    return lines
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The table for a terminal."""
+    head, *lines = table_rows(rows)
+    shown = Table(title="Vanilla and PyramidDrop", header_style="bold", box=box.SIMPLE_HEAD)
+    for column, name in enumerate(head):
+        shown.add_column(name, justify="left" if column == 0 else "right")
+    for line in lines:
+        shown.add_row(*line)
+    return shown
+
+
+def _subrun(config: Config, name: str) -> Config:
+    return replace(config, name=f"{config.name}/{name}", output_dir=str(Path(config.output_dir) / name))
+
+
+def _with_savings(config: Config, rows: list[Row], parts: Parts) -> list[Row]:
+    """Adds what the operation count predicts and what the steps of both runs show."""
+    before = next((row.timing for row in rows if row.name == VANILLA), None)
+    if before is None:
+        return rows
+    saved = predicted_reduction(
+        parts.host.config,
+        training_batches(config, parts),
+        config.schedule,
+        parts.geometry,
+        config.model.trainable,
+        training_arguments(config).activation_checkpointing,
+    )
+    return [
+        replace(row, predicted=saved, realised=1 - row.timing.seconds / before.seconds)
+        if row.name == DROPPING and row.timing is not None
+        else row
+        for row in rows
+    ]
+
+
+def _losses(file: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(file) if "loss" in row]

@@ -1,0 +1,215 @@
+"""``report.md`` of a comparison, and the material for its pictures (drawn in `figures.py`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava_pdrop.config import Config
+from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
+from llava_pdrop.eval import figures
+from llava_pdrop.eval.benchmarks import Question
+from llava_pdrop.geometry import NEWLINE, ImageGeometry
+from llava_pdrop.model.build import Parts
+
+if TYPE_CHECKING:
+    from llava_pdrop.eval.compare import Comparison
+
+REPORT_FILE, RESULTS_FILE = "report.md", "results.json"
+EXAMPLES = 6
+"""Held-out pictures shown with the image tokens that survive."""
+
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "Pillow")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with its picture (as the tower sees it, ``patch`` pixels per patch) and, for every stage, which
+    patches (rows, columns) still have their image token."""
+
+    question: str
+    gold: str
+    answer: str
+    picture: Image.Image
+    patch: int
+    kept: list[np.ndarray]
+
+
+def examples(config: Config, parts: Parts, questions: Sequence[Question], answer: Callable[..., Any]) -> list[Example]:
+    """Answers ``questions`` and looks at what ``generate`` kept of their first image at every stage."""
+    shown = []
+    for question in questions:
+        if not question.record.images:
+            continue
+        result = answer(config, parts, [question], config.schedule, None, trace=True)
+        prompt, picture = result.steps[0], load_image(question.record.images[0])
+        tokens = range(parts.geometry.num_tokens(picture.size))
+        stages = [list(tokens), *(prompt.kept(drop)[0] for drop in range(len(config.schedule.layers)))]
+        kept = [patch_grid(parts.geometry, picture.size, stage) for stage in stages]
+        text = result.predictions[0]
+        seen = as_seen(parts.geometry, picture, parts.image_processor.image_mean)
+        shown.append(Example(text.question, text.gold, text.answer, seen, parts.geometry.patch, kept))
+    return shown
+
+
+def as_seen(geometry: ImageGeometry, picture: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """The picture as it is cut into patches: one padded square, or the canvas of the anyres tiles."""
+    if geometry.aspect == "anyres":
+        return fit_to_canvas(picture, geometry.canvas(picture.size))
+    square = pad_to_square(picture, tuple(int(255 * value) for value in mean))
+    return square.resize((geometry.tile, geometry.tile), Image.Resampling.BICUBIC)
+
+
+def patch_grid(geometry: ImageGeometry, size: tuple[int, int], kept: Sequence[int]) -> np.ndarray:
+    """Which patches (rows, columns) of the picture of ``size`` (width, height) the image tokens ``kept`` show. With
+    anyres these are the patches of the tiles; the tokens of the whole picture are left out."""
+    feature = geometry.merge_index(size)[np.asarray(kept, dtype=np.int64)]
+    side, patches = geometry.patches_per_side, geometry.patches
+    if geometry.aspect == "anyres":
+        width, height = (length // geometry.tile for length in geometry.canvas(size))
+        feature = feature[(feature != NEWLINE) & (feature >= patches)] - patches
+    else:
+        width = height = 1
+    tile, place = feature // patches, feature % patches
+    grid = np.zeros((height * side, width * side), dtype=bool)
+    grid[tile // width * side + place // side, tile % width * side + place % side] = True
+    return grid
+
+
+def write(comparison: Comparison, directory: Path, rows: list[list[str]]) -> Path:
+    """Writes ``report.md``, its PNGs, ``results.json`` and the predictions of every row.
+
+    Args:
+        rows: the table as text, head first.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    pictures = figures.draw(comparison, directory)
+    for row in comparison.rows:
+        if row.result is not None:
+            row.result.write(directory / "predictions", row.name.replace(" + ", "_on_") + ".jsonl")
+    (directory / RESULTS_FILE).write_text(json.dumps(_plain(comparison), indent=1, ensure_ascii=False) + "\n")
+    file = directory / REPORT_FILE
+    file.write_text(markdown(comparison, rows, pictures))
+    return file
+
+
+def markdown(comparison: Comparison, rows: list[list[str]], pictures: dict[str, str]) -> str:
+    """The text of the report; ``pictures``: what is shown -> file name."""
+    config, schedule = comparison.config, comparison.config.schedule
+    timed = [row for row in comparison.rows if row.timing is not None]
+    lines = [f"# {config.name}: vanilla and PyramidDrop", "", *_markdown_table(rows), ""]
+    lines += [
+        "Accuracy is measured by generation on held-out questions "
+        f"(`{config.eval.scorer}`, {_questions(comparison)} questions); chance is one over the number of different "
+        "answers. A row `vanilla + x` is the vanilla model with dropping at inference only. Seconds per step are "
+        "medians without warm-up, fetching data left out; CPU seconds are the time all cores were busy. *Predicted* is "
+        "what the matrix products and attention of the very same batches save, text, tower, ranking and backward "
+        "included.",
+        "",
+    ]
+    captions = {
+        "loss": "Training loss",
+        "time": "Time per training step",
+        "tokens": "Image tokens that survive each stage, on held-out pictures (dropped patches are dark)",
+    }
+    for key, caption in captions.items():
+        if key in pictures:
+            lines += [f"## {caption}", "", f"![{caption}]({pictures[key]})", ""]
+    lines += ["## Settings", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in _settings(comparison, schedule.to_dict(), timed).items()]
+    return "\n".join([*lines, ""])
+
+
+def _markdown_table(rows: list[list[str]]) -> list[str]:
+    head, *body = rows
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return ["| " + " | ".join(line) + " |" for line in (head, ruler, *body)]
+
+
+def _questions(comparison: Comparison) -> int:
+    return max((len(row.result.predictions) for row in comparison.rows if row.result), default=0)
+
+
+def _settings(comparison: Comparison, schedule: dict[str, Any], timed: Sequence[Any]) -> dict[str, str]:
+    config = comparison.config
+    arguments = {**config.train.arguments, "seed": config.seed}
+    return {
+        "config": f"`{config.file or config.name}`",
+        "schedule": ", ".join(f"{name} `{value}`" for name, value in schedule.items()),
+        "steps": ", ".join(f"{row.name} {row.timing.steps}" for row in timed),
+        "training": ", ".join(f"{name} `{value}`" for name, value in sorted(arguments.items())),
+        "runs": ", ".join(f"`{directory.name}`" for directory in comparison.runs.values()),
+        "machine": _machine(),
+        "versions": f"Python {platform.python_version()}, "
+        + ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+        "commit": _commit() or "not a git checkout",
+        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _plain(comparison: Comparison) -> dict[str, Any]:
+    """The numbers of the table, for programs."""
+    rows = []
+    for row in comparison.rows:
+        entry: dict[str, Any] = {"name": row.name, "schedule": row.schedule.to_dict()}
+        if row.result is not None:
+            entry |= {
+                "accuracy": row.result.accuracy,
+                "chance": row.result.chance,
+                "questions": len(row.result.predictions),
+                "image_tokens": row.result.image_tokens,
+                "eval_seconds": row.result.seconds,
+            }
+        entry |= {"timing": asdict(row.timing) if row.timing else None}
+        rows.append(entry | {"predicted": row.predicted, "realised": row.realised})
+    return {"name": comparison.config.name, "seed": comparison.config.seed, "rows": rows}
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file lies in, marked where files were changed since."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        head, dirty = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"`{head}`" + (" with uncommitted changes" if dirty else "")

@@ -1,0 +1,1 @@
+"""Training: read `run.py` first, then `trainer.py`."""

@@ -1,0 +1,185 @@
+"""What a run writes down about itself: time, tokens and memory of every step, in ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from llava_pdrop.model.vlm import Output
+
+METRICS_FILE = "metrics.jsonl"
+MIB = 2**20
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+SHOWN = {"loss": "{:.4f}", "learning_rate": "{:.1e}", "grad_norm": "{:.2f}", "step_seconds": "{:.3f}s"}
+"""Metrics beside the progress bar, with their format."""
+
+
+class StepMeter(TrainerCallback):
+    """Sums what happens between two log lines; `drain` hands it over and starts again.
+
+    A step's time is from its first forward to the end of the optimizer step; fetching data is timed apart. On CUDA
+    the wall time is taken from events, so that timing makes no step wait for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[tuple[Any, Any]] = []
+        self._began: tuple[float, float, Any] = (0.0, 0.0, None)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps, self.samples, self.tokens = 0, 0, 0
+        self.wall = self.cpu = self.data = 0.0
+        self.stage_tokens: list[int] = []
+        self.image_tokens: list[int] = []
+        self._marks = []
+        self._drained = time.perf_counter()
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Times the fetching of a step's batches."""
+        start = time.perf_counter()
+        yield
+        self.data += time.perf_counter() - start
+
+    def count(self, samples: int, output: Output) -> None:
+        """Adds one micro-batch."""
+        self.samples += samples
+        self.tokens += output.tokens[0]
+        self.stage_tokens = _plus(self.stage_tokens, output.tokens)
+        self.image_tokens = _plus(self.image_tokens, output.image_tokens)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reset_peak_memory()
+        self._reset()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = (time.perf_counter(), time.process_time(), self._mark())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wall, cpu, mark = self._began
+        self.cpu += time.process_time() - cpu
+        self.steps += 1
+        if mark is None:
+            self.wall += time.perf_counter() - wall
+        else:
+            self._marks.append((mark, self._mark()))
+
+    def drain(self, total: Callable[[list[float]], list[float]] = list) -> dict[str, float]:
+        """The metrics since the last call, per step, per sample or per second.
+
+        Args:
+            total: sums a list of numbers over all ranks.
+        """
+        steps = max(1, self.steps)
+        if self._marks:
+            self._marks[-1][1].synchronize()
+            self.wall += sum(start.elapsed_time(stop) for start, stop in self._marks) / 1000
+        stages = len(self.image_tokens)
+        numbers = total([self.samples, self.tokens, *self.stage_tokens, *self.image_tokens])
+        samples, tokens = max(1.0, numbers[0]), numbers[1]
+        metrics = {
+            "tokens_per_second": tokens / max(1e-9, time.perf_counter() - self._drained),
+            "step_seconds": self.wall / steps,
+            "step_cpu_seconds": self.cpu / steps,
+            "data_seconds": self.data / steps,
+            "samples": numbers[0] / steps,
+        }
+        metrics |= {f"tokens_{k}": n / samples for k, n in enumerate(numbers[2 : 2 + stages])}
+        metrics |= {f"image_tokens_{k}": n / samples for k, n in enumerate(numbers[2 + stages :])}
+        metrics |= peak_memory(self.device)
+        self._reset()
+        return metrics
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every log line of the first rank to ``metrics.jsonl``, whatever else ``report_to`` names."""
+
+    def __init__(self, directory: Path) -> None:
+        self.file = directory / METRICS_FILE
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        old = read_metrics(self.file) if state.global_step and self.file.is_file() else []
+        kept = [row for row in old if row["step"] <= state.global_step and "loss" in row]
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            row = {"step": state.global_step, **logs, "time": time.time()}
+            with self.file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar with the newest numbers beside it, instead of a printed line per step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {name: text.format(logs[name]) for name, text in SHOWN.items() if name in logs}
+            if shown:
+                self.training_bar.set_postfix(shown)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a last line that was cut off by a crash is left out."""
+    rows = []
+    for line in file.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def reset_peak_memory() -> None:
+    """Lets `peak_memory` start from now, where the system can (Linux; not in every container)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        CLEAR_REFS.write_text("5")
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Highest memory in MiB since `reset_peak_memory`: resident memory of this process and, where ``device`` is a GPU,
+    of CUDA's allocator."""
+    peaks = {"peak_rss_mib": _peak_rss() / MIB}
+    if device.type == "cuda":
+        peaks["peak_cuda_mib"] = torch.cuda.max_memory_allocated(device) / MIB
+    return peaks
+
+
+def _peak_rss() -> int:
+    try:
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _plus(left: list[int], right: list[int]) -> list[int]:
+    return [a + b for a, b in zip(left, right, strict=True)] if left else list(right)

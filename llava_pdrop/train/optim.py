@@ -1,0 +1,112 @@
+"""What learns, and how fast: freezing, parameter groups and the table of trainable parameters."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+from transformers.trainer_pt_utils import get_parameter_names
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "language_model": ("model.language_model.", "lm_head."),
+    "projector": ("model.multi_modal_projector.", "model.image_newline"),
+    "vision_tower": ("model.vision_tower.",),
+}
+"""Part of the model (a key of ``model.trainable``) -> prefixes of its parameters in the Hugging Face host."""
+
+NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+"""Names of biases and norms, which get no weight decay (the list of `transformers.Trainer`)."""
+
+WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_module\.|^module\.")
+"""What wrappers put into parameter names."""
+
+
+def part_of(name: str) -> str:
+    """The part a parameter belongs to, by its name in the host or in a (wrapped) `PyramidLlava`.
+
+    Raises:
+        ValueError: it belongs to none, so it would silently never be trained.
+    """
+    plain = WRAPPERS.sub("", name).removeprefix("host.")
+    for part, prefixes in PARTS.items():
+        if plain.startswith(prefixes):
+            return part
+    raise ValueError(f"parameter {name} belongs to none of the parts {list(PARTS)}")
+
+
+def freeze(model: nn.Module, trainable: Collection[str]) -> None:
+    """Lets exactly the parts in ``trainable`` learn.
+
+    Of a trainable tower the layers behind the one whose output is used, and its last norm, stay frozen: they get no
+    gradient, and `DistributedDataParallel` waits for every parameter that wants one.
+
+    Args:
+        model: a `PyramidLlava`.
+
+    Raises:
+        ValueError: an unknown part, or none.
+    """
+    unknown = sorted(set(trainable) - set(PARTS))
+    if unknown or not trainable:
+        raise ValueError(f"model.trainable must name some of {list(PARTS)}, got {list(trainable)}")
+    used = used_tower_layers(model.host.config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in trainable and not _is_unused(name, used))
+
+
+def used_tower_layers(config: Any) -> int:
+    """How many of the tower's layers, from the first one, lead to the features that are used."""
+    layer = config.vision_feature_layer
+    return config.vision_config.num_hidden_layers + 1 + layer if layer < 0 else layer
+
+
+def _is_unused(name: str, used: int) -> bool:
+    if part_of(name) != "vision_tower":
+        return False
+    layer = re.search(r"encoder\.layers\.(\d+)\.", name)
+    return "post_layernorm" in name or (layer is not None and int(layer[1]) >= used)
+
+
+def parameter_groups(
+    model: nn.Module, learning_rates: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """One optimizer group per part and decay, holding every trainable parameter exactly once. The decoder comes first:
+    the Trainer logs the learning rate of the first group.
+
+    Args:
+        learning_rates: part -> peak learning rate.
+    """
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
+    members: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[part_of(name), name in decayed].append(parameter)
+    return [
+        {"params": members[part, decay], "lr": learning_rates[part], "weight_decay": weight_decay if decay else 0.0}
+        for part in PARTS
+        for decay in (True, False)
+        if members[part, decay]
+    ]
+
+
+def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> Table:
+    """Parameters and trainable parameters of every part, for the start of a run."""
+    total: dict[str, int] = dict.fromkeys(PARTS, 0)
+    learning = dict(total)
+    for name, parameter in model.named_parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty shard in place
+        total[part_of(name)] += count
+        learning[part_of(name)] += count * parameter.requires_grad
+    table = Table("part", "parameters", "trainable", "learning rate", title="What learns")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in PARTS:
+        rate = f"{learning_rates[part]:g}" if learning[part] else "frozen"
+        table.add_row(part, f"{total[part]:,}", f"{learning[part]:,}", rate)
+    table.add_section()
+    table.add_row("all", f"{sum(total.values()):,}", f"{sum(learning.values()):,}", "")
+    return table
