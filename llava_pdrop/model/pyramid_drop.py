@@ -61,22 +61,33 @@ def attention_score(instruction: Instruction) -> Tensor:
 
     Source: `pdrop_rank_drop` in the official `modeling_llama_pdrop.py` (softmax in float32 over all keys).
     """
+    lengths, queries = instruction.seq_lens, instruction.queries
+    if len(set(zip(lengths, queries))) == 1:  # samples of one shape are scored together
+        runs = [(len(lengths), lengths[0], queries[0])]
+    else:
+        runs = [(1, length, count) for length, count in zip(lengths, queries)]
     scores, token, query = [], 0, 0
-    heads, groups = instruction.query_QHE.shape[1], instruction.key_TGE.shape[1]
-    for length, queries in zip(instruction.seq_lens, instruction.queries):
-        key_NGE = instruction.key_TGE[token : token + length].float()
-        if not queries:
-            scores.append(key_NGE.new_zeros(length))
+    for samples, length, count in runs:
+        key_SNGE = instruction.key_TGE[token : token + samples * length].unflatten(0, (samples, length))
+        if count:
+            query_SQHE = instruction.query_QHE[query : query + samples * count].unflatten(0, (samples, count))
+            row_SQ = instruction.row_Q[query : query + samples * count].view(samples, count)
+            start_S = torch.arange(token, token + samples * length, length, device=row_SQ.device)
+            scores.append(_score_samples(query_SQHE, key_SNGE, row_SQ - start_S[:, None], instruction.scaling))
         else:
-            query_QHE = instruction.query_QHE[query : query + queries].float()
-            query_QGRE = query_QHE.unflatten(1, (groups, heads // groups))
-            weight_QGRN = torch.einsum("qgre,nge->qgrn", query_QGRE, key_NGE) * instruction.scaling
-            own_Q = instruction.row_Q[query : query + queries] - token
-            future_QN = torch.arange(length, device=own_Q.device) > own_Q[:, None]
-            weight_QGRN = weight_QGRN.masked_fill(future_QN[:, None, None], float("-inf")).softmax(-1)
-            scores.append(weight_QGRN.mean((1, 2)).mean(0))
-        token, query = token + length, query + queries
+            scores.append(key_SNGE.new_zeros(samples * length, dtype=torch.float32))
+        token, query = token + samples * length, query + samples * count
     return torch.cat(scores)
+
+
+def _score_samples(query_SQHE: Tensor, key_SNGE: Tensor, place_SQ: Tensor, scaling: float) -> Tensor:
+    """Scores (S * N,) of S samples of N tokens whose queries stand at ``place_SQ``."""
+    length, groups = key_SNGE.shape[1:3]
+    query_SQGRE = query_SQHE.float().unflatten(2, (groups, query_SQHE.shape[2] // groups))
+    weight_SQGRN = torch.einsum("sqgre,snge->sqgrn", query_SQGRE * scaling, key_SNGE.float())
+    future_SQN = torch.arange(length, device=place_SQ.device) > place_SQ[:, :, None]
+    weight_SQGRN = weight_SQGRN.masked_fill(future_SQN[:, :, None, None], float("-inf")).softmax(-1)
+    return weight_SQGRN.mean((2, 3)).mean(1).flatten()
 
 
 @torch.no_grad()
