@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+ASPECTS, MERGES, ROUNDINGS = ("pad", "anyres"), ("flat", "spatial", "spatial_unpad"), ("original", "hf")
+
 NEWLINE = -1
 """Entry of `ImageGeometry.merge_index` that stands for the learned ``image_newline`` vector."""
 
@@ -47,6 +49,9 @@ class ImageGeometry:
     rounding: Literal["original", "hf"] = "original"
 
     def __post_init__(self) -> None:
+        for name, known in (("aspect", ASPECTS), ("merge", MERGES), ("rounding", ROUNDINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown image {name} {getattr(self, name)!r}: choose one of {list(known)}")
         if self.tile % self.patch:
             raise ValueError(f"a tile of {self.tile} pixels is not a whole number of {self.patch}-pixel patches")
         if self.aspect == "anyres" and not self.pinpoints:

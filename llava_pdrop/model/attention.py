@@ -145,6 +145,8 @@ def attention_forward(
     """The function transformers' attention modules call: (1, H, T, E) in, (1, T, H, E) out with ``segments``."""
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("dropout"):
+        raise ValueError("packed attention has no dropout: set attention_dropout to 0 in the decoder's config.json")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return packed_attention(query[0], key[0], value[0], segments, scale, sliding_window)[None], None
 

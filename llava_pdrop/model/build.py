@@ -37,7 +37,7 @@ from llava_pdrop.model.checkpoint import (
     read_tensors,
     rename,
 )
-from llava_pdrop.model.vision import load_image_processor, load_tower
+from llava_pdrop.model.vision import load_image_processor, load_tower, pack_by_geometry
 from llava_pdrop.model.vlm import Host, geometry_of
 from llava_pdrop.types import IMAGE_MARKER
 
@@ -116,18 +116,24 @@ def build_parts(
         )
     if projector is not None:
         load_projector(parts.host, Path(projector))
+    pack_by_geometry(parts.host, parts.geometry)
     return parts
 
 
-def make_host(text_config: Any, vision_config: Any, geometry: ImageGeometry, image_token_id: int) -> Host:
-    """An untrained host (LLaVA-NeXT where tiles are merged by rows, LLaVA otherwise). Costs nothing under
-    ``torch.device("meta")``."""
+def make_host(
+    text_config: Any, vision_config: Any, geometry: ImageGeometry, image_token_id: int, feature_layer: int = -2
+) -> Host:
+    """An untrained host (LLaVA-NeXT for anyres, LLaVA otherwise). Costs nothing under ``torch.device("meta")``.
+
+    Args:
+        feature_layer: hidden state of the tower that goes to the projector.
+    """
     common = dict(
         text_config=text_config,
         vision_config=vision_config,
         image_token_id=image_token_id,
         image_token_index=image_token_id,  # the name before transformers 5
-        vision_feature_layer=-2,
+        vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
         tie_word_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)),
@@ -157,7 +163,7 @@ def _from_parts(
     )
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
-    host = make_host(text_config, tower.config, geometry, image_token_id).to(dtype)
+    host = _cast(make_host(text_config, tower.config, geometry, image_token_id), dtype)
     tensors = mean_rows(tensors, text_config.vocab_size)
     tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     fresh = {k: v for k, v in host.state_dict().items() if "multi_modal_projector" in k or k.endswith("image_newline")}
@@ -189,10 +195,11 @@ def _from_original(directory: Path, dtype: torch.dtype, pad: bool) -> Parts:
     text_config = _text_config(config)
     old_rows = text_config.vocab_size
     has_tokenizer = any(directory.glob("tokenizer*"))
-    tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=False) if has_tokenizer else None
+    tokenizer = AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
     image_token_id = old_rows if tokenizer is None else add_special_tokens(tokenizer, old_rows)
     text_config.vocab_size = _round_up(old_rows + 2) if pad else old_rows
-    host = make_host(text_config, tower.config, geometry, image_token_id).to(dtype)
+    layer = config.get("mm_vision_select_layer", -2)
+    host = _cast(make_host(text_config, tower.config, geometry, image_token_id, layer), dtype)
     tensors = rename(read_tensors(directory), ORIGINAL_TO_HOST)
     inside = {name for name in tensors if name.startswith("model.vision_tower.")}
     if not config.get("unfreeze_mm_vision_tower") or not inside:  # golden/README 4.13: a frozen tower is CLIP's own
@@ -206,8 +213,18 @@ def _from_original(directory: Path, dtype: torch.dtype, pad: bool) -> Parts:
 
 def original_geometry(config: Mapping[str, Any], vision: Any) -> ImageGeometry:
     """Tiling rules from the ``image_aspect_ratio``, ``mm_patch_merge_type`` and ``image_grid_pinpoints`` of an
-    original config.json."""
-    if config.get("image_aspect_ratio") != "anyres":
+    original config.json.
+
+    Raises:
+        ValueError: a setting that this package does not have.
+    """
+    for key, value in (("mm_vision_select_feature", "patch"), ("mm_projector_type", "mlp2x_gelu")):
+        if config.get(key, value) != value:
+            raise ValueError(f"config.json: {key} {config[key]!r} is not supported, only {value!r}")
+    aspect = config.get("image_aspect_ratio")
+    if aspect not in ("pad", "anyres"):
+        raise ValueError(f"config.json: image_aspect_ratio {aspect!r} is not supported, only 'pad' and 'anyres'")
+    if aspect == "pad":
         return ImageGeometry(vision.image_size, vision.patch_size)
     pinpoints = tuple((width, height) for width, height in config["image_grid_pinpoints"])
     merge = config.get("mm_patch_merge_type", "flat")
@@ -230,6 +247,13 @@ def add_special_tokens(tokenizer: Any, rows: int) -> int:
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
         tokenizer.pad_token = PAD_TOKEN  # never <unk>: padding must not look like a token of the text
     return tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+
+
+def _cast(host: Host, dtype: torch.dtype) -> Host:
+    """Parameters in ``dtype``; buffers stay: rotary frequencies in half precision turn late positions to noise."""
+    for parameter in host.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return host
 
 
 def _vocabulary(config: Any, tokenizer: Any) -> int:

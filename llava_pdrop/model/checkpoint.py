@@ -34,14 +34,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint directory (sharded or not) or of one .safetensors / .bin file.
 
     Raises:
-        FileNotFoundError: nothing readable there. Torch pickles are opened with ``weights_only=True``.
+        FileNotFoundError: nothing readable there. ValueError: a tensor stands in two files. Torch pickles are opened
+            with ``weights_only=True``.
     """
     if path.is_file():
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        files = sorted(path.glob(pattern))
-        if files:
-            return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(path.glob(pattern)):
+            more = read_tensors(file)
+            if twice := sorted(tensors.keys() & more.keys()):
+                raise ValueError(
+                    f"{file}: holds {twice[0]} again, which another file of {path} has: remove one of them"
+                )
+            tensors |= more
+        if tensors:
+            return tensors
     raise FileNotFoundError(f"{path}: no *.safetensors and no pytorch_model*.bin file in it")
 
 
@@ -134,10 +142,7 @@ def _is_projector(name: str) -> bool:
 def save_pretrained(
     host: nn.Module, processor: Any, directory: Path, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes an ordinary Hugging Face LLaVA directory: weights, config (with its ``pyramid_drop`` section), processor.
-
-    The attention implementation is a choice of the running program and is not written.
-    """
+    """Writes an ordinary Hugging Face LLaVA directory: weights, config (with ``pyramid_drop`` section), processor."""
     directory.mkdir(parents=True, exist_ok=True)
     host.save_pretrained(directory, state_dict=dict(state_dict) if state_dict is not None else None)
     if processor is not None:

@@ -43,18 +43,19 @@ def run_decoder(
     stage, number = plan.stages[0], 0
     position_T = stage.position_T
     rope = decoder.rotary_emb(x_TD[None], position_T[None])
-    before_TD = x_TD  # what the previous layer was given
+    looks_back = RANKERS[schedule.ranker].projections == "previous"
+    before_TD = x_TD  # what the previous layer was given; kept only for rankers that want it
     for index, layer in enumerate(decoder.layers):
         if index in schedule.layers:
-            index_K, drop = _drop(decoder, index, x_TD, before_TD, rope, stage, schedule)
+            score_V, index_K = _rank(decoder, index, x_TD, before_TD, rope, stage, schedule)
             if trace is not None:
-                trace.append(drop)
+                trace.append(Drop(index, stage, x_TD.detach(), score_V, index_K))
             x_TD = x_TD.index_select(0, index_K)
             number += 1
             stage = plan.stages[number]
             position_T = position_T.index_select(0, index_K) if schedule.positions == "keep" else stage.position_T
             rope = decoder.rotary_emb(x_TD[None], position_T[None])
-        before_TD = x_TD
+        before_TD = x_TD if looks_back else before_TD
         x_TD = layer(
             x_TD[None],
             attention_mask=None,
@@ -68,9 +69,10 @@ def run_decoder(
 
 
 @torch.no_grad()
-def _drop(
+def _rank(
     decoder: nn.Module, index: int, x_TD: Tensor, before_TD: Tensor, rope: Rope, stage: Stage, schedule: Schedule
-) -> tuple[Tensor, Drop]:
+) -> tuple[Tensor, Tensor]:
+    """Scores (V,) and surviving positions (K,) of the drop before layer ``index``."""
     ranker = RANKERS[schedule.ranker]
     instruction = None
     if ranker.projections == "next":
@@ -79,8 +81,7 @@ def _drop(
         instruction = project_instruction(decoder.layers[index - 1], before_TD.detach(), rope, stage)
     assert stage.candidates is not None, "every stage but the last has a drop"
     score_V = ranker.score(instruction, stage.candidates)
-    index_K = keep_index(score_V, stage.candidates, len(x_TD))
-    return index_K, Drop(index, stage, x_TD.detach(), score_V, index_K)
+    return score_V, keep_index(score_V, stage.candidates, len(x_TD))
 
 
 def project_instruction(layer: nn.Module, x_TD: Tensor, rope: Rope, stage: Stage) -> Instruction:

@@ -173,7 +173,7 @@ class Prefill:
         return x_T[torch.from_numpy(ends).to(x_T.device)]
 
 
-def image_lengths(config: Any, placeholders: int, inputs: dict[str, Any]) -> list[int] | None:
+def image_lengths(config: Any, placeholders: int, inputs: dict[str, Any], ours: bool = False) -> list[int] | None:
     """Tokens of every image of a prompt, in order.
 
     Counted from the features where they are there already, else by picture size (LLaVA-NeXT) or equal for all
@@ -182,12 +182,15 @@ def image_lengths(config: Any, placeholders: int, inputs: dict[str, Any]) -> lis
     Args:
         placeholders: image tokens in the prompt.
         inputs: arguments of the model's forward.
+        ours: the model lays its features out as its config says (`vision.pack_by_geometry`), not as it always does.
     """
     features, sizes = (inputs.get("mm_encoder_outputs") or {}).get("image"), inputs.get("image_sizes")
     if features is not None:
         return [len(feature) for feature in features.pooler_output]
     if config.model_type == "llava_next":
-        geometry = replace(geometry_of(config), merge="spatial_unpad", rounding="hf")  # what Hugging Face's model does
+        geometry = geometry_of(config)
+        if not ours:
+            geometry = replace(geometry, merge="spatial_unpad", rounding="hf")
         return [geometry.num_tokens((int(width), int(height))) for height, width in torch.as_tensor(sizes).tolist()]
     images = len(inputs["pixel_values"])
     if config.model_type == "llava" and sizes is None and placeholders % images == 0:

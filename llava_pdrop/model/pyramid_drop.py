@@ -84,7 +84,8 @@ def _score_samples(query_SQHE: Tensor, key_SNGE: Tensor, place_SQ: Tensor, scali
     """Scores (S * N,) of S samples of N tokens whose queries stand at ``place_SQ``."""
     length, groups = key_SNGE.shape[1:3]
     query_SQGRE = query_SQHE.float().unflatten(2, (groups, query_SQHE.shape[2] // groups))
-    weight_SQGRN = torch.einsum("sqgre,snge->sqgrn", query_SQGRE * scaling, key_SNGE.float())
+    with torch.autocast(key_SNGE.device.type, enabled=False):  # half precision would round many scores to one value
+        weight_SQGRN = torch.einsum("sqgre,snge->sqgrn", query_SQGRE * scaling, key_SNGE.float())
     future_SQN = torch.arange(length, device=place_SQ.device) > place_SQ[:, :, None]
     weight_SQGRN = weight_SQGRN.masked_fill(future_SQN[:, :, None, None], float("-inf")).softmax(-1)
     return weight_SQGRN.mean((2, 3)).mean(1).flatten()

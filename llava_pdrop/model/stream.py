@@ -27,13 +27,15 @@ class Layout:
     """Where everything lies in the stream at one stage (host integers, see `PackedBatch`).
 
     ``image_totals`` (I) are the original token counts, from which every stage's budget is taken; ``droppable`` (I)
-    is False for images of samples without a query, which pass through whole (golden/README 4.6).
+    is False for images of samples without a query, which pass through whole (golden/README 4.6). ``least`` (I) is how
+    many tokens an image must keep: 1 where nothing else stands before a label or the query, 0 elsewhere.
     """
 
     seq_lens: list[int]
     image_spans: list[tuple[int, int]]
     image_totals: list[int]
     droppable: list[bool]
+    least: list[int]
     answer_starts: list[list[int]]
     label_positions: list[int]
 
@@ -42,11 +44,16 @@ class Layout:
         """The layout before any drop."""
         ends = np.cumsum(batch.seq_lens).tolist()
         sample_of = [bisect_right(ends, start) for start, _ in batch.image_spans]
+        needed = {*batch.label_positions, *(start for starts in batch.answer_starts for start in starts)}
+        least, text_before = [], _text_before(batch)
+        for (_, stop), text in zip(batch.image_spans, text_before):
+            least.append(int(text == 0 and stop in needed))
         return Layout(
             seq_lens=batch.seq_lens,
             image_spans=batch.image_spans,
             image_totals=[stop - start for start, stop in batch.image_spans],
             droppable=[bool(batch.answer_starts[sample]) for sample in sample_of],
+            least=least,
             answer_starts=batch.answer_starts,
             label_positions=batch.label_positions,
         )
@@ -54,8 +61,8 @@ class Layout:
     def kept(self, schedule: Schedule, stage: int) -> list[int]:
         """Tokens every image has after drop ``stage``."""
         return [
-            schedule.kept(total, stage) if droppable else total
-            for total, droppable in zip(self.image_totals, self.droppable)
+            max(schedule.kept(total, stage), min(least, total)) if droppable else total
+            for total, droppable, least in zip(self.image_totals, self.droppable, self.least)
         ]
 
     def after_drop(self, kept: Sequence[int]) -> Layout:
@@ -152,6 +159,18 @@ class StreamPlan:
                 candidates = Candidates(row_V, image_V, first_V, count_V, keep_V, layouts[stage + 1].tokens)
             stages.append(Stage(layout, segments, position_T, query_Q, candidates))
         return StreamPlan(stages, image_row, feature_row, label_row, predict_row)
+
+
+def _text_before(batch: PackedBatch) -> list[int]:
+    """Text tokens of the same sample that stand before each image."""
+    ends = np.cumsum(batch.seq_lens).tolist()
+    counts, sample, images = [], -1, 0
+    for start, stop in batch.image_spans:
+        if (own := bisect_right(ends, start)) != sample:
+            sample, images = own, 0
+        counts.append(start - (ends[own] - batch.seq_lens[own]) - images)
+        images += stop - start
+    return counts
 
 
 def _feature_rows(batch: PackedBatch, geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:

@@ -8,23 +8,45 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.checkpoint import load_strictly
 
 
 def image_features(host: nn.Module, pixels: Tensor) -> Tensor:
     """(tiles, 3, height, width) -> projected patch features (tiles * patches, D), tile after tile.
 
-    ``host`` is a Hugging Face LLaVA; which hidden layer is used and whether the class token counts stand in its config
-    (``vision_feature_layer``, ``vision_feature_select_strategy``), -2 and "default" (patches only) in all of LLaVA.
+    ``host`` is a Hugging Face LLaVA. The hidden layer is its config's ``vision_feature_layer`` (-2 in all of LLaVA);
+    the class token is left out.
     """
     tower = host.model.vision_tower
     frozen = not any(parameter.requires_grad for parameter in tower.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         pixels = pixels.to(dtype=next(tower.parameters()).dtype)
         hidden_ITD = tower(pixels, output_hidden_states=True).hidden_states[host.config.vision_feature_layer]
-    if host.config.vision_feature_select_strategy == "default":
-        hidden_ITD = hidden_ITD[:, 1:]
-    return host.model.multi_modal_projector(hidden_ITD).flatten(0, 1)
+    return host.model.multi_modal_projector(hidden_ITD[:, 1:]).flatten(0, 1)
+
+
+def pack_by_geometry(host: nn.Module, geometry: ImageGeometry) -> None:
+    """Makes a LLaVA-NeXT's own forward and ``generate`` lay out image features by ``geometry``.
+
+    Left alone it merges by ``spatial_unpad`` and rounds sizes its own way, so that a model with other settings could be
+    trained here and then not be evaluated. A reopened model without this agrees on all but rare sizes (88x55).
+    """
+    if geometry.aspect != "anyres":
+        return
+
+    def pack(
+        image_features: list[Tensor], image_sizes: Tensor, vision_feature_select_strategy: str, image_newline: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        packed = []
+        for feature_TPD, (height, width) in zip(image_features, torch.as_tensor(image_sizes).tolist()):
+            table_FD = torch.cat([feature_TPD.flatten(0, 1), image_newline[None].to(feature_TPD)])
+            index = torch.from_numpy(geometry.merge_index((int(width), int(height))))
+            index = index.where(index >= 0, len(table_FD) - 1)
+            packed.append(table_FD.index_select(0, index.to(table_FD.device)))
+        return packed, torch.tensor([len(feature) for feature in packed], device=packed[0].device)
+
+    host.model.pack_image_features = pack
 
 
 def dummy_pixels(host: nn.Module, device: torch.device) -> Tensor:

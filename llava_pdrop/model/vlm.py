@@ -95,7 +95,7 @@ class PyramidLlava(nn.Module):
             table_FD = torch.cat([table_FD, newline_D[None].to(table_FD.dtype)])
         table_FD = table_FD.to(x_TD.dtype)
         if not len(batch.image_spans):
-            return x_TD + 0.0 * table_FD.sum()
+            return x_TD + table_FD[:0].sum()  # nothing of it, yet in the graph: 0 * x would be NaN where x is infinite
         return x_TD.index_copy(0, plan.image_row, table_FD.index_select(0, plan.feature_row))
 
     @torch.no_grad()
@@ -126,6 +126,11 @@ class PyramidLlava(nn.Module):
 def geometry_of(config: Any) -> ImageGeometry:
     """Tiling rules from a Hugging Face LLaVA or LLaVA-NeXT config (whose pinpoints are written (height, width))."""
     vision = config.vision_config
+    if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
+        raise ValueError(
+            "only one vision_feature_layer and vision_feature_select_strategy 'default' (patches) are supported, got "
+            f"{config.vision_feature_layer} and {config.vision_feature_select_strategy!r}"
+        )
     if config.model_type != "llava_next":
         return ImageGeometry(vision.image_size, vision.patch_size)
     return ImageGeometry(
