@@ -31,8 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.debug or not is_for_the_user(error):
             raise
-        if os.environ.get("RANK", "0") == "0":  # of several processes of one run, one complains
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # what is wrong may be wrong on one rank only
+        rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""
+        print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -50,8 +51,10 @@ def is_for_the_user(error: BaseException) -> bool:
 
 def _train(args: argparse.Namespace) -> None:
     config = _config(args)
+    from llava_pdrop.eval.runner import check_scorer
     from llava_pdrop.train.run import train
 
+    check_scorer(config)  # training does not need it, but what comes after does
     train(config)
 
 

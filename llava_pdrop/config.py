@@ -178,6 +178,8 @@ def _training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
             raise Problem(key, f"unknown key {key!r}, also not a field of TrainingArguments", unknown=True)
         if hints[name] in (int, float, bool, str, int | None, float | None, bool | None):
             convert(value, hints[name], key)
+    if section.get("bf16") and section.get("fp16"):
+        raise Problem("train.fp16", "train.bf16 and train.fp16 exclude each other: set one of them to false")
     return dict(section)
 
 

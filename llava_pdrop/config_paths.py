@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def check_paths(config: Config) -> None:
         problem = missing_model(entry) if entry is not None else None
         if problem:
             raise ConfigError(f"{config.file}: model.{name}: {problem}")
-    need("pretrain", config.pretrain, "the stage-1 config")
+    need("pretrain", pretrain_words(config)[0] if config.pretrain else None, "the stage-1 config")
     need("model.projector", config.model.projector, "the projector file")
     if config.data.prepare is None:
         need("data.train", config.data.train, "the data file")
@@ -53,6 +54,17 @@ def check_paths(config: Config) -> None:
         )
     if config.train.resume not in ("auto", "never"):
         need("train.resume", config.train.resume, "the checkpoint")
+
+
+def pretrain_words(config: Config) -> list[str]:
+    """``pretrain`` split as a shell would: the stage-1 config, then the overrides for it."""
+    try:
+        words = shlex.split(config.pretrain or "")
+    except ValueError as error:
+        raise ConfigError(f"{config.file}: pretrain: {config.pretrain!r}: {error}") from None
+    if not words:
+        raise ConfigError(f"{config.file}: pretrain: names no config")
+    return words
 
 
 def missing_model(entry: str) -> str | None:
@@ -138,4 +150,7 @@ def _config_json(entry: str) -> dict[str, Any] | None:
     path = directory / "config.json" if directory.is_dir() else cached_config(entry) if is_hub_id(entry) else None
     if path is None or not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from None

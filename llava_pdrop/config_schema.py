@@ -41,6 +41,8 @@ class ModelSection:
             raise Problem("model", "give either model.path, or both model.language_model and model.vision_tower")
         if self.aspect == "anyres" and not self.pinpoints:
             raise Problem("model.pinpoints", "model.aspect 'anyres' needs model.pinpoints, a list of [width, height]")
+        if self.image_size is not None:
+            at_least(1, "model.image_size", self.image_size)
         if not self.trainable:
             raise Problem("model.trainable", "model.trainable is empty: nothing would be trained")
 
@@ -97,6 +99,8 @@ class EvalSection:
     def __post_init__(self) -> None:
         at_least(1, "eval.batch_size", self.batch_size)
         at_least(1, "eval.max_new_tokens", self.max_new_tokens)
+        if self.limit is not None:
+            at_least(1, "eval.limit", self.limit)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,9 @@ class Config:
     pretrain: str | None = None
     compare: CompareSection = CompareSection()
     file: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        at_least(0, "seed", self.seed)
 
     @property
     def schedule(self) -> Schedule:

@@ -2,7 +2,8 @@
 # Trains with PyramidDrop and compares: bash scripts/finetune_pdrop.sh [CONFIG] [section.key=value ...]
 # Default: the embedded example, on any laptop. Sets up .venv first where needed (see setup.sh for its variables).
 #
-#   NPROC_PER_NODE    processes, one per GPU; default: as many as nvidia-smi lists, else 1
+#   NPROC_PER_NODE    processes, one per GPU; default: as many as nvidia-smi lists, else 1; 1 for
+#                     configs/tiny/, which run on the CPU
 #   TORCHRUN_ARGS     more arguments for torchrun, e.g. "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500"
 set -euo pipefail
 
@@ -29,6 +30,7 @@ export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" # it would warn
 
 python="$LLAVA_PDROP_VENV/bin/python"
 gpus="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)"
+if [[ "/$config" == */configs/tiny/* ]]; then gpus=0; fi
 processes="${NPROC_PER_NODE:-$((gpus > 1 ? gpus : 1))}"
 if [[ "$processes" -gt 1 || -n "${TORCHRUN_ARGS:-}" ]]; then
     read -r -a more <<<"${TORCHRUN_ARGS:---standalone}"

@@ -13,17 +13,27 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llava_pdrop.config import Config, ConfigError, check_paths
+from llava_pdrop.config import Config, ConfigError
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.tokens import build_sample
 from llava_pdrop.eval import report
-from llava_pdrop.eval.runner import Result, answer, load_questions
+from llava_pdrop.eval.runner import Result, answer, check_scorer, load_questions
 from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.flops import predicted_reduction
 from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.train.checks import check_run
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
-from llava_pdrop.train.run import build_dataset, build_plan, prepare_data, release_memory, train, training_arguments
+from llava_pdrop.train.run import (
+    build_dataset,
+    build_plan,
+    prepare_data,
+    release_memory,
+    say,
+    train,
+    training_arguments,
+)
+from llava_pdrop.train.trainer import recomputes_activations
 from llava_pdrop.types import ImageInput, PackedBatch, Sample
 
 VANILLA, DROPPING = "vanilla", "pyramid_drop"
@@ -85,8 +95,12 @@ def compare(config: Config) -> Path:
     """
     if config.pyramid_drop is None:
         raise ConfigError(f"{config.file}: pyramid_drop: is not set, so there is nothing to compare: add the section")
-    check_paths(config)
+    check_run(config)
+    check_scorer(config)
     prepare_data(config)
+    load_questions(config)  # a broken file is then said before hours of training
+    for line in missing_lines(config):
+        say(line)
     runs = {}
     if config.compare.vanilla:
         runs[VANILLA] = train(_subrun(config.vanilla(), VANILLA))
@@ -99,6 +113,18 @@ def compare(config: Config) -> Path:
     file = report.write(comparison, Path(config.output_dir), table_rows(comparison.rows))
     console.print(f"report: {file}", soft_wrap=True)
     return file
+
+
+def missing_lines(config: Config) -> list[str]:
+    """What the table will lack because the config leaves it out, one line each."""
+    lines = []
+    if not config.compare.vanilla:
+        lines.append(
+            "compare.vanilla is false: no vanilla run, so no training-free rows and no saving, predicted or realised"
+        )
+    if config.data.eval is None:
+        lines.append("data.eval is null: no accuracy, chance or image tokens per stage, and no example pictures")
+    return lines
 
 
 def collect(config: Config, runs: dict[str, Path]) -> Comparison:
@@ -180,7 +206,7 @@ def table_rows(rows: Sequence[Row]) -> list[list[str]]:
                 f"{timing.cpu:.3f}" if timing else "not trained",
                 f"{timing.wall:.3f}" if timing else "",
                 f"{row.predicted:.1%}" if row.predicted is not None else "",
-                f"{row.realised:.1%}" if row.realised is not None else "",
+                _realised(row),
                 f"{timing.peak_mib:,.0f} MiB" if timing else "",
             ]
         )
@@ -198,6 +224,13 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
+def _realised(row: Row) -> str:
+    """The realised saving, and how much of the predicted one it is."""
+    if row.realised is None:
+        return ""
+    return f"{row.realised:.1%}" + (f" ({row.realised / row.predicted:.2f}x)" if row.predicted else "")
+
+
 def _subrun(config: Config, name: str) -> Config:
     return replace(config, name=f"{config.name}/{name}", output_dir=str(Path(config.output_dir) / name))
 
@@ -213,7 +246,7 @@ def _with_savings(config: Config, rows: list[Row], parts: Parts) -> list[Row]:
         config.schedule,
         parts.geometry,
         config.model.trainable,
-        training_arguments(config).activation_checkpointing,
+        recomputes_activations(training_arguments(config)),
     )
     return [
         replace(row, predicted=saved, realised=1 - row.timing.seconds / before.seconds)

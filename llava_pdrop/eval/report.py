@@ -112,11 +112,12 @@ def markdown(comparison: Comparison, rows: list[list[str]], pictures: dict[str, 
     lines = [f"# {config.name}: vanilla and PyramidDrop", "", *_markdown_table(rows), ""]
     lines += [
         "Accuracy is measured by generation on held-out questions "
-        f"(`{config.eval.scorer}`, {_questions(comparison)} questions); chance is one over the number of different "
-        "answers. A row `vanilla + x` is the vanilla model with dropping at inference only. Seconds per step are "
+        f"(`{config.eval.scorer}`, {_questions(comparison)} questions); chance is what answering at random from "
+        "the distribution of the gold answers would reach (the sum of their squared shares). "
+        "A row `vanilla + x` is the vanilla model with dropping at inference only. Seconds per step are "
         "medians without warm-up, fetching data left out; CPU seconds are the time all cores were busy. *Predicted* is "
         "what the matrix products and attention of the very same batches save, text, tower, ranking and backward "
-        "included.",
+        "included; the factor behind *realised* is realised over predicted.",
         "",
     ]
     captions = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,12 +21,13 @@ from llava_pdrop.data.conversation import TEMPLATES, Template
 from llava_pdrop.data.images import load_image, preprocess
 from llava_pdrop.data.tokens import prompt_sample
 from llava_pdrop.eval.benchmarks import BENCHMARKS, Question
-from llava_pdrop.eval.scoring import SCORERS
+from llava_pdrop.eval.scoring import SCORERS, normalise
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.plugin import Step, attach, detach
 from llava_pdrop.model.precision import autocast_dtype
 from llava_pdrop.model.schedule import Schedule, image_tokens_by_stage
+from llava_pdrop.train.checks import check_name
 from llava_pdrop.types import Sample
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -46,8 +48,9 @@ class Prediction:
 class Result:
     """What a model reached on a set of questions.
 
-    ``accuracy`` is the mean score; ``chance`` one over the number of different gold answers; ``image_tokens`` are per
-    question: before any drop, and after each one. ``steps`` holds what every forward of ``generate`` did, where asked.
+    ``accuracy`` is the mean score; ``chance`` what answering at random from the distribution of the gold answers
+    would reach; ``image_tokens`` are per question: before any drop, and after each one. ``steps`` holds what every
+    forward of ``generate`` did, where asked.
     """
 
     accuracy: float
@@ -121,12 +124,22 @@ def evaluate(
             totals += [stop - start for sample in samples for start, stop in sample.image_spans]
     return Result(
         accuracy=sum(entry.score for entry in predictions) / len(predictions),
-        chance=1 / len({question.gold for question in questions}),
+        chance=chance_of([question.gold for question in questions]),
         predictions=predictions,
         image_tokens=[count / len(questions) for count in image_tokens_by_stage(totals, schedule)],
         seconds=time.perf_counter() - start,
         steps=steps,
     )
+
+
+def chance_of(golds: Sequence[str]) -> float:
+    """Expected accuracy of answers drawn at random from ``golds``: the sum of the squared shares."""
+    return sum((count / len(golds)) ** 2 for count in Counter(normalise(gold) for gold in golds).values())
+
+
+def check_scorer(config: Config) -> None:
+    """Raises `ConfigError` if ``eval.scorer`` is unknown."""
+    check_name(config, "eval.scorer", config.eval.scorer, SCORERS)
 
 
 def evaluate_config(config: Config) -> Result:
@@ -136,6 +149,7 @@ def evaluate_config(config: Config) -> Result:
     Raises:
         ConfigError: no questions are named, or there is no finished run.
     """
+    check_scorer(config)
     own = Path(config.file).name == RUN_FILE
     directory = Path(config.file).parent if own else Path(config.output_dir)
     if not (directory / "config.json").is_file():
@@ -173,8 +187,7 @@ def answer(
         options: arguments of `evaluate` that go before those of the config.
     """
     name, asked = config.model.template, config.train.arguments
-    if name not in TEMPLATES:
-        raise ConfigError(f"{config.file}: unknown model.template {name!r}: choose one of {sorted(TEMPLATES)}")
+    check_name(config, "model.template", name, TEMPLATES)
     cuda = torch.cuda.is_available() and not asked.get("use_cpu")
     device = torch.device("cuda" if cuda else "cpu")
     settings = dict(

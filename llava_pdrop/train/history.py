@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers.trainer_utils import get_last_checkpoint
 
-from llava_pdrop.config import RUN_FILE, Config, to_yaml
+from llava_pdrop.config import RUN_FILE, Config, ConfigError, to_yaml
 
 FINISHED_FILE = "run.json"
 
@@ -27,19 +30,36 @@ MAY_CHANGE_ON_RESUME = (
 """Training arguments a run may be continued with in spite of another value in the checkpoint."""
 
 
+HARMLESS = tuple(name for name in MAY_CHANGE_ON_RESUME if name not in ("max_steps", "num_train_epochs"))
+"""Training arguments that do not change what a complete run ends with."""
+
+HASHED_UP_TO = 64 * 2**20
+"""Bytes up to which a file counts by its content, so that a copy is the same; larger ones by size and time."""
+
+PACKAGES = ("llava_pdrop", "torch", "transformers")
+
+
 def identity(config: Config) -> dict[str, Any]:
-    """What decides the weights of a run: its settings, and size and time of the files it reads."""
+    """What decides the weights of a run: its settings, the files it reads, number of processes and versions."""
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))  # type: ignore[assignment]
-    for key in NOT_PART_OF_A_RUN:
+    for key in (*NOT_PART_OF_A_RUN, *(f"train.{name}" for name in HARMLESS)):
         *sections, leaf = key.split(".")
         node = values
         for section in sections:
             node = node.get(section, {})
         node.pop(leaf, None)
+    return values | surroundings(config)
+
+
+def surroundings(config: Config) -> dict[str, Any]:
+    """The part of `identity` that the config does not say."""
     model = config.model
     files = [config.data.train, model.projector, model.path, model.language_model, model.vision_tower]
-    values["files"] = {name: _stamps(Path(name)) for name in files if name is not None}
-    return values
+    return {
+        "files": {name: _stamps(Path(name)) for name in files if name is not None},
+        "versions": {name: _version(name) for name in PACKAGES},
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
 
 
 def digest(config: Config) -> str:
@@ -53,9 +73,41 @@ def is_finished(config: Config, stamp: str) -> bool:
     return file.is_file() and json.loads(file.read_text()).get("digest") == stamp
 
 
+def why_outdated(config: Config) -> str | None:
+    """In what the finished run in ``output_dir``, with another `digest`, differs from this one beyond its settings;
+    None where there is none, where ``train.resume=never`` replaces it, or where a checkpoint of it goes on.
+
+    Raises:
+        ConfigError: its settings differ, so it must not be overwritten silently.
+    """
+    output = Path(config.output_dir)
+    if config.train.resume == "never" or not (output / FINISHED_FILE).is_file():
+        return None
+    changed = _differences(output / RUN_FILE, config, HARMLESS)
+    if changed and get_last_checkpoint(str(output)) and not _differences(output / RUN_FILE, config):
+        return None  # only longer or shorter: that is going on, not replacing
+    if changed:
+        raise ConfigError(
+            f"{config.file}: output_dir: {output} holds a finished run with another {', '.join(changed)}: give another "
+            "output_dir, or train.resume=never to replace it"
+        )
+    before = json.loads((output / FINISHED_FILE).read_text())
+    now = json.loads(json.dumps(surroundings(config)))
+    other = [f"other {key}" for key, value in now.items() if key in before and before[key] != value]
+    return " and ".join(other) or "other files or versions"
+
+
+def clear(output: Path) -> None:
+    """Removes what a new run in ``output`` could be mistaken for: checkpoints, and the mark of a finished run."""
+    for old in output.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    (output / FINISHED_FILE).unlink(missing_ok=True)
+
+
 def mark_finished(config: Config, stamp: str, facts: Mapping[str, Any]) -> None:
     """Notes that the run of `digest` ``stamp`` is complete."""
     facts = {"digest": stamp, "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), **facts}
+    facts |= surroundings(config)
     (Path(config.output_dir) / FINISHED_FILE).write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -82,13 +134,14 @@ def checkpoint_to_resume(config: Config) -> str | None:
     return checkpoint
 
 
-def _differences(file: Path, config: Config) -> list[str]:
-    """Dotted keys in which a saved run differs from ``config``, beyond those that may change."""
+def _differences(file: Path, config: Config, arguments: Sequence[str] = MAY_CHANGE_ON_RESUME) -> list[str]:
+    """Dotted keys in which a saved run differs from ``config``, beyond those that may change; ``arguments``: training
+    arguments among these."""
     if not file.is_file():
         return []
     before = _flat(OmegaConf.to_container(OmegaConf.load(file)))
     now = _flat(OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
-    free = (*NOT_PART_OF_A_RUN, *(f"train.{name}" for name in MAY_CHANGE_ON_RESUME))
+    free = (*NOT_PART_OF_A_RUN, *(f"train.{name}" for name in arguments))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return [key for key in keys if not any(key == name or key.startswith(f"{name}.") for name in free)]
 
@@ -100,6 +153,16 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _stamps(path: Path) -> list[list[Any]]:
-    """(name, size, time of change) of a file or of the files of a directory; nothing for a hub id."""
+    """(name, size, content hash or time of change) of a file or of the files of a directory; nothing for a hub id."""
     files = sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    return [[file.name, file.stat().st_size, _content(file)] for file in files if file.is_file()]
+
+
+def _content(file: Path) -> str | int:
+    if file.stat().st_size > HASHED_UP_TO:
+        return file.stat().st_mtime_ns
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    return str(importlib.import_module(package).__version__)

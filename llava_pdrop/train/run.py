@@ -6,10 +6,10 @@ import ctypes
 import gc
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 
-from llava_pdrop.config import Config, check_paths, load_config, to_yaml
+from llava_pdrop.config import Config, ConfigError, to_yaml
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan
@@ -28,13 +29,17 @@ from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.checkpoint import PROJECTOR_FILE
 from llava_pdrop.model.precision import has_fast_bfloat16
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train.history import checkpoint_to_resume, digest, is_finished, mark_finished
+from llava_pdrop.train.checks import check_name, check_run, stage1_config
+from llava_pdrop.train.history import checkpoint_to_resume, clear, digest, is_finished, mark_finished, why_outdated
 from llava_pdrop.train.optim import freeze, trainable_table
 from llava_pdrop.train.trainer import PyramidTrainer
 
 DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
 """Training arguments where a config says nothing: a line of metrics per step, no outside service, and a loss that is
 not a number is shown as such (the Trainer would hide it, at the price of a device synchronisation per micro-batch)."""
+
+_prepared: set[tuple[str, ...]] = set()
+"""Commands of ``data.prepare`` that this process has run."""
 
 log = logging.getLogger(__name__)
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
@@ -48,22 +53,27 @@ def train(config: Config) -> Path:
     Raises:
         ConfigError, FileNotFoundError, ValueError: something named in the config is missing or impossible.
     """
-    check_paths(config)
+    check_run(config)
     prepare_data(config)
-    if config.pretrain is not None:
-        stage1 = train(load_config(config.pretrain))
-        config = replace(config, model=replace(config.model, projector=str(stage1 / PROJECTOR_FILE)))
+    first = stage1_config(config)
+    if first is not None:
+        config = replace(config, model=replace(config.model, projector=str(train(first) / PROJECTOR_FILE)))
     output, stamp = Path(config.output_dir), digest(config)
     if is_finished(config, stamp):
         console.print(f"[dim]{config.name}: finished before with the same settings, using {output}[/dim]")
         return output
+    outdated = why_outdated(config)
+    fresh = config.train.resume == "never" or (outdated is not None and config.train.resume == "auto")
+    checkpoint = None if fresh else checkpoint_to_resume(config)
 
     console.rule(f"{config.name}  ->  {output}")
-    checkpoint = checkpoint_to_resume(config)
+    if outdated:
+        say(f"{config.name}: trained again, because the finished run in {output} had {outdated}")
     args = training_arguments(config)
-    if config.train.resume == "never" and args.process_index == 0:
-        for old in output.glob("checkpoint-*"):
-            shutil.rmtree(old)
+    if fresh:
+        args.distributed_state.wait_for_everyone()  # every rank has looked at what is removed now
+        if args.process_index == 0:
+            clear(output)
     set_seed(config.seed)
     parts = load_parts(config)
     model = PyramidLlava(parts.host, config.schedule, parts.geometry, config.model.attention)
@@ -89,6 +99,7 @@ def train(config: Config) -> Path:
     if args.process_index == 0:
         seconds = round(time.perf_counter() - start, 2)
         mark_finished(config, stamp, {"steps": result.global_step, "seconds": seconds, "resumed_from": checkpoint})
+    trainer.accelerator.wait_for_everyone()  # no rank starts a next stage before the files of this one are complete
     del trainer, model, parts, dataset
     release_memory()
     return output
@@ -111,7 +122,10 @@ def training_arguments(config: Config) -> TrainingArguments:
             "%s: this CPU has no bfloat16 instructions, so train.bf16 is ignored: float32 is faster", config.name
         )
         arguments["bf16"] = False
-    args = TrainingArguments(**arguments)
+    try:
+        args = TrainingArguments(**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
     if args.n_gpu > 1:
         log.warning(
             "%d GPUs are visible and one is used: torchrun --nproc_per_node %d uses all", args.n_gpu, args.n_gpu
@@ -131,19 +145,32 @@ def learning_rates(config: Config, args: TrainingArguments) -> dict[str, float]:
 
 
 def load_parts(config: Config) -> Parts:
-    """The model that ``config`` starts from, with float32 weights (DeepSpeed and autocast have their own precision)."""
+    """The model that ``config`` starts from, with float32 weights (DeepSpeed and autocast have their own precision).
+
+    Raises:
+        ConfigError: a part cannot be read, or does not fit.
+    """
     model = config.model
-    return build_parts(
-        path=model.path,
-        language_model=model.language_model,
-        vision_tower=model.vision_tower,
-        projector=model.projector,
-        aspect=model.aspect,
-        merge=model.merge,
-        pinpoints=model.pinpoints,
-        rounding=model.rounding,
-        image_size=model.image_size,
-    )
+    try:
+        return build_parts(
+            path=model.path,
+            language_model=model.language_model,
+            vision_tower=model.vision_tower,
+            projector=model.projector,
+            aspect=model.aspect,
+            merge=model.merge,
+            pinpoints=model.pinpoints,
+            rounding=model.rounding,
+            image_size=model.image_size,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        key = "path" if model.path is not None else "language_model"
+        if "load_projector" in called:
+            key = "projector"
+        elif model.path is None and called & {"load_tower", "load_image_processor"}:
+            key = "vision_tower"
+        raise ConfigError(f"{config.file}: model.{key} {getattr(model, key)}: {first_line(error)}") from error
 
 
 def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
@@ -153,8 +180,7 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
         ValueError: unknown template, or data that cannot be used.
     """
     name = config.model.template
-    if name not in TEMPLATES:
-        raise ValueError(f"{config.file}: unknown model.template {name!r}: choose one of {sorted(TEMPLATES)}")
+    check_name(config, "model.template", name, TEMPLATES)
     return ConversationDataset(
         read_records(config.data.train, config.data.image_root),
         TEMPLATES[name],
@@ -180,21 +206,22 @@ def build_plan(config: Config, dataset: ConversationDataset, args: TrainingArgum
 
 
 def prepare_data(config: Config) -> None:
-    """Runs ``data.prepare`` if a data file of the run is missing (on the first process of every machine; the others
-    wait until the files are there).
+    """Runs ``data.prepare``, which does nothing where its data are up to date: once per program, on the first process
+    of every machine. The other processes wait until the files are there.
 
     Raises:
         ValueError: the command failed. FileNotFoundError: it did not make the file.
     """
     wanted = [Path(name) for name in (config.data.train, config.data.eval) if name is not None]
     missing = [file for file in wanted if not file.is_file()]
-    if config.data.prepare is None or not missing:
+    if config.data.prepare is None or (config.data.prepare in _prepared and not missing):
         return
     if os.environ.get("LOCAL_RANK", "0") != "0":
         while not all(file.is_file() for file in missing):
             time.sleep(1)
         return
-    console.print(f"preparing {missing[0]}: {' '.join(config.data.prepare)}")
+    if missing:
+        console.print(f"preparing {missing[0]}: {' '.join(config.data.prepare)}")
     done = subprocess.run([sys.executable, *config.data.prepare], check=False)
     if done.returncode:
         raise ValueError(
@@ -203,6 +230,19 @@ def prepare_data(config: Config) -> None:
     for file in missing:
         if not file.is_file():
             raise FileNotFoundError(f"{config.file}: data.prepare ran, but did not write {file}")
+    _prepared.add(config.data.prepare)
+
+
+def say(line: str) -> None:
+    """Prints a line that must stay one line, and is no markup, on the first rank."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its kind too where the message is only a name."""
+    text = str(error).strip().splitlines()
+    kind = type(error).__name__
+    return kind if not text else f"{kind} {text[0]}" if isinstance(error, KeyError) else text[0]
 
 
 def release_memory() -> None:

@@ -26,6 +26,11 @@ from llava_pdrop.train.optim import parameter_groups, part_of
 from llava_pdrop.types import PackedBatch
 
 
+def recomputes_activations(args: TrainingArguments) -> bool:
+    """Whether the backward pass computes activations anew; transformers 5.23 renamed the argument."""
+    return bool(getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False))
+
+
 class PlanLoader(DataLoader):
     """A `DataLoader` over a rank's own `BatchPlan`. Not to be prepared by accelerate, which would shard it again."""
 
@@ -156,7 +161,7 @@ class PyramidTrainer(Trainer):
             model.schedule,
             model.geometry,
             self.trainable,
-            self.args.activation_checkpointing,
+            recomputes_activations(self.args),
         ).total
 
     def _total(self, numbers: list[float]) -> list[float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_pdrop.config import Config, ConfigError, check_paths, load_config, to_yaml
-from llava_pdrop.config_paths import decoder_layers, missing_model, part_configs
+from llava_pdrop.config_paths import decoder_layers, missing_model, part_configs, pretrain_words
 from llava_pdrop.config_values import keys_of
 from llava_pdrop.model.schedule import Schedule
 
@@ -133,7 +133,7 @@ def test_every_shipped_config_parses_and_survives_a_round_trip(
     assert load_config(tmp_path / "resolved.yaml") == config
     first = path.read_text().splitlines()[0]
     assert first.startswith("# "), "the first line says what the file is"
-    for named in (config.pretrain, config.train.arguments.get("deepspeed")):
+    for named in (pretrain_words(config)[0] if config.pretrain else None, config.train.arguments.get("deepspeed")):
         assert named is None or Path(named).is_file()
     if config.data.prepare:
         assert Path(config.data.prepare[0]).is_file()
@@ -304,6 +304,27 @@ def test_number_of_layers_is_found_where_it_stands(run: Path, tmp_path: Path) ->
 def test_missing_model_says_nothing_about_directories_that_are_there(run: Path) -> None:
     assert missing_model("llm") is None
     assert "does not look like a hub id" in str(missing_model("llm/no"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("eval.limit=0", "eval.limit must be at least 1, got 0"),
+        ("model.image_size=0", "model.image_size must be at least 1, got 0"),
+    ],
+)
+def test_numbers_too_small_are_named(run: Path, override: str, expected: str) -> None:
+    assert complaint(run, override) == f"command line: {expected}"
+
+
+def test_two_half_precisions_exclude_each_other(run: Path) -> None:
+    assert "train.bf16 and train.fp16 exclude each other" in complaint(run, "train.bf16=true", "train.fp16=true")
+
+
+def test_a_broken_config_json_is_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "llm" / "config.json").write_text("{")
+    assert complaint(run).startswith("llm/config.json: not readable as JSON")
 
 
 def test_config_is_the_schema(run: Path) -> None:

@@ -80,10 +80,11 @@ def test_a_missing_file_is_one_line_and_a_fault_of_ours_is_not_hidden(
         cli.main(["train", FULL_SIZE])
 
 
-def test_only_the_first_process_complains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_rank_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["plan", FULL_SIZE, "seeed=5"]) == 2
-    assert not capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("[rank 1] error: command line: unknown key")
 
 
 def test_compare_at_full_size_names_what_is_missing(

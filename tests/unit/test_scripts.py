@@ -149,6 +149,21 @@ def test_finetune_on_several_gpus_starts_one_process_each(checkout: Checkout) ->
     )
 
 
+def test_tiny_configs_run_as_one_process_on_many_gpus(checkout: Checkout, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    lister = tmp_path / "bin" / "nvidia-smi"
+    lister.write_text("#!/usr/bin/env bash\nprintf 'GPU 0: a\\nGPU 1: b\\n'\n")
+    lister.chmod(0o755)
+    del checkout.env["NPROC_PER_NODE"]
+    path = {"PATH": f"{lister.parent}:{os.environ['PATH']}"}
+    checkout.run("finetune_pdrop.sh", "configs/tiny/x.yaml", **path)
+    assert checkout.called()[-2].endswith("|-m llava_pdrop compare configs/tiny/x.yaml")
+    checkout.run("finetune_pdrop.sh", "configs/llava15_7b/x.yaml", **path)
+    assert "--nproc-per-node 2 " in checkout.called()[-1]
+    checkout.run("finetune_pdrop.sh", "configs/tiny/x.yaml", NPROC_PER_NODE="3", **path)
+    assert "--nproc-per-node 3 " in checkout.called()[-1]
+
+
 def test_the_exit_status_of_the_program_is_the_scripts(checkout: Checkout) -> None:
     checkout.python.write_text(FAKE_PYTHON.replace('"$MALLOC_TRIM_THRESHOLD_" >>"$CALLS" ;;', '"" ; exit 3 ;;'))
     assert checkout.run("finetune_pdrop.sh").returncode == 3

@@ -47,6 +47,8 @@ def test_the_whole_job(finished):
     assert rows["pyramid_drop"]["realised"] == pytest.approx(1 - timings[1] / timings[0])
     assert 0 < rows["pyramid_drop"]["predicted"] < 1
     assert f"{rows['pyramid_drop']['predicted']:.1%}" in text
+    ratio = rows["pyramid_drop"]["realised"] / rows["pyramid_drop"]["predicted"]
+    assert f"{rows['pyramid_drop']['realised']:.1%} ({ratio:.2f}x)" in text
     assert rows["vanilla + random"]["timing"] is None
 
     for picture in ("loss.png", "step_time.png", "tokens.png"):
@@ -60,12 +62,27 @@ def test_needs_something_to_compare(tiny_config):
         compare(load_config(tiny_config()))
 
 
-def test_without_vanilla_and_without_questions(tiny_config, tiny_files):
+def test_without_vanilla_and_without_questions(tiny_config, tiny_files, capsys):
     """What is not there is left out, not made up."""
     data = {"train": str(tiny_files / "data/train.json"), "image_root": str(tiny_files / "data/images")}
     sections = {"pyramid_drop": DROP, "compare": {"vanilla": False}, "data": {**data, "samples_per_batch": 4}}
     file = compare(load_config(tiny_config("half", **sections)))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "compare.vanilla is false: no vanilla run" in printed and "data.eval is null: no accuracy" in printed
     text = file.read_text()
     assert "| pyramid_drop | - | - | - |" in text and "tokens.png" not in text and "vanilla |" not in text
     (row,) = json.loads((file.parent / "results.json").read_text())["rows"]
     assert row["predicted"] is None and row["realised"] is None and row["timing"]["steps"] == 3
+
+
+def test_what_is_wrong_is_said_before_training(tiny_config, tmp_path):
+    file = tiny_config("wrong", pyramid_drop=DROP)
+    with pytest.raises(ConfigError, match=r"wrong.yaml: unknown eval.scorer 'exact': .*did you mean 'exact_match'"):
+        compare(load_config(file, ["eval.scorer=exact"]))
+    with pytest.raises(ConfigError, match=r"wrong.yaml: unknown model.template 'v2'"):
+        compare(load_config(file, ["model.template=v2"]))
+    questions = tmp_path / "broken.json"
+    questions.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "Why"}]}]))
+    with pytest.raises(ValueError, match="does not end in an answer"):
+        compare(load_config(file, [f"data.eval={questions}"]))
+    assert not (tmp_path / "out" / "wrong").exists()

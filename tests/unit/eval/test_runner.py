@@ -10,7 +10,7 @@ import torch
 from llava_pdrop.config import RUN_FILE, ConfigError, load_config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.eval.benchmarks import llava_json
-from llava_pdrop.eval.runner import evaluate, evaluate_config, load_questions, model_inputs
+from llava_pdrop.eval.runner import chance_of, evaluate, evaluate_config, load_questions, model_inputs
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.build import build_parts
 from llava_pdrop.model.schedule import Schedule
@@ -45,6 +45,10 @@ def test_answers_do_not_depend_on_the_batch_size(parts, questions):
     assert one.chance == pytest.approx(1 / 3)
     assert [entry.gold for entry in one.predictions] == ["red", "green", "blue"] * 2
     assert one.predictions[0].question == "Which colour is it"
+
+
+def test_chance_is_that_of_the_answers_own_distribution():
+    assert chance_of(["yes", "Yes", "no", "yes."]) == pytest.approx(0.75**2 + 0.25**2)
 
 
 def test_the_model_is_left_as_it_was(parts, questions):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava_pdrop.config import RUN_FILE, load_config
+from llava_pdrop.config import RUN_FILE, ConfigError, load_config
+from llava_pdrop.train.checks import stage1_config
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.run import train
 
@@ -50,8 +53,33 @@ def test_a_finished_run_is_used_again_and_a_changed_one_is_not(tiny_config):
     before = (output / "model.safetensors").stat().st_mtime_ns
     train(load_config(file, ["eval.batch_size=1"]))
     assert (output / "model.safetensors").stat().st_mtime_ns == before
-    train(load_config(file, ["train.learning_rate=0.002"]))
+    train(load_config(file, ["train.logging_steps=2"]))
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"run holds a finished run with another train\.learning_rate: .*never"):
+        train(load_config(file, ["train.learning_rate=0.002"]))
+    train(load_config(file, ["train.learning_rate=0.002", "train.resume=never"]))
     assert (output / "model.safetensors").stat().st_mtime_ns != before
+
+
+def test_a_finished_run_of_other_data_or_versions_is_trained_again(
+    tiny_config, tiny_files, tmp_path, capsys, monkeypatch
+):
+    records = tmp_path / "train.json"
+    records.write_text((tiny_files / "data/train.json").read_text())
+    steps = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True}
+    config = load_config(tiny_config(train=steps), [f"data.train={records}"])
+    output = train(config)
+    os.utime(records, (1, 1))
+    capsys.readouterr()
+    train(config)
+    assert "finished before" in capsys.readouterr().out
+    records.write_text(json.dumps(json.loads(records.read_text())[:10]))
+    train(config)
+    assert f"trained again, because the finished run in {output} had other files\n" in capsys.readouterr().out
+    assert json.loads((output / "run.json").read_text())["resumed_from"] is None
+    monkeypatch.setattr("llava_pdrop.__version__", "another")
+    train(config)
+    assert "had other versions\n" in capsys.readouterr().out
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tiny_config):
@@ -87,22 +115,61 @@ def test_a_checkpoint_of_other_settings_is_refused_in_one_line(tiny_config):
     steps = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True}
     file = tiny_config(train=steps)
     output = train(load_config(file))
+    (output / "run.json").unlink()  # as if killed before the end
     with pytest.raises(ValueError, match=r"checkpoint-2 was written with another train\.weight_decay: .*never"):
         train(load_config(file, ["train.weight_decay=0.3"]))
     train(load_config(file, ["train.weight_decay=0.3", "train.resume=never"]))
     assert (output / "checkpoint-2").is_dir()
 
 
-def test_stage_1_runs_first_and_hands_over_its_projector(tiny_config):
+def test_stage_1_runs_first_and_hands_over_its_projector(tiny_config, tmp_path):
     stage1 = tiny_config("stage1")
     config = load_config(stage1, ["model.trainable=[projector]"])
     text = json.loads(stage1.read_text())
     stage1.write_text(json.dumps({**text, "model": {**text["model"], "trainable": ["projector"]}}))
     frozen = {"max_steps": 1, "learning_rate": 0.0, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-    stage2 = train(load_config(tiny_config("stage2", train=frozen, pretrain=str(stage1))))
-    handed = load_file(Path(config.output_dir) / "projector.safetensors")
+    moved = tmp_path / "moved"
+    stage2 = train(load_config(tiny_config("stage2", train=frozen, pretrain=f"{stage1} output_dir={moved}")))
+    assert not Path(config.output_dir).exists()
+    handed = load_file(moved / "projector.safetensors")
     kept = load_file(stage2 / "projector.safetensors")
     assert all(torch.equal(handed[name], kept[name]) for name in handed)
+
+
+def test_stage_1_must_have_the_same_parts(tiny_config, tiny_files, tmp_path):
+    shutil.copytree(tiny_files / "llm", tmp_path / "other")
+    stage1 = tiny_config("stage1")
+    same = load_config(tiny_config("same", pretrain=f"{stage1} model.image_size=48"))  # what the tower has anyway
+    assert stage1_config(same) is not None
+    for override, key in (
+        (f"model.language_model={tmp_path}/other", "language_model"),
+        ("model.image_size=96", "image_size"),
+    ):
+        file = tiny_config("stage2", pretrain=f"{stage1} {override}")
+        with pytest.raises(
+            ConfigError, match=rf"stage2.yaml: pretrain: .*stage1.yaml has model.{key} .*, this run has"
+        ):
+            train(load_config(file))
+    with pytest.raises(ConfigError, match=r"stage1.yaml: data.train: the data file none.json does not exist"):
+        train(load_config(tiny_config("stage2", pretrain=f"{stage1} data.train=none.json")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_libraries_refuse_is_one_line(tiny_config, tiny_files, tmp_path):
+    file = tiny_config()
+    with pytest.raises(ConfigError, match=r"run.yaml: train: "):
+        train(load_config(file, ["train.lr_scheduler_type=zigzag"]))
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_files / "llm", broken)
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=rf"run.yaml: model.language_model {broken}: ") as error:
+        train(load_config(file, [f"model.language_model={broken}"]))
+    assert "\n" not in str(error.value)
+    tower = tmp_path / "tower"
+    shutil.copytree(tiny_files / "tower", tower)
+    (tower / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=rf"run.yaml: model.vision_tower {tower}: "):
+        train(load_config(file, [f"model.vision_tower={tower}"]))
 
 
 def test_data_are_prepared_when_missing(tiny_config, tmp_path, tiny_files):

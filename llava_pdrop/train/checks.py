@@ -1,0 +1,62 @@
+"""What can be wrong with a run, looked for before the first step: names, files, and the stage 1 it starts from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from llava_pdrop.config import Config, ConfigError, check_paths, load_config
+from llava_pdrop.config_paths import number, part_configs, pretrain_words
+from llava_pdrop.config_values import did_you_mean
+from llava_pdrop.data.conversation import TEMPLATES
+
+
+def check_run(config: Config) -> None:
+    """Checks names and paths of ``config`` and of its stage 1.
+
+    Raises:
+        ConfigError: one line with file, key and remedy.
+    """
+    check_paths(config)
+    check_name(config, "model.template", config.model.template, TEMPLATES)
+    first = stage1_config(config)
+    if first is not None:
+        check_run(first)
+
+
+def check_name(config: Config, key: str, name: str, known: Iterable[str]) -> None:
+    """Raises `ConfigError` if ``name``, the value of ``key``, is none of ``known``."""
+    known = sorted(known)
+    if name not in known:
+        raise ConfigError(
+            f"{config.file}: unknown {key} {name!r}: choose one of {known}{did_you_mean(name, known, cutoff=0.3)}"
+        )
+
+
+def stage1_config(config: Config) -> Config | None:
+    """The config that ``pretrain`` names, with its overrides; None where the run has no stage 1.
+
+    Raises:
+        ConfigError: it trains the projector of another decoder, tower or image size than this run has.
+    """
+    if config.pretrain is None:
+        return None
+    path, *overrides = pretrain_words(config)
+    first = load_config(path, overrides)
+    for key in ("language_model", "vision_tower", "image_size"):
+        here, there = _part(config, key), _part(first, key)
+        if here != there:
+            raise ConfigError(
+                f"{config.file}: pretrain: {first.file} has model.{key} {there}, this run has {here}: the projector "
+                f"would not fit; give stage 1 the same, e.g. pretrain: '{path} model.{key}={here} output_dir=...'"
+            )
+    return first
+
+
+def _part(config: Config, key: str) -> str | int | None:
+    """A model part by its path or id, the image size in pixels where it is known."""
+    if key == "image_size":
+        tower = part_configs(config.model)[1]
+        return config.model.image_size or (number(tower, "image_size") if tower else None)
+    part = config.model.path or getattr(config.model, key)
+    return os.path.normpath(part) if part else None
