@@ -26,6 +26,9 @@ cd "$ROOT"
 # 2 cores from 3.8 to 2.2 seconds.
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
+# A thread of PyTorch's that waits for the others spins for a moment and then sleeps: on a busy machine endless spinning
+# takes the core from those it waits for, and would be counted as CPU time of the step.
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" # it would warn at every fork of a data worker
 
 python="$LLAVA_PDROP_VENV/bin/python"

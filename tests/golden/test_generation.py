@@ -14,6 +14,7 @@ import torch
 from llava_pdrop.model.plugin import Step, attach, detach
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
+from llava_pdrop.model.vision import pack_by_geometry
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch, Sample
 from tests.golden.cases import Case, case_files
@@ -35,8 +36,6 @@ def case(request, record_property):
 def test_generate(case: Case) -> None:
     """Cached decoding with per-layer cache lengths."""
     (sample,) = case.samples()
-    if case.geometry().aspect == "anyres" and case.geometry().merge != "spatial_unpad":
-        pytest.skip("Hugging Face's LLaVA-NeXT merges tiles by spatial_unpad only; test_recomputation covers the case")
     steps: list[Step] = []
     tokens, logits = generate(case, sample, case.schedule, steps)
     if case.flagged:
@@ -83,6 +82,7 @@ def generate(case: Case, sample: Sample, schedule: Schedule, steps: list[Step] |
         inputs["image_sizes"] = torch.tensor([[h, w] for w, h in (image.size for image in sample.images)])
     elif sample.images:
         inputs["pixel_values"] = torch.cat([image.pixels for image in sample.images])
+    pack_by_geometry(host, case.geometry())
     attach(host, schedule, trace=steps)
     output = host.generate(
         **inputs, max_new_tokens=16, do_sample=False, eos_token_id=2, pad_token_id=0,
