@@ -37,6 +37,9 @@ def directories() -> list[Path]:
 
 def case_files() -> list[Path]:
     files = [file for directory in directories() for file in sorted((directory / "cases").glob("*.json"))]
+    stored = [file for directory in directories() for file in (directory / "cases").glob("*.safetensors")]
+    orphans = [file for file in stored if not file.with_suffix(".json").exists()]
+    assert not orphans, f"recorded tensors without a description: {orphans}"
     assert files, f"no cases/*.json below {[str(d) for d in directories()]}"
     return files
 
