@@ -22,8 +22,8 @@ export LLAVA_PDROP_VENV="${LLAVA_PDROP_VENV:-$ROOT/.venv}"
 bash "$ROOT/scripts/setup.sh"
 cd "$ROOT"
 
-# glibc gives large tensors back to the kernel after every step and gets them anew, zeroed: keeping them took a step on
-# 2 cores from 3.8 to 2.2 seconds.
+# glibc gives large tensors back to the kernel after every step and gets them anew, zeroed: keeping them took a step of a
+# prototype on 2 cores from 3.8 to 2.2 seconds.
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
 # A thread of PyTorch's that waits for the others spins for a moment and then sleeps: on a busy machine endless spinning
