@@ -17,8 +17,7 @@ labels) is plain Python integers on the host, so that no step of the forward has
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -38,18 +37,32 @@ class Turn:
     text: str
 
 
+class ImageSource(Protocol):
+    """Where the bytes of a picture lie. A `pathlib.Path` is one; pictures inside tar shards and tables are others
+    (`llava_pdrop.data.sources`). Its text (``str``) names it in error messages; equal sources are one picture."""
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """The bytes as a file that can seek; whoever opens it closes it.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Record:
     """One training or evaluation example as it stands in a data file, pixels not yet read.
 
-    ``images`` has one path per ``<image>`` marker of ``turns``, in order. ``origin`` (``file.json[17]``) is what
-    error messages name.
+    ``images`` has one source per ``<image>`` marker of ``turns``, in order. ``origin`` (``file.json[17]``) is what
+    error messages name. ``template`` is the name of its own conversation format; None: that of the run.
     """
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[Path, ...]
+    images: tuple[ImageSource, ...]
     origin: str
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,18 +146,9 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch with its tensors on ``device``."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("input_ids", "labels", "pixels")
-        }
-        return replace(self, **moved)
+        """The same batch with its pixels on ``device``; ids and labels travel with the plan (`StreamPlan.build`)."""
+        return replace(self, pixels=self.pixels.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory (`torch.utils.data.DataLoader` calls this)."""
-        return replace(
-            self,
-            input_ids=self.input_ids.pin_memory(),
-            labels=self.labels.pin_memory(),
-            pixels=self.pixels.pin_memory(),
-        )
+        """The same batch, its pixels in page-locked memory (`torch.utils.data.DataLoader` calls this)."""
+        return replace(self, pixels=self.pixels.pin_memory())

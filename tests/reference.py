@@ -19,14 +19,14 @@ def slow_reference(model: PyramidLlava, sample: Sample, query: str = "answers") 
     shares only the embedding with the packed path.
     """
     decoder, schedule = model.host.model.language_model, model.schedule
-    x = model.embed(*_undropped(model, sample))
-    place, labels, survivors = torch.arange(len(x)), sample.labels, []
-    owner = torch.full((len(x),), -1)
+    x, device = model.embed(*_undropped(model, sample)), model.device
+    place, labels, survivors = torch.arange(len(x), device=device), sample.labels.to(device), []
+    owner = torch.full((len(x),), -1, device=device)
     for image, (start, stop) in enumerate(sample.image_spans):
         owner[start:stop] = image
     for index, layer in enumerate(decoder.layers):
         if index in schedule.layers:
-            keep = torch.ones(len(x), dtype=torch.bool)
+            keep = torch.ones(len(x), dtype=torch.bool, device=device)
             if queries := _queries(labels, query):
                 score = _attention(layer, x, *_rope(decoder, x, place, schedule))[1].mean(0)[queries].mean(0)
                 for image, (start, stop) in enumerate(sample.image_spans):
@@ -43,7 +43,7 @@ def slow_reference(model: PyramidLlava, sample: Sample, query: str = "answers") 
 
 
 def _undropped(model: PyramidLlava, sample: Sample) -> tuple[PackedBatch, StreamPlan]:
-    batch = PackedBatch.pack([sample])
+    batch = PackedBatch.pack([sample]).to(model.device)
     return batch, StreamPlan.build(batch, Schedule(), model.geometry, model.device)
 
 
@@ -55,7 +55,7 @@ def _queries(labels: Tensor, query: str) -> list[int]:
 
 
 def _rope(decoder: nn.Module, x: Tensor, place: Tensor, schedule: Schedule) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    position = place[None] if schedule.positions == "keep" else torch.arange(len(x))[None]
+    position = place[None] if schedule.positions == "keep" else torch.arange(len(x), device=x.device)[None]
     return position, decoder.rotary_emb(x[None], position)
 
 
@@ -63,7 +63,7 @@ def _attention(layer: nn.Module, x: Tensor, position: Tensor, rope: tuple[Tensor
     """Output (T, D) and weights (H, T, T) of transformers' eager attention."""
     config = layer.self_attn.config
     before, config._attn_implementation = config._attn_implementation, "eager"
-    mask = torch.full((len(x), len(x)), float("-inf")).triu(1)[None, None]
+    mask = torch.full((len(x), len(x)), float("-inf"), device=x.device).triu(1)[None, None]
     normed = layer.input_layernorm(x[None])
     out, weights = layer.self_attn(
         hidden_states=normed, position_ids=position, position_embeddings=rope, attention_mask=mask

@@ -7,8 +7,10 @@ within each segment of a packed stream; called without, it is transformers' own 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -34,23 +36,51 @@ class Segments:
     backend: str = "auto"
 
 
+def check_backend(backend: str) -> None:
+    """Says before the first step what would fail in it.
+
+    Raises:
+        ValueError: an unknown backend, or one whose package or device is not there.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown model.attention {backend!r}: choose one of {list(BACKENDS)}")
+    if backend in ("auto", "sdpa"):
+        return
+    if backend == "flash_attn" and find_spec("flash_attn") is None:
+        raise ValueError("model.attention: flash_attn needs the package flash-attn: install it, or set 'auto'")
+    if not torch.cuda.is_available():
+        raise ValueError(f"model.attention: {backend} needs a CUDA device, and there is none: set 'auto' or 'sdpa'")
+
+
 def packed_attention(
     query_HTE: Tensor, key_GTE: Tensor, value_GTE: Tensor, segments: Segments, scaling: float, window: int | None = None
 ) -> Tensor:
     """Causal attention within each segment: (H, T, E), (G, T, E), (G, T, E) -> (T, H, E).
 
+    Under autocast it runs in autocast's precision, as torch's own sdpa does.
+
     Args:
         window: a token sees itself and the ``window - 1`` tokens before it (Mistral's sliding window).
+
+    Raises:
+        ValueError: ``varlen`` or ``flash_attn`` on the CPU or in float32.
     """
+    device = query_HTE.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # rotary embedding has made queries and keys float32
+        half = torch.get_autocast_dtype(device)
+        query_HTE, key_GTE, value_GTE = query_HTE.to(half), key_GTE.to(half), value_GTE.to(half)
+    is_half = query_HTE.dtype in (torch.float16, torch.bfloat16)
     backend = segments.backend
     if backend == "auto":
-        half = query_HTE.dtype in (torch.float16, torch.bfloat16)
-        backend = "varlen" if query_HTE.is_cuda and half else "sdpa"
+        backend = "varlen" if query_HTE.is_cuda and is_half else "sdpa"
     if backend == "sdpa":
         return _segmentwise_sdpa(query_HTE, key_GTE, value_GTE, segments.lengths, scaling, window)
-    kernel = _varlen if backend == "varlen" else _flash_attn
-    query_THE, key_TGE, value_TGE = (tensor.transpose(0, 1) for tensor in (query_HTE, key_GTE, value_GTE))
-    return kernel(query_THE, key_TGE, value_TGE, segments.offsets, max(segments.lengths), scaling, window)
+    if device == "cpu" or not is_half:
+        raise ValueError(
+            f"model.attention: {backend} works on CUDA in float16 or bfloat16, not on {device} in {query_HTE.dtype}: "
+            "set 'auto' or 'sdpa'"
+        )
+    return _fused(backend, query_HTE, key_GTE, value_GTE, segments, scaling, window)
 
 
 def _segmentwise_sdpa(
@@ -79,56 +109,39 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-@cache
-def _varlen_keywords() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _varlen(
-    query_THE: Tensor,
-    key_TGE: Tensor,
-    value_TGE: Tensor,
-    offsets: Tensor,
-    longest: int,
-    scale: float,
+def _fused(
+    backend: str,
+    query_HTE: Tensor,
+    key_GTE: Tensor,
+    value_GTE: Tensor,
+    segments: Segments,
+    scaling: float,
     window: int | None,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    """All segments in one kernel: torch's own (``varlen``) or the package's (``flash_attn``)."""
+    options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}  # tokens before and after a token
+    if backend == "flash_attn":
+        from flash_attn import flash_attn_varlen_func as kernel
 
-    known = _varlen_keywords()
-    options: dict[str, Any] = {"scale": scale}
-    if "window_size" in known:
-        options["window_size"] = (window - 1 if window else -1, 0)
-    elif window and longest > window:
-        raise ValueError("this torch's varlen_attn has no sliding window: set model.attention to 'sdpa'")
+        options |= {"softmax_scale": scaling, "causal": True}
     else:
-        options["is_causal"] = True
-    if query_THE.shape[1] != key_TGE.shape[1]:
-        if "enable_gqa" in known:
+        from torch.nn.attention.varlen import varlen_attn as kernel
+
+        options |= {"scale": scaling}
+        if query_HTE.shape[0] != key_GTE.shape[0] and _takes_groups(kernel):
             options["enable_gqa"] = True
-        else:
-            repeat = query_THE.shape[1] // key_TGE.shape[1]
-            key_TGE, value_TGE = (t.repeat_interleave(repeat, dim=1) for t in (key_TGE, value_TGE))
-    return varlen_attn(query_THE, key_TGE, value_TGE, offsets, offsets, longest, longest, **options)
+        elif query_HTE.shape[0] != key_GTE.shape[0]:
+            repeat = query_HTE.shape[0] // key_GTE.shape[0]
+            key_GTE, value_GTE = (t.repeat_interleave(repeat, dim=0) for t in (key_GTE, value_GTE))
+    query_THE, key_TGE, value_TGE = (t.transpose(0, 1) for t in (query_HTE, key_GTE, value_GTE))
+    offsets, longest = segments.offsets, max(segments.lengths)
+    return kernel(query_THE, key_TGE, value_TGE, offsets, offsets, longest, longest, **options)
 
 
-def _flash_attn(
-    query_THE: Tensor,
-    key_TGE: Tensor,
-    value_TGE: Tensor,
-    offsets: Tensor,
-    longest: int,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        query_THE, key_TGE, value_TGE, offsets, offsets, longest, longest,
-        softmax_scale=scale, causal=True, window_size=(window - 1 if window else -1, 0),
-    )  # fmt: skip
+@cache
+def _takes_groups(varlen_attn: Callable) -> bool:
+    """Whether it takes fewer keys than queries: from torch 2.12 on."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention_forward(

@@ -172,7 +172,7 @@ def stage_mask(
     keys, first = cache.get_mask_sizes(fed, layer) if cache is not None else (fed, 0)
     past = cache.get_seq_length(layer) if cache is not None else 0
     # Rows of a later turn may be padded as well: reading the mask to find out would stall the device.
-    padded = stages.padded[drop] or (batch > 1 and keys > fed)
+    padded = stages.padded[drop] or (batch > 1 and keys > fed and attention_mask is not None)
     grows = isinstance(past, int) and first + keys == past + fed  # a static cache has room that is not filled yet
     fits = window is None or keys <= window
     if grows and fits and not padded and implementation != "eager" and (fed == 1 or keys == fed):
@@ -200,3 +200,8 @@ def stage_mask(
 def cached_tokens(cache: Cache) -> list[int]:
     """Tokens that every layer of a cache holds, padding included."""
     return [int(cache.get_seq_length(layer)) for layer in range(len(cache.layers))]
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that a cache holds, padding included."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)

@@ -16,6 +16,7 @@ from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import Layout
+from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.types import PackedBatch
 
 ATTENTION_BACKWARD = 2.5
@@ -56,6 +57,7 @@ def step_flops(
     geometry: ImageGeometry,
     trainable: Collection[str] = ("projector", "language_model"),
     checkpointing: bool = False,
+    recompute_layers: int | None = None,
 ) -> StepFlops:
     """Operations of forward and backward of one micro-batch.
 
@@ -65,14 +67,15 @@ def step_flops(
             passes through a frozen decoder to what learns before it.
         checkpointing: activation checkpointing, which runs every layer's forward once more in backward, up to the
             last product, whose result nobody needs again.
+        recompute_layers: of the decoder's layers, only so many first ones run again (None: all of them); the tower's
+            do whenever ``checkpointing`` says so.
     """
     text = config.text_config
     layouts = layouts_of(batch, schedule)
     tiles = sum(geometry.num_tiles(size) for size in batch.image_sizes) or 1  # a text-only batch runs one dummy tile
     backward = bool(trainable)
-    repeat = checkpointing and backward
+    repeated = text.num_hidden_layers if recompute_layers is None else recompute_layers
     linear_factor = 1.0 + backward + ("language_model" in trainable)
-    attention_factor = 1.0 + repeat + ATTENTION_BACKWARD * backward
     heads, head_size = text.num_attention_heads, _head_size(text)
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
 
@@ -84,9 +87,10 @@ def step_flops(
             ranking += _ranking(text, layouts[stage], schedule)
             stage += 1
         layout = layouts[stage]
+        repeat = checkpointing and backward and layer < repeated
         decoder += layout.tokens * (linear * linear_factor + (linear - last) * repeat)
         pairs = sum(causal_pairs(length, window) for length in layout.seq_lens)
-        attention += 4 * pairs * heads * head_size * attention_factor
+        attention += 4 * pairs * heads * head_size * (1 + repeat + ATTENTION_BACKWARD * backward)
     return StepFlops(
         tower=_tower(config, tiles, "vision_tower" in trainable, checkpointing),
         projector=_projector(config, tiles * geometry.patches, trainable),
@@ -104,11 +108,13 @@ def predicted_reduction(
     geometry: ImageGeometry,
     trainable: Collection[str],
     checkpointing: bool = False,
+    recompute_layers: int | None = None,
 ) -> float:
     """Share of a vanilla step's operations that ``schedule`` saves on ``batches``, between 0 and 1."""
+    options = (geometry, trainable, checkpointing, recompute_layers)
 
     def operations(chosen: Schedule) -> float:
-        return sum(step_flops(config, batch, chosen, geometry, trainable, checkpointing).total for batch in batches)
+        return sum(step_flops(config, batch, chosen, *options).total for batch in batches)
 
     return 1 - operations(schedule) / operations(Schedule())
 
@@ -147,17 +153,15 @@ def _ranking(text: Any, layout: Layout, schedule: Schedule) -> int:
 
 
 def _tower(config: Any, tiles: int, trainable: bool, checkpointing: bool) -> float:
-    """All layers run forward; only those below ``vision_feature_layer`` have a backward."""
+    """Only the layers that lead to ``vision_feature_layer`` run."""
     vision = config.vision_config
-    width, layers = vision.hidden_size, vision.num_hidden_layers
+    width, used = vision.hidden_size, used_tower_layers(config)
     patches = (vision.image_size // vision.patch_size) ** 2
     tokens = tiles * (patches + 1)
-    feature = config.vision_feature_layer
-    used = layers + 1 + feature if feature < 0 else feature
     embedding = 2 * tiles * patches * 3 * vision.patch_size**2 * width
     linear = 2 * tokens * width * (4 * width + 2 * vision.intermediate_size)
     attention = 4 * tokens * (patches + 1) * width
-    forward = embedding + layers * (linear + attention)
+    forward = embedding + used * (linear + attention)
     if not trainable:
         return forward
     last = 2 * tokens * width * vision.intermediate_size

@@ -202,6 +202,8 @@ class _Plugin:
         positions = kwargs["position_ids"]
         if positions.ndim != 2:
             raise ValueError(f"attach() supports one position per token, but {type(self.decoder).__name__} has several")
+        if call.stage == 0 and kwargs.get("attention_mask") is None:
+            call.attention_mask = None  # the host has read the mask: nothing is padding in the whole sequence
         if call.prefill is not None:
             frame = call.prefill.frames[call.stage]
             if call.stage == 0:

@@ -51,9 +51,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the tokens of a stream lie in a padded batch: ``row_T`` (T,) indices into the flattened (B, N)."""
+    """Where the tokens of a stream lie in a padded batch: ``row_T`` (T,) indices into the flattened (B, N). ``last_B``
+    (B,) says which entry of the stream is the last token of each row."""
 
     row_T: Tensor
+    last_B: Tensor
     shape: tuple[int, int]
 
     @property
@@ -111,9 +113,10 @@ class Prefill:
             seq_lens.append(len(columns))
             rows.append(columns + row * real_BN.shape[1])
             offset += len(columns)
+        nothing = torch.empty(0, dtype=torch.int64)  # the plan needs the layout only: the tokens are embedded already
         batch = PackedBatch(
-            input_ids=torch.empty(0),  # the plan asks for the layout only: the host has embedded the tokens already
-            labels=torch.empty(0),
+            input_ids=nothing,
+            labels=nothing,
             pixels=torch.empty(0),
             seq_lens=seq_lens,
             image_spans=_split(runs, lengths),
@@ -122,8 +125,10 @@ class Prefill:
             label_positions=[],
         )
         plan = StreamPlan.build(batch, schedule, ImageGeometry(tile=1, patch=1), device)
-        frames = [Frame(torch.from_numpy(np.concatenate(rows)).to(device), tuple(real_BN.shape))]
-        frames += [_left_padded(stage.layout.seq_lens, device) for stage in plan.stages[1:]]
+        frames = _frames(
+            [(seq_lens, rows, real_BN.shape[1])] + [_left_padded(stage.layout.seq_lens) for stage in plan.stages[1:]],
+            device,
+        )
         last_image = np.where(image_BN, np.arange(image_BN.shape[1]), -1).max()
         return Prefill(plan, frames, text_tail=int(image_BN.shape[1] - 1 - last_image))
 
@@ -158,19 +163,14 @@ class Prefill:
 
     def stages(self, position_BN: Tensor, schedule: Schedule) -> PromptStages:
         """What the cache has to remember, given the position ids (B, N) of the whole prompt."""
-        last_B = self._last(0, self.frames[0].pack(position_BN))
+        last_B = self.frames[0].pack(position_BN).index_select(0, self.frames[0].last_B)
         shifts, real = [], []
         for stage, frame in enumerate(self.frames[1:], start=1):
-            now_B = self._last(stage, self.plan.stages[stage].position_T)
+            now_B = self.plan.stages[stage].position_T.index_select(0, frame.last_B)
             shifts.append(last_B - now_B if schedule.positions == "renumber" else torch.zeros_like(last_B))
             real.append(frame.unpack(torch.ones_like(frame.row_T, dtype=torch.bool)))
         padded = [frame.padded for frame in self.frames[1:]]
         return PromptStages(real, shifts, padded, self.frames[0].shape[1], self.text_tail, schedule)
-
-    def _last(self, stage: int, x_T: Tensor) -> Tensor:
-        """The entry of each row's last token: (T,) -> (B,)."""
-        ends = np.cumsum(self.plan.stages[stage].layout.seq_lens) - 1
-        return x_T[torch.from_numpy(ends).to(x_T.device)]
 
 
 def image_lengths(config: Any, placeholders: int, inputs: dict[str, Any], ours: bool = False) -> list[int] | None:
@@ -216,7 +216,18 @@ def _split(runs: list[tuple[int, int]], lengths: Sequence[int] | None) -> list[t
     return spans
 
 
-def _left_padded(lengths: list[int], device: torch.device) -> Frame:
+def _left_padded(lengths: list[int]) -> tuple[list[int], list[np.ndarray], int]:
+    """Tokens of each row, their places in the flattened batch and its columns, with the padding on the left."""
     longest = max(lengths)
     rows = [np.arange(longest - length, longest) + row * longest for row, length in enumerate(lengths)]
-    return Frame(torch.from_numpy(np.concatenate(rows)).to(device), (len(lengths), longest))
+    return lengths, rows, longest
+
+
+def _frames(stages: Sequence[tuple[list[int], list[np.ndarray], int]], device: torch.device) -> list[Frame]:
+    """A frame per stage, sent to the device at once: a copy between two layers would make the host wait for it."""
+    indices = []
+    for lengths, rows, _ in stages:
+        indices += [np.concatenate(rows), np.cumsum(lengths) - 1]
+    sent = torch.from_numpy(np.concatenate(indices)).to(device).split([len(index) for index in indices])
+    shapes = [(len(lengths), columns) for lengths, _, columns in stages]
+    return [Frame(row_T, last_B, shape) for row_T, last_B, shape in zip(sent[::2], sent[1::2], shapes)]

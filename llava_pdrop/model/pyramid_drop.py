@@ -66,27 +66,33 @@ def attention_score(instruction: Instruction) -> Tensor:
         runs = [(len(lengths), lengths[0], queries[0])]
     else:
         runs = [(1, length, count) for length, count in zip(lengths, queries)]
+    query_QHE = instruction.query_QHE.float() * instruction.scaling
+    place_T = torch.arange(len(instruction.key_TGE), device=query_QHE.device)
     scores, token, query = [], 0, 0
     for samples, length, count in runs:
-        key_SNGE = instruction.key_TGE[token : token + samples * length].unflatten(0, (samples, length))
+        key_SNGE, place_SN = (
+            tensor[token : token + samples * length].unflatten(0, (samples, length))
+            for tensor in (instruction.key_TGE, place_T)
+        )
         if count:
-            query_SQHE = instruction.query_QHE[query : query + samples * count].unflatten(0, (samples, count))
-            row_SQ = instruction.row_Q[query : query + samples * count].view(samples, count)
-            start_S = torch.arange(token, token + samples * length, length, device=row_SQ.device)
-            scores.append(_score_samples(query_SQHE, key_SNGE, row_SQ - start_S[:, None], instruction.scaling))
+            query_SQHE, row_SQ = (
+                tensor[query : query + samples * count].unflatten(0, (samples, count))
+                for tensor in (query_QHE, instruction.row_Q)
+            )
+            scores.append(_score_samples(query_SQHE, row_SQ, key_SNGE, place_SN))
         else:
             scores.append(key_SNGE.new_zeros(samples * length, dtype=torch.float32))
         token, query = token + samples * length, query + samples * count
     return torch.cat(scores)
 
 
-def _score_samples(query_SQHE: Tensor, key_SNGE: Tensor, place_SQ: Tensor, scaling: float) -> Tensor:
-    """Scores (S * N,) of S samples of N tokens whose queries stand at ``place_SQ``."""
-    length, groups = key_SNGE.shape[1:3]
-    query_SQGRE = query_SQHE.float().unflatten(2, (groups, query_SQHE.shape[2] // groups))
+def _score_samples(query_SQHE: Tensor, row_SQ: Tensor, key_SNGE: Tensor, place_SN: Tensor) -> Tensor:
+    """Scores (S * N,) of S samples of N tokens: scaled queries at stream positions ``row_SQ``, keys at ``place_SN``."""
+    groups = key_SNGE.shape[2]
+    query_SQGRE = query_SQHE.unflatten(2, (groups, query_SQHE.shape[2] // groups))
     with torch.autocast(key_SNGE.device.type, enabled=False):  # half precision would round many scores to one value
-        weight_SQGRN = torch.einsum("sqgre,snge->sqgrn", query_SQGRE * scaling, key_SNGE.float())
-    future_SQN = torch.arange(length, device=place_SQ.device) > place_SQ[:, :, None]
+        weight_SQGRN = torch.einsum("sqgre,snge->sqgrn", query_SQGRE, key_SNGE.float())
+    future_SQN = place_SN[:, None] > row_SQ[:, :, None]
     weight_SQGRN = weight_SQGRN.masked_fill(future_SQN[:, :, None, None], float("-inf")).softmax(-1)
     return weight_SQGRN.mean((2, 3)).mean(1).flatten()
 

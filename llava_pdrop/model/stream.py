@@ -107,13 +107,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """All stages of a batch, and where features go in (``image_row``, ``feature_row``) and logits come out
-    (``label_row`` in the first stream, ``predict_row`` in the last one: the token before each label)."""
+    """All stages of a batch and what the device needs to know of its text: token ids ``text_T`` (T,), 0 where an image
+    is (the placeholder may lie outside the vocabulary); where features go in (``image_row``, ``feature_row``); labels
+    ``label_L`` (L,) and the tokens before them, in the last stream, that predict them (``predict_row``)."""
 
     stages: list[Stage]
+    text_T: Tensor
     image_row: Tensor
     feature_row: Tensor
-    label_row: Tensor
+    label_L: Tensor
     predict_row: Tensor
 
     @property
@@ -129,7 +131,7 @@ class StreamPlan:
         device: torch.device,
         backend: str = "auto",
     ) -> StreamPlan:
-        """Plans every stage of ``batch``.
+        """Plans every stage of ``batch``, whose ids and labels are on the host.
 
         Raises:
             ValueError: an image has more placeholders than its size gives features.
@@ -138,17 +140,19 @@ class StreamPlan:
         for stage in range(len(schedule.layers)):
             layouts.append(layouts[-1].after_drop(layouts[0].kept(schedule, stage)))
 
-        rows: list[np.ndarray] = [*_feature_rows(batch, geometry)]
-        rows += [np.asarray(layouts[0].label_positions), np.asarray(layouts[-1].label_positions) - 1]
+        image_row, feature_row = (_index(row) for row in _feature_rows(batch, geometry))
+        label_L = batch.labels.index_select(0, _index(layouts[0].label_positions))
+        text = [batch.input_ids.index_fill(0, image_row, 0), image_row, feature_row, label_L]
+        rows = [np.asarray(layouts[-1].label_positions) - 1]
         for stage, layout in enumerate(layouts):
             rows.append(np.concatenate([[0], np.cumsum(layout.seq_lens)]))
             rows.append(np.concatenate([np.arange(length) for length in layout.seq_lens]))
             rows.append(np.asarray([start - 1 for sample in layout.answer_starts for start in sample]))
             if stage < len(schedule.layers):
                 rows += _candidate_rows(layout, layouts[0].kept(schedule, stage))
-        tensors = iter(_send(rows, device))
+        tensors = iter(_send([*text, *map(_index, rows)], device))
 
-        image_row, feature_row, label_row, predict_row = (next(tensors) for _ in range(4))
+        text_T, image_row, feature_row, label_L, predict_row = (next(tensors) for _ in range(5))
         stages = []
         for stage, layout in enumerate(layouts):
             segments = Segments(layout.seq_lens, next(tensors).to(torch.int32), backend)
@@ -158,7 +162,7 @@ class StreamPlan:
                 row_V, image_V, first_V, count_V, keep_V = (next(tensors) for _ in range(5))
                 candidates = Candidates(row_V, image_V, first_V, count_V, keep_V, layouts[stage + 1].tokens)
             stages.append(Stage(layout, segments, position_T, query_Q, candidates))
-        return StreamPlan(stages, image_row, feature_row, label_row, predict_row)
+        return StreamPlan(stages, text_T, image_row, feature_row, label_L, predict_row)
 
 
 def _text_before(batch: PackedBatch) -> list[int]:
@@ -208,9 +212,13 @@ def _candidate_rows(layout: Layout, kept: Sequence[int]) -> list[np.ndarray]:
     return [np.concatenate(column) if column else np.empty(0) for column in columns]
 
 
-def _send(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
-    """All index arrays as int64 views of one tensor on ``device``: one copy, not one per array."""
-    flat = torch.from_numpy(np.concatenate(rows).astype(np.int64))
+def _index(row: np.ndarray | Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.asarray(row, dtype=np.int64))
+
+
+def _send(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """All int64 ``rows`` as views of one tensor on ``device``: one copy, not one per row."""
+    flat = torch.cat(rows)
     if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    return flat.split([len(row) for row in rows])
+        flat = flat.pin_memory()
+    return flat.to(device, non_blocking=True).split([len(row) for row in rows])

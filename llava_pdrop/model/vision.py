@@ -1,15 +1,15 @@
-"""The vision tower: how it is loaded, and from pixels to image tokens (tower, feature selection, projector)."""
+"""The vision tower: from pixels to image tokens (tower, feature selection, projector)."""
 
 from __future__ import annotations
 
+from itertools import islice
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.checkpoint import load_strictly
 
 
 def image_features(host: nn.Module, pixels: Tensor) -> Tensor:
@@ -22,8 +22,26 @@ def image_features(host: nn.Module, pixels: Tensor) -> Tensor:
     frozen = not any(parameter.requires_grad for parameter in tower.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         pixels = pixels.to(dtype=next(tower.parameters()).dtype)
-        hidden_ITD = tower(pixels, output_hidden_states=True).hidden_states[host.config.vision_feature_layer]
+        hidden_ITD = tower_hidden(tower, pixels, used_tower_layers(host.config))
     return host.model.multi_modal_projector(hidden_ITD[:, 1:]).flatten(0, 1)
+
+
+def used_tower_layers(config: Any) -> int:
+    """How many layers of the tower lead to ``vision_feature_layer`` of a LLaVA's config: 23 of CLIP-L's 24 for -2."""
+    feature, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    return layers + 1 + feature if feature < 0 else feature
+
+
+def tower_hidden(tower: nn.Module, pixels: Tensor, layers: int) -> Tensor:
+    """Hidden states (tiles, 1 + patches, width) of a CLIP tower after its first ``layers`` layers.
+
+    The tower's own forward would run all of them and, asked for hidden states, keep every one until it returns.
+    """
+    inner = getattr(tower, "vision_model", tower)  # transformers before and since it took the inner module away
+    hidden_ITD = inner.pre_layrnorm(inner.embeddings(pixels))
+    for layer in islice(inner.encoder.layers, layers):
+        hidden_ITD = layer(hidden_ITD, attention_mask=None)
+    return hidden_ITD
 
 
 def pack_by_geometry(host: nn.Module, geometry: ImageGeometry) -> None:
@@ -54,28 +72,6 @@ def dummy_pixels(host: nn.Module, device: torch.device) -> Tensor:
     ranks run the same modules."""
     side = host.config.vision_config.image_size
     return torch.zeros(1, 3, side, side, device=device)
-
-
-def load_tower(source: str, image_size: int | None = None, dtype: torch.dtype = torch.float32) -> CLIPVisionModel:
-    """A CLIP vision tower, its position embeddings interpolated (bicubic) where ``image_size`` differs from its own."""
-    tower = CLIPVisionModel.from_pretrained(source, dtype=dtype)
-    if image_size in (None, tower.config.image_size):
-        return tower
-    config = CLIPVisionConfig(**{**tower.config.to_dict(), "image_size": image_size})
-    state = tower.state_dict()
-    name = next(name for name in state if name.endswith("position_embedding.weight"))
-    state[name] = _interpolate(state[name], image_size // config.patch_size)
-    resized = CLIPVisionModel(config).to(dtype)
-    load_strictly(resized, {k: v for k, v in state.items() if not k.endswith("position_ids")}, source)
-    return resized
-
-
-def _interpolate(position_PD: Tensor, side: int) -> Tensor:
-    token_1D, grid_PD = position_PD[:1], position_PD[1:]
-    old = int(len(grid_PD) ** 0.5)
-    grid_1Dhw = grid_PD.float().T.reshape(1, -1, old, old)
-    grid_1Dhw = F.interpolate(grid_1Dhw, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([token_1D, grid_1Dhw.flatten(2)[0].T.to(position_PD.dtype)])
 
 
 def load_image_processor(source: str, tile: int) -> CLIPImageProcessorPil:

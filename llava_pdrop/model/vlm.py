@@ -45,9 +45,12 @@ class PyramidLlava(nn.Module):
         schedule: when and how much to drop.
         geometry: how pictures become tokens; default: what the host's config says.
         backend: attention kernel of packed streams, one of `attention.BACKENDS`.
+        recompute_layers: activation checkpointing, once enabled, holds for only so many first layers of the decoder,
+            those with the longest streams (None: for all).
 
     Raises:
-        ValueError: the schedule does not fit the decoder, or an unknown ranker or backend.
+        ValueError: the schedule or ``recompute_layers`` does not fit the decoder, an unknown ranker, or a backend
+            that is not available here.
     """
 
     def __init__(
@@ -56,18 +59,24 @@ class PyramidLlava(nn.Module):
         schedule: Schedule = Schedule(),
         geometry: ImageGeometry | None = None,
         backend: str = "auto",
+        recompute_layers: int | None = None,
     ) -> None:
         super().__init__()
+        depth = host.config.text_config.num_hidden_layers
+        if recompute_layers is not None and not 0 <= recompute_layers <= depth:
+            raise ValueError(
+                f"train.recompute_layers must be from 0 to {depth}, the decoder's depth: {recompute_layers}"
+            )
         if schedule.ranker not in RANKERS:
             raise ValueError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
-        if backend not in attention.BACKENDS:
-            raise ValueError(f"unknown model.attention {backend!r}: choose one of {list(attention.BACKENDS)}")
+        attention.check_backend(backend)
         attention.register()
         host.set_attn_implementation(attention.NAME)
         self.host = host
-        self.schedule = schedule.check(host.config.text_config.num_hidden_layers)
+        self.schedule = schedule.check(depth)
         self.geometry = geometry or geometry_of(host.config)
         self.backend = backend
+        self.recompute_layers = recompute_layers
         host.config.pyramid_drop = schedule.to_dict()
 
     def forward(self, batch: PackedBatch, trace: list[Drop] | None = None) -> Output:
@@ -78,16 +87,13 @@ class PyramidLlava(nn.Module):
         plan = StreamPlan.build(batch, self.schedule, self.geometry, self.device, self.backend)
         x_TD = self.embed(batch, plan)
         x_TD = run_decoder(self.host.model.language_model, x_TD, plan, self.schedule, trace)
-        label_L = batch.labels.index_select(0, plan.label_row)
-        loss = label_loss(self.host.lm_head, x_TD, plan.predict_row, label_L)
+        loss = label_loss(self.host.lm_head, x_TD, plan.predict_row, plan.label_L)
         tokens = [stage.layout.tokens for stage in plan.stages]
         return Output(loss, len(batch.label_positions), tokens, plan.image_tokens)
 
     def embed(self, batch: PackedBatch, plan: StreamPlan) -> Tensor:
         """The stream (T, D) that enters the decoder: text embeddings with image features at the placeholders."""
-        is_image_T = batch.input_ids == self.host.config.image_token_id
-        text_T = batch.input_ids.masked_fill(is_image_T, 0)  # the placeholder may lie outside the vocabulary
-        x_TD = self.host.get_input_embeddings()(text_T)
+        x_TD = self.host.get_input_embeddings()(plan.text_T)
         pixels = batch.pixels if len(batch.image_spans) else dummy_pixels(self.host, x_TD.device)
         table_FD = image_features(self.host, pixels)
         newline_D = getattr(self.host.model, "image_newline", None)
@@ -112,11 +118,14 @@ class PyramidLlava(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recomputes decoder (and trainable tower) layers in backward; the Trainer calls this."""
+        """Recomputes decoder (and trainable tower) layers in backward; the Trainer calls this before it wraps."""
         if hasattr(self.host, "activation_checkpointing_enable"):
             self.host.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
         else:  # transformers before 5.20
             self.host.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+        if self.recompute_layers is not None:
+            for layer in self.host.model.language_model.layers[self.recompute_layers :]:
+                layer.gradient_checkpointing = False
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """The same under the name older Trainers call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -93,23 +94,36 @@ def test_positions_can_be_kept():
     assert a.shape == b.shape and not torch.allclose(a, b, atol=1e-3)
 
 
-def test_checkpointing_changes_nothing():
-    gradients = []
+@pytest.mark.parametrize("first", [None, 0, 3, LAYERS])
+def test_checkpointing_changes_nothing_and_runs_again_what_was_asked(first):
+    gradients, calls = [], []
     for checkpointing in (False, True):
-        model = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID).train()
+        model = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID, recompute_layers=first).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        calls: list[int] = []
-        model.host.model.language_model.layers[1].self_attn.register_forward_hook(
-            lambda *_, calls=calls: calls.append(1)
-        )
+        tower, decoder = model.host.model.vision_tower.encoder.layers, model.host.model.language_model.layers
+        calls.append([0] * (len(tower) + len(decoder)))
+        for index, layer in enumerate([*tower, *decoder]):
+            layer.self_attn.register_forward_hook(partial(count_call, calls[-1], index))
         output = model(PackedBatch.pack(mixed_samples()))
         (output.loss / output.labels).backward()
-        assert len(calls) == 1 + checkpointing
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    again = [1, 0] + [int(first is None or index < first) for index in range(LAYERS)]
+    assert calls[0] == [1, 0] + [1] * LAYERS  # the tower's last layer leads nowhere
+    assert [after - before for before, after in zip(*calls)] == again
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=0, rtol=0, msg=name)
+
+
+def count_call(calls, index, *_):
+    calls[index] += 1
+
+
+@pytest.mark.parametrize("first", [-1, LAYERS + 1])
+def test_layers_to_recompute_must_exist(first):
+    with pytest.raises(ValueError, match=f"train.recompute_layers must be from 0 to {LAYERS}, .*: {first}"):
+        PyramidLlava(make_tiny_host(), recompute_layers=first)
 
 
 def test_loss_is_the_sum_over_labels():
@@ -215,6 +229,35 @@ def test_dropping_never_waits_for_the_device(geometry, ranker):
         found[name] = counter.found
         assert output.tokens[-1] < output.tokens[0] or not schedule.layers
     assert found["dropping"] == found["vanilla"] == []
+
+
+class CountCopies(TorchDispatchMode):
+    """Counts tensors that go from the host to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.copied: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        before = [value.device.type for value in args if isinstance(value, torch.Tensor)]
+        if "cpu" in before and isinstance(result, torch.Tensor) and result.device.type != "cpu":
+            self.copied.append(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("schedule", [Schedule(), replace(PYRAMID, ranker="uniform")], ids=["vanilla", "dropping"])
+def test_a_micro_batch_is_two_copies(schedule, geometry):
+    """Pixels, which the loader thread can send ahead, and one row of integers: ids, labels and the whole plan. The
+    meta device stands for a GPU (which no autocast knows, hence no ranking by attention)."""
+    geometry = GEOMETRIES[geometry]
+    model = PyramidLlava(make_tiny_host(geometry=geometry).to("meta"), schedule).train()
+    batch = PackedBatch.pack(mixed_samples(geometry))
+    with CountCopies() as counter:
+        output = model(batch.to("meta"))
+    assert counter.copied == [torch.float32, torch.int64]
+    assert output.loss.device.type == "meta"
 
 
 @pytest.mark.parametrize(

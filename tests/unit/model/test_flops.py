@@ -38,7 +38,7 @@ def batch() -> PackedBatch:
     return PackedBatch.pack([sample(6), sample(9, images=2), sample(4, images=0)])
 
 
-def model(schedule: Schedule) -> PyramidLlava:
+def model(schedule: Schedule, recompute_layers: int | None = None) -> PyramidLlava:
     text = LlamaConfig(
         vocab_size=100,
         hidden_size=32,
@@ -50,7 +50,7 @@ def model(schedule: Schedule) -> PyramidLlava:
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=48, patch_size=12
     )
-    return PyramidLlava(make_host(text, vision, GEOMETRY, 99), schedule)
+    return PyramidLlava(make_host(text, vision, GEOMETRY, 99), schedule, recompute_layers=recompute_layers)
 
 
 def test_by_hand():
@@ -69,7 +69,7 @@ def test_by_hand():
     assert forward.ranking == 2 * (23 * 4 * 2 + 1 * 4 * 4 + 23 * 4)
     assert forward.head == 2 * 2 * 4 * 10
     assert forward.projector == 2 * 16 * (8 * 4 + 4 * 4)
-    assert forward.tower == 2 * (16 * 3 * 144 * 8 + 2 * (17 * (4 * 64 + 2 * 128) + 2 * 17 * 17 * 8))
+    assert forward.tower == 2 * (16 * 3 * 144 * 8 + 17 * (4 * 64 + 2 * 128) + 2 * 17 * 17 * 8)  # one of two layers
     trained = step_flops(config, batch, Schedule((1,), (0.25,)), GEOMETRY, ("projector", "language_model"))
     assert (trained.decoder, trained.head) == (3 * forward.decoder, 3 * forward.head)
     assert (trained.tower, trained.ranking) == (forward.tower, forward.ranking)
@@ -87,25 +87,27 @@ def test_sliding_window_pairs():
 
 
 CASES = [
-    (Schedule(), EVERYTHING, False),
-    (Schedule((1, 2), (0.5, 0.25), ranker="fastv"), EVERYTHING[:2], False),
-    (Schedule((1, 2), (0.5, 0.25), ranker="random"), EVERYTHING[:2], False),
-    *((DROP, part, on) for part in (EVERYTHING, EVERYTHING[:2], *zip(EVERYTHING)) for on in (False, True)),
+    (Schedule(), EVERYTHING, False, None),
+    (Schedule((1, 2), (0.5, 0.25), ranker="fastv"), EVERYTHING[:2], False, None),
+    (Schedule((1, 2), (0.5, 0.25), ranker="random"), EVERYTHING[:2], False, None),
+    *((DROP, EVERYTHING, True, first) for first in (0, 2)),
+    (DROP, EVERYTHING[:2], True, 3),
+    *((DROP, part, on, None) for part in (EVERYTHING, EVERYTHING[:2], *zip(EVERYTHING)) for on in (False, True)),
 ]
 
 
-@pytest.mark.parametrize(("schedule", "trainable", "checkpointing"), CASES)
-def test_equals_what_torch_counts(schedule, trainable, checkpointing):
-    net = model(schedule).train()
+@pytest.mark.parametrize(("schedule", "trainable", "checkpointing", "recompute_layers"), CASES)
+def test_equals_what_torch_counts(schedule, trainable, checkpointing, recompute_layers):
+    net = model(schedule, recompute_layers).train()
     freeze(net, trainable)
     if checkpointing:
-        net.host.activation_checkpointing_enable()
+        net.activation_checkpointing_enable()
     packed = batch()
     counter = FlopCounterMode(display=False)
     with counter:
         net(packed).loss.backward()
     counted = counter.get_flop_counts()["Global"]
-    ours = step_flops(net.host.config, packed, schedule, GEOMETRY, trainable, checkpointing)
+    ours = step_flops(net.host.config, packed, schedule, GEOMETRY, trainable, checkpointing, recompute_layers)
     # torch has no rule for the attention kernels of CPUs; all else is a product it knows
     products = sum(count for operation, count in counted.items() if "attention" not in str(operation))
     tower_attention = _tower_attention(net.host.config, packed, "vision_tower" in trainable, checkpointing)
@@ -115,8 +117,7 @@ def test_equals_what_torch_counts(schedule, trainable, checkpointing):
 def _tower_attention(config, packed: PackedBatch, trainable: bool, checkpointing: bool) -> float:
     vision = config.vision_config
     forward = 4 * len(packed.pixels) * 17 * 17 * vision.hidden_size
-    layers, used = vision.num_hidden_layers, vision.num_hidden_layers - 1
-    return forward * (layers + trainable * used * (2.5 + checkpointing))
+    return forward * (vision.num_hidden_layers - 1) * (1 + trainable * (2.5 + checkpointing))
 
 
 def test_attention_is_the_causal_half_of_what_torch_would_count():
@@ -129,6 +130,17 @@ def test_attention_is_the_causal_half_of_what_torch_would_count():
     full = sum(4 * n * n * 32 for layer in lengths for n in layer)
     diagonal = sum(4 * n * 32 for layer in lengths for n in layer)
     assert ours.attention == (full + diagonal) / 2
+
+
+def test_recomputing_only_long_streams_gains_more_by_dropping():
+    """Recomputation of a vanilla step is spread over all layers; a short late stream is no longer run again."""
+    config, options = model(DROP).host.config, (DROP, GEOMETRY, EVERYTHING)
+    totals = [step_flops(config, batch(), *options, True, first).total for first in (0, 1, 2, 4)]
+    assert totals == sorted(totals) and totals[-1] == step_flops(config, batch(), *options, True).total
+    steps = [after - before for before, after in zip(totals, totals[1:])]
+    assert steps[0] > steps[1] > steps[2] / 2 > 0  # layers 0 and 1 one by one, then 2 and 3 together
+    off, none = (predicted_reduction(config, [batch()], *options, *how) for how in ((False, None), (False, 0)))
+    assert off == none  # without checkpointing nothing runs again
 
 
 def test_reduction_is_none_without_drops_and_grows_with_them():

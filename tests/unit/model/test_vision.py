@@ -1,0 +1,58 @@
+"""The tower runs the layers that lead to the feature layer, in every shape transformers gives it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+
+from llava_pdrop.model.vision import image_features, tower_hidden, used_tower_layers
+from tests.tiny import make_tiny_host
+
+LAYERS = 4
+CONFIG = CLIPVisionConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2, image_size=28, patch_size=7
+)
+
+
+@pytest.mark.parametrize("feature", [-1, -2, -LAYERS - 1, 0, 1, LAYERS])
+@pytest.mark.parametrize("kind", [CLIPVisionModel, CLIPVisionModelWithProjection], ids=["flat", "nested"])
+def test_hidden_states_are_those_of_transformers(kind, feature):
+    torch.manual_seed(0)
+    tower, pixels = kind(CONFIG).eval(), torch.randn(3, 3, 28, 28)
+    host = make_tiny_host()
+    host.config.vision_config, host.config.vision_feature_layer = CONFIG, feature
+    layers = used_tower_layers(host.config)
+    assert layers == range(LAYERS + 1)[feature]
+    with torch.no_grad():
+        theirs = tower(pixels, output_hidden_states=True).hidden_states[feature]
+        torch.testing.assert_close(tower_hidden(tower, pixels, layers), theirs, atol=0, rtol=0)
+
+
+def test_layers_beyond_the_feature_layer_do_not_run():
+    host = make_tiny_host()
+    called: list[str] = []
+    for name, module in host.model.vision_tower.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    rows = image_features(host, torch.randn(2, 3, 28, 28))
+    assert rows.shape == (2 * 16, 32)
+    assert "encoder.layers.0" in called
+    assert not [name for name in called if name.startswith(("encoder.layers.1", "post_layernorm"))]
+
+
+def test_no_hidden_state_outlives_the_next_layer_without_gradients():
+    host = make_tiny_host()
+    tower = CLIPVisionModel(CONFIG).requires_grad_(False)
+    host.model.vision_tower = tower
+    host.config.vision_config = CONFIG
+    alive: list[int] = []
+    seen: list = []
+
+    def remember(module, inputs, output):
+        seen.append(torch.multiprocessing.reductions.StorageWeakRef(output.untyped_storage()))
+        alive.append(sum(not storage.expired() for storage in seen))
+
+    for layer in tower.encoder.layers:
+        layer.register_forward_hook(remember)
+    image_features(host, torch.randn(1, 3, 28, 28))
+    assert alive == [1, 2, 2]  # its own output, and the input it was computed from

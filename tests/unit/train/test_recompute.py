@@ -1,0 +1,30 @@
+"""``train.recompute_layers``: checked before the run, and passed on to the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llava_pdrop.config import Config, ConfigError, DataSection, ModelSection, TrainSection
+from llava_pdrop.train.run import training_arguments
+
+
+def config(tmp_path, **arguments) -> Config:
+    model = ModelSection(language_model="llm", vision_tower="tower")
+    data = DataSection(train="train.json", samples_per_batch=1)
+    train = TrainSection(recompute_layers=2, arguments={"use_cpu": True, **arguments})
+    return Config("run", str(tmp_path), model, data, train=train, file="run.yaml")
+
+
+def test_it_needs_activation_checkpointing(tmp_path):
+    with pytest.raises(
+        ConfigError, match="train.recompute_layers needs train.gradient_checkpointing=true"
+    ):
+        training_arguments(config(tmp_path))
+    assert training_arguments(config(tmp_path, gradient_checkpointing=True)).output_dir == str(tmp_path)
+
+
+def test_a_negative_number_is_refused():
+    with pytest.raises(ValueError, match="train.recompute_layers"):
+        replace(TrainSection(), recompute_layers=-1)
