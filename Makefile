@@ -5,7 +5,7 @@ PYTHON_VENV := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup test check format tiny-bases test-readme clean
+.PHONY: help setup test test-gpu check bench format tiny-bases test-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -16,6 +16,9 @@ setup: ## make .venv and install the project with its tested versions
 test: setup ## run all tests (PYTEST_ARGS="-k name" for some, JOBS=1 for one after the other)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
+test-gpu: setup ## run the tests that need a CUDA device (elsewhere they are skipped, with the reason)
+	$(PYTHON_VENV) -m pytest tests/gpu $(PYTEST_ARGS)
+
 check: setup ## lint, formatting and types
 	$(PYTHON_VENV) -m ruff check .
 	$(PYTHON_VENV) -m ruff format --check .
@@ -24,6 +27,9 @@ check: setup ## lint, formatting and types
 format: setup ## apply the formatter and the safe fixes of the linter
 	$(PYTHON_VENV) -m ruff check --fix .
 	$(PYTHON_VENV) -m ruff format .
+
+bench: setup ## measure a training step of the tiny shape, vanilla beside dropping (under a minute)
+	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m llava_pdrop bench train --shape tiny
 
 tiny-bases: setup ## remake the shipped miniature models (data/tiny), by seed
 	$(PYTHON_VENV) data/tiny/make_bases.py

@@ -6,6 +6,9 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,15 @@ CONFIG is a YAML file (configs/README.md lists every key); section.key=value cha
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 2 after an error that the user can mend (one line)."""
-    parser = _parser()
-    args, more = parser.parse_known_args(arguments)
-    args.overrides += [word for word in more if not word.startswith("-")]  # overrides that follow an option
-    if any(word.startswith("-") for word in more):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(words[0] if words else None)
+    args, more = parser.parse_known_args(words)
+    if not hasattr(args, "overrides") or any(word.startswith("-") for word in more):
+        args, more = parser.parse_args(words), []
+    if more:
+        args.overrides += more  # overrides that follow an option
     try:
-        COMMANDS[args.command][0](args)
+        COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -59,6 +64,11 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    if Path(args.config).is_dir():
+        from llava_pdrop.eval.runs import compare_runs
+
+        compare_runs([args.config, *args.overrides])
+        return
     from llava_pdrop.config import check_paths
 
     config = _config(args)
@@ -75,13 +85,6 @@ def _eval(args: argparse.Namespace) -> None:
     evaluate_config(config)
 
 
-def _plan(args: argparse.Namespace) -> None:
-    config = _config(args)
-    from llava_pdrop.bench.plan import show_plan
-
-    show_plan(config)
-
-
 def _config(args: argparse.Namespace) -> Any:
     """The config named on the command line. A directory stands for the run that was saved there, evaluated as it is."""
     from llava_pdrop.config import RUN_FILE, load_config
@@ -93,15 +96,58 @@ def _config(args: argparse.Namespace) -> Any:
     return load_config(path, overrides)
 
 
+def _take_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+
+
+def _take_run(parser: argparse.ArgumentParser) -> None:
+    _take_config(parser)
+    parser.description = f"{parser.description}. CONFIG may be a run directory."
+
+
+def _take_runs(parser: argparse.ArgumentParser) -> None:
+    _take_config(parser)
+    parser.description = (
+        f"{parser.description}. With run directories instead (RUN RUN ...): shows finished runs beside "
+    )
+    parser.description += "each other and beside what the paper reports, as checkpoints/runs.md and runs.png."
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line: what it does, the arguments it takes, and the function that runs it."""
+
+    summary: str
+    run: Callable[[argparse.Namespace], None]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = _take_config
+
+
+def _module(name: str, summary: str) -> Command:
+    """A command whose ``add_arguments`` and ``run`` stand in a module of its own, imported when it is wanted."""
+    return Command(
+        summary,
+        run=lambda args: import_module(name).run(args),
+        add_arguments=lambda parser: import_module(name).add_arguments(parser),
+    )
+
+
 COMMANDS = {
-    "train": (_train, "train one run (stage 1 first where it is missing)"),
-    "compare": (_compare, "train and evaluate with and without dropping, and write a report"),
-    "eval": (_eval, "evaluate a finished run: its config, or its directory"),
-    "plan": (_plan, "show image tokens per stage and the paper's FLOPs of a config; needs no weights"),
+    "train": Command("train one run (stage 1 first where it is missing)", _train),
+    "compare": Command("train and evaluate with and without dropping, and write a report", _compare, _take_runs),
+    "eval": Command("evaluate a finished run: its config, or its directory", _eval, _take_run),
+    "plan": _module(
+        "llava_pdrop.bench.plan_command",
+        "show tokens per stage, operations and memory of a config, or solve for a budget; needs no weights",
+    ),
+    "bench": _module("llava_pdrop.bench.command", "measure training and inference at a model's real shape"),
+    "doctor": _module("llava_pdrop.doctor", "check a data set before training: records, images, lengths, cost"),
+    "convert": _module("llava_pdrop.convert", "write a checkpoint in another layout: llava-hf, or original LLaVA"),
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(wanted: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only the arguments of the command that is wanted are read, since that imports its module."""
     parser = argparse.ArgumentParser(
         prog="llava-pdrop",
         description="LLaVA training and inference whose decoder drops image tokens stage by stage.",
@@ -110,11 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("config", metavar="CONFIG", help="YAML file" + (" or run directory" * (name == "eval")))
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name, command in COMMANDS.items():
+        own = commands.add_parser(name, help=command.summary, description=command.summary)
+        if name == wanted:
+            command.add_arguments(own)
+        own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -1,21 +1,25 @@
-"""What a config's schedule does to the image tokens, before anything is trained: ``llava-pdrop plan CONFIG``."""
+"""What a config's schedule does to image tokens, operations and memory, before anything is trained.
+
+Numbers only: no weights, no pixels. `plan_command` prints them, `nominal` says what a config's model and batch are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from llava_pdrop.bench.nominal import checkpointing, model_of, nominal_batch, paper_tokens
+from llava_pdrop.bench.workload import FULL_TEXT_TOKENS, full_picture
 from llava_pdrop.config import Config, ConfigError
-from llava_pdrop.config_paths import number, part_configs
-from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.schedule import Schedule, image_tokens_by_stage, paper_tflop
+from llava_pdrop.model.flops import StepFlops, step_flops
+from llava_pdrop.model.memory import GIB, Memory, States, predicted_peak
+from llava_pdrop.model.schedule import Schedule, Solution, image_tokens_by_stage, solve_budget
 
 PICTURES = ((336, 336), (640, 480), (480, 640), (1280, 720), (1000, 1400), (2000, 500))
 """(width, height) of typical pictures: square, photographs, a screenshot, a page, a banner."""
+
+RESERVE = 0.1
+"""Share of a GPU's memory that is left for what the prediction does not contain (see `model.memory`)."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,55 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Layers ``first`` to ``last`` and the image tokens that enter each of them, of a picture that fills the canvas."""
+
+    first: int
+    last: int
+    image_tokens: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """``layers`` of the decoder and the average share of image tokens over them, with a row per picture."""
+    """``rows`` has one entry per picture, ``stages`` one per stage of the ``picture`` that fills the canvas;
+    ``average`` is the mean share of image tokens over the ``layers``, ``average_tokens`` their mean number.
+    ``paper`` is the picture as the paper counts it: all patches of all tiles, nothing cut off, no newlines.
+    """
 
     schedule: Schedule
     layers: int
     average: float
+    average_tokens: float
     rows: list[Row]
+    picture: tuple[int, int]
+    stages: list[Stage]
+    paper: Row
+
+
+@dataclass(frozen=True)
+class Step:
+    """Operations of one micro-batch of a training step: ``samples`` samples of ``text_tokens`` text tokens and a
+    picture that fills the canvas."""
+
+    samples: int
+    text_tokens: int
+    vanilla: StepFlops
+    dropping: StepFlops
+
+    @property
+    def reduction(self) -> float:
+        """Share of the operations that is saved: the prediction for the time of a step."""
+        return 1 - self.dropping.total / self.vanilla.total
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak of the same step on one GPU with the first ``recomputed`` decoder layers recomputed in backward."""
+
+    recomputed: int
+    vanilla: Memory
+    dropping: Memory
 
 
 def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = PICTURES) -> Plan:
@@ -44,54 +90,101 @@ def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = PICTURES) ->
     Raises:
         ConfigError: neither config.json nor ``model.reference_shape`` gives the numbers.
     """
-    decoder, tower = part_configs(config.model)
-    if decoder is None or tower is None:
-        part = "decoder" if decoder is None else "tower"
-        raise ConfigError(
-            f"{config.file}: the config.json of the {part} is not on this machine: download it, or give its numbers in "
-            "model.reference_shape"
+    model = model_of(config)
+    schedule = config.schedule.check(model.layers)
+
+    def row(size: tuple[int, int], n: int) -> Row:
+        return Row(size, image_tokens_by_stage([n], schedule), model.tflop(n), model.tflop(n, schedule))
+
+    full = full_picture(model.geometry)
+    n = model.geometry.num_tokens(full)
+    edges = (0, *schedule.layers, model.layers)
+    stages = [
+        Stage(first, stop - 1, tokens, tokens / n)
+        for first, stop, tokens in zip(edges, edges[1:], image_tokens_by_stage([n], schedule))
+    ]
+    return Plan(
+        schedule=schedule,
+        layers=model.layers,
+        average=schedule.average_ratio(model.layers),
+        average_tokens=model.average_tokens(n, schedule),
+        rows=[row(size, model.geometry.num_tokens(size)) for size in pictures],
+        picture=full,
+        stages=stages,
+        paper=row(full, paper_tokens(model.geometry, full)),
+    )
+
+
+def solve(config: Config, average_tokens: float | None = None, tflop: float | None = None) -> Solution:
+    """The schedule that gives a picture which fills the canvas that many image tokens, averaged over the layers, or
+    that many TFLOP as the paper counts. Layers, ranker and positions are the config's where it has a schedule.
+
+    Raises:
+        ValueError: no schedule does that, or not exactly one of the two is given.
+    """
+    if (average_tokens is None) == (tflop is None):
+        raise ValueError("give either --average-tokens or --tflops")
+    model = model_of(config)
+    full = full_picture(model.geometry)
+    if average_tokens is not None:
+        n = model.geometry.num_tokens(full)
+        return solve_budget(
+            lambda schedule: model.average_tokens(n, schedule), average_tokens, n, model.layers, config.schedule
         )
-    layers, hidden, intermediate = (
-        _need(config, decoder, key) for key in ("num_hidden_layers", "hidden_size", "intermediate_size")
-    )
-    model = config.model
-    tile, patch = model.image_size or _need(config, tower, "image_size"), _need(config, tower, "patch_size")
-    geometry = ImageGeometry(tile, patch, model.aspect, model.merge, model.pinpoints, model.rounding)
-    schedule = config.schedule.check(layers)
-    rows = []
-    for size in pictures:
-        n = geometry.num_tokens(size)
-        costs = [paper_tflop(n, layers, hidden, intermediate, plan) for plan in (Schedule(), schedule)]
-        rows.append(Row(size, image_tokens_by_stage([n], schedule), *costs))
-    return Plan(schedule, layers, schedule.average_ratio(layers), rows)
+    assert tflop is not None
+    n = paper_tokens(model.geometry, full)
+    return solve_budget(lambda schedule: model.tflop(n, schedule), tflop, n, model.layers, config.schedule)
 
 
-def show_plan(config: Config) -> None:
-    """Prints `make_plan` as a table."""
-    plan = make_plan(config)
-    edges = (0, *plan.schedule.layers, plan.layers)
-    table = Table(title=f"{config.name}: image tokens of one picture")
-    table.add_column("picture", no_wrap=True)
-    for first, stop in zip(edges, edges[1:]):
-        table.add_column(f"layers {first}-{stop - 1}", justify="right")
-    for title in ("TFLOP vanilla", "TFLOP dropping", "saved"):
-        table.add_column(title, justify="right")
-    same = len({tuple(row.tokens) for row in plan.rows}) == 1
-    for row in plan.rows[:1] if same else plan.rows:
-        saved = 1 - row.dropping / row.vanilla
-        costs = (f"{row.vanilla:.3g}", f"{row.dropping:.3g}", f"{saved:.1%}")
-        table.add_row("any size" if same else f"{row.size[0]}x{row.size[1]}", *map(str, row.tokens), *costs)
-    console = Console()
-    console.print(table)
-    console.print(
-        f"Average over {plan.layers} layers: {plan.average:.1%} of the image tokens. TFLOP by the paper's formula: "
-        "1e12 multiply-accumulates of image tokens in the decoder, forward; text, tower and head are not in it.",
-        style="dim",
+def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Step:
+    """Operations of a micro-batch of ``config``: forward, backward and recomputation.
+
+    Args:
+        recomputed: decoder layers that (vanilla, dropping) recompute; default: what the config says, for both.
+
+    Raises:
+        ConfigError: the config recomputes more layers than there are.
+    """
+    model = model_of(config)
+    if (config.train.recompute_layers or 0) > model.layers:
+        raise ConfigError(
+            f"{config.file}: train.recompute_layers must be at most {model.layers}, the decoder's depth: "
+            f"{config.train.recompute_layers}"
+        )
+    batch = nominal_batch(model.geometry, config)
+    wanted = (checkpointing(config), config.train.recompute_layers)
+
+    def operations(schedule: Schedule, again: bool, count: int | None) -> StepFlops:
+        return step_flops(model.config, batch, schedule, model.geometry, config.model.trainable, again, count)
+
+    vanilla, dropping = [wanted, wanted] if recomputed is None else [(count > 0, count) for count in recomputed]
+    return Step(
+        samples=len(batch.seq_lens),
+        text_tokens=FULL_TEXT_TOKENS,
+        vanilla=operations(Schedule(), *vanilla),
+        dropping=operations(config.schedule.check(model.layers), *dropping),
     )
 
 
-def _need(config: Config, part: dict[str, Any], key: str) -> int:
-    value = number(part, key)
-    if not isinstance(value, int):
-        raise ConfigError(f"{config.file}: {key} is neither in the part's config.json nor in model.reference_shape")
-    return value
+def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> list[MemoryRow]:
+    """The peak of a micro-batch of ``config`` for each number of recomputed decoder layers (a trainable tower's layers
+    are recomputed with the first of them)."""
+    model = model_of(config)
+    batch = nominal_batch(model.geometry, config)
+
+    def peak(schedule: Schedule, count: int) -> Memory:
+        return predicted_peak(
+            model.config, batch, schedule, model.geometry, config.model.trainable, count > 0, count, states
+        )
+
+    schedule = config.schedule.check(model.layers)
+    return [MemoryRow(count, peak(Schedule(), count), peak(schedule, count)) for count in recomputed]
+
+
+def least_recomputed(config: Config, states: States, gib: float) -> tuple[int | None, int | None]:
+    """The fewest decoder layers to recompute so that (vanilla, dropping) leave `RESERVE` of ``gib`` GiB free; None
+    where not even all of them are enough."""
+    rows = plan_memory(config, range(model_of(config).layers + 1), states)
+    room = gib * GIB * (1 - RESERVE)
+    vanilla = next((row.recomputed for row in rows if row.vanilla.total <= room), None)
+    return vanilla, next((row.recomputed for row in rows if row.dropping.total <= room), None)

@@ -16,7 +16,7 @@ from rich.table import Table
 from llava_pdrop.config import Config, ConfigError
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import image_size
-from llava_pdrop.data.tokens import build_sample
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.eval import report
 from llava_pdrop.eval.runner import Result, answer, check_scorer, load_questions
 from llava_pdrop.model.build import Parts, build_parts
@@ -179,12 +179,12 @@ def training_batches(config: Config, parts: Parts) -> list[PackedBatch]:
         batches = batches[: args.max_steps * args.gradient_accumulation_steps]
 
     rules = (TEMPLATES[config.model.template], parts.tokenizer, parts.host.config.image_token_id, parts.geometry)
-    limits = (config.data.max_length, config.data.truncation)
+    encoder = Encoder(*rules, config.data.max_length, config.data.truncation)
 
     def sample(index: int) -> Sample:
         record = dataset.records[index]
         images = [ImageInput(torch.empty(0), image_size(path)) for path in record.images]
-        return build_sample(record, images, *rules, *limits)
+        return encoder.train(record, images)
 
     return [PackedBatch.pack([sample(index) for index in batch]) for batch in batches]
 
@@ -247,6 +247,7 @@ def _with_savings(config: Config, rows: list[Row], parts: Parts) -> list[Row]:
         parts.geometry,
         config.model.trainable,
         recomputes_activations(training_arguments(config)),
+        config.train.recompute_layers,
     )
     return [
         replace(row, predicted=saved, realised=1 - row.timing.seconds / before.seconds)

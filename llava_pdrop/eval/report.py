@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava_pdrop.bench.report import commit, markdown_table, package_version, processor
 from llava_pdrop.config import Config
 from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
 from llava_pdrop.eval import figures
@@ -109,7 +108,7 @@ def markdown(comparison: Comparison, rows: list[list[str]], pictures: dict[str, 
     """The text of the report; ``pictures``: what is shown -> file name."""
     config, schedule = comparison.config, comparison.config.schedule
     timed = [row for row in comparison.rows if row.timing is not None]
-    lines = [f"# {config.name}: vanilla and PyramidDrop", "", *_markdown_table(rows), ""]
+    lines = [f"# {config.name}: vanilla and PyramidDrop", "", markdown_table(rows[0], rows[1:])]
     lines += [
         "Accuracy is measured by generation on held-out questions "
         f"(`{config.eval.scorer}`, {_questions(comparison)} questions); chance is what answering at random from "
@@ -133,12 +132,6 @@ def markdown(comparison: Comparison, rows: list[list[str]], pictures: dict[str, 
     return "\n".join([*lines, ""])
 
 
-def _markdown_table(rows: list[list[str]]) -> list[str]:
-    head, *body = rows
-    ruler = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in (head, ruler, *body)]
-
-
 def _questions(comparison: Comparison) -> int:
     return max((len(row.result.predictions) for row in comparison.rows if row.result), default=0)
 
@@ -154,8 +147,8 @@ def _settings(comparison: Comparison, schedule: dict[str, Any], timed: Sequence[
         "runs": ", ".join(f"`{directory.name}`" for directory in comparison.runs.values()),
         "machine": _machine(),
         "versions": f"Python {platform.python_version()}, "
-        + ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
-        "commit": _commit() or "not a git checkout",
+        + ", ".join(f"{name} {package_version(name)}" for name in PACKAGES),
+        "commit": commit() or "not a git checkout",
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -181,36 +174,4 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "?"
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this file lies in, marked where files were changed since."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        head, dirty = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"`{head}`" + (" with uncommitted changes" if dirty else "")
+    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from llava_pdrop.config import RUN_FILE, Config, ConfigError
 from llava_pdrop.data.conversation import TEMPLATES, Template
 from llava_pdrop.data.images import load_image, preprocess
-from llava_pdrop.data.tokens import prompt_sample
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.eval.benchmarks import BENCHMARKS, Question
 from llava_pdrop.eval.scoring import SCORERS, normalise
 from llava_pdrop.geometry import ImageGeometry
@@ -30,7 +30,7 @@ from llava_pdrop.model.schedule import Schedule, image_tokens_by_stage
 from llava_pdrop.train.checks import check_name
 from llava_pdrop.types import Sample
 
-PREDICTIONS_FILE = "predictions.jsonl"
+PREDICTIONS_FILE, EVALUATION_FILE = "predictions.jsonl", "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def check_scorer(config: Config) -> None:
 
 def evaluate_config(config: Config) -> Result:
     """Evaluates the finished run of ``config`` with its schedule, prints the score and writes ``predictions.jsonl``
-    beside the weights. A config that was read from a run's own directory stands for that directory.
+    and ``evaluation.json`` beside the weights. A config that was read from a run's own directory stands for that one.
 
     Raises:
         ConfigError: no questions are named, or there is no finished run.
@@ -161,6 +161,9 @@ def evaluate_config(config: Config) -> Result:
         raise ConfigError(f"{config.file}: data.eval: names no file with questions")
     result = answer(config, build_parts(path=str(directory)), questions, config.schedule, config.name)
     file = result.write(directory)
+    facts = {"scorer": config.eval.scorer, "accuracy": result.accuracy, "chance": result.chance}
+    facts |= {"questions": len(questions), "image_tokens": result.image_tokens, "schedule": config.schedule.to_dict()}
+    (directory / EVALUATION_FILE).write_text(json.dumps(facts, indent=1) + "\n")
     tokens = " -> ".join(f"{count:g}" for count in result.image_tokens)
     Console().print(
         f"{config.name}: {config.eval.scorer} {result.accuracy:.1%} (chance {result.chance:.1%}), {len(questions)} "
@@ -253,7 +256,7 @@ def _prompt(
     question: Question, template: Template, tokenizer: Any, host: Any, geometry: ImageGeometry, image_processor: Any
 ) -> Sample:
     images = [preprocess(load_image(path), geometry, image_processor) for path in question.record.images]
-    return prompt_sample(question.record, images, template, tokenizer, host.config.image_token_id, geometry)
+    return Encoder(template, tokenizer, host.config.image_token_id, geometry).prompt(question.record, images)
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

@@ -1,0 +1,56 @@
+"""``llava-pdrop bench prefill``: what dropping saves where an answer is generated."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+TILES = (1, 5, 9)
+"""Tiles of a picture whose tokens are measured by default: 576, 2,880 and 5,184 image tokens of a 336-pixel tower."""
+
+OUT = Path("playground/benchmarks")
+
+
+def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes. (No import of torch: this also runs for ``--help``.)"""
+    parser.add_argument("--shape", help="model shape (default: llava-next-7b on CUDA, else tiny)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="prompts at once")
+    parser.add_argument(
+        "--image-tokens", type=int, nargs="+", metavar="N", help="per prompt (default: those of 1, 5 and 9 tiles)"
+    )
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens of every answer")
+    parser.add_argument("--runs", type=int, default=10, metavar="N", help="counted runs of every method")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and pictures")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument("--attention", default="sdpa", help="attn_implementation of the Hugging Face model")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where the three files go")
+
+
+def run_prefill(args: argparse.Namespace) -> None:
+    """Measures, prints a table, and writes JSON, Markdown and PNG.
+
+    Raises:
+        ValueError: a shape, device or attention that is not there, or a count that is too small.
+    """
+    for name, least in (("batch", 1), ("image_tokens", 1), ("new_tokens", 2), ("runs", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+
+    from llava_pdrop.bench.hardware import device_label, device_named
+    from llava_pdrop.bench.inference_measure import bench_prefill
+    from llava_pdrop.bench.inference_report import show, write
+    from llava_pdrop.bench.report import check_out
+    from llava_pdrop.bench.shapes import shape_named
+
+    check_out(args.out)
+    device = device_named(args.device)
+    name = args.shape or ("llava-next-7b" if device.type == "cuda" else "tiny")
+    shape = shape_named(name)
+    image_tokens = args.image_tokens or [tiles * shape.geometry.patches for tiles in TILES]
+    report = bench_prefill(
+        name, shape, device, args.batch, image_tokens, args.new_tokens, args.runs, args.seed, args.attention
+    )
+    show(report)
+    files = write(report, args.out, f"prefill-{name}-{device_label(device)}")
+    print(f"written: {', '.join(str(file) for file in files)}")

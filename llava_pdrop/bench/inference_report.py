@@ -1,0 +1,249 @@
+"""What ``bench prefill`` predicts for a case, sets beside the measurement, and writes down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from llava_pdrop.bench.report import markdown_table
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.flops import step_flops
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.types import PackedBatch
+
+if TYPE_CHECKING:
+    from llava_pdrop.bench.inference_measure import Run, Span
+
+COLOURS = {"vanilla": "#6B7C8F", "PyramidDrop": "#E2703A", "FastV": "#3A8FB7"}
+
+HEADERS = (
+    "image tokens", "batch", "method", "prefill ms", "quartiles", "ranking", "tower ms", "decode tokens/s", "cache MiB",
+    "peak GiB", "prefill TFLOP", "of peak", "speed-up", "predicted", "realised / predicted",
+)  # fmt: skip
+
+
+SHOWN = (0, 1, 2, 3, 5, 7, 8, 12, 13)
+"""Columns of the table on the terminal, which is narrower than a page."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the bench: ``batch`` prompts with ``image_tokens`` each between ``text_tokens`` (before, after),
+    answered with ``new_tokens``."""
+
+    batch: int
+    image_tokens: int
+    text_tokens: tuple[int, int]
+    new_tokens: int
+
+
+def prefill_flops(config: Any, case: Case, schedule: Schedule, geometry: ImageGeometry) -> float:
+    """Operations of a prefill by the full count of `model.flops`: the decoder with its text, ranking, and the head on
+    the last token of each prompt. Tower and projector are not in it."""
+    before, after = case.text_tokens
+    length = before + case.image_tokens + after
+    starts = range(0, case.batch * length, length)
+    batch = PackedBatch(
+        input_ids=torch.empty(0),  # the count asks for the layout only
+        labels=torch.empty(0),
+        pixels=torch.empty(0),
+        seq_lens=[length] * case.batch,
+        image_spans=[(start + before, start + before + case.image_tokens) for start in starts],
+        image_sizes=[],
+        answer_starts=[[start + length] for start in starts],
+        label_positions=[start + length - 1 for start in starts],
+    )
+    flops = step_flops(config, batch, schedule, geometry, trainable=())
+    return flops.total - flops.tower - flops.projector
+
+
+def predicted_cache_bytes(config: Any, case: Case, schedule: Schedule, dtype: torch.dtype) -> int:
+    """Bytes of keys and values at the end of an answer, whose last token is never fed back."""
+    text = config.text_config
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    others = sum(case.text_tokens) + case.new_tokens - 1
+    tokens = sum(others + image for image in schedule.tokens_per_layer(case.image_tokens, text.num_hidden_layers))
+    return case.batch * tokens * 2 * text.num_key_value_heads * size * dtype.itemsize
+
+
+def quartiles(values: Sequence[float], factor: float = 1.0) -> dict[str, float]:
+    """``median``, ``q1`` and ``q3`` of ``values`` times ``factor``."""
+    q1, median, q3 = (float(value) * factor for value in np.percentile(values, [25, 50, 75]))
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def entry(
+    config: Any,
+    case: Case,
+    method: str,
+    schedule: Schedule,
+    geometry: ImageGeometry,
+    dtype: torch.dtype,
+    peak: float,
+    tower: Sequence[Span],
+    runs: Sequence[Run] | None,
+    vanilla: Sequence[Run] | None,
+) -> dict[str, Any]:
+    """One method at one case, predicted and measured.
+
+    Args:
+        peak: operations a second the device can reach.
+        tower: times of tower and projector.
+        runs, vanilla: of this method and of the one without dropping; None where it ran out of memory, and then the
+            figures that need it are None.
+    """
+    flops = prefill_flops(config, case, schedule, geometry)
+    predicted = prefill_flops(config, case, Schedule(), geometry) / flops
+    cost = _cost(runs) if runs else None
+    realised = _cost(vanilla) / cost if vanilla and cost else None
+    decoded = case.batch * (case.new_tokens - 1)
+    peaks = [run.peak_bytes for run in runs or () if run.peak_bytes is not None]
+    return {
+        "method": method,
+        "batch": case.batch,
+        "image_tokens": case.image_tokens,
+        "out_of_memory": not runs,
+        "prefill_ms": quartiles([run.prefill.seconds for run in runs], 1e3) if runs else None,
+        "prefill_cpu_ms": _cpu([run.prefill for run in runs]) if runs else None,
+        "ranking_ms": quartiles([run.ranking.seconds for run in runs], 1e3) if runs else None,
+        "ranking_share": float(np.median([run.ranking.cost / run.prefill.cost for run in runs])) if runs else None,
+        "tower_ms": quartiles([span.seconds for span in tower], 1e3) if tower else None,
+        "decode_tokens_per_s": quartiles([decoded / run.decode.seconds for run in runs]) if runs else None,
+        "cache_bytes": runs[-1].cache_bytes if runs else None,
+        "cache_bytes_predicted": predicted_cache_bytes(config, case, schedule, dtype),
+        "peak_bytes": max(peaks) if peaks else None,
+        "prefill_tflop": flops / 1e12,
+        "share_of_peak": flops / cost / peak if cost else None,
+        "speedup": realised,
+        "speedup_predicted": predicted,
+        "realised_over_predicted": realised / predicted if realised else None,
+    }
+
+
+def write(report: dict[str, Any], directory: Path, name: str) -> list[Path]:
+    """Writes ``name`` with .json, .md and .png behind it into ``directory``; returns the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = [directory / (name + suffix) for suffix in (".json", ".md", ".png")]
+    files[0].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    files[1].write_text(_markdown(report, files[2].name), encoding="utf-8")
+    draw(report, files[2])
+    return files
+
+
+def show(report: dict[str, Any], console: Console | None = None) -> None:
+    """Prints the results as a table."""
+    table = Table(
+        title=_title(report), caption=_notes(report), caption_justify="left", box=SIMPLE, padding=0, show_edge=False
+    )
+    for column in SHOWN:
+        left = HEADERS[column] == "method"
+        table.add_column(HEADERS[column], justify="left" if left else "right", no_wrap=left)
+    last = None
+    for result in report["results"]:
+        if last not in (None, (result["image_tokens"], result["batch"])):
+            table.add_section()
+        last = (result["image_tokens"], result["batch"])
+        cells = _cells(result)
+        table.add_row(*(cells[column] for column in SHOWN))
+    (console or Console()).print(table)
+
+
+def draw(report: dict[str, Any], file: Path) -> None:
+    """Prefill latency and cache size of every case as bars, a colour per method; no bar where memory ran out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = report["results"]
+    cases = list(dict.fromkeys((result["image_tokens"], result["batch"]) for result in results))
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    figure, axes = plt.subplots(1, 2, figsize=(max(8.0, 2.4 + 1.6 * len(cases)), 4.2), dpi=150, layout="constrained")
+    width = 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        own = [result for result in results if result["method"] == method and not result["out_of_memory"]]
+        x = [cases.index((r["image_tokens"], r["batch"])) + (number - (len(methods) - 1) / 2) * width for r in own]
+        heights = ([r["prefill_ms"]["median"] for r in own], [r["cache_bytes"] / 2**20 for r in own])
+        for panel, height in zip(axes, heights):
+            panel.bar(x, height, width * 0.92, color=COLOURS.get(method), label=method)
+    labels = [f"{tokens:,} tokens\nbatch {batch}" for tokens, batch in cases]
+    for panel, title, unit in zip(axes, ("Prefill", "KV cache after the answer"), ("ms, median", "MiB")):
+        panel.set(title=title, ylabel=unit, xticks=range(len(cases)))
+        panel.set_xticklabels(labels, fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#DDE3E8")
+        panel.set_axisbelow(True)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
+    figure.suptitle(_title(report))
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def _cost(runs: Sequence[Run]) -> float:
+    return float(np.median([run.prefill.cost for run in runs]))
+
+
+def _cpu(spans: Sequence[Span]) -> dict[str, float] | None:
+    cpu = [span.cpu for span in spans if span.cpu is not None]
+    return quartiles(cpu, 1e3) if cpu else None
+
+
+def _cells(result: dict[str, Any]) -> list[str]:
+    def number(value: float | None, form: str, absent: str = "-") -> str:
+        return absent if value is None else format(value, form)
+
+    prefill, tower, decode = (result[key] for key in ("prefill_ms", "tower_ms", "decode_tokens_per_s"))
+    spread = f"{prefill['q1']:.1f}-{prefill['q3']:.1f}" if prefill else "-"
+    counted, foreseen = result["cache_bytes"], result["cache_bytes_predicted"]
+    cache = f"{foreseen / 2**20:.1f} (predicted)" if counted is None else f"{counted / 2**20:.1f}"
+    return [
+        f"{result['image_tokens']:,}",
+        str(result["batch"]),
+        result["method"],
+        number(prefill and prefill["median"], ".1f", "out of memory"),
+        spread,
+        number(result["ranking_share"], ".1%"),
+        number(tower and tower["median"], ".1f"),
+        number(decode and decode["median"], ".1f"),
+        cache,
+        number(result["peak_bytes"] and result["peak_bytes"] / 2**30, ".1f", "not measured"),
+        f"{result['prefill_tflop']:.3g}",
+        number(result["share_of_peak"], ".1%"),
+        number(result["speedup"], ".2f"),
+        f"{result['speedup_predicted']:.2f}",
+        number(result["realised_over_predicted"], ".2f"),
+    ]
+
+
+def _title(report: dict[str, Any]) -> str:
+    settings, environment = report["settings"], report["environment"]
+    return f"bench prefill: {settings['shape']}, {settings['dtype']}, {settings['attention']}, {environment['device']}"
+
+
+def _notes(report: dict[str, Any]) -> str:
+    settings = report["settings"]
+    return (
+        f"{settings['runs']} runs of every method, taking turns, after {settings['warm_up']} that are not counted; "
+        f"{sum(settings['text_tokens'])} text tokens a prompt, {settings['new_tokens']} new ones an answer. Prefill: "
+        "until the first logits, without the tower. Time: "
+        f"{settings['timer']}. Predicted: by the full FLOP count. Of peak: {settings['peak_flops_source']}."
+    )
+
+
+def _markdown(report: dict[str, Any], picture: str) -> str:
+    environment = report["environment"]
+    versions = ", ".join(
+        f"{key} {environment[key]}" for key in ("torch", "transformers", "cuda", "commit", "date", "seed")
+    )
+    table = markdown_table(HEADERS, [_cells(result) for result in report["results"]])
+    command = f"`{environment['command']}`"
+    return f"# {_title(report)}\n\n{table}\n{_notes(report)}\n\n{command}; {versions}\n\n![]({picture})\n"

@@ -1,0 +1,129 @@
+"""A config's model and micro-batch in numbers, from config.json files or ``model.reference_shape``: for `plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, LlavaConfig, LlavaNextConfig
+
+from llava_pdrop.bench.workload import FULL_TEXT_TOKENS, full_picture
+from llava_pdrop.config import Config, ConfigError
+from llava_pdrop.config_paths import number, part_configs
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.memory import States
+from llava_pdrop.model.schedule import Schedule, paper_tflop
+from llava_pdrop.model.vocabulary import rows_with_specials
+from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
+
+
+@dataclass(frozen=True)
+class Model:
+    """The numbers of a config's model: a Hugging Face LLaVA config and the rules for its pictures."""
+
+    config: Any
+    geometry: ImageGeometry
+
+    @property
+    def layers(self) -> int:
+        return self.config.text_config.num_hidden_layers
+
+    def tflop(self, image_tokens: int, schedule: Schedule = Schedule()) -> float:
+        """The paper's formula."""
+        text = self.config.text_config
+        return paper_tflop(image_tokens, self.layers, text.hidden_size, text.intermediate_size, schedule)
+
+    def average_tokens(self, image_tokens: int, schedule: Schedule) -> float:
+        """Mean number of image tokens over the layers."""
+        return sum(schedule.tokens_per_layer(image_tokens, self.layers)) / self.layers
+
+
+def model_of(config: Config) -> Model:
+    """The model of ``config`` in numbers.
+
+    Raises:
+        ConfigError: neither config.json nor ``model.reference_shape`` gives them.
+    """
+    decoder, tower = part_configs(config.model)
+    if decoder is None or tower is None:
+        part = "decoder" if decoder is None else "tower"
+        raise ConfigError(
+            f"{config.file}: the config.json of the {part} is not on this machine: download it, or give its numbers in "
+            "model.reference_shape"
+        )
+    for part_config, keys in (
+        (decoder, ("num_hidden_layers", "hidden_size", "intermediate_size")),
+        (tower, ("image_size", "patch_size")),
+    ):
+        for key in keys:
+            if not isinstance(number(part_config, key), int):
+                raise ConfigError(
+                    f"{config.file}: {key} is neither in the part's config.json nor in model.reference_shape"
+                )
+    section = config.model
+    text, vision = _hugging_face(decoder, "llama"), _hugging_face(tower, "clip_vision_model")
+    vision.image_size = section.image_size or vision.image_size
+    if section.path is None:  # a plain LLM gets its rows for <image> and <pad> when the parts are joined
+        text.vocab_size = rows_with_specials(text.vocab_size, tokenizer=None)
+    kind = LlavaNextConfig if section.aspect == "anyres" else LlavaConfig
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    whole = kind(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    geometry = ImageGeometry(
+        vision.image_size, vision.patch_size, section.aspect, section.merge, section.pinpoints, section.rounding
+    )
+    return Model(whole, geometry)
+
+
+def paper_tokens(geometry: ImageGeometry, size: tuple[int, int]) -> int:
+    """Image tokens of a picture as the paper counts them: all patches of all tiles, without newlines."""
+    return geometry.num_tiles(size) * geometry.patches
+
+
+def nominal_batch(geometry: ImageGeometry, config: Config) -> PackedBatch:
+    """A micro-batch of ``config``: each sample has a picture that fills the canvas and `FULL_TEXT_TOKENS` text tokens,
+    the second half of which is one answer. It has no pixels."""
+    size = full_picture(geometry)
+    image = geometry.num_tokens(size)
+    length = image + FULL_TEXT_TOKENS
+    samples = config.data.samples_per_batch or max(1, (config.data.tokens_per_batch or length) // length)
+    ids, labels = torch.ones(length, dtype=torch.int64), torch.full((length,), IGNORE_INDEX)
+    labels[length - FULL_TEXT_TOKENS // 2 :] = 1
+    picture = ImageInput(torch.empty(0), size)
+    return PackedBatch.pack([Sample(str(i), ids, labels, (picture,), ((1, 1 + image),)) for i in range(samples)])
+
+
+def checkpointing(config: Config) -> bool:
+    """Whether ``config`` recomputes activations; transformers 5.23 renamed the argument."""
+    arguments = config.train.arguments
+    return bool(arguments.get("activation_checkpointing") or arguments.get("gradient_checkpointing"))
+
+
+def states_of(config: Config, gpus: int) -> States:
+    """Precision and ZeRO stage of ``config`` (its DeepSpeed settings; without them nothing is sharded).
+
+    Raises:
+        ConfigError: the file with these settings cannot be read.
+    """
+    arguments = config.train.arguments
+    settings = arguments.get("deepspeed") or {}
+    if isinstance(settings, str):
+        try:
+            settings = json.loads(Path(settings).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{config.file}: train.deepspeed: {settings} cannot be read: {error}") from None
+    half = bool(arguments.get("bf16") or arguments.get("fp16"))
+    return States(
+        zero=settings.get("zero_optimization", {}).get("stage", 0),
+        gpus=gpus,
+        bytes=2 if half else 4,
+        optimizer=12.0 if half else 8.0,
+        accumulate=arguments.get("gradient_accumulation_steps", 1) > 1,
+    )
+
+
+def _hugging_face(part: dict[str, Any], default: str) -> Any:
+    fields = {key: value for key, value in part.items() if key != "model_type"}
+    return AutoConfig.for_model(part.get("model_type", default), **fields)

@@ -1,0 +1,86 @@
+"""What a bench writes down: where and how it was run, tables, and files."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment(device: torch.device, seed: int) -> dict[str, Any]:
+    """Everything needed to run a bench again: device, versions, commit, date, command line and seed."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "device_type": device.type,
+        "device_count": torch.cuda.device_count() if cuda else os.cpu_count(),
+        "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1) if cuda else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": package_version("transformers"),
+        "flash_attn": package_version("flash-attn"),
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(["llava-pdrop", *sys.argv[1:]]),
+        "seed": seed,
+    }
+
+
+def check_out(directory: Path) -> None:
+    """Says before the first measurement that its files could not be written.
+
+    Raises:
+        ValueError: ``directory``, or what it lies in, is a file.
+    """
+    for path in (directory, *directory.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out {directory}: {path} is a file: name a directory")
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column left and the others right aligned, ending with a newline."""
+    ruler = ["---", *["---:"] * (len(headers) - 1)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (headers, ruler, *rows))
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the checkout this file lies in, marked where files were changed since; None outside of one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        head, dirty = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + (" with uncommitted changes" if dirty else "")
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of ``package``, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,170 @@
+"""The model shapes that are measured, with random weights made where they are used: no download, no host copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from llava_pdrop.config_values import did_you_mean
+from llava_pdrop.geometry import PAPER_PINPOINTS_5_TILES, PINPOINTS_9_TILES, ImageGeometry
+from llava_pdrop.model.build import make_host
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.model.vlm import PyramidLlava
+
+VICUNA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+VICUNA_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+CLIP_L_336 = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+
+PAPER = Schedule((8, 16, 24), (0.5, 0.25, 0.125))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and how it is trained.
+
+    Attributes:
+        text, vision: fields of LlamaConfig and CLIPVisionConfig.
+        geometry: how pictures become tiles and tokens.
+        trainable: parts that learn (see `train.optim.PARTS`).
+        samples: samples of a micro-batch.
+        schedule: the dropping that is compared with vanilla.
+        recompute: activation checkpointing.
+        picture: (width, height) of every picture, or None: drawn from the training mixture.
+        text_tokens: text tokens of every sample, or None: drawn from the training mixture.
+        max_length: most tokens of a sample, image tokens included (``data.max_length`` of the recipe).
+        half: bfloat16 weights where the device is good at it.
+    """
+
+    text: dict[str, int]
+    vision: dict[str, int]
+    geometry: ImageGeometry
+    trainable: tuple[str, ...]
+    samples: int
+    schedule: Schedule
+    recompute: bool
+    picture: tuple[int, int] | None = None
+    text_tokens: int | None = None
+    max_length: int = 2048
+    half: bool = True
+
+    def text_config(self) -> LlamaConfig:
+        """The decoder's configuration; the vocabulary is LLaMA's with ``<image>`` and ``<pad>``, as on the hub."""
+        return LlamaConfig(**{"vocab_size": 32064, "max_position_embeddings": 16384, **self.text})
+
+    def vision_config(self) -> CLIPVisionConfig:
+        """The tower's configuration."""
+        return CLIPVisionConfig(**self.vision)
+
+
+ALL_PARTS = ("projector", "language_model", "vision_tower")
+ANYRES_5 = ImageGeometry(336, 14, "anyres", "spatial_unpad", PAPER_PINPOINTS_5_TILES)
+ANYRES_9 = ImageGeometry(336, 14, "anyres", "spatial_unpad", PINPOINTS_9_TILES)
+
+SHAPES: dict[str, Shape] = {
+    "tiny": Shape(
+        text=dict(hidden_size=128, intermediate_size=344, num_hidden_layers=8, num_attention_heads=4, vocab_size=1024),
+        vision=dict(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=84,
+            patch_size=14, projection_dim=64,
+        ),
+        geometry=ImageGeometry(84, 14, "anyres", "flat", ((168, 168),)),
+        trainable=ALL_PARTS,
+        samples=4,
+        schedule=Schedule((2, 4, 6), (0.5, 0.25, 0.125)),
+        recompute=False,
+        picture=(168, 168),
+        text_tokens=40,
+        half=False,
+    ),
+    "small-cpu": Shape(
+        text=dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=16, num_attention_heads=8),
+        vision=dict(
+            hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, image_size=336,
+            patch_size=14, projection_dim=128,
+        ),
+        geometry=ImageGeometry(336, 14, "anyres", "flat", ((672, 672),)),  # 5 tiles of 576 tokens: 2,880
+        trainable=ALL_PARTS,
+        samples=1,
+        schedule=Schedule((4, 8, 12), (0.5, 0.25, 0.125)),
+        recompute=False,
+        picture=(672, 672),
+        text_tokens=150,
+        half=False,
+    ),
+    "llava15-7b": Shape(
+        VICUNA_7B, CLIP_L_336, ImageGeometry(336, 14), ("projector", "language_model"), 16, PAPER, recompute=True
+    ),
+    "llava15-13b": Shape(
+        VICUNA_13B, CLIP_L_336, ImageGeometry(336, 14), ("projector", "language_model"), 16,
+        Schedule((10, 20, 30), (0.5, 0.25, 0.125)), recompute=True,
+    ),
+    "llava-next-7b": Shape(VICUNA_7B, CLIP_L_336, ANYRES_5, ALL_PARTS, 4, PAPER, recompute=True, max_length=4096),
+    "llava-next-7b-p9": Shape(
+        VICUNA_7B, CLIP_L_336, ANYRES_9, ALL_PARTS, 4, PAPER, recompute=True, max_length=8192
+    ),
+}  # fmt: skip
+"""Shapes by name (``llava-pdrop bench train --shape NAME``). A batch of the 7B and 13B shapes is the paper's of one
+GPU: 128 samples over 8 GPUs are 16 (LLaVA-1.5), or 4 accumulated micro-batches of 4 (LLaVA-NeXT)."""
+
+
+def shape_named(name: str) -> Shape:
+    """The shape called ``name``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"unknown shape {name!r}: choose one of {list(SHAPES)}" + did_you_mean(name, SHAPES))
+    return SHAPES[name]
+
+
+def make_model(
+    shape: Shape, device: torch.device, dtype: torch.dtype, backend: str = "auto", seed: int = 0
+) -> PyramidLlava:
+    """A vanilla `PyramidLlava` of ``shape`` with random weights, made directly on ``device`` in ``dtype``.
+
+    Args:
+        backend: attention kernel of packed streams, one of `attention.BACKENDS`.
+    """
+    with torch.device("meta"):
+        vocabulary = shape.text_config().vocab_size
+        host = make_host(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=vocabulary - 2)
+    host = host.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for module in host.modules():
+            _fill(module, generator)
+    return PyramidLlava(host, geometry=shape.geometry, backend=backend)
+
+
+def _fill(module: nn.Module, generator: torch.Generator) -> None:
+    """Weights of a fresh Hugging Face model: normal(0, 0.02) matrices, ones in norms, zeros in biases. Buffers that
+    the modules compute themselves (rotary frequencies, position ids) are computed again, since meta has no values."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "bias":
+            parameter.zero_()
+        elif "norm" in type(module).__name__.lower():
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+    buffers: dict[str, Any] = dict(module.named_buffers(recurse=False))
+    if "inv_freq" in buffers:
+        fresh = type(module)(module.config)
+        for name in buffers:  # in float32 whatever the weights are, as `build` keeps them
+            setattr(module, name, fresh.get_buffer(name).to(buffers[name].device))
+    elif "position_ids" in buffers:
+        buffers["position_ids"].copy_(torch.arange(buffers["position_ids"].shape[-1]))
+    elif buffers:
+        raise ValueError(f"buffers {list(buffers)} of {type(module).__name__} have no known values")

@@ -1,0 +1,179 @@
+"""Where the time of a step goes. Nothing of this is in the model: `instrumented` puts marks around its functions for as
+long as a bench runs, and takes them away again."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_pdrop.model import decoder, vlm
+from llava_pdrop.model.vlm import PyramidLlava
+
+REGIONS = ("step", "forward", "tower", "decoder", "ranking", "head", "backward", "tower_backward", "optimizer")
+"""What is measured. ``step`` is forward, backward and optimizer; tower, decoder and head lie in the forward, ranking
+(with the dropping) in the decoder, and the tower's backward, from the gradient of its features on, in the backward."""
+
+PARTS = ("tower", "embedding", "decoder", "ranking", "head", "backward", "tower_backward", "optimizer")
+"""A step in pieces that do not overlap, see `parts_of`."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """``cpu`` is the time all cores of this process were busy; 0 on CUDA, where ``wall`` comes from events."""
+
+    wall: float
+    cpu: float
+
+
+class Recorder:
+    """Marks the beginnings and ends of regions. On CUDA a mark is an event: marking waits for nothing, `read` does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._open: dict[str, Any] = {}
+        self._closed: list[tuple[str, Any, Any]] = []
+
+    def clear(self) -> None:
+        """Forgets everything, open regions too."""
+        self._open.clear()
+        self._closed.clear()
+
+    def start(self, name: str) -> None:
+        """Opens a region."""
+        self._open[name] = self._mark()
+
+    def stop(self, name: str) -> None:
+        """Closes a region; one that is not open is left alone, so that a hook may close what may have been opened."""
+        began = self._open.pop(name, None)
+        if began is not None:
+            self._closed.append((name, began, self._mark()))
+
+    @contextmanager
+    def region(self, name: str) -> Iterator[None]:
+        """Times what is done in it."""
+        self.start(name)
+        yield
+        self.stop(name)
+
+    def read(self) -> dict[str, Seconds]:
+        """Seconds of every region of `REGIONS`, several visits added up; waits for the device once."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        total = {name: Seconds(0.0, 0.0) for name in REGIONS}
+        for name, began, ended in self._closed:
+            if self.device.type == "cuda":
+                wall, cpu = began.elapsed_time(ended) / 1000, 0.0
+            else:
+                wall, cpu = ended[0] - began[0], ended[1] - began[1]
+            total[name] = Seconds(total[name].wall + wall, total[name].cpu + cpu)
+        return total
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter(), time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
+@contextmanager
+def instrumented(model: PyramidLlava, recorder: Recorder) -> Iterator[None]:
+    """Marks tower, decoder and ranking of every forward of ``model``, and the tower's backward.
+
+    The ranking begins with the scores and ends where the next layer is entered: selecting the survivors, their position
+    ids and their rotary embeddings are in it. The gradient of that selection is in the backward.
+    """
+
+    def enter_projector(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        recorder.stop("tower")
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(lambda gradient: recorder.start("tower_backward"))
+
+    def enter_layer(module: Any, inputs: Any) -> None:
+        recorder.stop("ranking")
+
+    host = model.host.model
+    with ExitStack() as undo:
+        undo.enter_context(replaced(vlm, "image_features", _opening(recorder, "tower", vlm.image_features)))
+        undo.enter_context(replaced(vlm, "run_decoder", timed(recorder, "decoder", vlm.run_decoder)))
+        undo.enter_context(replaced(decoder, "_rank", _opening(recorder, "ranking", decoder._rank)))
+        undo.callback(host.multi_modal_projector.register_forward_pre_hook(enter_projector).remove)
+        for layer in host.language_model.layers:
+            undo.callback(layer.register_forward_pre_hook(enter_layer).remove)
+        yield
+
+
+def parts_of(times: dict[str, float]) -> dict[str, float]:
+    """The regions of one step as pieces that do not overlap and add up to the step. ``embedding`` is the plan of the
+    stream, the text embeddings, the projector and the merge; ``decoder`` its layers and last norm."""
+    parts = {
+        "tower": times["tower"],
+        "embedding": times["forward"] - times["tower"] - times["decoder"] - times["head"],
+        "decoder": times["decoder"] - times["ranking"],
+        "ranking": times["ranking"],
+        "head": times["head"],
+        "backward": times["backward"] - times["tower_backward"],
+        "tower_backward": times["tower_backward"],
+        "optimizer": times["optimizer"],
+    }
+    return {name: parts[name] for name in PARTS}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collects once, then not again until the end."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def replaced(module: Any, name: str, substitute: Callable[..., Any]) -> Iterator[None]:
+    """Another function under a module's name, as long as it lasts."""
+    original = getattr(module, name)
+    setattr(module, name, substitute)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _opening(recorder: Recorder, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, opening a region that a hook closes."""
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        recorder.start(name)
+        return function(*args, **kwargs)
+
+    return opened
+
+
+def timed(recorder: Recorder, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as a region of its own."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with recorder.region(name):
+            return function(*args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,142 @@
+"""``llava-pdrop bench train`` from the command line: its files, and that what is wrong is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_pdrop.__main__ import main
+from llava_pdrop.bench.command import read_schedules
+from llava_pdrop.bench.hardware import PEAK_TFLOPS, known_gpu, peak_flops
+from llava_pdrop.bench.report import markdown_table
+from llava_pdrop.model.schedule import Schedule
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bench")
+    one = directory / "one.yaml"
+    one.write_text("layers: [4]\nratios: [0.25]\n")
+    words = ["bench", "train", "--shape", "tiny", "--steps", "2", "--warmup", "1", "--device", "cpu", "--seed", "7"]
+    schedules = ["--schedule", str(one), str(CONFIGS / "llava15_7b/finetune_pdrop.yaml")]
+    two = directory / "two.yaml"
+    two.write_text("layers: [2, 6]\nratios: [0.5, 0]\n")
+    schedules[-1] = str(two)
+    assert main([*words, *schedules, "--samples", "2", "--compare", "--out", str(directory / "out")]) == 0
+    return directory / "out"
+
+
+def test_three_files_are_written(files: Path) -> None:
+    assert sorted(path.name for path in files.iterdir()) == [f"train-tiny-cpu.{end}" for end in ("json", "md", "png")]
+    assert (files / "train-tiny-cpu.json").stat().st_size < 200_000
+    with Image.open(files / "train-tiny-cpu.png") as picture:
+        assert picture.width > 800
+
+
+def test_the_json_says_all_that_is_needed_to_run_it_again(files: Path) -> None:
+    report = json.loads((files / "train-tiny-cpu.json").read_text())
+    assert report["environment"]["seed"] == 7
+    assert {"device", "torch", "transformers", "commit", "date", "command"} <= set(report["environment"])
+    assert report["optimizer"]["kind"] == "adamw"
+    assert report["peak_flops"]["per_second"] > 0 and "measured" in report["peak_flops"]["source"]
+    assert report["options"]["steps"] == 2
+    assert [run["name"] for run in report["runs"]] == ["vanilla", "one", "two"]
+    assert report["runs"][1]["schedule"]["layers"] == [4]
+    for run in report["runs"]:
+        assert {len(values) for values in run["steps"]["seconds"].values()} == {2}
+        assert run["steps"]["image_tokens"][0][0] == 2 * 180
+        low, median, high = run["quartiles"]["step"]
+        assert 0 < low <= median <= high
+        assert run["tokens_per_second"] > 0 and run["mfu"] > 0 and run["peak_mib"] > 0
+    one = report["runs"][1]
+    assert 0 < one["predicted_reduction"] < 1
+    ratio = one["realised_reduction"] / one["predicted_reduction"]
+    assert one["realised_over_predicted"] == pytest.approx(ratio)
+    assert {entry["group"] for entry in report["compare"]} >= {"batch", "logits", "attention", "recomputation"}
+
+
+def test_the_markdown_has_a_line_per_run_and_the_picture(files: Path) -> None:
+    text = (files / "train-tiny-cpu.md").read_text()
+    for start in ("| run |", "| vanilla |", "| one |", "| two |", "| attention | flash_attn |"):
+        assert start in text
+    assert "not available: needs a CUDA device" in text
+    assert "](train-tiny-cpu.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--shape", "tinny"], "unknown shape 'tinny'"),
+        (["--shape", "tiny", "--steps", "0"], "--steps must be at least 1"),
+        (["--shape", "tiny", "--images", "all"], "unknown images 'all'"),
+        (["--shape", "tiny", "--optimizer", "sgd"], "unknown --optimizer 'sgd'"),
+        (["--shape", "tiny", "--attention", "eager"], "unknown model.attention 'eager'"),
+        (["--shape", "tiny", "--device", "abacus"], "--device 'abacus' is no device"),
+        (["--shape", "tiny", "--schedule", "nowhere.yaml"], "there is no file nowhere.yaml"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and line in error
+
+
+def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("layers: [8, 16]\nratios: [0.5, 0.25]\npositions: keep\n")
+    run = CONFIGS / "llava15_7b/finetune_pdrop.yaml"
+    found = read_schedules([run, tmp_path / "bare.yaml"], 32)
+    assert found["finetune_pdrop"] == Schedule((8, 16, 24), (0.5, 0.25, 0.125))
+    assert found["bare"] == Schedule((8, 16), (0.5, 0.25), positions="keep")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("layers: [9]\nratios: [0.5]\n", "bad.yaml: .*9"),
+        ("layers: [4]\nratio: [0.5]\n", "bad.yaml: unknown key"),
+        ("layers: [4]\nratios: [1.5]\n", "bad.yaml: .*ratios"),
+    ],
+)
+def test_a_bad_schedule_names_its_file(tmp_path: Path, text: str, line: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=line):
+        read_schedules([tmp_path / "bad.yaml"], 8)
+
+
+def test_two_schedules_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "same.yaml"
+    file.write_text("layers: [4]\nratios: [0.5]\n")
+    with pytest.raises(ValueError, match="the name 'same' is taken"):
+        read_schedules([file, file], 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIE"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 2080 Ti", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, key: str | None) -> None:
+    assert known_gpu(name) == key
+    assert key is None or PEAK_TFLOPS[key] > 0
+
+
+def test_an_unknown_device_is_measured() -> None:
+    import torch
+
+    rate, source = peak_flops(torch.device("cpu"), torch.float32)
+    assert rate > 1e8 and source.startswith("measured")
+
+
+def test_markdown_table() -> None:
+    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"

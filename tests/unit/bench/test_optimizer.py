@@ -1,0 +1,62 @@
+"""Which optimizer fits, and what an eighth of it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llava_pdrop.bench import optimizer
+from llava_pdrop.bench.shapes import SHAPES, make_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def parameters() -> list[nn.Parameter]:
+    return list(make_model(SHAPES["tiny"], CPU, torch.float32).parameters())
+
+
+def test_a_shard_is_about_an_eighth_made_of_whole_parameters(parameters: list[nn.Parameter]) -> None:
+    chosen = optimizer.shard(parameters)
+    total = sum(p.numel() for p in parameters)
+    assert sum(p.numel() for p in chosen) == pytest.approx(total / 8, rel=0.05)
+    assert len({id(p) for p in chosen}) == len(chosen) < len(parameters)
+
+
+def test_one_parameter_is_its_own_shard() -> None:
+    only = nn.Parameter(torch.ones(3))
+    assert optimizer.shard([only]) == [only]
+
+
+@pytest.mark.parametrize(("room", "kind"), [(16.0, "adamw"), (5.0, "sharded"), (1.0, "none")])
+def test_auto_takes_the_most_that_fits(monkeypatch: pytest.MonkeyPatch, room: float, kind: str) -> None:
+    weights = [nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))]
+    monkeypatch.setattr(optimizer, "free_bytes", lambda device: room * 1000 / optimizer.HEADROOM)
+    assert optimizer.choose("auto", weights, CPU) == kind
+
+
+def test_bytes_beside_the_weights() -> None:
+    half = [nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))]
+    assert optimizer.extra_bytes("adamw", half) == 14_000  # 16 a parameter, two of which are there
+    assert optimizer.extra_bytes("sharded", half) == 2_000 + 12_000 / 8
+    assert optimizer.extra_bytes("none", half) == 2_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_shard_is_updated_and_in_float32(dtype: torch.dtype) -> None:
+    weights = [nn.Parameter(torch.ones(10, dtype=dtype)) for _ in range(16)]
+    adamw = optimizer.make("sharded", weights)
+    assert adamw is not None
+    for _ in range(200):  # 2e-5 a step is too little for one step of bfloat16 near 1, not for the float32 copy
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        adamw.step()
+    moved = [bool((weight < 1).all()) for weight in weights]
+    assert sum(moved) == 2
+    assert all(master.dtype == torch.float32 for master in adamw.masters)
+
+
+def test_a_wrong_name_is_said() -> None:
+    with pytest.raises(ValueError, match="unknown --optimizer 'sgd'"):
+        optimizer.choose("sgd", [], CPU)
