@@ -16,8 +16,9 @@ from torch import Tensor
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.images import load_image, preprocess
+from llava_pdrop.data.labels import IMAGE_SLOT, expand_slots
 from llava_pdrop.data.records import read_records
-from llava_pdrop.data.tokens import IMAGE_SLOT, expand_slots, prompt_sample
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.schedule import Schedule
@@ -45,24 +46,28 @@ def case_files() -> list[Path]:
 
 
 @lru_cache(maxsize=4)
-def load_parts(directory: Path, padded: bool) -> Parts:
-    return build_parts(str(directory), pad_vocabulary=padded)
+def load_parts(directory: Path, padded: bool, device: str) -> Parts:
+    parts = build_parts(str(directory), pad_vocabulary=padded)
+    parts.host.to(device)
+    return parts
 
 
 @dataclass
 class Case:
-    """One case: ``info`` its JSON, ``tensors`` its recorded tensors, ``compared`` the numbers checked so far."""
+    """One case: ``info`` its JSON, ``tensors`` its recorded tensors, ``device`` where our model runs, ``compared`` the
+    numbers checked so far."""
 
     file: Path
     info: dict
     tensors: dict[str, Tensor]
+    device: str = "cpu"
     compared: int = 0
     seen: set[str] = field(default_factory=set)
 
     @staticmethod
-    def load(file: Path) -> Case:
+    def load(file: Path, device: str = "cpu") -> Case:
         stored = file.with_suffix(".safetensors")
-        return Case(file, json.loads(file.read_text()), load_file(stored) if stored.exists() else {})
+        return Case(file, json.loads(file.read_text()), load_file(stored) if stored.exists() else {}, device)
 
     @property
     def root(self) -> Path:
@@ -90,7 +95,7 @@ class Case:
         return Schedule(self.info["layer_list"], self.info["image_token_ratio_list_arg"])
 
     def parts(self, padded: bool = False) -> Parts:
-        return load_parts(self.model_directory, padded)
+        return load_parts(self.model_directory, padded, self.device)
 
     def geometry(self) -> ImageGeometry:
         geometry, config = self.parts().geometry, self.original_config
@@ -155,15 +160,14 @@ class Case:
         options = (TEMPLATES["v1"], tokenizer, token, self.geometry())
         if self.info["mode"] == "train":
             records = read_records(file, file.parent / "images")
-            dataset = ConversationDataset(
-                records, *options, parts.image_processor, max_length=self.max_length(), truncation="tokens"
-            )
+            encoder = Encoder(*options, max_length=self.max_length(), truncation="tokens")
+            dataset = ConversationDataset(records, encoder, parts.image_processor)
             return [dataset[i] for i in range(len(dataset))]
         query = json.loads(file.read_text())
         turn = Turn("human", "<image>\n" + query["question"])
         record = Record("query", (turn,), (self.root / query["image"],), "query")
         image = preprocess(load_image(record.images[0]), self.geometry(), parts.image_processor)
-        return [prompt_sample(record, [image], *options)]
+        return [Encoder(*options).prompt(record, [image])]
 
     def close(self, name: str, ours: Tensor, theirs: Tensor | None = None, atol: float = 0.0) -> None:
         """Compares with the recorded tensor ``name`` (or a part of it, ``theirs``) and counts the numbers."""
@@ -171,7 +175,9 @@ class Case:
         self.seen.add(name)
         self.compared += theirs.numel()
         if atol:
-            torch.testing.assert_close(ours.float(), theirs.float(), atol=atol, rtol=0.0, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours.float().cpu(), theirs.float(), atol=atol, rtol=0.0, msg=lambda m: f"{name}: {m}"
+            )
         else:
             assert ours.tolist() == theirs.tolist(), f"{name} differs: {ours.tolist()} != {theirs.tolist()}"
 

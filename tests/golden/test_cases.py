@@ -50,7 +50,7 @@ def rows(batch_or_layout, stream):
 
 def test_case(case: Case) -> None:
     samples = case.samples()
-    batch = PackedBatch.pack(samples, query=case.query)
+    batch = PackedBatch.pack(samples, query=case.query).to(case.device)
     check_inputs(case, samples)
     if case.flagged:
         check_expectation(case, batch, samples)
@@ -97,13 +97,13 @@ def check_embeddings(case: Case, model: PyramidLlava, batch: PackedBatch) -> Str
     """Tower features and merged embeddings and labels, row by row."""
     plan = StreamPlan.build(batch, model.schedule, model.geometry, model.device)
     if "vision.tower_out" in case.tensors and case.has_images():
-        pixels = torch.cat([image.pixels for image in case.all_images()])
+        pixels = torch.cat([image.pixels for image in case.all_images()]).to(case.device)
         tower = model.host.model.vision_tower
         hidden = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         case.close("vision.tower_out", hidden, atol=HIDDEN)
         assert image_features(model.host, pixels).shape[0] == hidden.shape[0] * hidden.shape[1]
     elif "vision.tower_out" in case.tensors:  # end to end: pixels are ours, made from the pictures
-        hidden = model.host.model.vision_tower(batch.pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        hidden = model.host.model.vision_tower(batch.pixels, output_hidden_states=True).hidden_states[-2][:, 1:].cpu()
         recorded = case.tensors["vision.tower_out"]
         shown = [tile for tile in recorded if any(torch.allclose(tile, own, atol=HIDDEN) for own in hidden)]
         assert len(shown) >= len(hidden), "a tile of ours has no equal among the recorded ones"
@@ -134,7 +134,7 @@ def check_official(case: Case, batch: PackedBatch) -> None:
         layer.register_forward_pre_hook(lambda module, args, index=index: inputs.__setitem__(index, args[0][0]))
         for index, layer in enumerate(decoder.layers)
     ]
-    logits = model.logits(batch, trace).float()
+    logits = model.logits(batch, trace).float().cpu()
     for hook in hooks:
         hook.remove()
     survivors = check_drops(case, batch, plan, trace)
@@ -147,7 +147,7 @@ def check_official(case: Case, batch: PackedBatch) -> None:
             for row, ours in enumerate(rows(last, logits)):
                 case.close("infer.prefill_logits", ours, case.tensors["infer.prefill_logits"][row, : len(ours)], HIDDEN)
         return
-    labels = [label.index_select(0, kept) for label, kept in zip(rows(batch, batch.labels), survivors)]
+    labels = [label.index_select(0, kept) for label, kept in zip(rows(batch, batch.labels.cpu()), survivors)]
     for row, (ours, label) in enumerate(zip(rows(last, logits), labels)):
         n = len(label)
         case.close(f"{mode}.final_labels", label, case.tensors[f"{mode}.final_labels"][row, :n])
@@ -205,7 +205,7 @@ def check_drops(case: Case, batch: PackedBatch, plan: StreamPlan, trace: list[Dr
     for number, (drop, recorded) in enumerate(zip(trace, case.info["stages"], strict=True)):
         before, after = plan.stages[number], plan.stages[number + 1]
         offsets = [0, *torch.tensor(before.layout.seq_lens).cumsum(0).tolist()]
-        kept_rows = drop.index_K.split(after.layout.seq_lens)
+        kept_rows = drop.index_K.cpu().split(after.layout.seq_lens)
         for sample in recorded["samples"]:
             row = sample["sample"]
             local = kept_rows[row] - offsets[row]
@@ -266,7 +266,7 @@ def check_vanilla(case: Case, batch: PackedBatch) -> None:
         case.seen |= names
         return
     model = pyramid(case, Schedule()).eval()
-    logits = model.logits(batch).float()
+    logits = model.logits(batch).float().cpu()
     if "vanilla.loss" in names and torch.isnan(case.tensors["vanilla.loss"]):
         assert not batch.label_positions, "the official loss is not a number, yet there are labels"
         case.seen.add("vanilla.loss")
@@ -289,16 +289,16 @@ def check_expectation(case: Case, batch: PackedBatch, samples: list[Sample]) -> 
     if case.tensors and "tie" not in case.info["flags"]:
         check_embeddings(case, model, batch)
     trace: list[Drop] = []
-    logits = model.logits(batch, trace)
+    logits = model.logits(batch, trace).cpu()
     assert torch.isfinite(model(batch).loss), reason
     references = [slow_reference(model, sample, case.query) for sample in samples]
     counts = [len(reference) for reference, _ in references]
     for ours, (theirs, _) in zip(logits.split(counts), references, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=HIDDEN, rtol=0.0, msg=lambda m: f"{reason}: {m}")
+        torch.testing.assert_close(ours, theirs.cpu(), atol=HIDDEN, rtol=0.0, msg=lambda m: f"{reason}: {m}")
         case.compared += theirs.numel()
     firsts = [0, *torch.tensor(batch.seq_lens).cumsum(0).tolist()]
     position = torch.arange(sum(batch.seq_lens))
     for stage, drop in enumerate(trace):
-        position = position[drop.index_K]
+        position = position[drop.index_K.cpu()]
         expected = [first + p for first, (_, left) in zip(firsts, references) for p in left[stage]]
         case.same(f"{reason}; stage {stage}", position.tolist(), expected)

@@ -82,6 +82,7 @@ def generate(case: Case, sample: Sample, schedule: Schedule, steps: list[Step] |
         inputs["image_sizes"] = torch.tensor([[h, w] for w, h in (image.size for image in sample.images)])
     elif sample.images:
         inputs["pixel_values"] = torch.cat([image.pixels for image in sample.images])
+    inputs = {name: tensor.to(case.device) for name, tensor in inputs.items()}
     pack_by_geometry(host, case.geometry())
     attach(host, schedule, trace=steps)
     output = host.generate(
@@ -91,16 +92,16 @@ def generate(case: Case, sample: Sample, schedule: Schedule, steps: list[Step] |
     )  # fmt: skip
     detach(host)
     new = output.sequences[0, len(sample.input_ids) :]
-    return new.tolist(), torch.cat(output.logits)[:, :official]
+    return new.tolist(), torch.cat(output.logits)[:, :official].cpu()
 
 
 def teacher_forced(model: PyramidLlava, sample: Sample, answer: torch.Tensor):
     """Logits (len(answer), V) that predict ``answer``, and the plan they were made with."""
     ids = torch.cat([sample.input_ids, answer])
     labels = torch.cat([torch.full_like(sample.input_ids, IGNORE_INDEX), answer])
-    batch = PackedBatch.pack([replace(sample, input_ids=ids, labels=labels)])
+    batch = PackedBatch.pack([replace(sample, input_ids=ids, labels=labels)]).to(model.device)
     plan = StreamPlan.build(batch, model.schedule, model.geometry, model.device)
-    return model.eval().logits(batch)[-len(answer) - 1 : -1], plan
+    return model.eval().logits(batch)[-len(answer) - 1 : -1].cpu(), plan
 
 
 def check_expectation(case: Case, sample: Sample, tokens: list[int], steps: list[Step]) -> None:

@@ -1,4 +1,4 @@
-"""scripts/setup.sh and scripts/finetune_pdrop.sh, with a Python that only writes down how it is called.
+"""The scripts setup.sh, finetune_pdrop.sh and bench.sh, with a Python that only writes down how it is called.
 
 The one thing it passes on to the real Python is the lock between two setups.
 """
@@ -35,14 +35,20 @@ class Checkout:
     def __init__(self, directory: Path) -> None:
         self.root, self.calls = directory / "check out", directory / "calls"
         (self.root / "scripts").mkdir(parents=True)
-        for name in ("scripts/setup.sh", "scripts/finetune_pdrop.sh", "scripts/constraints.txt", "setup.py"):
-            shutil.copy(ROOT / name, self.root / name)
+        for file in (ROOT / "setup.py", *(ROOT / "scripts").glob("*.*")):
+            shutil.copy(file, self.root / file.relative_to(ROOT))
         self.python = directory / "fake_python"
         self.python.write_text(FAKE_PYTHON)
         self.python.chmod(0o755)
         self.env = {**os.environ, "PYTHON": str(self.python), "CALLS": str(self.calls), "NPROC_PER_NODE": "1"}
         self.env["REAL_PYTHON"] = sys.executable
-        for name in ("LLAVA_PDROP_VENV", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "TORCHRUN_ARGS"):
+        for name in (
+            "LLAVA_PDROP_VENV",
+            "MALLOC_MMAP_THRESHOLD_",
+            "MALLOC_TRIM_THRESHOLD_",
+            "TORCHRUN_ARGS",
+            "LLAVA_PDROP_PYTHON",
+        ):
             self.env.pop(name, None)
 
     def run(
@@ -174,8 +180,79 @@ def test_the_exit_status_of_the_program_is_the_scripts(checkout: Checkout) -> No
     assert checkout.run("finetune_pdrop.sh").returncode == 3
 
 
+def benches(lines: list[str]) -> list[str]:
+    """Arguments of every ``bench``, in order."""
+    return [line.split("-m llava_pdrop bench ")[1] for line in lines if "-m llava_pdrop bench " in line]
+
+
+def test_bench_gpu_measures_every_shape_in_a_process_of_its_own(checkout: Checkout) -> None:
+    done = checkout.run("bench.sh", "gpu", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    own = [line.split(" --out ") for line in benches(checkout.called())]
+    names = [file.removeprefix("playground/benchmarks/gpu-") for _, file in own]
+    assert dict(zip(names, (arguments for arguments, _ in own))) == {
+        "train-llava-next-7b-full": "train --shape llava-next-7b --images full --device cuda --steps 3",
+        "train-llava15-7b": "train --shape llava15-7b --device cuda --steps 3",
+        "train-llava-next-7b-p9": "train --shape llava-next-7b-p9 --device cuda --steps 3",
+        "train-llava15-13b": "train --shape llava15-13b --optimizer none --device cuda --steps 3",
+        "prefill": "prefill --shape llava-next-7b --runs 5 --device cuda",
+        "train-llava-next-7b": "train --shape llava-next-7b --compare --device cuda --steps 3",
+    }
+    assert names[-1] == "train-llava-next-7b"  # the longest, after all that the goals are about
+
+
+def test_bench_is_tiny_by_default_and_sets_up_first(checkout: Checkout) -> None:
+    assert checkout.run("bench.sh").returncode == 0
+    lines = checkout.called()
+    assert any("-m venv" in line for line in lines)
+    assert [line.split(" --out ")[0] for line in benches(lines)] == [
+        "train --shape tiny --device cpu",
+        "prefill --shape tiny --device cpu",
+    ]
+    assert lines[-1] == "8589934592 17179869184"  # the memory settings of training
+    assert checkout.run("bench.sh", "cpu").returncode == 0
+    lines = checkout.called()
+    (line,) = benches(lines)
+    assert line == "train --shape small-cpu --device cpu --out playground/benchmarks/cpu-train"
+    assert not any("-m venv" in line for line in lines)
+
+
+def test_bench_with_a_python_that_is_there_already(checkout: Checkout) -> None:
+    checkout.env["PYTHON"] = "no-such-python"
+    done = checkout.run("bench.sh", "cpu", LLAVA_PDROP_PYTHON=str(checkout.python))
+    assert done.returncode == 0 and len(benches(checkout.called())) == 1
+    assert not (checkout.root / ".venv").exists()
+    done = checkout.run("bench.sh", "cpu", LLAVA_PDROP_PYTHON="no-such-python")
+    assert done.returncode == 2 and done.stderr == "error: LLAVA_PDROP_PYTHON=no-such-python is not a program\n"
+
+
+def test_a_bench_that_fails_or_hangs_does_not_stop_the_others(checkout: Checkout) -> None:
+    broken = '*"--shape llava15-7b "*) exit 3 ;; *"--shape llava-next-7b-p9"*) exec sleep 60 ;;'
+    checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', f'case "$*" in {broken}'))
+    done = checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python), BENCH_LIMIT="1")
+    assert done.returncode == 1 and len(benches(checkout.called())) == 6
+    assert done.stderr.splitlines() == [
+        "failed: gpu-train-llava15-7b: exit status 3",
+        "failed: gpu-train-llava-next-7b-p9: stopped after 1 seconds",
+    ]
+
+
+def test_benches_that_no_time_is_left_for_are_listed(checkout: Checkout) -> None:
+    done = checkout.run("bench.sh", "tiny", LLAVA_PDROP_PYTHON=str(checkout.python), BENCH_SECONDS="0")
+    assert done.returncode == 1 and benches(checkout.called()) == []
+    assert done.stderr.count("not started, 0 seconds were over") == 2
+
+
+def test_an_unknown_bench_is_one_line(checkout: Checkout) -> None:
+    done = checkout.run("bench.sh", "laptop")
+    assert done.returncode == 2 and done.stderr == "error: unknown bench laptop: choose tiny, cpu or gpu\n"
+    assert checkout.called() == []
+
+
 def test_scripts_and_ci_are_strict_and_executable() -> None:
-    scripts = [*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]
+    sourced = {"environment.sh", "launch.sh"}
+    scripts = [file for file in (ROOT / "scripts").glob("*.sh") if file.name not in sourced]
+    scripts.append(ROOT / ".ci" / "run")
     for script in scripts:
         lines = script.read_text().splitlines()
         assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines, script

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Measures training and inference: bash scripts/bench.sh [tiny|cpu|gpu] [arguments for every `bench train`]
+# tiny takes under a minute; cpu is the shape small-cpu; gpu is the real shapes on one 80 GB GPU, under nine minutes.
+# Every bench is a process of its own and writes playground/benchmarks/NAME.json (.md, .png). One that fails or takes too
+# long does not stop the others: it is listed at the end, and the exit status is 1.
+#
+#   LLAVA_PDROP_PYTHON    a Python that has the project's packages already (torch with CUDA, say): see environment.sh
+#   BENCH_SECONDS         for all of them together; default: 530 for gpu, 1800 otherwise
+#   BENCH_LIMIT           seconds for one; default: 150 for gpu, 900 otherwise
+set -euo pipefail
+
+what="${1:-tiny}"
+[[ $# -eq 0 ]] || shift
+case "$what" in
+    tiny | cpu) seconds="${BENCH_SECONDS:-1800}" limit="${BENCH_LIMIT:-900}" ;;
+    gpu) seconds="${BENCH_SECONDS:-530}" limit="${BENCH_LIMIT:-150}" ;;
+    *) printf 'error: unknown bench %s: choose tiny, cpu or gpu\n' "$what" >&2; exit 2 ;;
+esac
+
+# shellcheck source=scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" # sets ROOT and python
+cd "$ROOT"
+
+failed=()
+
+# bench NAME ARGUMENT...: one bench, within what is left of the time.
+bench() {
+    local name="$1" left=$((seconds - SECONDS)) status=0
+    shift
+    if [[ "$left" -le 0 ]]; then
+        failed+=("$name: not started, $seconds seconds were over")
+        return
+    fi
+    printf '== %s\n' "$name"
+    left=$((left < limit ? left : limit))
+    timeout --kill-after 10 "$left" "$python" -m llava_pdrop bench "$@" --out "playground/benchmarks/$name" || status="$?"
+    case "$status" in
+        0) ;;
+        124 | 137) failed+=("$name: stopped after $left seconds") ;;
+        *) failed+=("$name: exit status $status") ;;
+    esac
+}
+
+SECONDS=0 # setting up does not count
+case "$what" in
+    tiny)
+        bench tiny-train train --shape tiny --device cpu "$@"
+        bench tiny-prefill prefill --shape tiny --device cpu
+        ;;
+    cpu) bench cpu-train train --shape small-cpu --device cpu "$@" ;;
+    gpu) # the comparison of kernels and batches is the longest: what the goals are about comes before it
+        bench gpu-train-llava-next-7b-full train --shape llava-next-7b --images full --device cuda "$@"
+        bench gpu-train-llava15-7b train --shape llava15-7b --device cuda "$@"
+        bench gpu-train-llava-next-7b-p9 train --shape llava-next-7b-p9 --device cuda "$@"
+        bench gpu-train-llava15-13b train --shape llava15-13b --optimizer none --device cuda "$@"
+        bench gpu-prefill prefill --shape llava-next-7b --runs 5 --device cuda
+        bench gpu-train-llava-next-7b train --shape llava-next-7b --compare --device cuda "$@"
+        ;;
+esac
+
+if [[ "${#failed[@]}" -gt 0 ]]; then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi

@@ -1,0 +1,51 @@
+"""The predicted peak of a training step against what the allocator saw, at a shape of half a billion parameters.
+
+Large enough for the workspaces of cuBLAS, which are not predicted, to be small.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.build import make_host
+from llava_pdrop.model.memory import States, predicted_peak
+from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.types import PackedBatch
+from tests.tiny import IMAGE, make_sample
+
+TEXT = dict(
+    vocab_size=32064, hidden_size=2048, intermediate_size=5504, num_hidden_layers=8, num_attention_heads=16,
+    max_position_embeddings=4096,
+)  # fmt: skip
+VISION = dict(
+    hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, image_size=336, patch_size=14
+)
+GEOMETRY = ImageGeometry(336, 14, "anyres", "flat", ((672, 672),))  # 5 tiles of 576 tokens: 2,880
+PARTS = ("projector", "language_model", "vision_tower")
+STATES = States(bytes=2, optimizer=4.0)  # AdamW on bfloat16 weights: two bfloat16 moments
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule((2, 4, 6), (0.5, 0.25, 0.125))], ids=["vanilla", "dropping"])
+def test_peak_is_predicted_within_a_tenth(schedule, recompute):
+    torch.manual_seed(0)
+    host = make_host(LlamaConfig(**TEXT), CLIPVisionConfig(**VISION), GEOMETRY, IMAGE).to("cuda", torch.bfloat16)
+    model = PyramidLlava(host, schedule, GEOMETRY).train()
+    if recompute:
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    batch = PackedBatch.pack([make_sample(20, (672, 672), 100, "30", geometry=GEOMETRY, seed=i) for i in range(4)])
+    predicted = predicted_peak(host.config, batch, schedule, GEOMETRY, PARTS, recompute, states=STATES).total
+    batch = batch.to("cuda")
+    for _ in range(2):  # the first step makes the optimizer's state
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        output = model(batch)
+        (output.loss / output.labels).backward()
+        optimizer.step()
+        del output
+    assert torch.cuda.max_memory_allocated() == pytest.approx(predicted, rel=0.1)
