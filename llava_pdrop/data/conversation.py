@@ -7,7 +7,8 @@ go wrong wherever a tokeniser joins text across a border, and then whole convers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from llava_pdrop.types import IMAGE_MARKER, Turn
 
@@ -22,32 +23,37 @@ class Piece:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat format. One round is written as
+    """A chat format. A conversation is ``system`` and then, round by round,
 
-        before_question + question + after_question + before_answer + [answer_lead + answer + end]
+        before_question + question + after_question + before_answer + [answer_lead + answer + end] + after_answer
 
-    and what stands in brackets is trained on. The whole conversation starts with ``system``; the beginning-of-sequence
-    token is the tokeniser's business.
+    and what stands in brackets is trained on. The beginning-of-sequence token is the tokeniser's business.
 
     Attributes:
-        end_empty: an empty answer still gets its ``end``. Off in v1, where LLaVA writes nothing behind "ASSISTANT:", so
-            that nobody learns to say nothing.
-        question_only_images: the question's words are replaced by its images (captioning, LLaVA stage 1); the
-            conversation must then be one question with an image and one answer.
+        before_first: stands in front of the first question instead of ``before_question``; None: the same.
+        empty: what becomes of an empty answer. ``trained`` on like any other; ``masked``: written but not trained on,
+            so that nobody learns to say nothing; ``absent``: nothing is written behind ``before_answer``, as LLaVA's
+            v1, llama_2 and mpt do.
+        question_only_images: training writes the images of the question and not its words (captioning, LLaVA stage 1);
+            the conversation must then be one question with an image and one answer.
         image_first: a turn with one image shows it in front of its text (`image_to_front`).
         stop: texts that end an answer in generation.
+        prompt_as: the format of prompts where LLaVA asks in another one than it trains in (v0, plain).
     """
 
     system: str = ""
     before_question: str = ""
+    before_first: str | None = None
     after_question: str = ""
     before_answer: str = ""
     answer_lead: str = ""
     end: str = ""
-    end_empty: bool = True
+    after_answer: str = ""
+    empty: Literal["trained", "masked", "absent"] = "masked"
     question_only_images: bool = False
     image_first: bool = False
     stop: tuple[str, ...] = ()
+    prompt_as: Template | None = None
 
     def rounds(self, turns: Sequence[Turn]) -> list[tuple[str, str | None]]:
         """(question, answer) pairs; the answer of the last one is None if the conversation ends with a question.
@@ -73,25 +79,43 @@ class Template:
         if self.question_only_images and (len(turns) > 2 or IMAGE_MARKER not in turns[0].text):
             raise ValueError("a captioning template needs exactly one question with an image and its answer")
         texts = [image_to_front(turn.text) if self.image_first else turn.text for turn in turns]
-        if self.question_only_images:
-            texts[0] = IMAGE_MARKER * texts[0].count(IMAGE_MARKER)
         answers: list[str | None] = [*texts[1::2]]
         return list(zip(texts[::2], answers + [None] * (len(texts) % 2), strict=True))
 
     def pieces(self, rounds: Sequence[tuple[str, str | None]]) -> list[Piece]:
-        """The text of whole rounds, for training."""
-        pieces = [Piece(self.system)]
-        for question, answer in rounds:
-            pieces.append(Piece(self.before_question + question + self.after_question))
+        """The text of whole rounds, for training.
+
+        A last question without an answer is written, up to ``after_question``, and nothing of it is trained on.
+        """
+        return [piece for pieces in self.pieces_by_round(rounds) for piece in pieces]
+
+    def pieces_by_round(self, rounds: Sequence[tuple[str, str | None]]) -> list[list[Piece]]:
+        """`pieces`, those of every round by themselves; the first ones start with ``system``."""
+        result = []
+        for number, (question, answer) in enumerate(rounds):
+            shown = IMAGE_MARKER * question.count(IMAGE_MARKER) if self.question_only_images else question
+            pieces = [Piece(self.system)] if number == 0 else []
+            pieces.append(Piece(self._before(number) + shown + self.after_question))
             if answer is not None:
-                target = self.answer_lead + answer + self.end if answer else self.end if self.end_empty else ""
-                pieces += [Piece(self.before_answer), Piece(target, is_target=True)]
-        return [piece for piece in pieces if piece.text]
+                pieces += [Piece(self.before_answer), *self._answer(answer), Piece(self.after_answer)]
+            result.append([piece for piece in pieces if piece.text])
+        return result
 
     def generation_prompt(self, rounds: Sequence[tuple[str, str | None]]) -> list[Piece]:
         """The text up to where the last round's answer starts; an answer given there (a reference) is not shown."""
+        if self.prompt_as is not None:
+            return self.prompt_as.generation_prompt(rounds)
         *before, (question, _) = rounds
-        return [*self.pieces([*before, (question, None)]), Piece(self.before_answer)]
+        pieces = [*self.pieces([*before, (question, None)]), Piece(self.before_answer)]
+        return [piece for piece in pieces if piece.text]
+
+    def _before(self, number: int) -> str:
+        return self.before_question if number or self.before_first is None else self.before_first
+
+    def _answer(self, answer: str) -> list[Piece]:
+        if answer:
+            return [Piece(self.answer_lead + answer + self.end, is_target=True)]
+        return [] if self.empty == "absent" else [Piece(self.answer_lead + self.end, self.empty == "trained")]
 
 
 def image_to_front(text: str) -> str:
@@ -105,24 +129,154 @@ def image_to_front(text: str) -> str:
     return f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
 
 
+# The system prompts and the example below are those the checkpoints were trained with, word for word
+# (golden/README, text/prompts.json).
+_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+_HUMAN = _USER.replace("user", "human").rstrip()
+_LLAVA = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+_LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+    "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
+    "content. Please ensure that your responses are socially unbiased and positive in nature.\n"
+    "\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+_V0_EXAMPLE = (
+    "###Human: What are the key differences between renewable and non-renewable energy sources?###Assistant: "
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
+    "such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are "
+    "finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences "
+    "between renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources "
+    "are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+    "operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations "
+    "than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations "
+    "and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
+    "sources are not, and their depletion can lead to economic and social instability.\n"
+)
+
+_V0 = Template(before_question="###Human: ", before_answer="###Assistant:", answer_lead=" ")
+_INST = Template(
+    before_question="[INST] ",
+    after_question=" [/INST]",
+    answer_lead=" ",
+    end=" </s>",
+    empty="absent",
+    image_first=True,
+    stop=("</s>",),
+)
+_CHATML = Template(
+    before_question="<|im_start|>user\n",
+    after_question="<|im_end|>",
+    before_answer="<|im_start|>assistant\n",
+    end="<|im_end|>",
+    empty="absent",
+    image_first=True,
+    stop=("<|im_end|>",),
+)
+
+
+def _llama_2(system: str) -> Template:
+    opening = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n"
+    return replace(_INST, before_first=opening, before_question="<s>[INST] ")
+
+
 TEMPLATES: dict[str, Template] = {
     # LLaVA stage 1: <image>caption\n
-    "plain": Template(end="\n", question_only_images=True, image_first=True, stop=("\n",)),
+    "plain": Template(
+        end="\n",
+        empty="trained",
+        question_only_images=True,
+        image_first=True,
+        stop=("\n",),
+        prompt_as=Template(after_question="\n"),
+    ),
+    # The first LLaVA. It trains on "### Human: " lines and asks with "###Human: ", v0 even with an example in front
+    "llava_v0": Template(
+        system=f"{_HUMAN}\n\n### ",
+        before_question="Human: ",
+        after_question="\n### ",
+        before_answer="Assistant:",
+        answer_lead=" ",
+        end="\n###",
+        after_answer=" ",
+        image_first=True,
+        stop=("###",),
+        prompt_as=replace(_V0, system=_HUMAN),
+    ),
     # Vicuna 1.1, the format of LLaVA-1.5 and of LLaVA-NeXT on Vicuna
     "v1": Template(
-        system=(
-            "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-        ),
+        system=_USER,
         before_question="USER: ",
         after_question=" ",
         before_answer="ASSISTANT:",
         answer_lead=" ",
         end="</s>",
-        end_empty=False,
+        empty="absent",
         image_first=True,
         stop=("</s>",),
     ),
+    "llama_2": _llama_2(_LLAMA_2),
+    "llava_llama_2": _llama_2(_LLAVA),
+    # LLaVA-NeXT on Mistral
+    "mistral_instruct": _INST,
+    # ChatML without line ends between the turns, as LLaVA on MPT and LLaVA-NeXT 34B write it
+    "mpt": replace(
+        _CHATML,
+        system=(
+            "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
+            "The assistant gives helpful and honest answers.<|im_end|>"
+        ),
+    ),
+    "chatml_direct": replace(_CHATML, system="<|im_start|>system\nAnswer the questions.<|im_end|>"),
+    # LLaVA-NeXT on Qwen 2: ChatML as its makers write it
+    "qwen_2": replace(
+        _CHATML,
+        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        after_question="<|im_end|>\n",
+        after_answer="\n",
+        empty="masked",
+    ),
+    # LLaVA-NeXT on Llama 3
+    "llama_3": Template(
+        system=f"<|start_header_id|>system<|end_header_id|>\n\n{_LLAVA}<|eot_id|>",
+        before_question="<|start_header_id|>user<|end_header_id|>\n\n",
+        after_question="<|eot_id|>",
+        before_answer="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        image_first=True,
+        stop=("<|eot_id|>",),
+    ),
+    "gemma": Template(
+        before_question="<start_of_turn>user\n",
+        after_question="<end_of_turn>\n",
+        before_answer="<start_of_turn>model\n",
+        end="<end_of_turn>",
+        after_answer="\n",
+        image_first=True,
+        stop=("<end_of_turn>",),
+    ),
     # The embedded task: question, answer, end of line. No role names: every token more is one a miniature must learn
-    "qa": Template(answer_lead=" ", end="\n", stop=("\n",)),
+    "qa": Template(answer_lead=" ", end="\n", empty="trained", stop=("\n",)),
+}
+TEMPLATES["v0"] = replace(TEMPLATES["llava_v0"], prompt_as=replace(_V0, system=_HUMAN + _V0_EXAMPLE))
+TEMPLATES["llava_v1"] = replace(TEMPLATES["v1"], system=f"{_HUMAN} ")
+TEMPLATES |= {  # the other names LLaVA has for them
+    "v0_plain": TEMPLATES["plain"],
+    "vicuna_v1": TEMPLATES["v1"],
+    "mistral_direct": TEMPLATES["chatml_direct"],
+    "chatml": TEMPLATES["mpt"],
 }

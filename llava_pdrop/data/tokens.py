@@ -1,260 +1,272 @@
-"""Pieces of text -> token ids, labels and image placeholders: a `Sample`.
+"""Records -> samples: conversations tokenised, images expanded to their tokens, long records shortened.
 
-The text between two images is tokenised in one go, as LLaVA does, and every token takes its label from the piece its
-first character lies in (fast tokenisers say where that is). Ids and labels are those of LLaVA's `preprocess_v1` and
-`preprocess_plain` with the slow LLaMA tokeniser of transformers 4.37, except where that code masks a whole
-conversation because its own counts disagree.
+What becomes of unusual records:
+
+- several images, in any turn: each stays where it is written; a record without images is a sample without spans
+- an empty answer: as the template says (`Template.empty`); a record with empty answers only is refused, unless the
+  template trains on them
+- a question nobody answered at the end: it is written and not trained on
+- a greeting in front of the first question: left out
+- a record longer than the limit: `Encoder.truncation`
+
+A record that cannot be used is a `RecordError`, which names it and says why.
 """
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_left
-from collections.abc import Sequence
-from typing import Literal
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llava_pdrop.data.conversation import Piece, Template
+from llava_pdrop.data.conversation import TEMPLATES, Piece, Template
+from llava_pdrop.data.labels import (
+    IMAGE_SLOT,
+    Encoded,
+    Expanded,
+    Size,
+    bos_ids,
+    encode_pieces,
+    expand_slots,
+    token_counts,
+)
+from llava_pdrop.data.records import RecordError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER, ImageInput, Record, Sample
 
-IMAGE_SLOT = -200
-"""Stands for a whole image in a list of ids before it is expanded (the number LLaVA uses)."""
-
 Truncation = Literal["turns", "tokens"]
-Size = tuple[int, int]
+Round = tuple[str, str | None]
+
+BLOCK = 1024
+"""Records whose texts `Encoder.lengths` tokenises in one call."""
 
 
-def build_sample(
-    record: Record,
-    images: Sequence[ImageInput],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,
-    geometry: ImageGeometry,
-    max_length: int | None = None,
-    truncation: Truncation = "turns",
-) -> Sample:
-    """A record tokenised for training.
+@dataclass(frozen=True)
+class Encoder:
+    """How the records of a run become samples.
 
-    Args:
-        images: the record's images, in order.
-        max_length: most tokens of the sample, image tokens included; None: no limit.
-        truncation: what happens to a longer one. ``turns`` leaves out whole rounds from the end, so that no answer and
-            no image is ever cut, and at least one answer stays. ``tokens`` cuts at ``max_length`` wherever that is, as
-            LLaVA does: the last image may keep only part of its span, images behind the cut are left out, and a
-            sample without any label is possible.
+    Attributes:
+        template: the conversation format of records that do not name their own.
+        tokenizer: fast, or a slow SentencePiece one.
+        image_token_id: what an image is expanded to; need not be known to the tokeniser.
+        geometry: how many tokens an image has.
+        max_length: most tokens of a sample, image tokens included; None: no limit.
+        truncation: what happens to a longer training sample. ``turns`` leaves out whole rounds from the end, so that no
+            answer and no image is ever cut, and at least one answer stays. ``tokens`` cuts at ``max_length`` wherever
+            that is, as LLaVA does: the last image may keep only part of its span, images behind the cut are left out,
+            and a sample without any label is possible.
 
     Raises:
-        ValueError: the conversation does not fit the template, or (``turns``) does not fit the limit or has no answer;
-            names the record.
+        ValueError: unknown ``truncation``.
     """
+
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    geometry: ImageGeometry
+    max_length: int | None = None
+    truncation: Truncation = "turns"
+
+    def __post_init__(self) -> None:
+        if self.truncation not in get_args(Truncation):
+            raise ValueError(f"unknown truncation '{self.truncation}'; known are {', '.join(get_args(Truncation))}")
+
+    def train(self, record: Record, images: Sequence[ImageInput]) -> Sample:
+        """A record tokenised for training; ``images`` are the record's, in order.
+
+        Raises:
+            RecordError: the conversation does not fit the template, or (``turns``) does not fit the limit or has no
+                answer.
+        """
+        with _naming(record):
+            expanded = self._encode(record, [image.size for image in images])
+        return _sample(record.id, expanded, images)
+
+    def prompt(self, record: Record, images: Sequence[ImageInput]) -> Sample:
+        """A record tokenised for generation: up to where the answer to its last question starts, without labels. An
+        answer the record gives to that question is not shown.
+
+        Raises:
+            RecordError: as `train`, or the prompt is longer than the limit.
+        """
+        with _naming(record):
+            sizes = [image.size for image in images]
+            template = self._template(record)
+            pieces = template.generation_prompt(_rounds(template, record, sizes))
+            ids, labels, spans = self._expand(encode_pieces(pieces, self.tokenizer), sizes)
+            if not self._fits(ids):
+                raise ValueError(
+                    f"the prompt has {len(ids)} tokens, more than the limit of {self.max_length}; raise the limit"
+                )
+        return _sample(record.id, (ids, [IGNORE_INDEX] * len(labels), spans), images)
+
+    def length(self, record: Record, sizes: Sequence[Size]) -> int:
+        """Tokens `train` will make of a record, from its text and the (width, height) of its images alone.
+
+        Raises:
+            RecordError: as `train`.
+        """
+        with _naming(record):
+            return len(self._encode(record, sizes)[0])
+
+    def lengths(self, records: Sequence[Record], sizes: Sequence[Sequence[Size]]) -> list[int | str]:
+        """`length` of many records; where it would raise, the reason stands in the result.
+
+        Much faster than one by one with a fast tokeniser: texts are only counted, many at a time on all cores, and
+        those that come again (the system prompt in front of an image) once. What that cannot decide (too long for the
+        limit, perhaps without an answer, wrong) goes through `length`.
+        """
+        result: list[int | str] = []
+        for start in range(0, len(records), BLOCK):
+            result += self._block_lengths(records[start : start + BLOCK], sizes[start : start + BLOCK])
+        return result
+
+    def _block_lengths(self, records: Sequence[Record], sizes: Sequence[Sequence[Size]]) -> list[int | str]:
+        special, image = self.tokenizer.all_special_tokens, None
+        if self.tokenizer.is_fast:
+            image = self.tokenizer.backend_tokenizer.id_to_token(self.image_token_id)
+        drafts = [
+            self._countable(record, own, special, image) if self.tokenizer.is_fast else None
+            for record, own in zip(records, sizes, strict=True)
+        ]
+        texts = list({text for draft in drafts for text in draft or () if text})
+        counts = {"": 0} | (dict(zip(texts, token_counts(texts, self.tokenizer), strict=True)) if texts else {})
+        bos = len(bos_ids(self.tokenizer))
+
+        result: list[int | str] = []
+        for record, own, draft in zip(records, sizes, drafts, strict=True):
+            if draft is not None:
+                total = bos + sum(counts[text] for text in draft) + sum(map(self.geometry.num_tokens, own))
+                if self.max_length is None or total <= self.max_length:
+                    result.append(total)
+                    continue
+            try:
+                result.append(self.length(record, own))
+            except RecordError as error:
+                result.append(error.reason)
+        return result
+
+    def _countable(
+        self, record: Record, sizes: Sequence[Size], special: Sequence[str], image: str | None
+    ) -> list[str] | None:
+        """The texts between the images if counting their tokens is all there is to do, else None."""
+        try:
+            template = self._template(record)
+            pieces = template.pieces(_rounds(template, record, sizes))
+        except ValueError:
+            return None
+        text = "".join(piece.text for piece in pieces)
+        if image is not None and image in text:
+            return None
+        if self.truncation == "turns" and not _surely_supervised(pieces, special):
+            return None
+        return text.split(IMAGE_MARKER)
+
+    def _template(self, record: Record) -> Template:
+        if record.template is None:
+            return self.template
+        if record.template not in TEMPLATES:
+            raise ValueError(f"unknown template '{record.template}'; known are {', '.join(TEMPLATES)}")
+        return TEMPLATES[record.template]
+
+    def _encode(self, record: Record, sizes: Sequence[Size]) -> Expanded:
+        template = self._template(record)
+        by_round = template.pieces_by_round(_rounds(template, record, sizes))
+        whole = encode_pieces([piece for pieces in by_round for piece in pieces], self.tokenizer)
+        if self.truncation == "tokens":
+            return self._expand(whole, sizes, self.max_length)
+        expanded = self._expand(whole, sizes)
+        if _supervised(expanded) and not self._fits(expanded[0]):
+            expanded = self._first_rounds(by_round, sizes, whole)
+        if not _supervised(expanded):
+            raise ValueError("it has no answer, or empty ones only, so there is nothing to learn")
+        return expanded
+
+    def _first_rounds(self, by_round: list[list[Piece]], sizes: Sequence[Size], whole: Encoded) -> Expanded:
+        """As many rounds as fit, tokenised by themselves.
+
+        ``whole`` tells how many that should be: up to a token that joins letters across the end of a round, the first
+        rounds have the tokens that start in them. So hardly more than two of the possible cuts are ever tokenised.
+        """
+
+        def keep(count: int) -> Expanded:
+            pieces = [piece for pieces in by_round[:count] for piece in pieces]
+            return self._expand(encode_pieces(pieces, self.tokenizer), sizes)
+
+        answered = [any(piece.is_target for piece in pieces) for pieces in by_round].index(True) + 1
+        slots = [place for place, token in enumerate(whole.ids) if token == IMAGE_SLOT]
+        extra = [0, *accumulate(self.geometry.num_tokens(size) - 1 for size in sizes)]
+        tokens = []
+        for end in accumulate(sum(len(piece.text) for piece in pieces) for pieces in by_round):
+            before = bisect_left(whole.firsts, end)
+            tokens.append(before + extra[bisect_left(slots, before)])
+
+        assert self.max_length is not None
+        count = max(bisect_right(tokens, self.max_length), answered)
+        kept = keep(count)
+        while count > answered and not self._fits(kept[0]):
+            count -= 1
+            kept = keep(count)
+        if not self._fits(kept[0]):
+            ids, _, spans = kept
+            raise ValueError(
+                f"up to the end of its first answer it has {len(ids)} tokens ({sum(b - a for a, b in spans)} of them "
+                f"for {len(spans)} image(s)), more than the limit of {self.max_length}; raise the limit or shorten the "
+                "record"
+            )
+        while count + 1 < len(by_round) and self._fits((more := keep(count + 1))[0]):
+            count, kept = count + 1, more
+        return kept
+
+    def _expand(self, encoded: Encoded, sizes: Sequence[Size], max_length: int | None = None) -> Expanded:
+        """`expand_slots`; images whose question is not in the text any more are left out."""
+        ids, labels, _ = encoded
+        own = sizes[: ids.count(IMAGE_SLOT)]
+        return expand_slots(ids, labels, own, self.image_token_id, self.geometry, max_length)
+
+    def _fits(self, ids: list[int]) -> bool:
+        return self.max_length is None or len(ids) <= self.max_length
+
+
+@contextmanager
+def _naming(record: Record) -> Iterator[None]:
+    """Puts the record's name in front of what is wrong with it."""
     try:
-        ids, labels, spans = _encode(
-            record, [i.size for i in images], template, tokenizer, image_token_id, geometry, max_length, truncation
-        )
+        yield
     except ValueError as error:
-        raise ValueError(f"{record.origin} (id {record.id}): {error}") from None
-    return _sample(record.id, ids, labels, spans, images)
+        raise RecordError(record.origin, record.id, str(error)) from None
 
 
-def prompt_sample(
-    record: Record,
-    images: Sequence[ImageInput],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,
-    geometry: ImageGeometry,
-    max_length: int | None = None,
-) -> Sample:
-    """A record tokenised for generation: up to where the answer to its last question starts, without labels. An answer
-    the record gives to that question is not shown.
-
-    Raises:
-        ValueError: as `build_sample`, or the prompt is longer than ``max_length``; names the record.
-    """
-    try:
-        pieces = template.generation_prompt(template.rounds(record.turns))
-        ids, labels, spans = _expand_pieces(pieces, [i.size for i in images], tokenizer, image_token_id, geometry)
-        if max_length is not None and len(ids) > max_length:
-            raise ValueError(f"the prompt has {len(ids)} tokens, more than the limit of {max_length}; raise the limit")
-    except ValueError as error:
-        raise ValueError(f"{record.origin} (id {record.id}): {error}") from None
-    return _sample(record.id, ids, labels, spans, images)
-
-
-def sample_length(
-    record: Record,
-    sizes: Sequence[Size],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,
-    geometry: ImageGeometry,
-    max_length: int | None = None,
-    truncation: Truncation = "turns",
-) -> int:
-    """Tokens `build_sample` will make of a record, from its text and the (width, height) of its images alone.
-
-    Raises:
-        ValueError: as `build_sample`.
-    """
-    try:
-        return len(_encode(record, sizes, template, tokenizer, image_token_id, geometry, max_length, truncation)[0])
-    except ValueError as error:
-        raise ValueError(f"{record.origin} (id {record.id}): {error}") from None
-
-
-def encode_pieces(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids and labels of a text put together from pieces, each ``<image>`` being one `IMAGE_SLOT`.
-
-    The beginning-of-sequence token comes first if the tokeniser adds one, as LLaVA's `tokenizer_image_token` does.
-
-    Raises:
-        ValueError: the tokeniser has no character offsets.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} does not report character offsets; load the fast tokenizer")
-    text = "".join(piece.text for piece in pieces)
-    is_target = b"".join(bytes([piece.is_target]) * len(piece.text) for piece in pieces)
-
-    empty = tokenizer("").input_ids
-    ids = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
-    labels = [IGNORE_INDEX] * len(ids)
-    start = 0
-    for number, chunk in enumerate(text.split(IMAGE_MARKER)):
-        if number:
-            ids.append(IMAGE_SLOT)
-            labels.append(IGNORE_INDEX)
-            start += len(IMAGE_MARKER)
-        chunk_ids, firsts = _encode_text(chunk, tokenizer)
-        targets = is_target[start : start + len(chunk)]
-        ids += chunk_ids
-        labels += [token if targets[first] else IGNORE_INDEX for token, first in zip(chunk_ids, firsts, strict=True)]
-        start += len(chunk)
-    return ids, labels
-
-
-def expand_slots(
-    ids: Sequence[int],
-    labels: Sequence[int],
-    sizes: Sequence[Size],
-    image_token_id: int,
-    geometry: ImageGeometry,
-    max_length: int | None = None,
-) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Every `IMAGE_SLOT` replaced by as many ``image_token_id`` as its image has tokens, then cut at ``max_length``.
-
-    LLaVA cuts twice, in the collator (an image still counting as one) and after merging; as an image never has less
-    than one token, one cut at the end gives the same.
-
-    Returns:
-        ids (N), labels (N), and the span of every image that is left, the last one possibly cut short.
-
-    Raises:
-        ValueError: the number of slots is not the number of images, or the text holds the image token itself.
-    """
-    ids, labels = list(ids), list(labels)
-    if ids.count(IMAGE_SLOT) != len(sizes):
-        raise ValueError(f"{ids.count(IMAGE_SLOT)} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
-    if image_token_id in ids:
-        raise ValueError(
-            f"the text contains the tokenizer's image token (id {image_token_id}) written out; remove it, or write "
-            f"{IMAGE_MARKER} and name an image"
-        )
-    spans = []
-    slot = -1
-    for size in sizes:
-        slot = ids.index(IMAGE_SLOT, slot + 1)
-        count = geometry.num_tokens(size)
-        ids[slot : slot + 1] = [image_token_id] * count
-        labels[slot : slot + 1] = [IGNORE_INDEX] * count
-        spans.append((slot, slot + count))
-    if max_length is not None:
-        spans = [(start, min(stop, max_length)) for start, stop in spans if start < max_length]
-    return ids[:max_length], labels[:max_length], spans
-
-
-def _encode(
-    record: Record,
-    sizes: Sequence[Size],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,
-    geometry: ImageGeometry,
-    max_length: int | None,
-    truncation: Truncation,
-) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Ids, labels and image spans of a record. Rounds are left out from the end only, so the images that stay are the
-    first ones."""
-    if truncation not in ("turns", "tokens"):
-        raise ValueError(f"unknown truncation '{truncation}'; known are turns, tokens")
+def _rounds(template: Template, record: Record, sizes: Sequence[Size]) -> list[Round]:
     rounds = template.rounds(record.turns)
     if len(sizes) != (wanted := sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)):
         raise ValueError(f"{wanted} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
-    cut = max_length if truncation == "tokens" else None
-    shortest = None
-    for count in range(len(rounds), 0, -1):
-        pieces = template.pieces(rounds[:count])
-        ids, labels, spans = _expand_pieces(pieces, sizes, tokenizer, image_token_id, geometry, cut)
-        if truncation == "tokens":
-            return ids, labels, spans
-        if labels.count(IGNORE_INDEX) == len(labels):
-            break
-        if max_length is None or len(ids) <= max_length:
-            return ids, labels, spans
-        shortest = f"{len(ids)} tokens ({sum(stop - start for start, stop in spans)} of them for {len(spans)} image(s))"
-    if shortest is None:
-        raise ValueError("it has no answer, or empty ones only, so there is nothing to learn")
-    raise ValueError(
-        f"up to the end of its first answer it has {shortest}, more than the limit of {max_length}; raise the limit or "
-        "shorten the record"
-    )
+    return rounds
 
 
-def _expand_pieces(
-    pieces: Sequence[Piece],
-    sizes: Sequence[Size],
-    tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,
-    geometry: ImageGeometry,
-    max_length: int | None = None,
-) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """`encode_pieces` and `expand_slots`; images whose question is not among the pieces are left out."""
-    ids, labels = encode_pieces(pieces, tokenizer)
-    return expand_slots(ids, labels, sizes[: ids.count(IMAGE_SLOT)], image_token_id, geometry, max_length)
+def _supervised(expanded: Expanded) -> bool:
+    labels = expanded[1]
+    return labels.count(IGNORE_INDEX) < len(labels)
 
 
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids of a text without images, and the index of the first character of each.
-
-    SentencePiece puts a space in front of every text. The fast LLaMA tokeniser leaves it out when the text starts with
-    a space of its own, so that " A" becomes one token less; writing that space ourselves gives LLaVA's ids.
-    """
-    if not text:
-        return [], []
-    inserts: list[int] = []
-    scheme = getattr(tokenizer.backend_tokenizer.pre_tokenizer, "prepend_scheme", "never")
-    if scheme != "never":
-        after = ["^"]
-        if scheme == "always":  # "legacy" tokenisers: after every special token as well
-            after += [re.escape(token) for token in tokenizer.all_special_tokens]
-        inserts = [match.end() for match in re.finditer(f"(?:{'|'.join(after)})(?=[ \u2581])", text)]
-    padded = text
-    for place in reversed(inserts):
-        padded = f"{padded[:place]} {padded[place:]}"
-    encoded = tokenizer(padded, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    firsts = [first for first, _ in encoded.offset_mapping]
-    if inserts:
-        spaces = [place + i for i, place in enumerate(inserts)]
-        firsts = [first - bisect_left(spaces, first) for first in firsts]
-    return encoded.input_ids, firsts
+def _surely_supervised(pieces: Sequence[Piece], special: Sequence[str]) -> bool:
+    """Whether some token must start inside an answer: it holds a special token, or starts right behind an image. (Else
+    one long token could cover a short answer and the end of the question.)"""
+    before = ""
+    for piece in pieces:
+        if piece.is_target and (before.endswith(IMAGE_MARKER) or any(token in piece.text for token in special)):
+            return True
+        before = piece.text
+    return False
 
 
-def _sample(
-    name: str, ids: list[int], labels: list[int], spans: list[tuple[int, int]], images: Sequence[ImageInput]
-) -> Sample:
+def _sample(name: str, expanded: Expanded, images: Sequence[ImageInput]) -> Sample:
+    ids, labels, spans = expanded
     return Sample(
         id=name,
         input_ids=torch.tensor(ids, dtype=torch.int64),

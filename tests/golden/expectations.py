@@ -27,3 +27,21 @@ NOT_COMPARED: dict[str, str] = {
     r"(train|eval)\.final_valid_mask|vanilla\.valid_mask": "says which rows are real",
 }
 """Recorded tensors that carry no number of their own, with the reason."""
+
+TEXT_REASONS: dict[str, str] = {
+    "masked": "its counts disagree, so it masks the whole conversation (4.15, 4.16)",
+    "unchecked": "the text reaches model_max_length, so it does not check its counts and labels lie wrong (4.15)",
+    "shifted": "mpt counts agree by luck: the first answer gains the line end before it and loses its end (4.16)",
+    "generic": "v0 counts every turn with a BOS of its own and trains on role names, not on the answers alone",
+    "merged": "several images of one turn become one marker (4.16); each stays here",
+    "greeting": "an answer before the first question is trained on (v0) or refused (plain); left out here, and refused "
+    "where it shows an image",
+    "one speaker": "v0 takes two turns by one speaker in a row; refused here, as by its other formats",
+    "wordless": "a question without words or image loses its marks or raises; written like any other here",
+    "pad": "a real token that equals the padding token is masked away in the batch (B15); kept here",
+    "nfc": "transformers 5 normalises the text of this tokenizer to NFC, transformers 4.37 did not",
+    "spaces": "transformers 5 decodes with other spaces beside special tokens",
+    "tags": "a research format of the first LLaVA; `test_a_template_is_added_in_a_few_lines` adds it",
+    "end": "plain has one question and one answer; the official code raises on a second question, ours says so",
+}
+"""What is recorded in ``text/`` and differs from ours, by the rule that tells why (`test_text.py`)."""

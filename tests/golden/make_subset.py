@@ -26,8 +26,20 @@ CASES = [
     "e2e_l15_infer0",
 ]
 MODELS = ["clip56", "llava15", "next_gqa", "e2e_l15"]
-TOKENIZERS = ["sp_legacy_false", "sp_legacy_true"]
-LABEL_TEMPLATES = {"plain", "v1"}
+TOKENIZERS = ["sp_legacy_false", "sp_legacy_true", "bpe_neox"]
+ALL_LABELS = {("sp_legacy_false", "v1"), ("sp_legacy_false", "plain")}
+CORNERS = {
+    "basic",
+    "multiturn3",
+    "two_images_one_turn",
+    "text_only",
+    "empty_answer_middle",
+    "contains_special_tokens",
+    "gpt_first",
+    "human_last",
+    "not_alternating",
+}
+"""Conversations of which the other tokenizers and templates keep their labels."""
 
 
 def main(source: Path, target: Path) -> None:
@@ -41,18 +53,33 @@ def main(source: Path, target: Path) -> None:
     for case in CASES:
         for file in (source / "cases").glob(f"{case}.*"):
             shutil.copy(file, target / "cases")
-    (target / "text").mkdir()
-    for name in ("conversations.json", "encode.json", "prompts.json"):
-        shutil.copy(source / "text" / name, target / "text")
-    lines = (source / "text" / "labels.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if _wanted(json.loads(line))]
-    (target / "text" / "labels.jsonl").write_text("".join(kept))
+    copy_text(source / "text", target / "text")
+    copy_sizes(source / "preprocess", target / "preprocess")
     for file in target.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
 
 
+def copy_text(source: Path, target: Path) -> None:
+    target.mkdir()
+    for name in ("conversations.json", "prompts.json", "collator.json"):
+        shutil.copy(source / name, target)
+    encoded = json.loads((source / "encode.json").read_text())
+    kept = {name: cases for name, cases in encoded.items() if name in TOKENIZERS}
+    (target / "encode.json").write_text(json.dumps(kept, ensure_ascii=False))
+    lines = (source / "labels.jsonl").read_text().splitlines(keepends=True)
+    (target / "labels.jsonl").write_text("".join(line for line in lines if _wanted(json.loads(line))))
+
+
 def _wanted(line: dict) -> bool:
-    return line["tokenizer"] in TOKENIZERS and line["template"] in LABEL_TEMPLATES
+    kind = line["tokenizer"], line["template"]
+    return kind in ALL_LABELS or (line["tokenizer"] in TOKENIZERS and line["conversation"] in CORNERS)
+
+
+def copy_sizes(source: Path, target: Path) -> None:
+    """The tiling of every recorded picture size; the pixels stay in the full set."""
+    recorded = json.loads((source / "geometry.json").read_text())
+    target.mkdir()
+    (target / "geometry.json").write_text(json.dumps(recorded | {"pictures": [], "tensors": {}, "tensor_meaning": {}}))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 
 import pytest
 
-from llava_pdrop.data.conversation import TEMPLATES, image_to_front
+from llava_pdrop.data.conversation import TEMPLATES, Template, image_to_front
 from llava_pdrop.types import Turn
 
 
@@ -40,21 +40,113 @@ def test_qa():
     assert written("qa", "<image>\nWhich?", "7", "And?", "8") == ("<image>\nWhich? 7\nAnd? 8\n", [" 7\n", " 8\n"])
 
 
+def test_llama_2_and_mistral():
+    text, targets = written("llava_llama_2", "<image>\nWhat?", "A cat.", "Sure?", "Yes.")
+    assert text.startswith("[INST] <<SYS>>\nYou are a helpful language and vision assistant.")
+    assert text.endswith("\n<</SYS>>\n\n<image>\nWhat? [/INST] A cat. </s><s>[INST] Sure? [/INST] Yes. </s>")
+    assert targets == [" A cat. </s>", " Yes. </s>"]
+    assert written("mistral_instruct", "a", "b", "c")[0] == "[INST] a [/INST] b </s>[INST] c [/INST]"
+
+
+def test_v0():
+    text, targets = written("llava_v0", "<image>\nWhat?", "A cat.", "Sure?", "Yes.")
+    assert text.endswith(
+        ".\n\n### Human: <image>\nWhat?\n### Assistant: A cat.\n### Human: Sure?\n### Assistant: Yes.\n### "
+    )
+    assert targets == [" A cat.\n###", " Yes.\n###"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "mpt",
+            "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives "
+            "helpful and honest answers.<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|><|im_start|>assistant\n"
+            "[A cat.<|im_end|>]<|im_start|>user\nSure?<|im_end|><|im_start|>assistant\n[Yes.<|im_end|>]",
+        ),
+        (
+            "qwen_2",
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
+            "<|im_start|>assistant\n[A cat.<|im_end|>]\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+            "[Yes.<|im_end|>]\n",
+        ),
+        (
+            "llama_3",
+            "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are "
+            "able to understand the visual content that the user provides, and assist the user with a variety of tasks "
+            "using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n[A cat.<|eot_id|>]<|start_header_id|>user"
+            "<|end_header_id|>\n\nSure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[Yes.<|eot_id|>]",
+        ),
+        (
+            "gemma",
+            "<start_of_turn>user\n<image>\nWhat?<end_of_turn>\n<start_of_turn>model\n[A cat.<end_of_turn>]\n"
+            "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n[Yes.<end_of_turn>]\n",
+        ),
+    ],
+)
+def test_formats_with_turn_tokens(name, expected):
+    """What stands in brackets is trained on."""
+    template = TEMPLATES[name]
+    rounds = template.rounds(turns("<image>\nWhat?", "A cat.", "Sure?", "Yes."))
+    assert "".join(f"[{p.text}]" if p.is_target else p.text for p in template.pieces(rounds)) == expected
+
+
 def test_empty_answers():
-    assert written("v1", "What?", "", "Again?", "Yes.")[1] == [" Yes.</s>"]
-    assert written("plain", "<image>", "")[1] == ["\n"]
+    assert written("v1", "What?", "", "Again?", "Yes.") == (
+        f"{TEMPLATES['v1'].system}USER: What? ASSISTANT:USER: Again? ASSISTANT: Yes.</s>",
+        [" Yes.</s>"],
+    )
+    assert written("plain", "<image>", "") == ("<image>\n", ["\n"])
+    text, targets = written("gemma", "What?", "")
+    assert text.endswith("<start_of_turn>model\n<end_of_turn>\n") and not targets
+
+
+def test_a_template_is_one_row():
+    row = Template(
+        system="Be brief.\n",
+        before_question="Q: ",
+        after_question="\n",
+        before_answer="A:",
+        answer_lead=" ",
+        end="\n",
+        stop=("\n",),
+    )
+    rounds = row.rounds(turns("<image> What?", "A cat.", "Sure?"))
+    assert "".join(p.text for p in row.pieces(rounds)) == "Be brief.\nQ: <image> What?\nA: A cat.\nQ: Sure?\n"
+    assert [p.text for p in row.pieces(rounds) if p.is_target] == [" A cat.\n"]
+    assert "".join(p.text for p in row.generation_prompt(rounds)).endswith("Q: Sure?\nA:")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_prompt_is_what_stands_before_the_answer_in_training(name):
-    template = TEMPLATES[name]
-    conversation = turns("<image>\nWhat?", "A cat.") + ([] if name == "plain" else turns("Sure?", "Yes."))
+    template = replace(TEMPLATES[name], prompt_as=None)
+    conversation = turns("<image>\nWhat?", "A cat.") + ([] if template.question_only_images else turns("Sure?", "Yes."))
     rounds = template.rounds(conversation)
     prompt = "".join(p.text for p in template.generation_prompt(rounds))
-    *before, last = template.pieces(rounds)
-    assert last.is_target and prompt == "".join(p.text for p in before)
+    pieces = template.pieces(rounds)
+    last = max(i for i, piece in enumerate(pieces) if piece.is_target)
+    assert prompt == "".join(p.text for p in pieces[:last])
     assert "".join(p.text for p in template.generation_prompt(template.rounds(conversation[:-1]))) == prompt
-    assert template.stop and last.text.endswith(template.stop)
+    assert template.stop and pieces[last].text.endswith(template.stop)
+
+
+def test_a_prompt_in_another_format_than_training():
+    rounds = TEMPLATES["plain"].rounds(turns("<image>\nWhat?"))
+    assert "".join(p.text for p in TEMPLATES["plain"].generation_prompt(rounds)) == "<image>\nWhat?\n"
+    prompt = "".join(p.text for p in TEMPLATES["v0"].generation_prompt(rounds))
+    assert prompt.endswith("instability.\n###Human: <image>\nWhat?###Assistant:")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_pieces_by_round_are_the_pieces(name):
+    template = TEMPLATES[name]
+    texts = ("<image>", "a") if template.question_only_images else ("<image>", "a", "b", "", "c", "d", "e")
+    rounds = template.rounds(turns(*texts))
+    by_round = template.pieces_by_round(rounds)
+    for count in range(1, len(rounds) + 1):
+        assert [p for pieces in by_round[:count] for p in pieces] == template.pieces(rounds[:count])
 
 
 @pytest.mark.parametrize(
@@ -90,22 +182,3 @@ def test_conversations_a_template_cannot_write(name, conversation, message):
 
 def test_a_greeting_is_left_out():
     assert TEMPLATES["v1"].rounds([Turn("gpt", "Welcome!"), *turns("What?", "A cat.")]) == [("What?", "A cat.")]
-
-
-def test_prompts_equal_the_official_ones(golden):
-    """get_prompt() of the official v1, questions with and without answer."""
-    path = golden / "text" / "prompts.json"
-    if not path.exists():
-        pytest.skip("prompts.json is not in this reference directory")
-    compared = 0
-    for case in json.loads(path.read_text(encoding="utf-8")):
-        if case["template"] not in ("v1", "vicuna_v1"):
-            continue
-        template = TEMPLATES["v1"]
-        texts = [text for turn in case["turns"] for text in turn if text is not None]
-        rounds = template.rounds(turns("<image>\n" + texts[0], *texts[1:]))
-        open_question = case["turns"][-1][1] is None
-        pieces = template.generation_prompt(rounds) if open_question else template.pieces(rounds)
-        assert "".join(p.text for p in pieces) == case["prompt"]
-        compared += 1
-    assert compared

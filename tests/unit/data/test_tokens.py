@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from functools import cache
 from importlib.util import find_spec
@@ -13,17 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from llava_pdrop.data.conversation import TEMPLATES, Piece, Template
+from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import image_size
+from llava_pdrop.data.labels import IMAGE_SLOT, expand_slots
 from llava_pdrop.data.records import read_records
-from llava_pdrop.data.tokens import (
-    IMAGE_SLOT,
-    build_sample,
-    encode_pieces,
-    expand_slots,
-    prompt_sample,
-    sample_length,
-)
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Record, Turn
 
@@ -64,73 +57,6 @@ def show(sample, tokenizer) -> tuple[str, str]:
     return text, tokenizer.decode(targets, clean_up_tokenization_spaces=False)
 
 
-def test_ids_of_single_texts_equal_the_official_ones(golden, golden_tokenizer):
-    compared = 0
-    for name, cases in read_json(golden / "text" / "encode.json").items():
-        tokenizer = golden_tokenizer(name)
-        for case in cases["tokenizer_image_token"] + cases["encode"]:
-            if case in cases["encode"] and "<image>" in case["text"]:
-                continue  # there it is taken for text
-            if tokenizer.__class__.__name__ == "GPTNeoXTokenizer" and case["text"] == "e\u0301":
-                continue  # transformers 5 adds an NFC normaliser that this tokenizer.json does not have
-            assert encode_pieces([Piece(case["text"])], tokenizer)[0] == case["ids"], (name, case["text"])
-            compared += 1
-    assert compared
-
-
-def test_labels_equal_the_official_ones(golden, golden_tokenizer):
-    """Every line of labels.jsonl for plain and v1, all tokenizers. Where the official labels are wrong, exactly the
-    answers and their end tokens are trained on: it masks everything when its counts disagree, or lets wrong labels
-    through when the sequence reaches the maximum length (golden/README 4.15)."""
-    conversations = read_json(golden / "text" / "conversations.json")
-    counts = dict.fromkeys(("equal", "both refuse", "official masks or misaligns", "own expectation"), 0)
-    for line in (golden / "text" / "labels.jsonl").read_text(encoding="utf-8").splitlines():
-        case = json.loads(line)
-        if case["template"] not in ("plain", "v1"):
-            continue
-        template = TEMPLATES[case["template"]]
-        if not case["preprocess_multimodal"]:
-            template = dataclasses.replace(template, image_first=False)
-        key = case["tokenizer"], case["template"], case["conversation"]
-        turns = [Turn(turn["from"], turn["value"]) for turn in conversations[case["conversation"]]]
-        tokenizer = golden_tokenizer(case["tokenizer"])
-        # in front of a caption's question a greeting is refused by the official code and left out by ours
-        greeting = case["template"] == "plain" and turns[0].role == "gpt"
-        if "error" in case and not greeting:
-            with pytest.raises(ValueError, match=r"captioning template|in a row"):
-                template.rounds(turns)
-            counts["both refuse"] += 1
-            continue
-
-        rounds = template.rounds(turns)
-        ids, labels = encode_pieces(template.pieces(rounds), tokenizer)
-        if not case["has_image"]:  # the official tokenizer call truncates texts without image
-            ids, labels = ids[: case["model_max_length"]], labels[: case["model_max_length"]]
-        # of several images in a turn the official code keeps one marker, ours all (golden/README 4.16 and B4)
-        merged = any(turn.text.count("<image>") > 1 for turn in turns)
-        if not (greeting or merged):
-            assert ids == case["input_ids"], key
-        if not (greeting or merged) and labels == case["labels"]:
-            counts["equal"] += 1
-            continue
-        if greeting or merged:
-            counts["own expectation"] += 1
-        else:
-            assert case["all_masked"] or len(ids) >= case["model_max_length"], key
-            counts["official masks or misaligns"] += 1
-        assert_answers_are_trained(template, rounds, ids, labels, tokenizer)
-    assert counts["equal"] > sum(counts.values()) / 2, counts
-
-
-def assert_answers_are_trained(template: Template, rounds, ids, labels, tokenizer) -> None:
-    expected = "".join(p.text for p in template.pieces(rounds) if p.is_target)
-    targets = [label for label in labels if label != IGNORE_INDEX]
-    written = tokenizer.decode(targets, clean_up_tokenization_spaces=False)
-    # legacy SentencePiece tokenizers put a space behind every special token of the text
-    assert written.replace(" ", "") == expected.replace(" ", "")
-    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
-
-
 @pytest.mark.parametrize("name", ["e2e_l15_train", "e2e_l15_train_maxlen", "e2e_next_train", "e2e_next_train_maxlen"])
 def test_whole_samples_equal_the_official_ones(golden, golden_tokenizer, name):
     """From the data file to merged labels, cut at the maximum length included."""
@@ -144,7 +70,7 @@ def test_whole_samples_equal_the_official_ones(golden, golden_tokenizer, name):
 
     for row, record in enumerate(read_records(folder / "data.json", folder / "images")):
         images = [ImageInput(torch.empty(0), image_size(path)) for path in record.images]
-        sample = build_sample(record, images, V1, tokenizer, image_token, geometry, limit, "tokens")
+        sample = Encoder(V1, tokenizer, image_token, geometry, limit, "tokens").train(record, images)
         real = tensors["merged.attention_mask"][row].bool()
         assert torch.equal(sample.labels, tensors["merged.labels"][row][real])
         source = tensors["in.input_ids"][row][tensors["in.attention_mask"][row].bool()].tolist()
@@ -172,7 +98,7 @@ def test_cuts_at_the_maximum_length_equal_the_official_ones(golden, name):
 
 
 def test_qa_sample(tokenizer, image_token_id):
-    sample = build_sample(make_record("<image>\nWhich?", "7"), [IMAGE], QA, tokenizer, image_token_id, PAD)
+    sample = Encoder(QA, tokenizer, image_token_id, PAD).train(make_record("<image>\nWhich?", "7"), [IMAGE])
     assert show(sample, tokenizer) == ("<s>" + "#" * 16 + "\nWhich? 7\n", " 7\n")
     assert sample.image_spans == ((1, 17),) and sample.images == (IMAGE,) and sample.id == "r1"
     assert PackedBatch.pack([sample]).answer_starts == [[len(sample.input_ids) - 3]]
@@ -181,7 +107,7 @@ def test_qa_sample(tokenizer, image_token_id):
 def test_several_images(tokenizer, image_token_id):
     record = make_record("<image> or <image>?", "a", "And <image>?", "b")
     images = [IMAGE, ImageInput(torch.zeros(3, 3, 56, 56), (120, 50)), ImageInput(torch.zeros(4, 3, 56, 56), (57, 131))]
-    sample = build_sample(record, images, QA, tokenizer, image_token_id, ANYRES)
+    sample = Encoder(QA, tokenizer, image_token_id, ANYRES).train(record, images)
     counts = [ANYRES.num_tokens(image.size) for image in images]
     assert [stop - start for start, stop in sample.image_spans] == counts and len(set(counts)) == 3
     first, second, third = ("#" * count for count in counts)
@@ -189,25 +115,25 @@ def test_several_images(tokenizer, image_token_id):
 
 
 def test_text_only(tokenizer, image_token_id):
-    sample = build_sample(make_record("Hi?", "Yo"), [], V1, tokenizer, image_token_id, PAD)
+    sample = Encoder(V1, tokenizer, image_token_id, PAD).train(make_record("Hi?", "Yo"), [])
     text, target = show(sample, tokenizer)
     assert text.endswith("USER: Hi? ASSISTANT: Yo</s>") and target == " Yo</s>" and sample.image_spans == ()
 
 
 def test_prompt(tokenizer, image_token_id):
     for record in (make_record("<image>\nWhich?"), make_record("<image>\nWhich?", "7")):
-        sample = prompt_sample(record, [IMAGE], QA, tokenizer, image_token_id, PAD)
+        sample = Encoder(QA, tokenizer, image_token_id, PAD).prompt(record, [IMAGE])
         assert show(sample, tokenizer) == ("<s>" + "#" * 16 + "\nWhich?", "")
     with pytest.raises(ValueError, match=r"made.json\[0\] \(id r1\): the prompt has 24 tokens, more than the limit"):
-        prompt_sample(record, [IMAGE], QA, tokenizer, image_token_id, PAD, max_length=20)
+        Encoder(QA, tokenizer, image_token_id, PAD, max_length=20).prompt(record, [IMAGE])
 
 
 def test_prompt_is_the_start_of_the_training_sample(golden, golden_tokenizer):
     tokenizer = golden_tokenizer("sp_legacy_false")
     record = make_record("<image>\nWhat?", "A cat.", "Sure?", "Yes.")
     for template in (V1, QA):
-        sample = build_sample(record, [IMAGE], template, tokenizer, 10**6, PAD)
-        prompt = prompt_sample(record, [IMAGE], template, tokenizer, 10**6, PAD)
+        sample = Encoder(template, tokenizer, 10**6, PAD).train(record, [IMAGE])
+        prompt = Encoder(template, tokenizer, 10**6, PAD).prompt(record, [IMAGE])
         length = len(prompt.input_ids)
         assert torch.equal(sample.input_ids[:length], prompt.input_ids)
         assert sample.labels[length - 1] == IGNORE_INDEX and (sample.labels[length:] != IGNORE_INDEX).all()
@@ -227,7 +153,7 @@ LIMITS = {  # most tokens -> what is left (the byte tokenizer makes one token pe
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_truncation_by_turns(tokenizer, image_token_id, limit):
-    sample = build_sample(LONG, [IMAGE, IMAGE], QA, tokenizer, image_token_id, PAD, limit, "turns")
+    sample = Encoder(QA, tokenizer, image_token_id, PAD, limit, "turns").train(LONG, [IMAGE, IMAGE])
     assert show(sample, tokenizer)[0] == LIMITS[limit]
     assert len(sample.images) == len(sample.image_spans) == LIMITS[limit].count("#") // 16
     assert len(sample.input_ids) <= limit
@@ -235,7 +161,7 @@ def test_truncation_by_turns(tokenizer, image_token_id, limit):
 
 def test_truncation_by_turns_keeps_an_answer(tokenizer, image_token_id):
     with pytest.raises(ValueError, match=r"id r1\): up to .* has 25 tokens \(16 of them .* the limit of 24"):
-        build_sample(LONG, [IMAGE, IMAGE], QA, tokenizer, image_token_id, PAD, 24, "turns")
+        Encoder(QA, tokenizer, image_token_id, PAD, 24, "turns").train(LONG, [IMAGE, IMAGE])
 
 
 @pytest.mark.parametrize(
@@ -250,7 +176,7 @@ def test_truncation_by_turns_keeps_an_answer(tokenizer, image_token_id):
     ],
 )
 def test_truncation_by_tokens(tokenizer, image_token_id, limit, spans, trained):
-    sample = build_sample(LONG, [IMAGE, IMAGE], QA, tokenizer, image_token_id, PAD, limit, "tokens")
+    sample = Encoder(QA, tokenizer, image_token_id, PAD, limit, "tokens").train(LONG, [IMAGE, IMAGE])
     text, target = show(sample, tokenizer)
     assert list(sample.image_spans) == spans and len(sample.images) == len(spans) and target == trained
     assert "<s>" + text.removeprefix("<s>")[: limit - 1] == text and FULL.startswith(text)
@@ -261,14 +187,14 @@ def test_truncation_by_tokens(tokenizer, image_token_id, limit, spans, trained):
 def test_lengths_from_sizes_alone(tokenizer, image_token_id, truncation, limit):
     sizes = [(120, 50), (57, 131)]
     arguments = (V1, tokenizer, image_token_id, ANYRES, limit, truncation)
-    sample = build_sample(LONG, [ImageInput(torch.empty(0), size) for size in sizes], *arguments)
-    assert sample_length(LONG, sizes, *arguments) == len(sample.input_ids) <= (limit or 10**4)
+    sample = Encoder(*arguments).train(LONG, [ImageInput(torch.empty(0), size) for size in sizes])
+    assert Encoder(*arguments).length(LONG, sizes) == len(sample.input_ids) <= (limit or 10**4)
 
 
 def test_the_image_token_written_out_is_refused(tokenizer, image_token_id):
     record = make_record(f"What is {tokenizer.image_token}?", "A token.")
     with pytest.raises(ValueError, match=r"id r1\): the text contains the tokenizer's image token"):
-        build_sample(record, [], QA, tokenizer, image_token_id, PAD)
+        Encoder(QA, tokenizer, image_token_id, PAD).train(record, [])
 
 
 @pytest.mark.parametrize(
@@ -283,10 +209,10 @@ def test_the_image_token_written_out_is_refused(tokenizer, image_token_id):
 )
 def test_bad_records_are_named(tokenizer, image_token_id, record, images, message):
     with pytest.raises(ValueError, match=message) as error:
-        build_sample(record, [IMAGE] * images, V1, tokenizer, image_token_id, PAD)
+        Encoder(V1, tokenizer, image_token_id, PAD).train(record, [IMAGE] * images)
     assert "made.json[0] (id r1)" in str(error.value)
 
 
 def test_unknown_truncation(tokenizer, image_token_id):
     with pytest.raises(ValueError, match="unknown truncation 'words'; known are turns, tokens"):
-        build_sample(LONG, [IMAGE] * 2, QA, tokenizer, image_token_id, PAD, 10, "words")
+        Encoder(QA, tokenizer, image_token_id, PAD, 10, "words")
