@@ -38,6 +38,7 @@ from llava_pdrop.config_values import (
     keys_of,
     nearest_key,
 )
+from llava_pdrop.geometry import PINPOINTS
 from llava_pdrop.model.schedule import Schedule
 
 __all__ = [
@@ -81,7 +82,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             `llava_pdrop.config_paths.check_paths`.
     """
     layers = _read(Path(path), ())
-    layers.append((OVERRIDES, _dotlist(overrides)))
+    changes = dict(_dotlist(overrides))
+    if changes.keys() & {"model", "pyramid_drop"}:
+        layers[-1][1].pop("paper", None)  # it is about the run as the file has it
+    layers.append((OVERRIDES, changes))
     merged: dict[str, Any] = {}
     for name, layer in layers:
         try:
@@ -107,7 +111,7 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_lists(values)))
 
 
-def _read(path: Path, below: tuple[Path, ...]) -> list[tuple[str, Mapping[str, Any]]]:
+def _read(path: Path, below: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
     """(file name, its own mapping) of ``path`` and of all it inherits, deepest base first."""
     if path.resolve() in below:
         chain = " -> ".join(entry.name for entry in (*below, path))
@@ -125,12 +129,15 @@ def _read(path: Path, below: tuple[Path, ...]) -> list[tuple[str, Mapping[str, A
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping of keys, got a list")
     base = content.pop("base", None)
-    own: list[tuple[str, Mapping[str, Any]]] = [(str(path), content)]  # type: ignore[list-item]
+    own: list[tuple[str, dict[str, Any]]] = [(str(path), content)]  # type: ignore[list-item]
     if base is None:
         return own
     if not isinstance(base, str):
         raise ConfigError(f"{path}: 'base' must be the path of one YAML file, got {base!r}")
-    return _read(Path(os.path.normpath(path.parent / base)), (*below, path.resolve())) + own
+    inherited = _read(Path(os.path.normpath(path.parent / base)), (*below, path.resolve()))
+    for _, values in inherited:
+        values.pop("paper", None)  # what a paper reports is about one file, not about what is made of it
+    return inherited + own
 
 
 def _dotlist(overrides: Sequence[str]) -> Mapping[str, Any]:
@@ -149,6 +156,9 @@ def _build(values: Any, path: Path) -> Config:
     for section in ("train", "eval", "compare"):
         if values.get(section, {}) is None:  # a bare `train:` in YAML
             values[section] = {}
+    model = values.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("pinpoints"), str):
+        values["model"] = {**model, "pinpoints": _pinpoints(model["pinpoints"])}
     train = values.get("train", {})
     arguments: dict[str, Any] = {}
     if isinstance(train, Mapping):
@@ -159,6 +169,17 @@ def _build(values: Any, path: Path) -> Config:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, arguments=arguments))
     config.check(decoder_layers(config.model))
     return config
+
+
+def _pinpoints(name: str) -> list[list[int]]:
+    """The canvases that ``name`` stands for."""
+    if name not in PINPOINTS:
+        hint = did_you_mean(name, PINPOINTS)
+        raise Problem(
+            "model.pinpoints",
+            f"model.pinpoints cannot be {name!r}: write a list of [width, height], or one of {list(PINPOINTS)}{hint}",
+        )
+    return [list(size) for size in PINPOINTS[name]]
 
 
 def _training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,11 @@ class ReferenceShape:
 class DataSection:
     train: str
     eval: str | None = None
+    format: str | None = None
     image_root: str | None = None
+    on_invalid: Literal["stop", "skip"] = "stop"
+    max_invalid: float = 0.01
+    cache: str | None = "~/.cache/llava_pdrop"
     prepare: tuple[str, ...] | None = None
     max_length: int = 2048
     truncation: Literal["turns", "tokens"] = "turns"
@@ -77,6 +81,8 @@ class DataSection:
             )
         for name in ("max_length", *given):
             at_least(1, f"data.{name}", getattr(self, name))
+        if not 0 <= self.max_invalid <= 1:
+            raise Problem("data.max_invalid", f"data.max_invalid is a share, 0 to 1, got {self.max_invalid}")
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,16 @@ class TrainSection:
 
     projector_lr: float | None = None
     vision_tower_lr: float | None = None
+    recompute_layers: int | None = None
     resume: str = "auto"
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    max_bad_samples: int = 100
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.recompute_layers is not None:
+            at_least(0, "train.recompute_layers", self.recompute_layers)
+        at_least(0, "train.max_bad_samples", self.max_bad_samples)
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,28 @@ class CompareSection:
 
 
 @dataclass(frozen=True)
+class PaperRow:
+    """What a paper reports for this run: shown beside its own results, and otherwise without effect.
+
+    ``gpu_hours`` count both stages; ``vanilla_gpu_hours`` are those of the run it is compared with; ``tflop`` is the
+    cost of the image tokens by the paper's formula; ``scores``: benchmark -> value as printed.
+    """
+
+    table: str
+    gpu_hours: float | None = None
+    vanilla_gpu_hours: float | None = None
+    tflop: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def saved(self) -> float | None:
+        """Share of the GPU hours saved."""
+        if self.gpu_hours is None or self.vanilla_gpu_hours is None:
+            return None
+        return 1 - self.gpu_hours / self.vanilla_gpu_hours
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. ``file`` (where it was read) takes no part in comparisons and is not written back."""
 
@@ -129,6 +165,7 @@ class Config:
     eval: EvalSection = EvalSection()
     pretrain: str | None = None
     compare: CompareSection = CompareSection()
+    paper: PaperRow | None = None
     file: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -141,7 +178,7 @@ class Config:
 
     def vanilla(self) -> Config:
         """The same run without dropping."""
-        return replace(self, pyramid_drop=None)
+        return replace(self, pyramid_drop=None, paper=None)
 
     def training_free(self, num_layers: int) -> dict[str, Schedule]:
         """The schedules of ``compare.training_free`` for a decoder of ``num_layers`` layers.

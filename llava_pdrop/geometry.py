@@ -19,7 +19,17 @@ NEWLINE = -1
 """Entry of `ImageGeometry.merge_index` that stands for the learned ``image_newline`` vector."""
 
 PAPER_PINPOINTS_5_TILES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-"""(width, height) of the LLaVA-NeXT canvases: at most 4 tiles plus the whole picture."""
+"""(width, height) of the LLaVA-NeXT canvases: at most 4 tiles plus the whole picture (the paper's 2,880 tokens)."""
+
+PINPOINTS_9_TILES = tuple((336 * w, 336 * h) for w in range(1, 9) for h in range(1, 9) if 1 < w * h <= 8)
+"""(width, height) of every canvas of 2 to 8 tiles, so that the whole picture makes at most 9: the paper's larger setting
+(5,184 tokens). Which canvases the authors used is published nowhere; taking all of them is our choice."""
+
+PINPOINTS: dict[str, tuple[tuple[int, int], ...]] = {
+    "5_tiles": PAPER_PINPOINTS_5_TILES,
+    "9_tiles": PINPOINTS_9_TILES,
+}
+"""Canvas sets by name, for towers of 336 pixels. A new set is one row."""
 
 
 @dataclass(frozen=True)

@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
+import numpy as np
 from torch.utils.data import Dataset
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor
 
-from llava_pdrop.data.conversation import Template
-from llava_pdrop.data.images import image_size, load_image, preprocess
-from llava_pdrop.data.tokens import Truncation, build_sample, sample_length
-from llava_pdrop.geometry import ImageGeometry
+import llava_pdrop.geometry
+from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.images import load_image, preprocess
+from llava_pdrop.data.records import Records
+from llava_pdrop.data.survey import Survey, survey
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.types import ImageInput, PackedBatch, Record, Sample
-
-T = TypeVar("T")
 
 
 class ConversationDataset(Dataset[Sample]):
     """Training samples made from records when they are asked for.
 
     Args:
-        records: e.g. of `llava_pdrop.data.records.read_records`.
+        records: e.g. of `llava_pdrop.data.mixture.read_data`.
+        encoder: template, tokenizer, geometry and limit; records that name a template of their own keep it.
         processor: the vision tower's image processor.
-        max_length, truncation: see `llava_pdrop.data.tokens.build_sample`.
+        workers: processes that `survey` may use; 0: this one only.
+        cache: directory where `survey` keeps what it found about large data sets; None: nowhere.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
-        template: Template,
-        tokenizer: PreTrainedTokenizerBase,
-        image_token_id: int,
-        geometry: ImageGeometry,
+        encoder: Encoder,
         processor: BaseImageProcessor,
-        max_length: int | None = None,
-        truncation: Truncation = "turns",
+        workers: int = 0,
+        cache: Path | None = None,
     ) -> None:
         self.records = records
-        self.geometry = geometry
+        self.encoder = encoder
         self.processor = processor
-        self._rules = (template, tokenizer, image_token_id, geometry, max_length, truncation)
-        self._lengths: list[int] | None = None
+        self.workers = workers
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.records)
@@ -54,36 +55,67 @@ class ConversationDataset(Dataset[Sample]):
             ValueError, FileNotFoundError: an image cannot be read or the conversation not be used; names the record.
         """
         record = self.records[index]
-        images = [_naming(record, self._read, path) for path in record.images]
-        return build_sample(record, images, *self._rules)
+        return self.encoder.train(record, self._images(record))
 
     def lengths(self) -> list[int]:
-        """Tokens of every sample, without decoding a picture. Goes through all records, so an unusable conversation
+        """Tokens of every sample, without decoding a picture. Goes through all records (`survey`), so an unusable one
         is reported before training starts.
 
         Raises:
-            ValueError, FileNotFoundError: as `__getitem__`.
+            ValueError: a record cannot be used; names the first one and says how many there are.
         """
-        if self._lengths is None:
-            self._lengths = [self._length(record) for record in self.records]
-        return self._lengths
+        if self.survey.problems:
+            raise ValueError(self.survey.first_problem())
+        return self.survey.lengths.tolist()
 
-    def _length(self, record: Record) -> int:
-        sizes = [_naming(record, image_size, path) for path in record.images]
-        return sample_length(record, sizes, *self._rules)
+    @cached_property
+    def survey(self) -> Survey:
+        """What a pass over all records finds; see `llava_pdrop.data.survey`."""
+        return survey(self.records, self.encoder.lengths, self._rules(), self.workers, self.cache)
 
-    def _read(self, path: Path) -> ImageInput:
-        return preprocess(load_image(path), self.geometry, self.processor)
+    def without_unusable(self, most: float, report: Path | None = None) -> ConversationDataset:
+        """The same data set, leaving out the records that cannot be used.
 
+        Args:
+            most: the largest share of the records that may be left out.
+            report: JSON-lines file for index, origin, id and reason of each that is left out; None: not written.
 
-def _naming(record: Record, read: Callable[[Path], T], path: Path) -> T:
-    """``read(path)`` with the record's name in front of an error about the image."""
-    try:
-        return read(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{record.origin} (id {record.id}): {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{record.origin} (id {record.id}): {error}") from None
+        Raises:
+            ValueError: more than that are unusable; names the first one.
+        """
+        found = self.survey
+        if report is not None:
+            found.write_report(report)
+        if len(found.problems) > most * len(self):
+            listed = f", all of them listed in {report}" if report is not None else ""
+            raise ValueError(
+                f"{len(found.problems):,} of {len(self):,} records cannot be used{listed}; no more than a share of "
+                f"{most:g} may be left out. The first: {found.problems[min(found.problems)]}"
+            )
+        usable = np.setdiff1d(np.arange(len(self)), list(found.problems))
+        records = self.records.take(usable) if isinstance(self.records, Records) else [self.records[i] for i in usable]
+        rest = ConversationDataset(records, self.encoder, self.processor, self.workers, self.cache)
+        rest.survey = Survey(found.lengths[usable], {})
+        return rest
+
+    def _images(self, record: Record) -> list[ImageInput]:
+        try:
+            return [preprocess(load_image(source), self.encoder.geometry, self.processor) for source in record.images]
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{record.origin} (id {record.id}): {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{record.origin} (id {record.id}): {error}") from None
+
+    def _rules(self) -> str:
+        """Stands for everything the lengths depend on beside the records: settings, tokenizer, templates, and the code
+        that counts."""
+        encoder, tokenizer = self.encoder, self.encoder.tokenizer
+        words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        limits = encoder.image_token_id, encoder.geometry, encoder.max_length, encoder.truncation
+        digest = hashlib.sha256(repr((encoder.template, TEMPLATES, limits, repr(tokenizer), words)).encode())
+        for file in [Path(llava_pdrop.geometry.__file__), *sorted(Path(__file__).parent.rglob("*.py"))]:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
 
 
 def collate(samples: list[Sample]) -> PackedBatch:

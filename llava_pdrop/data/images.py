@@ -1,4 +1,4 @@
-"""Image files -> `ImageInput`: RGB, then one padded square (LLaVA-1.5) or whole picture plus tiles (LLaVA-NeXT).
+"""Pictures -> `ImageInput`: RGB, then one padded square (LLaVA-1.5) or whole picture plus tiles (LLaVA-NeXT).
 
 How many tiles and tokens come out is decided by `llava_pdrop.geometry` alone. Resizing is PIL's and the last step the
 Hugging Face processor's, so pixels are bit for bit those of LLaVA's `process_images`.
@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers import BaseImageProcessor
 
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.types import ImageInput
+from llava_pdrop.types import ImageInput, ImageSource
 
 EXIF_ORIENTATION = 0x0112
 TURNS = {
@@ -46,41 +47,55 @@ READ_ERRORS = (
 """What PIL and its decoders raise for files that are no pictures, cut short or broken."""
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(source: str | Path | ImageSource) -> Image.Image:
     """The picture in a file, upright, as RGB; the first frame of an animation.
 
-    Transparency is ignored (the colours below it are used, as LLaVA does); 16-bit greys are scaled to 8 bits.
+    Two things differ from LLaVA's ``Image.open(path).convert("RGB")``: pictures are turned as their EXIF orientation
+    says, and 16-bit greys are scaled to 8 bits instead of clipped at 255. Transparency is ignored as there: the colours
+    below it are used.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read as a picture.
+        ValueError: the file cannot be read as a picture, or has more pixels than PIL accepts (twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``, 179 million); the message names it.
     """
-    try:
-        with Image.open(path) as image:
-            orientation = _orientation(image)
-            image.load()
-            return _to_rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image; check the image root") from None
-    except READ_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+    with _opened(source) as image:
+        orientation = _orientation(image)
+        image.load()
+        return _to_rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image)
 
 
-@lru_cache(maxsize=1 << 20)
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(source: str | Path | ImageSource) -> tuple[int, int]:
     """(width, height) `load_image` will return, from the file's header alone.
 
     Raises:
         FileNotFoundError, ValueError: as `load_image`, as far as the header tells.
     """
+    with _opened(source) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+@contextmanager
+def _opened(source: str | Path | ImageSource) -> Iterator[Image.Image]:
+    """The picture with its header read; errors in the body of the ``with`` statement name the source too."""
+    source = Path(source) if isinstance(source, str) else source
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+        with source.open("rb") as file, Image.open(file) as image:
+            yield image
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image; check the image root") from None
+        raise FileNotFoundError(f"{source}: no such image; check the image root") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{source}: cannot be read as an image, it is too large ({error}); make it smaller") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{source}: cannot be read as an image ({_contents(source)}); replace or remove it") from None
     except READ_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+        raise ValueError(f"{source}: cannot be read as an image ({error}); replace or remove it") from None
+
+
+def _contents(source: ImageSource) -> str:
+    with source.open("rb") as file:
+        return "its format is unknown" if file.read(1) else "the file is empty"
 
 
 def preprocess(image: Image.Image, geometry: ImageGeometry, processor: BaseImageProcessor) -> ImageInput:
@@ -145,18 +160,22 @@ def _tiles(canvas: Image.Image, side: int) -> list[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened, not yet decoded picture. Of a PNG only what stands before the pixels counts:
-    PIL would have to decode all of it to look behind them, and header and picture must agree."""
+    """The EXIF orientation of an opened, not yet decoded picture; 1 (upright) where the tag is missing or unreadable.
+    Of a PNG only what stands before the pixels counts: PIL would have to decode all of it to look behind them, and
+    header and picture must agree."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1
-    return image.getexif().get(EXIF_ORIENTATION, 1)
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except READ_ERRORS:  # a broken tag says nothing about the picture, which viewers show as it is
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
         grey = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if grey.max() > 255 else 1.0
-        image = Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8))
+        sixteen_bits = image.mode.startswith("I;16") or grey.max() > 255
+        image = Image.fromarray((grey * (255 / 65535 if sixteen_bits else 1.0)).round().clip(0, 255).astype(np.uint8))
     if image.mode == "P":  # by way of the palette's own alpha, which PIL otherwise warns about
         image = image.convert("RGBA")
     return image.convert("RGB")

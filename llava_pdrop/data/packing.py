@@ -6,6 +6,7 @@ means reading it from step n, without replaying any data.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -85,6 +86,14 @@ class BatchPlan:
     def repeats(self) -> int:
         """Samples seen a second time in an epoch."""
         return sum(map(len, _plan(self, 0))) - len(self.lengths)
+
+    def fingerprint(self) -> str:
+        """Stands for which micro-batches make up which step; equal for all splits of a step into ranks and
+        accumulation, since those only share out the same micro-batches."""
+        kind = (self.seed, self.batches_per_step, self.samples_per_batch, self.tokens_per_batch, self.window)
+        digest = hashlib.sha256(repr((*kind, self.shuffle)).encode())
+        digest.update(np.asarray(self.lengths, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def micro_batches(self, epoch: int, rank: int = 0) -> Bins:
         """The micro-batches of one rank in running order, as sample indices.

@@ -7,25 +7,37 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from transformers.trainer_utils import get_last_checkpoint
 
 from llava_pdrop.config import RUN_FILE, Config, ConfigError, to_yaml
+from llava_pdrop.data.mixture import data_files
+from llava_pdrop.train.bad_samples import REPORT_FILE
+from llava_pdrop.train.checkpoints import STAGING, all_checkpoints, newest_whole, read_manifest, what_is_torn
 
 FINISHED_FILE = "run.json"
 
-NOT_PART_OF_A_RUN = ("name", "output_dir", "eval", "compare", "data.eval", "data.prepare", "train.resume")
+NOT_PART_OF_A_RUN = (
+    "name",
+    "output_dir",
+    "eval",
+    "compare",
+    "paper",
+    "data.eval",
+    "data.prepare",
+    "data.cache",
+    "train.resume",
+)
 """Keys that change nothing about the weights a run ends with."""
 
 MAY_CHANGE_ON_RESUME = (
     "max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "logging_steps",
     "report_to", "disable_tqdm", "dataloader_num_workers", "dataloader_prefetch_factor",
-    "dataloader_persistent_workers",
+    "dataloader_persistent_workers", "ddp_timeout", "on_bad_sample", "max_bad_samples",
 )  # fmt: skip
 """Training arguments a run may be continued with in spite of another value in the checkpoint."""
 
@@ -54,11 +66,12 @@ def identity(config: Config) -> dict[str, Any]:
 def surroundings(config: Config) -> dict[str, Any]:
     """The part of `identity` that the config does not say."""
     model = config.model
-    files = [config.data.train, model.projector, model.path, model.language_model, model.vision_tower]
+    data = map(str, data_files(config.data.train))
+    files = [*data, model.projector, model.path, model.language_model, model.vision_tower]
     return {
         "files": {name: _stamps(Path(name)) for name in files if name is not None},
         "versions": {name: _version(name) for name in PACKAGES},
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": number_of_processes(),
     }
 
 
@@ -84,7 +97,7 @@ def why_outdated(config: Config) -> str | None:
     if config.train.resume == "never" or not (output / FINISHED_FILE).is_file():
         return None
     changed = _differences(output / RUN_FILE, config, HARMLESS)
-    if changed and get_last_checkpoint(str(output)) and not _differences(output / RUN_FILE, config):
+    if changed and all_checkpoints(output) and not _differences(output / RUN_FILE, config):
         return None  # only longer or shorter: that is going on, not replacing
     if changed:
         raise ConfigError(
@@ -99,9 +112,10 @@ def why_outdated(config: Config) -> str | None:
 
 def clear(output: Path) -> None:
     """Removes what a new run in ``output`` could be mistaken for: checkpoints, and the mark of a finished run."""
-    for old in output.glob("checkpoint-*"):
-        shutil.rmtree(old)
-    (output / FINISHED_FILE).unlink(missing_ok=True)
+    for old in (*all_checkpoints(output), output / STAGING):
+        shutil.rmtree(old, ignore_errors=True)
+    for name in (FINISHED_FILE, REPORT_FILE):
+        (output / name).unlink(missing_ok=True)
 
 
 def mark_finished(config: Config, stamp: str, facts: Mapping[str, Any]) -> None:
@@ -111,27 +125,72 @@ def mark_finished(config: Config, stamp: str, facts: Mapping[str, Any]) -> None:
     (Path(config.output_dir) / FINISHED_FILE).write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def checkpoint_to_resume(config: Config) -> str | None:
-    """The checkpoint that ``train.resume`` asks for: the newest one in ``output_dir`` (auto), a given one, or none.
+def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> str | None:
+    """The checkpoint that ``train.resume`` asks for: the newest whole one in ``output_dir`` (auto), a given one, none.
+
+    Args:
+        say: is told of torn checkpoints that are passed over, and of another number of processes.
 
     Raises:
-        ValueError: with ``auto``, the newest checkpoint comes from a run with other settings.
+        ValueError: the given one is torn, it comes from a run with other settings, or it cannot go on with this number
+            of processes.
     """
     if config.train.resume == "never":
         return None
-    if config.train.resume != "auto":
-        return config.train.resume
-    output = Path(config.output_dir)
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if config.train.resume == "auto":
+        checkpoint = newest_whole(Path(config.output_dir), say)
+    else:
+        checkpoint = Path(config.train.resume)
+        reason = what_is_torn(checkpoint)
+        if reason is not None:
+            raise ValueError(f"{config.file}: train.resume: {checkpoint} is torn: {reason}; choose another, or auto")
     if checkpoint is None:
         return None
-    changed = _differences(Path(checkpoint) / RUN_FILE, config)
+    same_step = _check_processes(checkpoint, config, say)
+    changed = _differences(checkpoint / RUN_FILE, config)
+    if same_step:
+        changed = [key for key in changed if key != "train.gradient_accumulation_steps"]
     if changed:
         raise ValueError(
             f"{checkpoint} was written with another {', '.join(changed)}: give the settings back, choose another "
             "output_dir, or start over with train.resume=never"
         )
-    return checkpoint
+    return str(checkpoint)
+
+
+def _check_processes(checkpoint: Path, config: Config, say: Callable[[str], None]) -> bool:
+    """Whether this run shares a step's micro-batches out to another number of processes than the one that wrote
+    ``checkpoint``, which is possible where their number stays the same and nothing was sharded.
+
+    Raises:
+        ValueError: it cannot go on with this number of processes.
+    """
+    manifest = read_manifest(checkpoint) or {}
+    before = manifest["world_size"], manifest["gradient_accumulation"]
+    now = number_of_processes(), config.train.arguments.get("gradient_accumulation_steps", 1)
+    if before[0] == now[0]:
+        return False
+    written = f"{checkpoint} was written by {before[0]} processes x {before[1]} micro-batches a step, this run has "
+    written += f"{now[0]} x {now[1]}"
+    if manifest["sharded"]:
+        raise ValueError(
+            f"{written}: its optimizer is sharded over the processes, so it goes on with {before[0]} only (or start "
+            "over from its weights: model.path and train.resume=never)"
+        )
+    if before[0] * before[1] != now[0] * now[1]:
+        whole, rest = divmod(before[0] * before[1], now[0])
+        remedy = f"train.gradient_accumulation_steps={whole}" if not rest else f"{before[0]} processes"
+        raise ValueError(f"{written}: the steps would hold other samples; give {remedy}")
+    say(
+        f"{written}: same samples in every step, in the same order; sums are added up in another order and random "
+        "rankers draw other numbers, so the results are close to those of the first run, not equal"
+    )
+    return True
+
+
+def number_of_processes() -> int:
+    """Processes of this run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _differences(file: Path, config: Config, arguments: Sequence[str] = MAY_CHANGE_ON_RESUME) -> list[str]:

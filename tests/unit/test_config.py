@@ -338,3 +338,14 @@ def test_every_key_is_documented() -> None:
         assert f"`{key.rsplit('.', 1)[-1]}`" in text or f"`{key}:`" in text, (
             f"configs/README.md says nothing about {key}"
         )
+
+
+def test_what_a_paper_reports_is_not_inherited(tmp_path: Path) -> None:
+    """A run made of another one is not in the paper, nor is one whose model or schedule is changed on the way."""
+    file = Path(__file__).parents[2] / "configs/llava_next_7b/finetune_pdrop.yaml"
+    assert load_config(file).paper.gpu_hours == 218
+    assert load_config(file, ["seed=3", "train.logging_steps=7"]).paper is not None
+    assert load_config(file, ["pyramid_drop.layers=[4,8,12]"]).paper is None
+    assert load_config(file).vanilla().paper is None
+    (tmp_path / "mine.yaml").write_text(f"base: {file}\nname: mine\n")
+    assert load_config(tmp_path / "mine.yaml").paper is None

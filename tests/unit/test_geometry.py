@@ -1,41 +1,21 @@
-"""Tiling arithmetic against every size recorded from the official code, and at its extremes."""
+"""Tiling arithmetic at its extremes, its two roundings and the named canvas sets. (Every size recorded from the
+official code: tests/golden/test_preprocess.py.)"""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llava_pdrop.geometry import NEWLINE, PAPER_PINPOINTS_5_TILES, ImageGeometry
-from tests.golden.cases import directories
+from llava_pdrop.config import ConfigError, load_config
+from llava_pdrop.geometry import NEWLINE, PAPER_PINPOINTS_5_TILES, PINPOINTS, PINPOINTS_9_TILES, ImageGeometry
 
-RECORDED = [file for directory in directories() if (file := directory / "preprocess" / "geometry.json").is_file()]
+ROOT = Path(__file__).parents[2]
+NEXT = ROOT / "configs" / "llava_next_7b" / "finetune.yaml"
 ANYRES = ImageGeometry(336, 14, "anyres", "spatial_unpad", PAPER_PINPOINTS_5_TILES)
 SIZES = [(1, 1), (1, 10000), (10000, 1), (336, 336), (337, 335), (20000, 20000), (640, 480), (3, 4000)]
-
-
-@pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.parents[1].name)
-@pytest.mark.parametrize("model", ["real", "tiny"])
-def test_every_recorded_size(file, model):
-    recorded = json.loads(file.read_text())[model]
-    tile, pinpoints = recorded["tile"], tuple(map(tuple, recorded["pinpoints"]))
-    geometry = ImageGeometry(tile, tile // recorded["patches_per_side"], "anyres", "spatial_unpad", pinpoints)
-    assert recorded["items"]
-    for item in recorded["items"]:
-        size = tuple(item["size_wh"])
-        canvas = geometry.canvas(size)
-        rows, columns = geometry.unpadded(size)
-        assert list(canvas) == item["best_resolution_wh"], size
-        assert (canvas[0] // tile, canvas[1] // tile) == (item["grid_w"], item["grid_h"]), size
-        assert geometry.num_tiles(size) == item["n_tiles_incl_base"], size
-        assert rows.stop - rows.start == item["unpadded_rows"], size
-        assert columns.stop - columns.start == item["unpadded_cols"], size
-        if "first_row" in item:  # not where nothing of the grid is left
-            assert (rows.start, columns.start) == (item["first_row"], item["first_col"]), size
-        for merge in ("spatial_unpad", "spatial", "flat"):
-            assert replace(geometry, merge=merge).num_tokens(size) == item[f"n_image_tokens_{merge}"], (size, merge)
 
 
 @pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
@@ -54,3 +34,35 @@ def test_merging_shows_every_feature_at_most_once(size, merge):
         assert len(shown) == geometry.patches + height * width
     else:
         assert sorted(shown.tolist()) == list(range(features))
+
+
+@pytest.mark.parametrize(
+    ("size", "original", "hf"), [((88, 55), 926, 976), ((328, 205), 926, 976), ((640, 480), 2340, 2340)]
+)
+def test_the_two_roundings(size, original, hf):
+    assert ANYRES.num_tokens(size) == original
+    assert replace(ANYRES, rounding="hf").num_tokens(size) == hf
+
+
+def test_the_largest_pictures_of_the_paper():
+    """2,880 and 5,184 image tokens (576 per tile), where nothing is unpadded and no newline added."""
+    flat = replace(ANYRES, merge="flat")
+    assert flat.num_tokens((672, 672)) == 2880
+    nine = replace(flat, pinpoints=PINPOINTS_9_TILES)
+    assert nine.num_tokens((672, 1344)) == nine.num_tokens((2688, 336)) == 5184
+    assert max(nine.num_tiles(size) for size in PINPOINTS_9_TILES) == 9
+    assert set(PAPER_PINPOINTS_5_TILES) < set(PINPOINTS_9_TILES) and len(set(PINPOINTS_9_TILES)) == 19
+
+
+def test_a_new_pinpoint_set_is_one_row(monkeypatch):
+    monkeypatch.setitem(PINPOINTS, "wide", ((672, 336), (1344, 336)))
+    config = load_config(NEXT, ["model.pinpoints=wide"])
+    assert config.model.pinpoints == ((672, 336), (1344, 336))
+    geometry = replace(ANYRES, pinpoints=config.model.pinpoints)
+    assert geometry.canvas((1000, 200)) == (1344, 336) and geometry.num_tiles((1000, 200)) == 5
+
+
+def test_pinpoints_by_name():
+    assert load_config(NEXT, ["model.pinpoints=5_tiles"]).model.pinpoints == PAPER_PINPOINTS_5_TILES
+    with pytest.raises(ConfigError, match=r"cannot be '9_tile': .* or one of \['5_tiles', '9_tiles'\] \(did you mean"):
+        load_config(NEXT, ["model.pinpoints=9_tile"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
+from llava_pdrop.data import survey
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset, collate
+from llava_pdrop.data.images import image_size
+from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import Record, Turn
 
@@ -31,7 +37,9 @@ def make_dataset(tokenizer, image_token_id):
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
 
     def make(records, **options):
-        return ConversationDataset(records, TEMPLATES["qa"], tokenizer, image_token_id, ANYRES, processor, **options)
+        rules = {name: options.pop(name) for name in ("max_length", "truncation") if name in options}
+        encoder = Encoder(TEMPLATES["qa"], tokenizer, image_token_id, ANYRES, **rules)
+        return ConversationDataset(records, encoder, processor, **options)
 
     return make
 
@@ -81,5 +89,97 @@ def test_errors_name_the_record(make_dataset, records, tmp_path):
         dataset[1]
     with pytest.raises(ValueError, match=r"made.json\[0\] \(id 9\): it has no answer"):
         dataset[2]
-    with pytest.raises(ValueError, match=r"\(id 0\): .*broken.png"):
+    with pytest.raises(ValueError, match=r"\(id 0\): .*broken.png.* \(and 2 more of 3 records cannot be used\)"):
         dataset.lengths()
+
+
+def test_records_keep_the_template_of_their_part(make_dataset, records):
+    own = [dataclasses.replace(record, template="v1") for record in records]
+    ours, other = make_dataset(records), make_dataset(own)
+    assert min(b - a for a, b in zip(ours.lengths(), other.lengths())) > 50  # v1 has a long system prompt
+    assert other.lengths() == [len(other[i].input_ids) for i in range(len(own))]
+
+
+@pytest.fixture
+def data_file(tmp_path, picture):
+    """Seven records with pictures of seven sizes; number 2 without an answer, the picture of number 5 missing."""
+    entries = []
+    for i in range(7):
+        if i != 5:
+            picture(30 + 20 * i, 60, f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "" if i == 2 else "a" * i}]
+        entries.append({"id": f"r{i}", "image": f"{i}.png", "conversations": turns[: 1 if i == 2 else 2]})
+    entries[0]["conversations"][1]["value"] = "no"
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unusable_records_are_left_out_and_listed(make_dataset, data_file, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(survey, "BLOCK", 2)
+    monkeypatch.setattr(survey, "LARGE", 1)
+    dataset = make_dataset(read_data(data_file), workers=workers)
+    report = tmp_path / "out" / "skipped.jsonl"
+    usable = dataset.without_unusable(0.5, report)
+    assert [usable[i].id for i in range(len(usable))] == ["r0", "r1", "r3", "r4", "r6"]
+    assert usable.lengths() == [len(usable[i].input_ids) for i in range(len(usable))]
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [(line["index"], line["id"], line["origin"]) for line in lines] == [
+        (2, "r2", f"{data_file}[2]"),
+        (5, "r5", f"{data_file}[5]"),
+    ]
+    assert lines[0]["reason"].startswith("it has no answer") and "5.png: no such image" in lines[1]["reason"]
+    with pytest.raises(ValueError, match=r"2 of 7 records cannot be used, all .* share of 0.01 .* first: .*r2\)"):
+        dataset.without_unusable(0.01, report)
+    with pytest.raises(ValueError, match=r"\[2\] \(id r2\): it has no answer.*1 more of 7 records"):
+        dataset.lengths()
+
+
+def test_a_second_run_reads_the_cache(make_dataset, data_file, tmp_path, picture, monkeypatch):
+    """Lengths and sizes come from the cache; only what could not be used is looked at again."""
+    monkeypatch.setattr(survey, "LARGE", 1)
+    looked_at = []
+    monkeypatch.setattr(survey, "image_size", lambda source: looked_at.append(source.name) or image_size(source))
+    cache = tmp_path / "cache"
+
+    def run(**options):
+        looked_at.clear()
+        made = make_dataset(read_data(data_file), cache=cache, **options).survey
+        return made.lengths.tolist(), sorted(made.problems), sorted(looked_at)
+
+    first, problems, seen = run()
+    assert problems == [2, 5] and len(seen) == 7
+    assert run() == (first, [2, 5], ["5.png"])
+
+    picture(130, 60, "5.png")
+    mended, problems, _ = run()
+    assert problems == [2] and mended[5] > 0 and [*mended[:5], mended[6]] == [*first[:5], first[6]]
+
+    shorter, problems, seen = run(max_length=70)  # other lengths, but the sizes are known
+    assert shorter != mended and len(problems) > 1 and seen == []
+    assert len(list(cache.iterdir())) == 3  # sizes, and lengths under two limits
+
+    data_file.write_text(data_file.read_text() + " ")  # another file: everything anew
+    assert len(run()[2]) == 7
+
+
+def test_the_cache_belongs_to_template_geometry_and_tokenizer(make_dataset, records, tokenizer):
+    rules = make_dataset(records)._rules()
+    encoder = make_dataset(records).encoder
+    assert make_dataset(records)._rules() == rules
+    taught = copy.deepcopy(tokenizer)
+    taught.add_tokens(["What"])
+    changes = {
+        "template": TEMPLATES["v1"],
+        "geometry": dataclasses.replace(ANYRES, rounding="hf"),
+        "tokenizer": taught,
+        "max_length": 9,
+        "truncation": "tokens",
+    }
+    others = set()
+    for name, value in changes.items():
+        dataset = make_dataset(records)
+        dataset.encoder = dataclasses.replace(encoder, **{name: value})
+        others.add(dataset._rules())
+    assert len(others) == len(changes) and rules not in others

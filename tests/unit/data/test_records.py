@@ -1,12 +1,15 @@
-"""Data files -> records: both formats, and one clear line for every kind of bad input."""
+"""Data files -> records: text formats, lazy decoding, and one clear line for every kind of bad input."""
 
 from __future__ import annotations
 
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 
-from llava_pdrop.data.records import read_records
+from llava_pdrop.data.readers import READERS, text
+from llava_pdrop.data.records import RecordError, Records, read_records
 from llava_pdrop.types import Turn
 
 ASK = {"from": "human", "value": "<image>\nWhat is it?"}
@@ -74,8 +77,15 @@ def test_bad_entries_are_named(tmp_path, picture, entry, message):
         ("d.json", "[{", "not valid JSON"),
         ("d.json", "{}", "expected a JSON list"),
         ("d.json", "[]", "no records"),
+        ("d.json", '[{"id": 1}, {"id": 2} {"id": 3}]', "not valid JSON: expected ',' or ']' near byte 22"),
+        ("d.json", '[{"id": 1}', "not valid JSON"),
+        ("d.json", '[{"id": 1,}]', "not valid JSON: .* near byte 1[01]"),
+        ("d.json", '[{"id": 1}] []', "extra data behind the list"),
+        ("d.json", "", "not valid JSON: Expecting value"),
+        ("d.json", '{"id": 1}\n{"id": 2}', "not valid JSON: Extra data.*one object per line, its format is jsonl"),
         ("d.jsonl", '{"id": 1', r"d.jsonl:1: not valid JSON"),
-        ("d.csv", "a,b", r"unknown data format '.csv'; known are llava_json \(\*.json\), jsonl"),
+        ("d.jsonl", "\n\n", "no records"),
+        ("d.csv", "a,b", r"unknown data format '.csv'; known are llava_json \(\*.json\), jsonl \(\*.jsonl\), hf"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -87,7 +97,7 @@ def test_missing_files(tmp_path):
     path = write(tmp_path / "d.json", [ENTRY])
     with pytest.raises(FileNotFoundError, match=r"id a\): image .*picture.png does not exist"):
         read_records(path)
-    assert len(read_records(path, check_images=False)) == 1
+    assert len(read_records(path, check=False)) == 1
     with pytest.raises(FileNotFoundError, match="no such data file"):
         read_records(tmp_path / "none.json")
     with pytest.raises(FileNotFoundError, match="no such image folder"):
@@ -97,3 +107,67 @@ def test_missing_files(tmp_path):
 def test_a_format_can_be_named(tmp_path, picture):
     picture()
     assert len(read_records(write(tmp_path / "d.txt", json.dumps(ENTRY)), format="jsonl")) == 1
+
+
+AWKWARD = ["\u00e9t\u00e9 \U0001f408", 'brackets ]}[{ "quoted" \\ and \\" more', "", "line\nbreak", "x" * 300, "\ud83d"]
+
+
+@pytest.mark.parametrize("block", [7, 64, 1 << 22])
+@pytest.mark.parametrize("style", [{}, {"ensure_ascii": False, "indent": 1}, {"separators": (",", ":")}])
+def test_records_are_found_in_any_json(tmp_path, monkeypatch, block, style):
+    """Block by block: no object, escape or letter of several bytes is torn apart."""
+    monkeypatch.setattr(text, "BLOCK", block)
+    texts = AWKWARD[:-1] if style.get("ensure_ascii") is False else AWKWARD  # a lone surrogate has no UTF-8
+    entries = [{"id": i, "conversations": [{"from": "human", "value": value}]} for i, value in enumerate(texts)]
+    content = json.dumps(entries, **style)
+    for mark in ("", "\ufeff"):
+        path = tmp_path / "d.json"
+        path.write_text(mark + content + " \n", encoding="utf-8", errors="surrogatepass")
+        records = read_records(path)
+        assert [record.turns[0].text for record in records] == texts
+        assert [record.id for record in records] == [str(i) for i in range(len(texts))]
+
+
+def test_records_are_decoded_when_asked_for(tmp_path):
+    """An invalid one is no obstacle to the others; what travels to a worker is numbers, not text."""
+    entries = [{"id": i, "conversations": [{"from": "human", "value": "w" * 1000}]} for i in range(100)]
+    entries[3]["conversations"] = None
+    for name in ("d.json", "d.jsonl"):
+        lines = entries if name == "d.json" else "\n".join(map(json.dumps, entries))
+        records = read_records(write(tmp_path / name, lines), check=False)
+        with pytest.raises(RecordError, match="at least one turn") as error:
+            records[3]
+        assert (error.value.id, error.value.origin) == (
+            "3",
+            str(tmp_path / name) + ("[3]" if name == "d.json" else ":4"),
+        )
+        packed = pickle.dumps(records)
+        assert len(packed) < 5000
+        assert pickle.loads(packed)[99] == records[-1] == records[90:][9]
+        assert isinstance(records[1:3], Records) and [record.id for record in records[1:3]] == ["1", "2"]
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (str(again), again.reason) == (str(error.value), error.value.reason)
+
+
+def test_the_fingerprint_follows_files_and_choice(tmp_path):
+    path = write(tmp_path / "d.json", [{"id": i, "conversations": [ANSWER]} for i in range(3)])
+    records = read_records(path)
+    first = records.fingerprint()
+    assert read_records(path).fingerprint() == first and records[:2].fingerprint() != first
+    write(path, [{"id": i, "conversations": [ANSWER, ANSWER]} for i in range(3)])
+    assert read_records(path).fingerprint() != first
+
+
+def test_a_new_reader_is_a_function_and_a_row(tmp_path, picture, monkeypatch):
+    def read_tsv(path: Path):
+        rows = [line.split("\t") for line in path.read_text().splitlines()]
+        return [
+            (f"{path}:{n}", {"image": image, "conversations": [{**ASK, "value": f"<image>\n{question}"}, ANSWER]})
+            for n, (image, question) in enumerate(rows, start=1)
+        ]
+
+    monkeypatch.setitem(READERS, "tsv", read_tsv)
+    image = picture()
+    records = read_records(write(tmp_path / "d.tsv", "picture.png\tWhat?\npicture.png\tWhere?\n"), format="tsv")
+    assert [record.turns[0].text for record in records] == ["<image>\nWhat?", "<image>\nWhere?"]
+    assert records[1].images == (image,) and records[1].origin.endswith("d.tsv:2")

@@ -1,0 +1,121 @@
+"""Tar shards as webdataset lays them out: members of one record stand together and share the name up to its first dot,
+``KEY.json`` (a LLaVA object) and ``KEY.jpg``, or ``KEY.0.png``, ``KEY.1.png``, ... for several pictures."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_pdrop.data.sources import FileSlice
+
+PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+"""Suffixes of pictures; members with other suffixes than these and ``json`` are left alone."""
+
+MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])
+
+
+class TarEntries(Sequence[tuple[str, Any]]):
+    """Records of tar shards. Kept per record are its key and where its members lie; the text is read when asked for.
+
+    The pictures take the place of what the object says under ``image``, in the order of their numbers.
+    """
+
+    def __init__(self, shards: list[Path]) -> None:
+        import pyarrow
+
+        self.shards = shards
+        shard_of, keys, texts, ends, pictures, suffixes = [], [], [], [], [], []
+        for number, shard in enumerate(shards):
+            for key, text, members in _records(shard):
+                shard_of.append(number)
+                keys.append(key)
+                texts.append(text or (0, -1))
+                for suffix, offset, size in members:
+                    pictures.append((offset, size))
+                    suffixes.append(suffix)
+                ends.append(len(pictures))
+        self._shard_of = np.array(shard_of, dtype=np.int32)
+        self._ends = np.array(ends, dtype=np.int64)
+        self._texts, self._pictures = np.array(texts, dtype=MEMBER), np.array(pictures, dtype=MEMBER)
+        self._keys = pyarrow.array(keys, pyarrow.string())
+        self._suffixes = pyarrow.array(suffixes, pyarrow.string()).dictionary_encode()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Raises: ValueError: no ``KEY.json``, or not valid JSON."""
+        key, shard = self._keys[int(index)].as_py(), self.shards[self._shard_of[index]]
+        origin = f"{shard}:{key}"
+        if self._texts["size"][index] < 0:
+            raise ValueError(f"{origin}: there is no {key}.json beside its pictures")
+        with self._slice(shard, f"{key}.json", self._texts[index]).open() as file:
+            text = file.read()
+        try:
+            entry = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{origin}.json: not valid JSON: {error}") from None
+        if isinstance(entry, dict):
+            first = self._ends[index - 1] if index else 0
+            entry["image"] = [
+                self._slice(shard, f"{key}.{self._suffixes[i].as_py()}", self._pictures[i])
+                for i in range(first, self._ends[index])
+            ]
+            entry.pop("images", None)
+            entry.setdefault("id", key)
+        return origin, entry
+
+    @staticmethod
+    def _slice(shard: Path, name: str, member: Any) -> FileSlice:
+        return FileSlice(shard, name, int(member["offset"]), int(member["size"]))
+
+
+def read_webdataset(path: Path) -> TarEntries:
+    """Records of one ``.tar`` or of all ``*.tar`` of a directory, in order of their names.
+
+    Raises:
+        ValueError: no shards, or one that is no (uncompressed) tar.
+    """
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    if not shards:
+        raise ValueError(f"{path}: there is no *.tar in this directory")
+    return TarEntries(shards)
+
+
+Members = list[tuple[str, int, int]]
+
+
+def _records(shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, Members]]:
+    """(key, (offset, size) of its JSON, (suffix, offset, size) of its pictures) of every record of a shard."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for key, group in groupby(_members(tar), key=lambda member: member[0]):
+                members = [(suffix, offset, size) for _, suffix, offset, size in group]
+                text = next(((offset, size) for suffix, offset, size in members if suffix.lower() == "json"), None)
+                pictures = [member for member in members if member[0].lower().rpartition(".")[2] in PICTURES]
+                if text or pictures:
+                    yield key, text, sorted(pictures, key=_number)
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{shard}: cannot be read as an uncompressed tar file ({error})") from None
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, int, int]]:
+    """(key, suffix, offset, size) of every file in a tar."""
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # a tar remembers all it has seen
+        folder, _, name = member.name.rpartition("/")
+        if member.isfile() and not name.startswith("."):
+            stem, _, suffix = name.partition(".")
+            yield (f"{folder}/{stem}" if folder else stem), suffix, member.offset_data, member.size
+
+
+def _number(member: tuple[str, int, int]) -> tuple[int, str]:
+    """``0.png`` -> 0, so that 10 comes behind 9; a picture without number comes first."""
+    head = member[0].partition(".")[0]
+    return (int(head) if head.isdigit() else -1), member[0]

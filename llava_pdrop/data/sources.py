@@ -1,0 +1,90 @@
+"""Pictures that are not files of their own (`llava_pdrop.types.ImageSource`): members of tar shards, cells of tables.
+
+A source is a few words (which file, where in it); it opens its file only when the picture is wanted, so records stay
+small and travel to worker processes without pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """``size`` bytes of file ``path`` from ``offset`` on, called ``name`` there: a member of an uncompressed tar."""
+
+    path: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.name}"
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """The bytes as a file. Only what is asked for is read, so that a header costs one block."""
+        return cast(BinaryIO, io.BufferedReader(_Window(self.path, self.offset, self.size)))
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """A picture in row ``row`` of a Hugging Face data set: the ``position``-th of its column ``column``.
+
+    ``table`` is the data set in its ``arrow`` format; it is memory-mapped, so that pickling it copies no pictures.
+    """
+
+    path: Path
+    row: int
+    column: str
+    position: int
+    table: Any = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.path}[{self.row}].{self.column}[{self.position}]"
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """The bytes as a file, without copying them."""
+        import pyarrow
+
+        cell = self.table[self.row].column(self.column)[0]
+        if pyarrow.types.is_list(cell.type) or pyarrow.types.is_large_list(cell.type):
+            cell = cell.values[self.position]
+        if pyarrow.types.is_struct(cell.type):
+            cell = cell["bytes"]
+        return cast(BinaryIO, pyarrow.BufferReader(cell.as_buffer()))
+
+
+class _Window(io.RawIOBase):
+    """A stretch of a file that looks like a whole one."""
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._offset, self._size, self._at = offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._at))
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(memoryview(buffer)[:wanted])
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

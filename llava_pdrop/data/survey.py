@@ -1,0 +1,207 @@
+"""One pass over all records before training: which are usable, how large their pictures are, how many tokens they make.
+
+The pass reads text and image headers, never pixels. It runs in several processes, looks at the pictures of a block with
+several threads (on a network disk the wait for headers is most of the time), and leaves its results in a cache, which
+is valid as long as data files, image folder, tokenizer, templates, geometry and the code that counts are the same. (A
+picture replaced by one of another size is not noticed; the batch plan then counts its tokens wrongly, nothing else.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from llava_pdrop.data.images import image_size
+from llava_pdrop.data.records import RecordError, Records
+from llava_pdrop.types import ImageSource, Record
+
+BLOCK = 512
+"""Records that one process takes at a time."""
+
+THREADS = 8
+"""Threads of a process that read image headers."""
+
+LARGE = 10_000
+"""From so many records on there are several processes, a progress bar and a cache file; fewer are done in seconds."""
+
+Size = tuple[int, int]
+Measure = Callable[[Sequence[Record], Sequence[Sequence[Size]]], list["int | str"]]
+"""(records, sizes of their pictures) -> number of tokens of each, or why it cannot be used."""
+
+UNUSABLE = -1
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a pass found: ``lengths`` (N,) int32, tokens of every record or `UNUSABLE`, and for each of these the
+    reason, by index."""
+
+    lengths: np.ndarray
+    problems: dict[int, RecordError]
+
+    def first_problem(self) -> str:
+        """One line on the first unusable record and on how many there are."""
+        line = str(self.problems[min(self.problems)])
+        others = len(self.problems) - 1
+        return line + (f" (and {others:,} more of {len(self.lengths):,} records cannot be used)" if others else "")
+
+    def write_report(self, path: Path) -> None:
+        """Writes the unusable records as JSON lines: ``index``, ``origin``, ``id``, ``reason``."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for index, problem in sorted(self.problems.items()):
+                entry = {"index": index, "origin": problem.origin, "id": problem.id, "reason": problem.reason}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """(width, height) of all pictures: those of record i are ``sizes[ends[i - 1] : ends[i]]``; a record whose pictures
+    could not be read has none, and is read again the next time."""
+
+    ends: np.ndarray
+    sizes: np.ndarray
+
+    def of(self, index: int) -> list[Size]:
+        first = self.ends[index - 1] if index else 0
+        return [(width, height) for width, height in self.sizes[first : self.ends[index]].tolist()]
+
+
+def survey(
+    records: Records | Sequence[Record], measure: Measure, rules: str = "", workers: int = 0, cache: Path | None = None
+) -> Survey:
+    """Goes through ``records``.
+
+    Args:
+        rules: stands for everything ``measure`` depends on; part of the name of the cache file.
+        workers: processes for a large data set; 0: this one.
+        cache: directory for results, made if missing; None: nothing is kept. Used for `Records` only.
+    """
+    lengths = np.full(len(records), UNUSABLE, np.int32)
+    known: ImageSizes | None = None
+    files: tuple[Path, Path] | None = None
+    if cache is not None and isinstance(records, Records) and len(records) >= LARGE:
+        data = records.fingerprint()
+        files = cache / f"sizes-{_digest(data)}.npz", cache / f"lengths-{_digest(data, rules)}.npz"
+        known, lengths = _load(files, lengths)
+    todo = np.flatnonzero(lengths == UNUSABLE)
+    problems: dict[int, RecordError] = {}
+    found: dict[int, list[Size]] = {}
+    blocks = _Blocks(records, measure, todo, known)
+    loader = DataLoader(blocks, batch_size=None, num_workers=workers if len(todo) >= LARGE else 0, collate_fn=_as_it_is)
+    quiet = len(todo) < LARGE or os.environ.get("RANK", "0") != "0"
+    with tqdm(total=len(todo), desc="counting tokens", unit=" records", unit_scale=True, disable=quiet) as bar:
+        for block, results in loader:
+            for index, (result, sizes) in zip(block.tolist(), results):
+                if isinstance(result, RecordError):
+                    problems[index] = result
+                else:
+                    lengths[index] = result
+                found[index] = sizes
+            bar.update(len(block))
+    if files is not None and len(todo) > len(problems):
+        _save(files, lengths, known, found)
+    return Survey(lengths, problems)
+
+
+class _Blocks(Dataset[tuple[np.ndarray, list[tuple["int | RecordError", list[Size]]]]]):
+    """Blocks of records as the items of a data set, so that a `DataLoader` spreads them over processes, in order."""
+
+    def __init__(self, records: Any, measure: Measure, todo: np.ndarray, known: ImageSizes | None) -> None:
+        self.records, self.measure, self.todo, self.known = records, measure, todo, known
+
+    def __len__(self) -> int:
+        return -(-len(self.todo) // BLOCK)
+
+    def __getitem__(self, number: int) -> Any:
+        block = self.todo[number * BLOCK : (number + 1) * BLOCK]
+        results: list[Any] = [None] * len(block)
+        valid: dict[int, Record] = {}
+        for place, index in enumerate(block.tolist()):
+            try:
+                valid[place] = self.records[index]
+            except RecordError as error:
+                results[place] = error, []
+        readable: dict[int, list[Size]] = {}
+        for place, sizes in self._sizes(valid, block).items():
+            problem = next((size for size in sizes if isinstance(size, str)), None)
+            if problem is None:
+                readable[place] = sizes
+            else:
+                results[place] = RecordError(valid[place].origin, valid[place].id, problem), []
+        counts = self.measure([valid[place] for place in readable], list(readable.values()))
+        for (place, sizes), count in zip(readable.items(), counts, strict=True):
+            record = valid[place]
+            results[place] = RecordError(record.origin, record.id, count) if isinstance(count, str) else count, sizes
+        return block, results
+
+    def _sizes(self, records: dict[int, Record], block: np.ndarray) -> dict[int, list[Any]]:
+        """The sizes of every record's pictures, or in place of one why it cannot be read. A picture that several
+        records of the block show is looked at once."""
+        sizes = {place: self.known.of(int(block[place])) if self.known is not None else [] for place in records}
+        unknown = [place for place, record in records.items() if len(sizes[place]) != len(record.images)]
+        wanted = list(dict.fromkeys(image for place in unknown for image in records[place].images))
+        with ThreadPoolExecutor(THREADS) as pool:  # a share for every thread: handing out one by one costs more
+            shares = pool.map(_read_sizes, [wanted[i::THREADS] for i in range(THREADS)])
+            headers = {image: size for share in shares for image, size in share}
+        return sizes | {place: [headers[image] for image in records[place].images] for place in unknown}
+
+
+def _read_sizes(images: Sequence[ImageSource]) -> list[tuple[ImageSource, Size | str]]:
+    """Every picture with its size, or with why it cannot be read."""
+    sizes: list[tuple[ImageSource, Size | str]] = []
+    for image in images:
+        try:
+            sizes.append((image, image_size(image)))
+        except (FileNotFoundError, ValueError) as error:
+            sizes.append((image, str(error)))
+    return sizes
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _load(files: tuple[Path, Path], lengths: np.ndarray) -> tuple[ImageSizes | None, np.ndarray]:
+    """What the cache files hold, as far as they exist."""
+    known = None
+    if files[0].is_file():
+        with np.load(files[0]) as stored:
+            known = ImageSizes(stored["ends"], stored["sizes"])
+    if files[1].is_file():
+        with np.load(files[1]) as stored:
+            lengths = stored["lengths"]
+    return known, lengths
+
+
+def _save(
+    files: tuple[Path, Path], lengths: np.ndarray, known: ImageSizes | None, found: dict[int, list[Size]]
+) -> None:
+    """Writes both files, each in one move, so that other processes never see half of one."""
+    sizes = [found[i] if i in found else known.of(i) if known is not None else [] for i in range(len(lengths))]
+    flat = [size for picture_sizes in sizes for size in picture_sizes]
+    ends = np.cumsum([len(picture_sizes) for picture_sizes in sizes])
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    contents: list[dict[str, np.ndarray]] = [
+        {"ends": ends, "sizes": np.array(flat, dtype=np.int32).reshape(-1, 2)},
+        {"lengths": lengths},
+    ]
+    for file, arrays in zip(files, contents):
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as output:
+            np.savez(output, allow_pickle=False, **arrays)
+        os.replace(temporary, file)

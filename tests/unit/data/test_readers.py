@@ -1,0 +1,189 @@
+"""Pictures inside containers: tables and tar shards give the records that a JSON file with pictures beside it gives."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_pdrop.data.images import image_size, load_image
+from llava_pdrop.data.records import read_records
+
+SIZES = [(30, 20), (21, 40), (50, 50)]
+
+
+def talk(images: int, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": "<image>" * images + "What?"}, {"from": "gpt", "value": answer}]
+
+
+ENTRIES = [
+    {"id": "one", "pictures": [0], "conversations": talk(1, "a cat")},
+    {"id": "none", "pictures": [], "conversations": talk(0, "no picture")},
+    {"id": "two", "pictures": [1, 2], "conversations": talk(2, "two \u00e9t\u00e9s")},
+]
+
+
+def encoded(index: int) -> bytes:
+    """Picture ``index`` as a PNG file; number 1 lies on its side and says so."""
+    exif = Image.Exif()
+    if index == 1:
+        exif[0x0112] = 6
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(index).integers(0, 255, (*SIZES[index][::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def expected(tmp_path: Path):
+    """The records of a plain JSON file."""
+    for index in range(3):
+        (tmp_path / f"{index}.png").write_bytes(encoded(index))
+    entries = [{**entry, "image": [f"{i}.png" for i in entry["pictures"]]} for entry in ENTRIES]
+    (tmp_path / "plain.json").write_text(json.dumps(entries))
+    return read_records(tmp_path / "plain.json")
+
+
+@pytest.fixture(autouse=True)
+def cache_of_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def table(pictures: str = "list"):
+    """ENTRIES as a `datasets.Dataset`; ``list`` of pictures in every row, or ``one`` or none."""
+    import datasets
+
+    cells = [[{"bytes": encoded(i), "path": None} for i in entry["pictures"]] for entry in ENTRIES]
+    rows = {"id": [e["id"] for e in ENTRIES], "conversations": [e["conversations"] for e in ENTRIES]}
+    if pictures == "list":
+        made = datasets.Dataset.from_dict({**rows, "images": cells})
+        return made.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    first = [row[0] if len(row) == 1 else None for row in cells]
+    made = datasets.Dataset.from_dict({**rows, "image": first}).select([0, 1])
+    return made.cast_column("image", datasets.Image(decode=True))
+
+
+def write_shard(path: Path, entries, leave_out: tuple[str, ...] = (), folder: str = "") -> Path:
+    with tarfile.open(path, "w") as tar:
+        for entry in entries:
+            text = {"conversations": entry["conversations"], "image": "an old name.jpg"}
+            members = {"json": json.dumps(text).encode(), "txt": b"not for us"}
+            several = len(entry["pictures"]) > 1
+            for place, index in reversed(list(enumerate(entry["pictures"]))):
+                members[f"{place}.png" if several else "png"] = encoded(index)
+            for suffix, content in members.items():
+                if suffix not in leave_out:
+                    member = tarfile.TarInfo(f"{folder}{entry['id']}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def containers(tmp_path: Path) -> dict[str, Path]:
+    table().save_to_disk(tmp_path / "arrow")
+    (tmp_path / "parquet").mkdir()
+    table().select([0, 1]).to_parquet(tmp_path / "parquet" / "part-0.parquet")
+    table().select([2]).to_parquet(tmp_path / "parquet" / "part-1.parquet")
+    table().to_parquet(tmp_path / "single.parquet")
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards" / "00.tar", ENTRIES[:1])
+    write_shard(tmp_path / "shards" / "01.tar", ENTRIES[1:])
+    return {name: tmp_path / name for name in ("arrow", "parquet", "single.parquet", "shards")}
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet", "single.parquet", "shards"])
+def test_containers_give_the_same_records(tmp_path, expected, kind):
+    records = read_records(containers(tmp_path)[kind])
+    assert [(r.id, r.turns) for r in records] == [(r.id, r.turns) for r in expected]
+    for ours, plain in zip(records, expected, strict=True):
+        assert len(ours.images) == len(plain.images)
+        for source, path in zip(ours.images, plain.images):
+            assert image_size(source) == image_size(path)
+            assert np.array_equal(np.asarray(load_image(source)), np.asarray(load_image(path)))
+            assert (
+                hash(source) == hash(pickle.loads(pickle.dumps(source)))
+                and pickle.loads(pickle.dumps(source)) == source
+            )
+    assert image_size(records[2].images[0]) == SIZES[1][::-1]  # turned upright, by the header alone
+
+
+def test_what_a_worker_gets_is_small(tmp_path, expected):
+    for path in containers(tmp_path).values():
+        records = read_records(path)
+        assert len(pickle.dumps(records)) < 8000 < sum(len(encoded(i)) for i in range(3))
+        assert pickle.loads(pickle.dumps(records))[0].turns == expected[0].turns
+
+
+def test_one_picture_or_none_per_row(tmp_path):
+    table("one").save_to_disk(tmp_path / "arrow")
+    records = read_records(tmp_path / "arrow")
+    assert [len(record.images) for record in records] == [1, 0]
+    assert image_size(records[0].images[0]) == SIZES[0]
+    assert str(records[0].images[0]).endswith("arrow[0].image[0]")
+
+
+def test_names_of_files_in_a_table(tmp_path, expected):
+    import datasets
+
+    rows = [{"id": e["id"], "conversations": e["conversations"], "image": "0.png"} for e in ENTRIES[:1]]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "arrow")
+    assert read_records(tmp_path / "arrow", tmp_path)[0].images == expected[0].images
+
+
+def test_broken_pictures_in_containers_are_named(tmp_path):
+    broken = [{**ENTRIES[0], "pictures": [0]}]
+    shard = write_shard(tmp_path / "a.tar", broken)
+    content = shard.read_bytes()
+    at = content.index(b"\x89PNG")
+    shard.write_bytes(content[:at] + b"\0" * 64 + content[at + 64 :])
+    (record,) = read_records(shard)
+    with pytest.raises(ValueError, match=r"a\.tar:one\.png: cannot be read as an image"):
+        image_size(record.images[0])
+
+
+def test_ten_pictures_stay_in_the_order_of_their_numbers(tmp_path):
+    entry = {"id": "many", "pictures": [i % 3 for i in range(11)], "conversations": talk(11, "x")}
+    (record,) = read_records(write_shard(tmp_path / "a.tar", [entry], folder="deep/er.folder/"))
+    assert [source.name for source in record.images] == [f"deep/er.folder/many.{i}.png" for i in range(11)]
+    assert (record.id, record.origin) == ("deep/er.folder/many", f"{tmp_path / 'a.tar'}:deep/er.folder/many")
+
+
+def test_bad_containers_are_named(tmp_path):
+    import datasets
+
+    def refused(path: Path, message: str, **options) -> None:
+        with pytest.raises(ValueError, match=message) as error:
+            read_records(path, **options)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+    refused(
+        write_shard(tmp_path / "a.tar", ENTRIES[:1], leave_out=("json",)), "there is no one.json beside its pictures"
+    )
+    refused(write_shard(tmp_path / "b.tar", ENTRIES[:1], leave_out=("png",)), r"id one\): 0 image\(s\) but 1 <image>")
+    (tmp_path / "c.tar").write_bytes(b"no tar" * 200)
+    refused(tmp_path / "c.tar", "cannot be read as an uncompressed tar file")
+    (tmp_path / "d.parquet").write_bytes(b"no parquet")
+    refused(tmp_path / "d.parquet", "cannot be read as a Hugging Face data set")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "unknown data format of the directory 'empty'; known are llava_json")
+    refused(tmp_path / "empty", "neither written by save_to_disk nor any", format="hf")
+    refused(tmp_path / "empty", "there is no", format="webdataset")
+    datasets.DatasetDict(train=table(), test=table()).save_to_disk(tmp_path / "splits")
+    refused(tmp_path / "splits", r"holds the splits train, test; name one of them, e\.g\. .*splits.train")
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "other")
+    refused(tmp_path / "other", r"has no column 'conversations' \(columns: text\)")
+    cells = [{**row, "images": [{"bytes": None, "path": None}]} for row in table().to_list()[:1]]
+    features = datasets.Features(
+        {**table().features, "images": [{"bytes": datasets.Value("binary"), "path": datasets.Value("string")}]}
+    )
+    datasets.Dataset.from_list(cells, features=features).save_to_disk(tmp_path / "hollow")
+    refused(tmp_path / "hollow", r"\(id one\): picture 0 has neither bytes nor a file name")
