@@ -1,117 +1,142 @@
-"""Weights in and out: the original LLaVA layout, the projector file of stage 1, ordinary Hugging Face directories.
+"""Weights into a model and out of it: strict loading, the projector file of stage 1, Hugging Face directories.
 
 Loading is strict. A missing, unexpected or mis-shaped key is an error that lists the keys, never a random weight.
+How files are read stands in `shards.py`, which names they use in `layouts.py`, and the other way out (original LLaVA
+layout, conversion without a model) in `export.py`.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-ORIGINAL_TO_HOST: tuple[tuple[str, str], ...] = (
-    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-    (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower."),
-    (r"^model\.image_newline$", "model.image_newline"),
-    (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+from llava_pdrop.model.hf_files import write_config, write_processor
+from llava_pdrop.model.layouts import (
+    CANONICAL,
+    EMBEDDINGS,
+    HOST_TO_HF,
+    ORIGINAL_TO_HOST,
+    is_projector,
+    rename,
 )
-"""Names of the original LLaVA layout -> names in a Hugging Face LLaVA in memory."""
+from llava_pdrop.model.shards import SHARD_SIZE, Stored, open_tensors, read_json, write_shards
 
-OBSOLETE = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
-"""Buffers that old checkpoints carry and that are computed today."""
+__all__ = [
+    "ORIGINAL_TO_HOST", "PROJECTOR_FILE", "load_projector", "load_strictly", "mean_rows", "read_json", "rename",
+    "save_pretrained", "save_projector",
+]  # fmt: skip
 
 PROJECTOR_FILE = "projector.safetensors"
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint directory (sharded or not) or of one .safetensors / .bin file.
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor | Stored], origin: str) -> None:
+    """Copies ``tensors``, one after the other, into ``module``, whose names they must match one by one.
 
-    Raises:
-        FileNotFoundError: nothing readable there. ValueError: a tensor stands in two files. Torch pickles are opened
-            with ``weights_only=True``.
-    """
-    if path.is_file():
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
-        tensors: dict[str, Tensor] = {}
-        for file in sorted(path.glob(pattern)):
-            more = read_tensors(file)
-            if twice := sorted(tensors.keys() & more.keys()):
-                raise ValueError(
-                    f"{file}: holds {twice[0]} again, which another file of {path} has: remove one of them"
-                )
-            tensors |= more
-        if tensors:
-            return tensors
-    raise FileNotFoundError(f"{path}: no *.safetensors and no pytorch_model*.bin file in it")
-
-
-def rename(tensors: Mapping[str, Tensor], table: tuple[tuple[str, str], ...] = ORIGINAL_TO_HOST) -> dict[str, Tensor]:
-    """Every tensor under its new name; obsolete buffers are left out."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        if OBSOLETE.search(name):
-            continue
-        for pattern, replacement in table:
-            name, hits = re.subn(pattern, replacement, name)
-            if hits:
-                break
-        renamed[name] = tensor
-    return renamed
-
-
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copies ``tensors`` into ``module``, whose names they must match one by one.
+    A tied parameter (a head that is the embedding) may be missing; where it is there, it must equal its twin.
 
     Raises:
         ValueError: lists every missing, unexpected and mis-shaped key of ``origin``.
     """
-    own = module.state_dict()
-    tied = getattr(module, "_tied_weights_keys", None) or {}
-    missing = sorted(name for name in own.keys() - tensors.keys() if not (name in tied and tied_to(own, name)))
-    unexpected = sorted(tensors.keys() - own.keys())
-    misshaped = sorted(
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if own[name].shape != tensors[name].shape
+    check_fit(module, tensors, origin)
+    own, twins = module.state_dict(), tied(module)
+    done: set[str] = set()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            value = tensor.read() if isinstance(tensor, Stored) else tensor
+            if twins.get(name) not in done:
+                own[name].copy_(value)
+            elif not torch.equal(own[name], value.to(own[name])):
+                raise ValueError(f"{origin}: {name} differs from {twins[name]}, to which the model's config ties it")
+            done.add(name)
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor | Stored], origin: str) -> None:
+    """Compares names and shapes with those of ``module``, which may be on the meta device.
+
+    Raises:
+        ValueError: lists every missing, unexpected and mis-shaped key of ``origin``.
+    """
+    twins = tied(module)
+    check_shapes(
+        {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        f"{origin} does not fit the model",
+        {name for name, twin in twins.items() if twin in tensors},
     )
+
+
+def check_shapes(
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    sentence: str,
+    optional: Collection[str] = (),
+) -> None:
+    """Raises `ValueError`, ``sentence`` and a list of the keys, unless ``found`` are the ``wanted`` tensors."""
+    misshaped = sorted(
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    )
+    missing = sorted(wanted.keys() - found.keys() - set(optional))
+    unexpected = sorted(found.keys() - wanted.keys())
     problems = [
         f"{kind}: {', '.join(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped))
         if names
     ]
     if problems:
-        raise ValueError(f"{origin} does not fit the model; " + "; ".join(problems))
-    module.load_state_dict(dict(tensors), strict=False)
+        raise ValueError(f"{sentence}; " + "; ".join(problems))
 
 
-def tied_to(own: Mapping[str, Tensor], name: str) -> bool:
-    """Whether parameter ``name`` shares its memory with another one, which then brings its value."""
-    return any(other != name and own[other].data_ptr() == own[name].data_ptr() for other in own)
+def tied(module: nn.Module) -> dict[str, str]:
+    """Parameters that are one and the same: name -> the other name."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    pairs = [same for same in names.values() if len(same) > 1]
+    return {name: next(other for other in same if other != name) for same in pairs for name in same}
 
 
-def mean_rows(tensors: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Embedding and head with ``rows`` rows; new rows are the mean of the old ones, as their own average is what an
-    untrained token should look like to a trained model."""
+def mean_rows(tensors: Mapping[str, Stored], old_rows: int, rows: int) -> dict[str, Stored]:
+    """Embedding and head of ``old_rows`` rows with ``rows``; new rows are the mean of the old ones, as their own
+    average is what an untrained token should look like to a trained model. Computed in float32 and the same for the
+    same old rows, so that rows taken off by `cut_rows` come back bit by bit. A tensor with another number of rows than
+    ``old_rows`` stays, to be refused by `check_fit`."""
+
+    def pad(count: int) -> Callable[[Tensor], Tensor]:
+        def change(old_VD: Tensor) -> Tensor:
+            mean_D = old_VD.float().mean(0).to(old_VD.dtype)
+            return torch.cat([old_VD, mean_D.expand(count, -1)])
+
+        return change
+
     padded = dict(tensors)
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-        if name in padded and len(padded[name]) < rows:
-            mean_D = padded[name].float().mean(0).to(padded[name].dtype)
-            padded[name] = torch.cat([padded[name], mean_D.expand(rows - len(padded[name]), -1)])
+    for name in EMBEDDINGS:
+        old = padded.get(name)
+        if old is not None and old.shape[0] == old_rows < rows:
+            padded[name] = old.map(pad(rows - old.shape[0]), (rows, *old.shape[1:]))
     return padded
+
+
+def cut_rows(tensors: Mapping[str, Stored], rows: int) -> dict[str, Stored]:
+    """Embedding and head with their first ``rows`` rows only."""
+    cut = dict(tensors)
+    for name in EMBEDDINGS:
+        old = cut.get(name)
+        if old is not None and old.shape[0] > rows:
+            cut[name] = old.map(lambda tensor: tensor[:rows].clone(), (rows, *old.shape[1:]))
+    return cut
 
 
 def save_projector(host: nn.Module, directory: Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
     """Writes projector (and newline) as ``projector.safetensors``: what stage 1 hands to stage 2."""
     state = host.state_dict() if state_dict is None else state_dict
-    wanted = {name: tensor for name, tensor in state.items() if _is_projector(name)}
+    wanted = {name: tensor for name, tensor in state.items() if is_projector(name)}
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / PROJECTOR_FILE
     save_file({name: tensor.contiguous().cpu() for name, tensor in wanted.items()}, file)
@@ -124,40 +149,45 @@ def load_projector(host: nn.Module, file: Path) -> None:
     Raises:
         ValueError: its keys or shapes do not fit (see `load_strictly`).
     """
-    tensors = rename(read_tensors(file))
-    own = {name: tensor for name, tensor in host.state_dict().items() if _is_projector(name)}
-    if "model.image_newline" in own and "model.image_newline" not in tensors:
-        own.pop("model.image_newline")  # a projector pretrained on plain pictures has no newline yet
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise ValueError(f"{file} does not fit the projector: it holds {found}, the model needs {shapes}")
-    host.load_state_dict(tensors, strict=False)
-
-
-def _is_projector(name: str) -> bool:
-    return ".multi_modal_projector." in name or name.endswith("image_newline")
+    tensors = rename(open_tensors(file))
+    own = {name: tensor for name, tensor in host.state_dict().items() if is_projector(name)}
+    check_shapes(
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        {name: tensor.shape for name, tensor in tensors.items()},
+        f"{file} does not fit the projector",
+        {"model.image_newline"},  # a projector pretrained on plain pictures has no newline yet
+    )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor.read())
 
 
 def save_pretrained(
-    host: nn.Module, processor: Any, directory: Path, state_dict: Mapping[str, Tensor] | None = None
+    host: nn.Module,
+    processor: Any,
+    directory: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    shard_size: str = SHARD_SIZE,
 ) -> None:
-    """Writes an ordinary Hugging Face LLaVA directory: weights, config (with ``pyramid_drop`` section), processor."""
-    directory.mkdir(parents=True, exist_ok=True)
-    host.save_pretrained(directory, state_dict=dict(state_dict) if state_dict is not None else None)
-    if processor is not None:
-        processor.save_pretrained(directory)
+    """Writes an ordinary Hugging Face LLaVA directory: weights under the names of the hub's llava-hf checkpoints
+    (`layouts.HOST_TO_HF`, whatever names this transformers version has in memory), config (with ``pyramid_drop``
+    section), processor.
 
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from ``file``.
+    Args:
+        state_dict: gathered weights (DeepSpeed, FSDP); default: the host's own.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is not JSON.
+        ValueError: ``state_dict`` holds keys that no LLaVA has; they are listed.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from None
+    state = host.state_dict() if state_dict is None else state_dict
+    if host.config.tie_word_embeddings and EMBEDDINGS[0] in state:
+        state = {name: tensor for name, tensor in state.items() if name != EMBEDDINGS[1]}  # the same, as in llava-hf
+    renamed = rename(state, HOST_TO_HF)
+    foreign = sorted(name for name in renamed if not CANONICAL.match(name))
+    if foreign:
+        raise ValueError(f"{directory}: not written, because these are no keys of a LLaVA: {', '.join(foreign)}")
+    write_shards(directory, {name: Stored.of(tensor.detach()) for name, tensor in renamed.items()}, shard_size)
+    write_config(host.config, directory, host.dtype)
+    host.generation_config.save_pretrained(directory)
+    if processor is not None:
+        write_processor(processor, directory)

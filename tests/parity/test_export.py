@@ -20,7 +20,7 @@ from transformers import (
 
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import load_image, preprocess
-from llava_pdrop.data.tokens import prompt_sample
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.model.build import build_parts
 from llava_pdrop.model.checkpoint import load_strictly, save_pretrained, save_projector
 from llava_pdrop.model.schedule import Schedule
@@ -99,7 +99,7 @@ def test_reopens_in_plain_transformers_and_generates_the_same(parts, picture, tm
     image = preprocess(load_image(picture), parts.geometry, parts.image_processor)
     torch.testing.assert_close(image.pixels, inputs["pixel_values"].reshape(image.pixels.shape), atol=1e-5, rtol=0)
     token = parts.host.config.image_token_id
-    sample = prompt_sample(record, [image], TEMPLATES["qa"], parts.tokenizer, token, parts.geometry)
+    sample = Encoder(TEMPLATES["qa"], parts.tokenizer, token, parts.geometry).prompt(record, [image])
     assert sample.input_ids.tolist() == inputs["input_ids"][0].tolist()
     vanilla = PyramidLlava(parts.host, Schedule(), parts.geometry)
     for expected in theirs.tolist():

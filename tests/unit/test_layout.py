@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "model": {"types", "geometry", "model"},
     "train": {"types", "geometry", "config", "data", "model", "train"},
     "eval": {"types", "geometry", "config", "data", "model", "train", "eval", "bench"},
-    "bench": {"types", "geometry", "config", "data", "model", "bench"},
+    "bench": {"types", "geometry", "config", "data", "model", "train", "bench"},
+    "convert": {"types", "geometry", "model"},
+    "doctor": {"types", "geometry", "config", "data", "model", "bench", "train"},
     "serve": {"types", "geometry", "config", "data", "model", "serve"},
 }
 """First part of a module's name below llava_pdrop -> what it may import of llava_pdrop. ``__main__`` may all."""

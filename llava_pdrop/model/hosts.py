@@ -1,0 +1,75 @@
+"""Hugging Face hosts without weights: their config, and the module itself, empty or on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
+from transformers.initialization import no_init_weights
+
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.vlm import Host
+
+CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+"""model_type -> class of the host."""
+
+
+def make_config(
+    text_config: Any, vision_config: Any, geometry: ImageGeometry, image_token_id: int, feature_layer: int = -2
+) -> LlavaConfig | LlavaNextConfig:
+    """The config of a host: LLaVA-NeXT for anyres, LLaVA otherwise.
+
+    Args:
+        feature_layer: hidden state of the tower that goes to the projector.
+    """
+    common = dict(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=image_token_id,
+        image_token_index=image_token_id,  # the name before transformers 5
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)),
+    )
+    if geometry.aspect == "pad":
+        return LlavaConfig(**common, image_seq_length=geometry.patches)
+    pinpoints = [[height, width] for width, height in geometry.pinpoints]
+    config = LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)
+    config.mm_patch_merge_type, config.image_rounding = geometry.merge, geometry.rounding
+    return config
+
+
+def make_host(
+    text_config: Any, vision_config: Any, geometry: ImageGeometry, image_token_id: int, feature_layer: int = -2
+) -> Host:
+    """An untrained host (see `make_config`). Costs nothing under ``torch.device("meta")``."""
+    config = make_config(text_config, vision_config, geometry, image_token_id, feature_layer)
+    return CLASSES[config.model_type]._from_config(config)
+
+
+def empty_host(config: Any, dtype: torch.dtype) -> Host:
+    """A host whose parameters, in ``dtype``, hold nothing yet, except projector and newline, which are initialised.
+
+    Buffers keep float32: rotary frequencies in half precision turn late positions to noise. Memory that is not written
+    is not used, so that loading into it needs one copy of the model.
+    """
+    with no_init_weights():
+        host = CLASSES[config.model_type]._from_config(config, dtype=dtype)
+    host.tie_weights()
+    host.model.multi_modal_projector.apply(host._init_weights)
+    if hasattr(host.model, "image_newline"):
+        host.model.image_newline.data.normal_(0.0, config.text_config.hidden_size**-0.5)
+    return host
+
+
+def meta_host(config: Any) -> Host:
+    """A host of which only names and shapes are wanted."""
+    with torch.device("meta"):
+        return CLASSES[config.model_type]._from_config(config)

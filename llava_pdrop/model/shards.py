@@ -1,0 +1,237 @@
+"""Weight files, read and written tensor by tensor: a checkpoint is never in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_SIZE = "5GB"
+KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
+"""(stem, suffix) of weight files, in order of preference where a directory has both."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+WANTED = ["*.json", "*.txt", "*.model", "*.jinja"]
+"""Small files of a hub repository; its weights come as safetensors where it has them."""
+
+NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies on a disk (or is made from such ones) until ``read`` is called."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @staticmethod
+    def of(tensor: Tensor) -> Stored:
+        """A tensor that is in memory already."""
+        return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> Stored:
+        """What ``change`` makes of it, computed when it is read; its dtype stays."""
+        return Stored(shape or self.shape, self.dtype, lambda: change(self.read()).to(self.dtype))
+
+    def to(self, dtype: torch.dtype | None) -> Stored:
+        """In another floating-point precision; None and integers: unchanged."""
+        if dtype in (None, self.dtype) or not self.dtype.is_floating_point:
+            return self
+        return Stored(self.shape, dtype, lambda: self.read().to(dtype))
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def resolve(source: str) -> Path:
+    """The directory of a checkpoint: ``source`` itself, or the local copy of a hub id (downloaded where allowed).
+
+    Raises:
+        FileNotFoundError: neither a directory nor a hub id that can be had.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        directory = Path(snapshot_download(source, allow_patterns=[*WANTED, "model*.safetensors"]))
+        if not weight_files(directory):
+            directory = Path(snapshot_download(source, allow_patterns=[*WANTED, "*.bin"]))
+    except Exception as error:  # noqa: BLE001  every HTTP client has its own kinds, with one meaning here
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise FileNotFoundError(
+            f"{source} is no directory, and not to be had from the hub ({type(error).__name__}: {reason})"
+        ) from None
+    return directory
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of ``directory``, checked against its index; empty where there are none.
+
+    Raises:
+        ValueError: files and index contradict each other, or a shard of a numbered set is missing.
+    """
+    for stem, suffix in KINDS:
+        files = sorted(directory.glob(f"{stem}-*.{suffix}"))
+        index = directory / f"{stem}.{suffix}.index.json"
+        single = directory / f"{stem}.{suffix}"
+        if index.is_file():
+            return _indexed(index, files)
+        if single.is_file():
+            return [single]
+        if files:
+            counts = {int(match[2]) for match in map(NUMBERED.search, (file.name for file in files)) if match}
+            if counts and counts != {len(files)}:
+                raise ValueError(f"{directory}: has {len(files)} of {max(counts)} *.{suffix} shards: copy the others")
+            return files
+    return []
+
+
+def _indexed(index: Path, files: list[Path]) -> list[Path]:
+    named = set(_weight_map(index).values())
+    lacking = sorted(named - {file.name for file in files})
+    if lacking:
+        raise ValueError(f"{index}: names shards that are not there: {', '.join(lacking)}")
+    extra = sorted({file.name for file in files} - named)
+    if extra:
+        raise ValueError(f"{index}: does not name {', '.join(extra)}: remove the file, or mend the index")
+    return [index.parent / name for name in sorted(named)]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{index}: has no weight_map")
+    return table
+
+
+def open_tensors(path: Path) -> dict[str, Stored]:
+    """All tensors of a checkpoint directory (sharded or not) or of one .safetensors / .bin file, not yet read.
+
+    Raises:
+        FileNotFoundError: nothing readable there. ValueError: a broken file, a tensor in two files, an index that does
+            not say what the shards hold. Torch pickles are opened with ``weights_only=True``.
+    """
+    if path.is_file():
+        return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+    files = weight_files(path)
+    if not files:
+        raise FileNotFoundError(f"{path}: no model*.safetensors and no pytorch_model*.bin file in it")
+    tensors: dict[str, Stored] = {}
+    place: dict[str, str] = {}
+    for file in files:
+        more = open_tensors(file)
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise ValueError(f"{file}: holds {twice[0]} again, which another file of {path} has: remove one of them")
+        tensors |= more
+        place |= dict.fromkeys(more, file.name)
+    index = next((path / f"{s}.{x}.index.json" for s, x in KINDS if files[0].suffix == f".{x}"), path)
+    if index.is_file():
+        _check_index(index, place)
+    return tensors
+
+
+def _check_index(index: Path, place: Mapping[str, str]) -> None:
+    table = _weight_map(index)
+    lacking = sorted(f"{name} ({file})" for name, file in table.items() if place.get(name) != file)
+    surplus = sorted(f"{name} ({file})" for name, file in place.items() if name not in table)
+    problems = [
+        f"{kind}: {', '.join(names)}"
+        for kind, names in (("missing from the shard it names", lacking), ("in a shard but not in it", surplus))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{index}: does not fit its shards; " + "; ".join(problems))
+
+
+def _open_safetensors(file: Path) -> dict[str, Stored]:
+    try:
+        handle = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}): copy it again") from None
+    tensors = {}
+    for name in handle.keys():  # noqa: SIM118  it is no dictionary
+        entry = handle.get_slice(name)
+        kind = entry.get_dtype()
+        if kind not in DTYPES:
+            raise ValueError(f"{file}: {name} has dtype {kind}: quantised weights are not supported")
+        tensors[name] = Stored(
+            tuple(entry.get_shape()),
+            DTYPES[kind],
+            lambda name=name: handle.get_tensor(name),  # type: ignore[misc]
+        )
+    return tensors
+
+
+def _open_pickle(file: Path) -> dict[str, Stored]:
+    try:
+        mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 cannot be mapped: they are read as a whole
+        loaded = torch.load(file, "cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file}: not a whole file of plain tensors ({reason})") from None
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise ValueError(f"{file}: is not a dictionary of tensors")
+    return {name: Stored.of(tensor) for name, tensor in loaded.items()}
+
+
+def write_shards(directory: Path, tensors: Mapping[str, Stored], shard_size: str = SHARD_SIZE) -> list[Path]:
+    """Writes ``model.safetensors``, or numbered shards of at most ``shard_size`` and their index; older weight files
+    in ``directory`` go. At most one shard is in memory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        get_storage_id=lambda tensor: None,
+        max_shard_size=shard_size,
+    )
+    for stem, suffix in KINDS:
+        for pattern in (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json"):
+            for file in directory.glob(pattern):
+                file.unlink()
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: tensors[name].read().contiguous().cpu() for name in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # safetensors leaves it to its owner alone
+        del shard
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(directory / "model.safetensors.index.json", index)
+    return [directory / file for file in plan.filename_to_tensors]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from ``file``.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is not a JSON object.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON file ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: holds no JSON object")
+    return value
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """``value`` as indented JSON."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
