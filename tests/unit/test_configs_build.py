@@ -1,7 +1,8 @@
-"""Every shipped config whose parts are known builds on the meta device, at full size and for nothing."""
+"""Every shipped config builds on the meta device, plans a batch, and costs what the paper says its row costs."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from llava_pdrop.config import load_config
 from llava_pdrop.config_paths import number, part_configs
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.build import make_host
+from llava_pdrop.model.schedule import paper_tflop
+from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava, geometry_of
+from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -37,3 +41,61 @@ def test_builds_on_meta(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert geometry_of(built.host.config) == geometry
     if "7b" in path:
         assert sum(p.numel() for p in built.parameters()) == pytest.approx(7.06e9, rel=0.01)
+    check_plan(built)
+
+
+def check_plan(model: PyramidLlava) -> None:
+    """Plans a batch of a picture between a question and an answer, and a text, without computing anything."""
+    size = (640, 480)
+    count, patch = model.geometry.num_tokens(size), model.geometry.tile
+    ids = torch.arange(20 + count)
+    labels = torch.where(ids >= len(ids) - 5, ids, IGNORE_INDEX)
+    picture = ImageInput(torch.empty(model.geometry.num_tiles(size), 3, patch, patch, device="meta"), size)
+    text = Sample("text", torch.arange(9), torch.arange(9).masked_fill(torch.arange(9) < 4, IGNORE_INDEX))
+    batch = PackedBatch.pack([Sample("picture", ids, labels, (picture,), ((10, 10 + count),)), text])
+    plan = StreamPlan.build(batch, model.schedule, model.geometry, torch.device("cpu"))
+    kept = [model.schedule.kept(count, stage) for stage in range(len(model.schedule.layers))]
+    assert plan.image_tokens == [count, *kept]
+    assert [stage.layout.tokens for stage in plan.stages] == [29 + tokens for tokens in (count, *kept)]
+    assert len(plan.image_row) == len(plan.feature_row) == count and len(plan.label_L) == 10
+
+
+PRINTED = re.compile(r"([\d.]+) TFLOP")
+"""The paper's figure in the first line of a config."""
+
+ROWS = [path for path in CONFIGS if PRINTED.search((ROOT / path).read_text().splitlines()[0])]
+DISAGREES = {"configs/llava15_7b/finetune_pdrop_5stages.yaml": 1.39}
+"""Rows where the paper's table says something else than its formula, and what the formula says."""
+
+
+def test_every_run_of_the_paper_is_there() -> None:
+    printed = [PRINTED.search((ROOT / path).read_text().splitlines()[0])[1] for path in ROWS if "/base/" not in path]
+    paper = ["3.82", "1.78", "1.54", "2.06", "2.13", "1.38", "2.01", "20.8", "9.46", "8.22", "11.0", "40.6", "18.1"]
+    assert sorted(printed) == sorted(paper)
+
+
+@pytest.mark.parametrize("path", ROWS)
+def test_costs_what_the_paper_says(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    decoder, tower = part_configs(config.model)
+    assert decoder and tower
+    tile, patch = tower["image_size"], tower["patch_size"]
+    canvases = config.model.pinpoints
+    tiles = 1 + max((width * height // tile**2 for width, height in canvases), default=0)
+    tokens = tiles * (tile // patch) ** 2  # the paper counts whole tiles, without newlines and unpadding
+    layers, hidden, inner = (decoder[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    printed = PRINTED.search((ROOT / path).read_text().splitlines()[0])[1]
+    counted = paper_tflop(tokens, layers, hidden, inner, config.schedule)
+    assert f"{counted:.3g}" == f"{DISAGREES.get(path, float(printed)):.3g}"
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "b/finetune_" in path])
+def test_stage_one_drops_alike(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's hours and scores are of runs that drop in both stages."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    stage1, *changes = config.pretrain.split()
+    first = load_config(stage1, changes)
+    assert first.schedule == config.schedule
+    assert first.output_dir.startswith("checkpoints/") and first.output_dir != config.output_dir
