@@ -5,7 +5,7 @@ PYTHON_VENV := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup test test-gpu check bench format tiny-bases test-readme clean
+.PHONY: help setup test test-golden test-gpu check bench format tiny-bases test-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,6 +18,9 @@ test: setup ## run all tests (PYTEST_ARGS="-k name" for some, JOBS=1 for one aft
 
 test-gpu: setup ## run the tests that need a CUDA device (elsewhere they are skipped, with the reason)
 	$(PYTHON_VENV) -m pytest tests/gpu $(PYTEST_ARGS)
+
+test-golden: setup ## compare with the official results in the directory PDROP_GOLDEN (default: those in the repository)
+	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup tests/golden $(PYTEST_ARGS)
 
 check: setup ## lint, formatting and types
 	$(PYTHON_VENV) -m ruff check .

@@ -90,6 +90,8 @@ def _config(args: argparse.Namespace) -> Any:
     from llava_pdrop.config import RUN_FILE, load_config
 
     path, overrides = Path(args.config), list(args.overrides)
+    if path.is_dir() and not (path / RUN_FILE).is_file() and (path / "config.json").is_file():
+        return _foreign(path, overrides)
     if path.is_dir():
         whole = [f"model.path={path}", "model.language_model=null", "model.vision_tower=null", "model.projector=null"]
         path, overrides = path / RUN_FILE, whole + overrides
@@ -103,7 +105,7 @@ def _take_config(parser: argparse.ArgumentParser) -> None:
 
 def _take_run(parser: argparse.ArgumentParser) -> None:
     _take_config(parser)
-    parser.description = f"{parser.description}. CONFIG may be a run directory."
+    parser.description = f"{parser.description}. CONFIG may be a run directory, or any LLaVA with data.eval=FILE."
 
 
 def _take_runs(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +114,25 @@ def _take_runs(parser: argparse.ArgumentParser) -> None:
         f"{parser.description}. With run directories instead (RUN RUN ...): shows finished runs beside "
     )
     parser.description += "each other and beside what the paper reports, as checkpoints/runs.md and runs.png."
+
+
+def _foreign(directory: Path, overrides: list[str]) -> Any:
+    """The config of a LLaVA that was not trained here: it is evaluated with the schedule in its config.json, if any."""
+    from llava_pdrop.config import RUN_FILE, ConfigError, config_of
+    from llava_pdrop.model.original_layout import original_schedule
+    from llava_pdrop.model.shards import read_json
+
+    if not any(word.startswith("data.eval=") for word in overrides):
+        raise ConfigError(f"{directory} has no {RUN_FILE} that names questions: add data.eval=FILE data.image_root=DIR")
+    schedule = original_schedule(read_json(directory / "config.json"))
+    values = {
+        "name": directory.name,
+        "output_dir": str(directory),
+        "model": {"path": str(directory)},
+        "data": {"train": "${data.eval}", "samples_per_batch": 1},  # required keys, which evaluation does not read
+        "pyramid_drop": schedule.to_dict() if schedule else None,
+    }
+    return config_of(values, overrides, directory / RUN_FILE)
 
 
 @dataclass(frozen=True)

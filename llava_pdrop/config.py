@@ -81,11 +81,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: anything wrong with the files or their content. That named files exist is not looked at here, see
             `llava_pdrop.config_paths.check_paths`.
     """
-    layers = _read(Path(path), ())
+    return _resolve(_read(Path(path), ()), overrides, Path(path))
+
+
+def config_of(values: dict[str, Any], overrides: Sequence[str], path: Path) -> Config:
+    """A `Config` of plain ``values`` and ``overrides``, as if ``path`` held them.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return _resolve([(str(path), values)], overrides, path)
+
+
+def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str], path: Path) -> Config:
+    """The `Config` of what files say one after the other, and of the ``overrides``."""
     changes = dict(_dotlist(overrides))
     if changes.keys() & {"model", "pyramid_drop"}:
         layers[-1][1].pop("paper", None)  # it is about the run as the file has it
-    layers.append((OVERRIDES, changes))
+    layers = [*layers, (OVERRIDES, changes)]
     merged: dict[str, Any] = {}
     for name, layer in layers:
         try:
@@ -94,7 +107,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"{name}: cannot be merged with what it inherits: {_first_line(error)}") from None
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
-        return _build(resolved, Path(path))
+        return _build(resolved, path)
     except Problem as problem:
         hint = nearest_key(problem.key, _all_keys(problem.key)) if problem.unknown else ""
         raise ConfigError(f"{_origin(problem.key, layers)}: {problem}{hint}") from None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from llava_pdrop.__main__ import main
 from llava_pdrop.config import RUN_FILE, ConfigError, load_config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.eval.benchmarks import llava_json
@@ -136,3 +138,19 @@ def test_eval_of_a_run_by_config_and_by_directory(tiny_config, capsys):
     vanilla = evaluate_config(load_config(output / RUN_FILE, ["pyramid_drop=null"]))
     assert vanilla.image_tokens == [16]
     assert len(load_questions(config)) == 4
+
+
+def test_eval_of_a_directory_that_was_not_trained_here(tiny_config, tmp_path, capsys):
+    """It has no config of ours; its schedule stands in its config.json."""
+    section = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
+    config = load_config(tiny_config(pyramid_drop=section), ["eval.limit=4"])
+    other = tmp_path / "downloaded"
+    shutil.copytree(train(config), other, ignore=shutil.ignore_patterns(RUN_FILE, "checkpoint-*"))
+    assert main(["eval", str(other)]) == 2
+    assert "add data.eval=FILE data.image_root=DIR" in capsys.readouterr().err
+    words = [f"data.eval={config.data.eval}", f"data.image_root={config.data.image_root}", "eval.limit=4"]
+    words += [f"model.template={config.model.template}", "eval.batch_size=2"]
+    assert main(["eval", str(other), *words]) == 0
+    assert "16 -> 8 -> 4 -> 2" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["eval", str(other), *words, "pyramid_drop=null"]) == 0
+    assert json.loads((other / "evaluation.json").read_text())["image_tokens"] == [16]
