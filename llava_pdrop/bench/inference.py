@@ -37,8 +37,8 @@ def run_prefill(args: argparse.Namespace) -> None:
         if value is not None and min(value if isinstance(value, list) else [value]) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
 
-    from llava_pdrop.bench.hardware import device_label, device_named
-    from llava_pdrop.bench.inference_measure import bench_prefill
+    from llava_pdrop.model.hardware import device_label, device_named
+    from llava_pdrop.bench.inference_measure import TEXT_TOKENS, bench_prefill
     from llava_pdrop.bench.inference_report import show, write
     from llava_pdrop.bench.report import check_out
     from llava_pdrop.bench.shapes import shape_named
@@ -48,6 +48,9 @@ def run_prefill(args: argparse.Namespace) -> None:
     name = args.shape or ("llava-next-7b" if device.type == "cuda" else "tiny")
     shape = shape_named(name)
     image_tokens = args.image_tokens or [tiles * shape.geometry.patches for tiles in TILES]
+    room = shape.text_config().max_position_embeddings - sum(TEXT_TOKENS) - args.new_tokens
+    if max(image_tokens) > room:
+        raise ValueError(f"--image-tokens must be at most {max(0, room)}: the decoder has no positions for more")
     report = bench_prefill(
         name, shape, device, args.batch, image_tokens, args.new_tokens, args.runs, args.seed, args.attention
     )

@@ -26,7 +26,7 @@ LEARNING_RATE = 2e-5
 
 DESCRIPTIONS = {
     "adamw": "AdamW over all trainable parameters",
-    "sharded": "AdamW over one eighth of the parameters, as one of 8 ZeRO-2 ranks, whose gradients are kept whole here; "
+    "sharded": "AdamW over one eighth of the parameters, as one of 8 ZeRO-2 ranks; gradients are whole, and "
     "communication is not in it",
     "none": "left out: forward and backward only",
 }

@@ -21,6 +21,9 @@ REGIONS = ("step", "forward", "tower", "decoder", "ranking", "head", "backward",
 """What is measured. ``step`` is forward, backward and optimizer; tower, decoder and head lie in the forward, ranking
 (with the dropping) in the decoder, and the tower's backward, from the gradient of its features on, in the backward."""
 
+STAGE = "stage"
+"""Regions ``stage 0``, ``stage 1``, ...: the forward of the decoder layers between two drops, ranking not in it."""
+
 PARTS = ("tower", "embedding", "decoder", "ranking", "head", "backward", "tower_backward", "optimizer")
 """A step in pieces that do not overlap, see `parts_of`."""
 
@@ -64,7 +67,8 @@ class Recorder:
         self.stop(name)
 
     def read(self) -> dict[str, Seconds]:
-        """Seconds of every region of `REGIONS`, several visits added up; waits for the device once."""
+        """Seconds of every region of `REGIONS`, and of every `STAGE` there was; several visits are added up. Waits for
+        the device once."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         total = {name: Seconds(0.0, 0.0) for name in REGIONS}
@@ -73,7 +77,8 @@ class Recorder:
                 wall, cpu = began.elapsed_time(ended) / 1000, 0.0
             else:
                 wall, cpu = ended[0] - began[0], ended[1] - began[1]
-            total[name] = Seconds(total[name].wall + wall, total[name].cpu + cpu)
+            before = total.get(name, Seconds(0.0, 0.0))
+            total[name] = Seconds(before.wall + wall, before.cpu + cpu)
         return total
 
     def _mark(self) -> Any:
@@ -86,7 +91,7 @@ class Recorder:
 
 @contextmanager
 def instrumented(model: PyramidLlava, recorder: Recorder) -> Iterator[None]:
-    """Marks tower, decoder and ranking of every forward of ``model``, and the tower's backward.
+    """Marks tower, decoder, its stages and ranking of every forward of ``model``, and the tower's backward.
 
     The ranking begins with the scores and ends where the next layer is entered: selecting the survivors, their position
     ids and their rotary embeddings are in it. The gradient of that selection is in the backward.
@@ -97,8 +102,20 @@ def instrumented(model: PyramidLlava, recorder: Recorder) -> Iterator[None]:
         if inputs[0].requires_grad:
             inputs[0].register_hook(lambda gradient: recorder.start("tower_backward"))
 
-    def enter_layer(module: Any, inputs: Any) -> None:
-        recorder.stop("ranking")
+    def enter_layer(index: int) -> Callable[..., None]:
+        def enter(module: Any, inputs: Any) -> None:
+            recorder.stop("ranking")
+            if index == 0 or index in model.schedule.layers:
+                recorder.start(f"{STAGE} {sum(index >= layer for layer in model.schedule.layers)}")
+
+        return enter
+
+    def leave_layer(index: int) -> Callable[..., None]:
+        def leave(module: Any, inputs: Any, output: Any) -> None:
+            if index + 1 in (*model.schedule.layers, len(host.language_model.layers)):
+                recorder.stop(f"{STAGE} {sum(index >= layer for layer in model.schedule.layers)}")
+
+        return leave
 
     host = model.host.model
     with ExitStack() as undo:
@@ -106,8 +123,9 @@ def instrumented(model: PyramidLlava, recorder: Recorder) -> Iterator[None]:
         undo.enter_context(replaced(vlm, "run_decoder", timed(recorder, "decoder", vlm.run_decoder)))
         undo.enter_context(replaced(decoder, "_rank", _opening(recorder, "ranking", decoder._rank)))
         undo.callback(host.multi_modal_projector.register_forward_pre_hook(enter_projector).remove)
-        for layer in host.language_model.layers:
-            undo.callback(layer.register_forward_pre_hook(enter_layer).remove)
+        for index, layer in enumerate(host.language_model.layers):
+            undo.callback(layer.register_forward_pre_hook(enter_layer(index)).remove)
+            undo.callback(layer.register_forward_hook(leave_layer(index)).remove)
         yield
 
 

@@ -20,6 +20,7 @@ from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.bench.timing import (
     REGIONS,
+    STAGE,
     Recorder,
     Seconds,
     instrumented,
@@ -29,7 +30,7 @@ from llava_pdrop.bench.timing import (
 )
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.model import vlm
-from llava_pdrop.model.flops import layouts_of, step_flops
+from llava_pdrop.model.flops import layouts_of, stage_flops, step_flops
 from llava_pdrop.model.loss import label_loss
 from llava_pdrop.model.memory import predicted_peak
 from llava_pdrop.model.regions import compile_regions
@@ -40,11 +41,6 @@ from llava_pdrop.train.optim import freeze
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
 
 MIB = 2**20
-
-
-def unchanged(batch: PackedBatch) -> PackedBatch:
-    """The batch itself."""
-    return batch
 
 
 def full_logits_loss(lm_head: nn.Module, x_TD: Tensor, predict_row: Tensor, label_L: Tensor) -> Tensor:
@@ -75,7 +71,7 @@ class Arm:
     recompute_layers: int | None = None
     backend: str = "auto"
     samples: int | None = None
-    prepare: Callable[[PackedBatch], PackedBatch] = unchanged
+    prepare: Callable[[PackedBatch], PackedBatch] | None = None
     full_logits: bool = False
     compiled: bool = False
 
@@ -87,6 +83,7 @@ class Measured:
     Attributes:
         seconds: by region (`timing.REGIONS`): on CUDA between events, on the CPU the time its cores were busy.
         wall: the same by the clock on the wall.
+        stage_seconds, stage_flops: of the decoder layers' forward, for every stage.
         peak_mib: highest memory during the step: CUDA's allocator, or resident memory of the process.
         predicted_peak_mib: of CUDA's allocator, by `model.memory`; empty on the CPU.
         tokens: of the samples, without padding; ``stage_tokens`` and ``image_tokens``: of the stream at every stage.
@@ -98,6 +95,8 @@ class Measured:
     arm: Arm
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REGIONS})
     wall: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REGIONS})
+    stage_seconds: list[list[float]] = field(default_factory=list)
+    stage_flops: list[list[float]] = field(default_factory=list)
     peak_mib: list[float] = field(default_factory=list)
     predicted_peak_mib: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -123,9 +122,11 @@ class Measured:
 
     def add(self, output: Output, loss: float, times: dict[str, Seconds], peak: float, cuda: bool) -> None:
         """Appends one step."""
-        for name, taken in times.items():
-            self.seconds[name].append(taken.wall if cuda else taken.cpu)
-            self.wall[name].append(taken.wall)
+        for name in REGIONS:
+            self.seconds[name].append(times[name].wall if cuda else times[name].cpu)
+            self.wall[name].append(times[name].wall)
+        stages = [times[f"{STAGE} {stage}"] for stage in range(len(self.arm.schedule.layers) + 1)]
+        self.stage_seconds.append([taken.wall if cuda else taken.cpu for taken in stages])
         self.losses.append(loss)
         self.peak_mib.append(peak)
         self.stage_tokens.append(output.tokens)
@@ -246,7 +247,8 @@ def measure(trainer: Trainer, arms: Sequence[Arm], steps: int, warmup: int, pati
         ValueError: out of memory (one line that says what to lower).
     """
     results = [Measured(arm) for arm in arms]
-    order = [longest_batch(trainer.workload, steps, arms[0].samples), *range(warmup - 1)][:warmup] + list(range(steps))
+    longest = trainer.workload.longest(steps, arms[0].samples)
+    order = [longest, *range(warmup - 1)][:warmup] + list(range(steps))
     with instrumented(trainer.model, trainer.recorder), no_garbage_collection():
         for place, number in enumerate(order):
             turn = place % len(results)
@@ -261,7 +263,7 @@ def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, pa
     try:
         with out_of_memory_is_one_line(trainer, arm):
             samples = trainer.workload.batch(number, trainer.device, arm.samples)
-            batch = arm.prepare(samples)
+            batch = arm.prepare(samples) if arm.prepare else samples
             taken = trainer.step(arm, batch)
     except ValueError as error:
         if not (patient and isinstance(error.__cause__, torch.OutOfMemoryError)):
@@ -275,19 +277,9 @@ def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, pa
         result.tokens.append(sum(samples.seq_lens))
         result.model_flops.append(trainer.model_flops(arm, samples))
         result.hardware_flops.append(trainer.hardware_flops(arm, batch))
+        result.stage_flops.append(stage_flops(trainer.model.host.config, batch, arm.schedule))
         if cuda and not (arm.full_logits or arm.compiled):
             result.predicted_peak_mib.append(trainer.predicted_peak_mib(arm, batch))
-
-
-def longest_batch(workload: Workload, steps: int, samples: int | None = None) -> int:
-    """Which of the first ``steps`` batches has the most tokens."""
-    geometry = workload.shape.geometry
-
-    def tokens(number: int) -> int:
-        outlines = workload.outlines(number, samples)
-        return sum(o.text_tokens + (geometry.num_tokens(o.picture) if o.picture else 0) for o in outlines)
-
-    return max(range(steps), key=tokens)
 
 
 @contextmanager

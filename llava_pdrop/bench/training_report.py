@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_pdrop.bench import optimizer
-from llava_pdrop.bench.hardware import peak_flops
+from llava_pdrop.model.hardware import peak_flops
 from llava_pdrop.bench.report import environment, markdown_table
 from llava_pdrop.bench.timing import PARTS, REGIONS, parts_of, quartiles
 from llava_pdrop.bench.training import Measured, Trainer
@@ -28,13 +28,14 @@ GIB = 1024
 NOTES = """\
 Times are medians over {steps} counted steps each ({clock}), those of the whole step with their quartiles; vanilla and
 dropping took turns on the same batches. Ranking includes selecting the survivors; its share is of its own step. Tower
-is its forward plus its backward, from the gradient of its features to the end of the backward pass. Tokens/s counts
-the samples before any drop. MFU: operations that the samples ask for, without recomputed layers, by time and peak; HFU:
-all operations. Both count the scores that fused attention computes once more in its backward.
-*Predicted* is what the operations of these very batches save (text, tower, projector, head, ranking and recomputation
-included; the optimizer has none). *Realised* is what the steps saved at the median speed of each run (seconds per
-operation, since batches differ in length). The JSON has every step, and the saving of the plain totals. *Predicted
-GiB* is what `llava-pdrop plan` would say with this optimizer, for the largest counted batch (GPUs only).
+is its forward plus its backward, from the gradient of its features to the end of the backward pass (that of the text
+embeddings comes last and is in it). Tokens/s counts the samples before any drop. MFU: operations that the samples ask
+for, without recomputed layers, by time and peak; HFU: all operations. Both count the scores that fused attention
+computes once more in its backward. *Predicted* is what the operations of these very batches save (text, tower,
+projector, head, ranking and recomputation included; the optimizer has none). *Realised* is what the steps saved at the
+median speed of each run (seconds per operation, since batches differ in length). The JSON has every step, and the
+saving of the plain totals. *Predicted GiB* is what `llava-pdrop plan` would say with this optimizer, for the largest
+counted batch (GPUs only).
 """
 
 
@@ -86,6 +87,7 @@ def _run(result: Measured, vanilla: Measured, rate: float) -> dict[str, Any]:
     entry |= {
         "quartiles": {name: _round(quartiles(result.seconds[name])) for name in REGIONS},
         "parts": {name: _round([quartiles([piece[name] for piece in pieces])[1]])[0] for name in PARTS},
+        "stages": _stages(result, rate),
         "ranking_share": median(ranking / step for ranking, step in zip(result.seconds["ranking"], seconds)),
         "peak_mib": max(result.peak_mib),
         "predicted_peak_mib": max(result.predicted_peak_mib, default=None),
@@ -119,6 +121,19 @@ def _run(result: Measured, vanilla: Measured, rate: float) -> dict[str, Any]:
     }
 
 
+def _stages(result: Measured, rate: float) -> list[dict[str, float]]:
+    """Of every stage of the decoder, forward only: tokens, and medians of its seconds and of its share of the peak."""
+    tokens = zip(*result.stage_tokens)
+    return [
+        {
+            "tokens": median(lengths),
+            "seconds": _round([median(seconds)])[0],
+            "share_of_peak": _round([median(count / taken for count, taken in zip(counts, seconds)) / rate])[0],
+        }
+        for lengths, seconds, counts in zip(tokens, zip(*result.stage_seconds), zip(*result.stage_flops))
+    ]
+
+
 def _comparison(entry: Compared, rate: float) -> dict[str, Any]:
     """A variant, its runs without their single steps."""
     runs = [_run(result, entry.results[0], rate) for result in entry.results]
@@ -135,6 +150,12 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     head = ["run", "step ms", "forward ms", "backward ms", "optimizer ms", "ranking ms", "tower ms"]
     head += ["peak GiB", "predicted GiB", "tokens/s", "MFU", "HFU", "predicted", "realised", "realised / predicted"]
     found = [(title, head, [_line(run) for run in report["runs"]])]
+    stages = [(run, *stage) for run in report["runs"] for stage in enumerate(run.get("stages", []))]
+    lines = [
+        [run["name"], str(k), f"{s['tokens']:,.0f}", _ms(s["seconds"]), f"{s['share_of_peak']:.1%}"]
+        for run, k, s in stages
+    ]
+    found.append(("Decoder layers by stage, forward", ["run", "stage", "tokens", "ms", "share of peak"], lines))
     if report["compare"]:
         lines = [line for entry in report["compare"] for line in _variant_lines(entry)]
         found.append(("Variants", ["choice", "variant", "run", "step ms", "peak GiB", "tokens/s", "realised"], lines))
@@ -170,7 +191,7 @@ def markdown(report: dict[str, Any], picture: str) -> str:
 def show(report: dict[str, Any]) -> None:
     """Prints the tables."""
     console = Console()
-    wide = console if console.is_terminal else Console(width=170)
+    wide = console if console.is_terminal else Console(width=200)
     for title, head, lines in tables(report):
         shown = Table(title=title, box=box.SIMPLE_HEAD, header_style="bold")
         for place, name in enumerate(head):

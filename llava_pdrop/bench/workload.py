@@ -153,6 +153,17 @@ class Workload:
         )
         return replace(packed, pixels=self._pixels(packed.image_sizes, step, device))
 
+    def longest(self, steps: int, samples: int | None = None) -> int:
+        """Which of the first ``steps`` batches has the most tokens."""
+
+        def tokens(step: int) -> int:
+            outlines = self.outlines(step, samples)
+            return sum(
+                o.text_tokens + (self.shape.geometry.num_tokens(o.picture) if o.picture else 0) for o in outlines
+            )
+
+        return max(range(steps), key=tokens)
+
     def statistics(self, samples: int = 2000) -> dict[str, float]:
         """Means over ``samples`` samples, for the report."""
         outlines = self.outlines(0, samples)

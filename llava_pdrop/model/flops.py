@@ -77,7 +77,7 @@ def step_flops(
     repeated = text.num_hidden_layers if recompute_layers is None else recompute_layers
     linear_factor = 1.0 + backward + ("language_model" in trainable)
     heads, head_size = text.num_attention_heads, _head_size(text)
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = _window(text)
 
     linear, last = _layer_linear(text)
     decoder = attention = ranking = 0.0
@@ -99,6 +99,20 @@ def step_flops(
         ranking=ranking,
         head=2 * len(batch.label_positions) * text.hidden_size * text.vocab_size * linear_factor,
     )
+
+
+def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule) -> list[float]:
+    """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
+    text = config.text_config
+    linear, width = _layer_linear(text)[0], text.num_attention_heads * _head_size(text)
+    edges = (0, *schedule.layers, text.num_hidden_layers)
+    return [
+        float(
+            (stop - first)
+            * (layout.tokens * linear + 4 * width * sum(causal_pairs(n, _window(text)) for n in layout.seq_lens))
+        )
+        for first, stop, layout in zip(edges, edges[1:], layouts_of(batch, schedule))
+    ]
 
 
 def predicted_reduction(
@@ -123,6 +137,10 @@ def causal_pairs(length: int, window: int | None = None) -> int:
     """(query, key) pairs of causal attention over ``length`` tokens, each seeing at most ``window``."""
     reach = min(length, window or length)
     return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def _window(text: Any) -> int | None:
+    return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
 
 
 def _head_size(text: Any) -> int:

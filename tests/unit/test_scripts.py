@@ -193,9 +193,9 @@ def test_bench_gpu_measures_every_shape_in_a_process_of_its_own(checkout: Checko
     assert dict(zip(names, (arguments for arguments, _ in own))) == {
         "train-llava-next-7b-full": "train --shape llava-next-7b --images full --device cuda --steps 3",
         "train-llava15-7b": "train --shape llava15-7b --device cuda --steps 3",
-        "train-llava-next-7b-p9": "train --shape llava-next-7b-p9 --device cuda --steps 3",
-        "train-llava15-13b": "train --shape llava15-13b --optimizer none --device cuda --steps 3",
-        "prefill": "prefill --shape llava-next-7b --runs 5 --device cuda",
+        "train-llava-next-7b-p9": "train --shape llava-next-7b-p9 --images full --device cuda --steps 3",
+        "train-llava15-13b": "train --shape llava15-13b --device cuda --steps 3",
+        "prefill": "prefill --shape llava-next-7b --new-tokens 16 --runs 4 --device cuda",
         "train-llava-next-7b": "train --shape llava-next-7b --compare --device cuda --steps 3",
     }
     assert names[-1] == "train-llava-next-7b"  # the longest, after all that the goals are about

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench.command import read_schedules
-from llava_pdrop.bench.hardware import PEAK_TFLOPS, known_gpu, peak_flops
+from llava_pdrop.model.hardware import PEAK_TFLOPS, device_named, known_gpu, peak_flops
 from llava_pdrop.bench.report import markdown_table
 from llava_pdrop.model.schedule import Schedule
 
@@ -76,6 +77,8 @@ def test_the_markdown_has_a_line_per_run_and_the_picture(files: Path) -> None:
         (["--shape", "tiny", "--images", "all"], "unknown images 'all'"),
         (["--shape", "tiny", "--optimizer", "sgd"], "unknown --optimizer 'sgd'"),
         (["--shape", "tiny", "--attention", "eager"], "unknown model.attention 'eager'"),
+        (["--shape", "tiny", "--seed", "-1"], "--seed must be at least 0"),
+        (["--shape", "tiny", "--out", f"{CONFIGS}/README.md/deeper"], "README.md is a file: name a directory"),
         (["--shape", "tiny", "--device", "abacus"], "--device 'abacus' is no device"),
         (["--shape", "tiny", "--schedule", "nowhere.yaml"], "there is no file nowhere.yaml"),
     ],
@@ -100,12 +103,14 @@ def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> N
         ("layers: [9]\nratios: [0.5]\n", "bad.yaml: .*9"),
         ("layers: [4]\nratio: [0.5]\n", "bad.yaml: unknown key"),
         ("layers: [4]\nratios: [1.5]\n", "bad.yaml: .*ratios"),
+        ("layers: [4\n", "bad.yaml is no YAML: while parsing"),
     ],
 )
 def test_a_bad_schedule_names_its_file(tmp_path: Path, text: str, line: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(ValueError, match=line) as caught:
         read_schedules([tmp_path / "bad.yaml"], 8)
+    assert "\n" not in str(caught.value)
 
 
 def test_two_schedules_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -131,9 +136,20 @@ def test_a_gpu_is_known_by_its_name(name: str, key: str | None) -> None:
     assert key is None or PEAK_TFLOPS[key] > 0
 
 
-def test_an_unknown_device_is_measured() -> None:
-    import torch
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), (None, 0), ("cuda:1", 1)])
+def test_a_gpu_has_a_number_and_becomes_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, number: int
+) -> None:
+    """`torch.cuda.set_device` refuses a device without one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
+    assert device_named(name) == torch.device("cuda", number)
+    assert current == [number]
 
+
+def test_an_unknown_device_is_measured() -> None:
     rate, source = peak_flops(torch.device("cpu"), torch.float32)
     assert rate > 1e8 and source.startswith("measured")
 

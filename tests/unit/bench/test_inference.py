@@ -199,24 +199,6 @@ def test_dropping_neither_reads_from_the_device_nor_sends_to_it(host, monkeypatc
     assert reads.found == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_dropping_does_not_synchronise_on_cuda():
-    device = torch.device("cuda")
-    host = make_model(SHAPE, device, torch.float32).host.eval()
-    host.set_attn_implementation("sdpa")
-    case = Case(2, 50, TEXT_TOKENS, NEW)
-    prompt = Prompt.make(host, case, torch.randn(4, 3, 84, 84, device=device), seed=0)
-    generate(host, prompt, SHAPE.schedule, NEW, device)
-    layers = host.model.language_model.layers
-    layers[0].register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))
-    layers[-1].register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"))
-    try:
-        run = generate(host, prompt, SHAPE.schedule, NEW, device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert run.peak_bytes > run.cache_bytes
-
-
 @pytest.mark.parametrize("victim", ["vanilla", "PyramidDrop"])
 def test_a_method_that_runs_out_of_memory_leaves_the_others(host, monkeypatch, victim):
     case, own = Case(1, 20, TEXT_TOKENS, NEW), inference_measure.generate
@@ -257,6 +239,9 @@ def test_files(tmp_path, capsys, monkeypatch):
         (["--batch", "1", "0"], "--batch must be at least 1"),
         (["--image-tokens", "0"], "--image-tokens must be at least 1"),
         (["--new-tokens", "1"], "--new-tokens must be at least 2"),
+        (["--shape", "tiny", "--device", "cpu", "--image-tokens", "999999999"], "--image-tokens must be at most 16292"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--out", f"{__file__}/deeper"], "test_inference.py is a file: name a directory"),
         (["--runs", "0"], "--runs must be at least 1"),
         (["--device", "cube"], "--device 'cube' is no device"),
         (["--device", "meta"], "only cpu and cuda"),

@@ -43,6 +43,24 @@ def test_bytes_beside_the_weights() -> None:
     assert optimizer.extra_bytes("none", half) == 2_000
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sharded", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_model_is_told_what_the_optimizer_holds(kind: str, dtype: torch.dtype) -> None:
+    weights = [nn.Parameter(torch.ones(80, dtype=dtype)) for _ in range(16)]
+    adamw = optimizer.make(kind, weights)
+    held = 0
+    if adamw is not None:
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        adamw.step()
+        own = {id(weight) for weight in weights}
+        held = sum(master.nbytes for master in adamw.masters if id(master) not in own)
+        held += sum(t.nbytes for state in adamw.adamw.state.values() for t in state.values() if t.numel() > 1)
+    states = optimizer.states(kind, dtype)
+    assert states.bytes == dtype.itemsize and not states.zero
+    assert states.optimizer * 80 * 16 == held
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_shard_is_updated_and_in_float32(dtype: torch.dtype) -> None:
     weights = [nn.Parameter(torch.ones(10, dtype=dtype)) for _ in range(16)]

@@ -167,6 +167,22 @@ def test_the_directory_of_a_run_stands_for_its_config(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["config"] == "llava_next_7b/finetune_pdrop"
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--gpus", "0"], "at least 1 GPU, got 0"),
+        (["--memory-budget", "-5"], "--memory-budget must be more than 0 GiB, got -5"),
+        (["--memory-budget", "nan"], "--memory-budget must be more than 0 GiB, got nan"),
+        (["train.recompute_layers=99"], "train.recompute_layers must be at most 32"),
+        (["train.deepspeed=nowhere.json"], "train.deepspeed: nowhere.json cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, line, capsys):
+    assert main(["plan", ONE, *words]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
 def test_an_impossible_budget_is_one_line(capsys):
     assert main(["plan", ONE, "--average-tokens", "600"]) == 2
     assert "must lie between 0 and what the model costs without drops, 576" in capsys.readouterr().err

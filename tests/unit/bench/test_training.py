@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from llava_pdrop.bench import training, variants
+from llava_pdrop.bench import timing, training, variants
 from llava_pdrop.bench.shapes import SHAPES
 from llava_pdrop.bench.timing import PARTS, REGIONS, parts_of, quartiles
 from llava_pdrop.bench.training import Arm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
-from llava_pdrop.model import decoder, vlm
+from llava_pdrop.model import decoder, regions, vlm
 from llava_pdrop.model.flops import predicted_reduction
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.types import PackedBatch
@@ -87,6 +90,16 @@ def test_every_region_is_measured_and_they_nest() -> None:
         assert sum(parts_of(times).values()) <= times["step"]
 
 
+def test_the_stages_of_the_decoder_lie_in_it_between_the_rankings() -> None:
+    vanilla, dropping = measure(trainer_of(), [Arm("vanilla"), DROPPING], steps=2, warmup=1)
+    assert [len(stages) for stages in vanilla.stage_seconds] == [1, 1]
+    for step in range(2):
+        stages = dropping.stage_seconds[step]
+        assert len(stages) == len(dropping.stage_flops[step]) == len(SMALL.schedule.layers) + 1
+        assert all(taken > 0 for taken in stages)
+        assert sum(stages) + dropping.seconds["ranking"][step] <= dropping.seconds["decoder"][step]
+
+
 def test_the_marks_are_taken_away_again() -> None:
     before = (vlm.image_features, vlm.run_decoder, vlm.label_loss, decoder._rank)
     trainer = trainer_of()
@@ -98,7 +111,7 @@ def test_the_marks_are_taken_away_again() -> None:
 def test_the_longest_batch_warms_up() -> None:
     work = Workload(MIXED)
     lengths = [sum(work.batch(number, CPU).seq_lens) for number in range(6)]
-    assert training.longest_batch(work, 6) == lengths.index(max(lengths))
+    assert work.longest(6) == lengths.index(max(lengths))
 
 
 @pytest.mark.parametrize("schedule", [Schedule(), SMALL.schedule])
@@ -118,6 +131,77 @@ def test_a_padded_batch_is_as_long_as_its_longest_sample() -> None:
     assert padded.labels[padded.label_positions].tolist() == batch.labels[batch.label_positions].tolist()
     image = MIXED.text_config().vocab_size - 2
     assert all((padded.input_ids[start:stop] == image).all() for start, stop in padded.image_spans)
+
+
+def test_padding_is_work_but_neither_tokens_nor_model_operations() -> None:
+    trainer = trainer_of(MIXED, seed=2)
+    plain = Arm("plain")
+    packed, padded = measure(trainer, [plain, dataclasses.replace(plain, prepare=variants.pad)], steps=2, warmup=0)
+    assert padded.stage_tokens[1][0] > packed.stage_tokens[1][0]
+    assert padded.tokens == packed.tokens and padded.model_flops == packed.model_flops
+    assert sum(padded.hardware_flops) > sum(packed.hardware_flops)
+
+
+def test_full_logits_are_counted_where_they_are_made() -> None:
+    trainer, batch = trainer_of(MIXED), Workload(MIXED).batch(0, CPU)
+    plain = Arm("plain", SMALL.schedule)
+    full = dataclasses.replace(plain, full_logits=True)
+    output, *_ = trainer.step(full, batch)
+    more = output.tokens[-1] - len(batch.label_positions)
+    text = MIXED.text_config()
+    expected = 3 * 2 * more * text.hidden_size * text.vocab_size
+    assert trainer.hardware_flops(full, batch) - trainer.hardware_flops(plain, batch) == pytest.approx(expected)
+    assert trainer.model_flops(full, batch) == trainer.model_flops(plain, batch) == trainer.hardware_flops(plain, batch)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_and_eager_arms_take_turns(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    """With a compiler that only counts how often its programs run."""
+    runs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        return lambda *values: (runs.append(1), graph(*values))[1]
+
+    compiler = functools.partial(regions.compile_regions, backend=counting)
+    monkeypatch.setattr(training, "compile_regions", compiler)
+    torch._dynamo.reset()
+    trainer, batch = trainer_of(), Workload(SMALL).batch(0, CPU)
+    losses, counted = [], []
+    for compiled in (False, True, False, True):
+        runs.clear()
+        arm = Arm("any", SMALL.schedule, recompute=recompute, compiled=compiled)
+        losses.append(trainer.step(arm, batch)[1])
+        counted.append(len(runs))
+    layers, drops = SMALL.text["num_hidden_layers"], len(SMALL.schedule.layers)
+    assert counted[0] == counted[2] == 0
+    assert counted[1] == counted[3] >= 3 * layers * (1 + recompute) + drops - 1  # the last product is not made again
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_step_leaves_tensors_that_only_the_collector_would_free(recompute: bool) -> None:
+    """It is off while steps are measured: on a GPU such a rest would be activations."""
+    trainer = trainer_of(optimizer="adamw")
+
+    def tensors() -> int:
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    with timing.instrumented(trainer.model, trainer.recorder), timing.no_garbage_collection():
+        counts = []
+        for number in range(4):
+            trainer.step(Arm("any", SMALL.schedule, recompute), trainer.workload.batch(number, CPU))
+            counts.append(tensors())
+    assert counts[1:] == [counts[1]] * 3
+
+
+def test_the_predicted_peak_is_that_of_the_arm() -> None:
+    trainer, batch = trainer_of(optimizer="adamw"), Workload(SMALL).batch(0, CPU)
+    vanilla = trainer.predicted_peak_mib(Arm("vanilla"), batch)
+    assert trainer.predicted_peak_mib(DROPPING, batch) < vanilla
+    assert trainer.predicted_peak_mib(Arm("vanilla", recompute=True), batch) < vanilla
+    weights = sum(parameter.nbytes for parameter in trainer.model.parameters()) / training.MIB
+    assert vanilla > 3 * weights
 
 
 def test_recomputation_is_taken_arm_by_arm() -> None:

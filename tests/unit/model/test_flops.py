@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.build import make_host
-from llava_pdrop.model.flops import causal_pairs, layouts_of, predicted_reduction, step_flops
+from llava_pdrop.model.flops import causal_pairs, layouts_of, predicted_reduction, stage_flops, step_flops
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.optim import freeze
@@ -149,3 +149,13 @@ def test_reduction_is_none_without_drops_and_grows_with_them():
     assert predicted_reduction(config, [batch()], Schedule(), **options) == 0
     some, more = (predicted_reduction(config, [batch()], Schedule((1,), (ratio,)), **options) for ratio in (0.5, 0.0))
     assert 0 < some < more < 1
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), DROP])
+def test_stages_add_up_to_the_forward_of_the_layers(schedule):
+    """With nothing to learn `step_flops` counts a forward: its decoder and attention, split at the drops."""
+    config = model(schedule).host.config
+    whole = step_flops(config, batch(), schedule, GEOMETRY, trainable=())
+    stages = stage_flops(config, batch(), schedule)
+    assert len(stages) == len(schedule.layers) + 1
+    assert sum(stages) == whole.decoder + whole.attention
