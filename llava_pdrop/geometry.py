@@ -22,8 +22,8 @@ PAPER_PINPOINTS_5_TILES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336
 """(width, height) of the LLaVA-NeXT canvases: at most 4 tiles plus the whole picture (the paper's 2,880 tokens)."""
 
 PINPOINTS_9_TILES = tuple((336 * w, 336 * h) for w in range(1, 9) for h in range(1, 9) if 1 < w * h <= 8)
-"""(width, height) of every canvas of 2 to 8 tiles, so that the whole picture makes at most 9: the paper's larger setting
-(5,184 tokens). Which canvases the authors used is published nowhere; taking all of them is our choice."""
+"""(width, height) of every canvas of 2 to 8 tiles, so that the whole picture makes at most 9: the paper's larger
+setting (5,184 tokens). Which canvases the authors used is published nowhere; taking all of them is our choice."""
 
 PINPOINTS: dict[str, tuple[tuple[int, int], ...]] = {
     "5_tiles": PAPER_PINPOINTS_5_TILES,
@@ -101,8 +101,12 @@ class ImageGeometry:
         return 1 + (width // self.tile) * (height // self.tile)
 
     def num_tokens(self, size: tuple[int, int]) -> int:
-        """Image tokens of a picture of ``size`` (width, height)."""
-        return len(self.merge_index(size))
+        """Image tokens of a picture of ``size`` (width, height): the length of its `merge_index`, without making it."""
+        if self.aspect == "pad" or self.merge != "spatial_unpad":
+            return self.num_tiles(size) * self.patches
+        columns, rows = (length // self.patch for length in self.canvas(size))
+        row, column = self.unpadded(size)
+        return self.patches + len(range(rows)[row]) * (len(range(columns)[column]) + 1)
 
     def unpadded(self, size: tuple[int, int]) -> tuple[slice, slice]:
         """Rows and columns of the merged patch grid that show the picture and not its padding."""
@@ -124,7 +128,7 @@ class ImageGeometry:
         return int(value) if self.rounding == "original" else int(round(value, 7))
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def _merge_index(geometry: ImageGeometry, size: tuple[int, int]) -> np.ndarray:
     side, patches = geometry.patches_per_side, geometry.patches
     base = np.arange(patches)

@@ -64,12 +64,12 @@ def run_train(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     from llava_pdrop.bench import training_report, variants
-    from llava_pdrop.model.hardware import device_label, device_named
     from llava_pdrop.bench.report import check_out
     from llava_pdrop.bench.shapes import shape_named
     from llava_pdrop.bench.training import Arm, Trainer, measure
     from llava_pdrop.bench.workload import Workload
     from llava_pdrop.model.attention import check_backend
+    from llava_pdrop.model.hardware import device_label, device_named
 
     device = device_named(args.device)
     name = args.shape or ("llava-next-7b" if device.type == "cuda" else "tiny")

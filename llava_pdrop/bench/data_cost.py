@@ -14,15 +14,18 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
-from llava_pdrop.bench.nominal import Model, checkpointing
-from llava_pdrop.config import RUN_FILE, Config, load_config
+from llava_pdrop.bench.nominal import Model, checkpointing, model_of
+from llava_pdrop.config import RUN_FILE, Config, ConfigError, load_config
+from llava_pdrop.data.doctor import Findings
 from llava_pdrop.data.packing import BatchPlan
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.flops import step_flops
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
-from llava_pdrop.types import PackedBatch, Sample
+from llava_pdrop.types import ImageInput, PackedBatch, Sample
 
 BATCHES = 32
 """Micro-batches of the sample that operations are counted on."""
@@ -88,7 +91,7 @@ def stage_tokens(sizes: np.ndarray, times: np.ndarray, geometry: ImageGeometry, 
     return StageTokens(sum(shown), total)
 
 
-def sampled_records(config: Config, lengths: Sequence[int]) -> list[list[int]]:
+def sampled_batches(config: Config, lengths: Sequence[int]) -> list[list[int]]:
     """`BATCHES` micro-batches of the run, or fewer where there are not so many records: places in ``lengths``."""
     section = config.data
     if section.samples_per_batch is not None:
@@ -175,22 +178,60 @@ def _rate_of_bench(file: Path, config: Config) -> Rate:
     return Rate(first["hfu"] * peak, second["hfu"] * peak, source, "GPU hours")
 
 
-def as_json(tokens: StageTokens | None, cost: Cost | None, rate: Rate | None) -> dict[str, Any]:
-    """For the report of the doctor."""
-    entry: dict[str, Any] = {"image_tokens_per_stage": None, "step": None, "hours_per_1000_records": None}
-    if tokens is not None:
-        entry["image_tokens_per_stage"] = {
-            "images": tokens.images, "total": tokens.total, "mean_per_image": [round(mean, 2) for mean in tokens.mean]
-        }  # fmt: skip
-    if cost is not None and rate is not None:
-        vanilla, dropping = cost.hours(rate)
-        entry["step"] = {
-            "batches": cost.batches,
-            "records": cost.records,
-            "tflop_per_record": {"vanilla": cost.vanilla / 1e12, "dropping": cost.dropping / 1e12},
-            "predicted_reduction": cost.reduction,
-        }
-        entry["hours_per_1000_records"] = {
-            "vanilla": vanilla, "dropping": dropping, "unit": rate.unit, "source": rate.source
-        }  # fmt: skip
-    return entry
+def predict(
+    config: Config,
+    findings: Findings,
+    encoder: Encoder | None,
+    geometry: ImageGeometry | None,
+    measured: Path | None = None,
+    tflops: float | None = None,
+) -> dict[str, Any]:
+    """What training ``config`` on the usable records of a checked data set costs, ready for JSON; what is not known is
+    None, and ``why_not`` says why.
+
+    Args:
+        encoder, geometry: of the model; None where they are not known.
+        measured, tflops: as `rate_of`.
+    """
+    report: dict[str, Any] = dict.fromkeys(("image_tokens_per_stage", "step", "hours_per_1000_records", "why_not"))
+    if geometry is None:
+        return report | {"why_not": "Not known: the model's config.json is not on this machine."}
+    times = np.bincount(findings.which, minlength=len(findings.records)) * findings.usable
+    known = findings.shown[:, 0] > 0
+    shown = np.repeat(times, findings.counts)
+    tokens = stage_tokens(findings.shown[known], shown[known], geometry, config.schedule)
+    report["image_tokens_per_stage"] = {
+        "images": tokens.images, "total": tokens.total, "mean_per_image": [round(mean, 2) for mean in tokens.mean]
+    }  # fmt: skip
+    clean = findings.which[findings.clean]
+    if encoder is None or not len(clean):
+        return report | {"why_not": "Operations and hours are not known: no tokens were counted."}
+    try:
+        model = model_of(config)
+    except ConfigError as error:
+        return report | {"why_not": f"Operations and hours are not known: {error}"}
+    batches = sampled_batches(config, findings.lengths[clean, 1].tolist())
+    cost = cost_of(config, model, geometry, [_samples(findings, encoder, clean[batch]) for batch in batches])
+    rate = rate_of(config, cost, measured, tflops)
+    vanilla, dropping = cost.hours(rate)
+    report["step"] = {
+        "batches": cost.batches,
+        "records": cost.records,
+        "tflop_per_record": {"vanilla": cost.vanilla / 1e12, "dropping": cost.dropping / 1e12},
+        "predicted_reduction": cost.reduction,
+    }
+    report["hours_per_1000_records"] = {
+        "vanilla": vanilla, "dropping": dropping, "unit": rate.unit, "source": rate.source
+    }  # fmt: skip
+    return report
+
+
+def _samples(findings: Findings, encoder: Encoder, numbers: np.ndarray) -> list[Sample]:
+    """Records as training makes them, without pixels."""
+    ends = np.cumsum(findings.counts)
+    samples = []
+    for number in numbers.tolist():
+        sizes = findings.shown[ends[number] - findings.counts[number] : ends[number]].tolist()
+        images = [ImageInput(torch.empty(0), (width, height)) for width, height in sizes]
+        samples.append(encoder.train(findings.records[number], images))
+    return samples

@@ -37,11 +37,11 @@ def run_prefill(args: argparse.Namespace) -> None:
         if value is not None and min(value if isinstance(value, list) else [value]) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
 
-    from llava_pdrop.model.hardware import device_label, device_named
     from llava_pdrop.bench.inference_measure import TEXT_TOKENS, bench_prefill
     from llava_pdrop.bench.inference_report import show, write
     from llava_pdrop.bench.report import check_out
     from llava_pdrop.bench.shapes import shape_named
+    from llava_pdrop.model.hardware import device_label, device_named
 
     check_out(args.out)
     device = device_named(args.device)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava_pdrop.model.hardware import peak_flops
 from llava_pdrop.bench.inference_report import Case, entry
 from llava_pdrop.bench.report import environment
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.model.cache import cache_bytes
+from llava_pdrop.model.hardware import peak_flops
 from llava_pdrop.model.plugin import attach, detach
 from llava_pdrop.model.prefill import Prefill
 from llava_pdrop.model.schedule import Schedule

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_pdrop.bench import optimizer
-from llava_pdrop.model.hardware import peak_flops
 from llava_pdrop.bench.report import environment, markdown_table
 from llava_pdrop.bench.timing import PARTS, REGIONS, parts_of, quartiles
 from llava_pdrop.bench.training import Measured, Trainer
+from llava_pdrop.model.hardware import peak_flops
 
 if TYPE_CHECKING:
     from llava_pdrop.bench.variants import Compared

@@ -71,9 +71,15 @@ def image_size(source: str | Path | ImageSource) -> tuple[int, int]:
     Raises:
         FileNotFoundError, ValueError: as `load_image`, as far as the header tells.
     """
+    return image_header(source)[0]
+
+
+def image_header(source: str | Path | ImageSource) -> tuple[tuple[int, int], str]:
+    """`image_size`, and PIL's mode of the picture as it is stored."""
     with _opened(source) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+        turned = _orientation(image) in (5, 6, 7, 8)
+        return ((height, width) if turned else (width, height)), image.mode
 
 
 @contextmanager

@@ -31,6 +31,9 @@ Size = tuple[int, int]
 Expanded = tuple[list[int], list[int], list[tuple[int, int]]]
 """Ids (N), labels (N) and the [start, stop) of every image."""
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character, which JSON may spell with an escape and no tokenizer can take."""
+
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -50,9 +53,15 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -
     token that equals the padding token (LLaMA: ``<unk>``) is a token like any other: nothing here masks by its number.
 
     Raises:
-        ValueError: the tokeniser reports no character offsets and its tokens do not spell the text.
+        ValueError: the tokeniser reports no character offsets and its tokens do not spell the text, or the text holds
+            half a character.
     """
     text = "".join(piece.text for piece in pieces)
+    if broken := SURROGATE.search(text):
+        raise ValueError(
+            f"the text holds half a character (a lone surrogate, {broken[0]!a}) behind {text[: broken.start()][-20:]!r}: "
+            "remove it"
+        )
     is_target = b"".join(bytes([piece.is_target]) * len(piece.text) for piece in pieces)
 
     ids = bos_ids(tokenizer)

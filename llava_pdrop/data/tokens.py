@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_pdrop.data.conversation import TEMPLATES, Piece, Template
 from llava_pdrop.data.labels import (
     IMAGE_SLOT,
+    SURROGATE,
     Encoded,
     Expanded,
     Size,
@@ -161,7 +162,7 @@ class Encoder:
         except ValueError:
             return None
         text = "".join(piece.text for piece in pieces)
-        if image is not None and image in text:
+        if (image is not None and image in text) or SURROGATE.search(text):
             return None
         if self.truncation == "turns" and not _surely_supervised(pieces, special):
             return None

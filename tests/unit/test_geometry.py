@@ -66,3 +66,12 @@ def test_pinpoints_by_name():
     assert load_config(NEXT, ["model.pinpoints=5_tiles"]).model.pinpoints == PAPER_PINPOINTS_5_TILES
     with pytest.raises(ConfigError, match=r"cannot be '9_tile': .* or one of \['5_tiles', '9_tiles'\] \(did you mean"):
         load_config(NEXT, ["model.pinpoints=9_tile"])
+
+
+@pytest.mark.parametrize("aspect", ["pad", "anyres"])
+@pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize("rounding", ["original", "hf"])
+def test_tokens_are_counted_without_laying_them_out(aspect: str, merge: str, rounding: str) -> None:
+    geometry = ImageGeometry(56, 14, aspect, merge, ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168)), rounding)
+    sizes = [(w, h) for w in (1, 7, 55, 56, 88, 110, 176, 352, 1000) for h in (1, 9, 55, 56, 99, 110, 836, 1000)]
+    assert [geometry.num_tokens(size) for size in sizes] == [len(geometry.merge_index(size)) for size in sizes]

@@ -11,8 +11,8 @@ from PIL import Image
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench.command import read_schedules
-from llava_pdrop.model.hardware import PEAK_TFLOPS, device_named, known_gpu, peak_flops
 from llava_pdrop.bench.report import markdown_table
+from llava_pdrop.model.hardware import PEAK_TFLOPS, device_named, known_gpu, peak_flops
 from llava_pdrop.model.schedule import Schedule
 
 CONFIGS = Path(__file__).parents[3] / "configs"

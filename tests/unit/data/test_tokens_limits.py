@@ -151,3 +151,13 @@ def test_texts_that_come_again_are_tokenised_once(tokenizer, image_token_id, mon
     records = [Record("r", (Turn("human", "<image>"), Turn("gpt", str(i % 3))), (), "made.json") for i in range(1500)]
     lengths = Encoder(TEMPLATES["v1"], tokenizer, image_token_id, PAD, 1000).lengths(records, [[(5, 5)]] * 1500)
     assert len(set(lengths)) == 1 and [len(texts) for texts in seen] == [4, 4]
+
+
+def test_half_a_character_is_refused_with_the_record(golden) -> None:
+    """JSON can spell a lone surrogate; tokenizers raise a TypeError that names nothing."""
+    encoder = Encoder(TEMPLATES["v1"], load(golden, "sp_legacy_false"), 999, PAD)
+    broken = Record("b", (Turn("human", "What is \ud83d this?"), Turn("gpt", "x")), (), "made.json[3]")
+    with pytest.raises(RecordError, match=r"made.json\[3\].*half a character.*\\ud83d.*remove it"):
+        encoder.train(broken, [])
+    (reason,) = encoder.lengths([broken], [[]])
+    assert isinstance(reason, str) and "half a character" in reason
