@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from llava_pdrop.model.export import save_llava_hf, save_original
+from llava_pdrop.model.lora import is_lora
 from llava_pdrop.model.shards import read_json, resolve
 from llava_pdrop.model.sources import Source, open_llava
 
@@ -67,17 +68,19 @@ def convert(
     Args:
         layout: ``llava-hf`` or ``llava``.
         base: the model under a LoRA run or a projector.
-        vision_tower: the CLIP tower of an original checkpoint; for a llava-hf one the name the original layout gets.
+        vision_tower: the CLIP tower of an original checkpoint or under a LoRA run; for a llava-hf one the name the
+            original layout gets.
         dtype: precision of all weights; None: as they are stored.
 
     Raises:
         ValueError: a checkpoint that is not whole or not supported, or a ``target`` that may not be replaced.
     """
-    original = "mm_vision_tower" in read_json(resolve(origin) / "config.json")
-    if vision_tower is not None and not original and layout == "llava-hf":
-        raise ValueError(f"{origin}: has its own vision tower: --vision-tower is for the original layout")
+    directory = resolve(origin)
+    takes_tower = "mm_vision_tower" in read_json(directory / "config.json") or is_lora(directory)
+    if vision_tower is not None and not takes_tower and layout == "llava-hf":
+        raise ValueError(f"{origin}: has its own vision tower: --vision-tower is for the original layout and LoRA runs")
     check_target(Path(origin), target, overwrite)
-    source = open_llava(origin, base, vision_tower if original else None)
+    source = open_llava(origin, base, vision_tower if takes_tower else None)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     try:

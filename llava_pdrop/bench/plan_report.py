@@ -138,6 +138,8 @@ def show(config: Config, report: Report) -> None:
         highlight=False,
     )
     console.print(_memory(report))
+    if config.lora is not None:
+        console.print("LoRA is not modelled: operations and memory are those of training the whole decoder.")
     console.print(
         "Not in it: CUDA context, fragmentation, NCCL and reduce buckets (llava_pdrop/model/memory.py).", style="dim"
     )

@@ -181,7 +181,7 @@ def _model(run: Run) -> tuple[Any, ...]:
     """What two runs must have in common for their step times to be compared."""
     model, data = run.config.model, run.config.data
     parts = (model.path or model.language_model, model.vision_tower, model.aspect, model.pinpoints, model.trainable)
-    return (*parts, data.samples_per_batch, data.tokens_per_batch)
+    return (*parts, str(run.config.lora), data.samples_per_batch, data.tokens_per_batch)
 
 
 def _hours(directory: Path, config: Config) -> float | None:

@@ -1,4 +1,4 @@
-"""LoRA runs of the original code: small matrices of peft, merged into the weights of their base model.
+"""LoRA runs, of the original code and of ours: small matrices of peft, merged into the weights of their base model.
 
 Merging is done tensor by tensor while weights are read (peft needs the whole model in memory, under its own names). The
 arithmetic is that of peft's ``LoraLayer.merge``, which a test compares.
@@ -13,10 +13,21 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_pdrop.model.checkpoint import PROJECTOR_FILE
 from llava_pdrop.model.shards import Stored, open_tensors, read_json
 
-ADAPTER_CONFIG, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA = "non_lora_trainables.safetensors"
+WHOLE = ("non_lora_trainables.bin", NON_LORA, PROJECTOR_FILE)
+"""Files of a LoRA run with whole tensors, in place of the base's own: the first one the original code's, then ours."""
+
+ADAPTER = re.compile(r"\.lora_[AB]\.")
+"""What the name of every parameter of an adapter holds, and no other."""
+
+PREFIX = "base_model.model."
+"""What peft puts before the names of a model's parameters."""
+
 LORA = re.compile(r"^(.+)\.lora_(A|B)(?:\.default)?\.weight$")
 
 PLAIN = {
@@ -37,8 +48,8 @@ def named_base(directory: Path) -> str | None:
 
 
 def merged(base: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
-    """The weights of ``base`` (original names) with the LoRA run in ``directory`` merged in, and its
-    ``non_lora_trainables.bin`` in place of the base's own tensors of those names.
+    """The weights of ``base`` with the LoRA run in ``directory`` merged in, and its whole tensors in place of the
+    base's own of those names. The names are the original ones for a run of the original code, the host's for ours.
 
     Raises:
         FileNotFoundError: no adapter file. ValueError: a kind of adapter that is not supported, a matrix without its
@@ -52,8 +63,9 @@ def merged(base: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
     if file is None:
         raise FileNotFoundError(f"{directory}: holds neither {ADAPTERS[0]} nor {ADAPTERS[1]}")
     tensors = dict(base)
-    if (directory / NON_LORA).is_file():
-        tensors |= _plain_names(open_tensors(directory / NON_LORA))
+    for name in WHOLE:
+        if (directory / name).is_file():
+            tensors |= _plain_names(open_tensors(directory / name))
     pairs: dict[str, dict[str, Stored]] = {}
     for name, tensor in _plain_names(open_tensors(file)).items():
         match = LORA.match(name)

@@ -16,6 +16,7 @@ CONFIG = "configs/llava15_7b/finetune_pdrop.yaml"
 SCRIPTS = {
     "finetune_pdrop.sh": ("compare", "configs/tiny/finetune_pdrop.yaml"),
     "finetune.sh": ("train", "configs/tiny/finetune_pdrop.yaml"),
+    "finetune_lora.sh": ("train", "configs/tiny/finetune_lora_pdrop.yaml"),
     "pretrain.sh": ("train", "configs/tiny/pretrain.yaml"),
 }
 """Script -> command of llava-pdrop and default config. eval.sh is always one process."""
