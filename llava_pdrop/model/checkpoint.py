@@ -25,6 +25,7 @@ from llava_pdrop.model.layouts import (
     rename,
 )
 from llava_pdrop.model.shards import SHARD_SIZE, Stored, open_tensors, read_json, write_shards
+from llava_pdrop.model.zero3 import gathered, overwrite, own_tensors, whole_shape
 
 __all__ = [
     "ORIGINAL_TO_HOST", "PROJECTOR_FILE", "load_projector", "load_strictly", "mean_rows", "read_json", "rename",
@@ -34,39 +35,55 @@ __all__ = [
 PROJECTOR_FILE = "projector.safetensors"
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor | Stored], origin: str) -> None:
+def load_strictly(
+    module: nn.Module, tensors: Mapping[str, Tensor | Stored], origin: str, kept: Collection[str] = ()
+) -> None:
     """Copies ``tensors``, one after the other, into ``module``, whose names they must match one by one.
 
-    A tied parameter (a head that is the embedding) may be missing; where it is there, it must equal its twin.
+    A tied parameter (a head that is the embedding) may be missing; where it is there, it must equal its twin. Under
+    ZeRO-3 every rank must come here; the first one reads the values.
+
+    Args:
+        kept: names that may be missing too: they keep the values they have.
 
     Raises:
         ValueError: lists every missing, unexpected and mis-shaped key of ``origin``.
     """
-    check_fit(module, tensors, origin)
-    own, twins = module.state_dict(), tied(module)
+    check_fit(module, tensors, origin, kept)
+    own, twins = own_tensors(module), tied(module)
     done: set[str] = set()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            value = tensor.read() if isinstance(tensor, Stored) else tensor
-            if twins.get(name) not in done:
-                own[name].copy_(value)
-            elif not torch.equal(own[name], value.to(own[name])):
+    for name, tensor in tensors.items():
+
+        def read(tensor: Tensor | Stored = tensor) -> Tensor:
+            return tensor.read() if isinstance(tensor, Stored) else tensor
+
+        if twins.get(name) not in done:
+            overwrite(own[name], read)
+        else:
+            with gathered(own[name]):
+                same = torch.equal(own[name], read().to(own[name]))
+            if not same:
                 raise ValueError(f"{origin}: {name} differs from {twins[name]}, to which the model's config ties it")
-            done.add(name)
+        done.add(name)
 
 
-def check_fit(module: nn.Module, tensors: Mapping[str, Tensor | Stored], origin: str) -> None:
-    """Compares names and shapes with those of ``module``, which may be on the meta device.
+def check_fit(
+    module: nn.Module, tensors: Mapping[str, Tensor | Stored], origin: str, kept: Collection[str] = ()
+) -> None:
+    """Compares names and shapes with those of ``module``, which may be on the meta device or cut up by ZeRO-3.
+
+    Args:
+        kept: names that may be missing.
 
     Raises:
         ValueError: lists every missing, unexpected and mis-shaped key of ``origin``.
     """
     twins = tied(module)
     check_shapes(
-        {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()},
+        {name: whole_shape(tensor) for name, tensor in own_tensors(module).items()},
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         f"{origin} does not fit the model",
-        {name for name, twin in twins.items() if twin in tensors},
+        {name for name, twin in twins.items() if twin in tensors} | set(kept),
     )
 
 
@@ -150,16 +167,15 @@ def load_projector(host: nn.Module, file: Path) -> None:
         ValueError: its keys or shapes do not fit (see `load_strictly`).
     """
     tensors = rename(open_tensors(file))
-    own = {name: tensor for name, tensor in host.state_dict().items() if is_projector(name)}
+    own = {name: tensor for name, tensor in own_tensors(host).items() if is_projector(name)}
     check_shapes(
-        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        {name: whole_shape(tensor) for name, tensor in own.items()},
         {name: tensor.shape for name, tensor in tensors.items()},
         f"{file} does not fit the projector",
         {"model.image_newline"},  # a projector pretrained on plain pictures has no newline yet
     )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor.read())
+    for name, tensor in tensors.items():
+        overwrite(own[name], tensor.read)
 
 
 def save_pretrained(

@@ -7,10 +7,14 @@ the hooks of ZeRO-3 and FSDP fire and never disagree.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from llava_pdrop.model.pyramid_drop import RANKERS, Instruction, keep_index
 from llava_pdrop.model.schedule import Schedule
@@ -76,12 +80,21 @@ def _rank(
     ranker = RANKERS[schedule.ranker]
     instruction = None
     if ranker.projections == "next":
-        instruction = project_instruction(decoder.layers[index], x_TD.detach(), rope, stage)
+        instruction = _projecting(decoder.layers[index])(x_TD.detach(), rope, stage)
     elif ranker.projections == "previous":
-        instruction = project_instruction(decoder.layers[index - 1], before_TD.detach(), rope, stage)
+        instruction = _projecting(decoder.layers[index - 1])(before_TD.detach(), rope, stage)
     assert stage.candidates is not None, "every stage but the last has a drop"
     score_V = ranker.score(instruction, stage.candidates)
     return score_V, keep_index(score_V, stage.candidates, len(x_TD))
+
+
+def _projecting(layer: nn.Module) -> Callable[[Tensor, Rope, Stage], Instruction]:
+    """`project_instruction` of ``layer``. FSDP2 gathers the weights of a layer when its forward begins; it must learn
+    that this is another way into it."""
+    if isinstance(layer, FSDPModule) and not hasattr(layer, "project_instruction"):
+        layer.project_instruction = MethodType(project_instruction, layer)
+        register_fsdp_forward_method(layer, "project_instruction")
+    return getattr(layer, "project_instruction", MethodType(project_instruction, layer))
 
 
 def project_instruction(layer: nn.Module, x_TD: Tensor, rope: Rope, stage: Stage) -> Instruction:
@@ -93,8 +106,9 @@ def project_instruction(layer: nn.Module, x_TD: Tensor, rope: Rope, stage: Stage
     row_Q = stage.query_Q
     probe_Q = row_Q if len(row_Q) else torch.zeros(1, dtype=torch.int64, device=x_TD.device)
     normed_TD = layer.input_layernorm(x_TD)
-    query_QHE = attention.q_proj(normed_TD.index_select(0, probe_Q)).unflatten(-1, (-1, attention.head_dim))
-    key_TGE = attention.k_proj(normed_TD).unflatten(-1, (-1, attention.head_dim))
+    with _without_dropout(attention.q_proj, attention.k_proj):
+        query_QHE = attention.q_proj(normed_TD.index_select(0, probe_Q)).unflatten(-1, (-1, attention.head_dim))
+        key_TGE = attention.k_proj(normed_TD).unflatten(-1, (-1, attention.head_dim))
     if hasattr(attention, "q_norm"):
         query_QHE, key_TGE = attention.q_norm(query_QHE), attention.k_norm(key_TGE)
     cos_TE, sin_TE = rope[0][0], rope[1][0]
@@ -106,6 +120,19 @@ def project_instruction(layer: nn.Module, x_TD: Tensor, rope: Rope, stage: Stage
         queries=[len(starts) for starts in stage.layout.answer_starts],
         scaling=attention.scaling,
     )
+
+
+@contextmanager
+def _without_dropout(*modules: nn.Module) -> Iterator[None]:
+    """LoRA drops out inputs while training. A ranking must not: noise in its scores would drop other tokens."""
+    active = [part for module in modules for part in module.modules() if isinstance(part, nn.Dropout) and part.training]
+    for dropout in active:
+        dropout.eval()
+    try:
+        yield
+    finally:
+        for dropout in active:
+            dropout.train()
 
 
 def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:

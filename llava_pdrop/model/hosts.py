@@ -12,9 +12,11 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import set_zero3_state
 
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vlm import Host
+from llava_pdrop.model.zero3 import cut_up, gathered
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 """model_type -> class of the host."""
@@ -58,18 +60,22 @@ def empty_host(config: Any, dtype: torch.dtype) -> Host:
     """A host whose parameters, in ``dtype``, hold nothing yet, except projector and newline, which are initialised.
 
     Buffers keep float32: rotary frequencies in half precision turn late positions to noise. Memory that is not written
-    is not used, so that loading into it needs one copy of the model.
+    is not used, so that loading into it needs one copy of the model. Under ZeRO-3 (`transformers` knows from its
+    training arguments) the parameters are cut up as they are made, so that no rank ever holds all of them.
     """
-    with no_init_weights():
+    with no_init_weights(), cut_up():
         host = CLASSES[config.model_type]._from_config(config, dtype=dtype)
     host.tie_weights()
-    host.model.multi_modal_projector.apply(host._init_weights)
-    if hasattr(host.model, "image_newline"):
-        host.model.image_newline.data.normal_(0.0, config.text_config.hidden_size**-0.5)
+    projector = host.model.multi_modal_projector
+    newline = getattr(host.model, "image_newline", None)
+    with gathered(*projector.parameters(), *(() if newline is None else (newline,))):
+        projector.apply(host._init_weights)  # on every rank, so that all draw the same numbers of the seed
+        if newline is not None:
+            newline.data.normal_(0.0, config.text_config.hidden_size**-0.5)
     return host
 
 
 def meta_host(config: Any) -> Host:
-    """A host of which only names and shapes are wanted."""
-    with torch.device("meta"):
+    """A host of which only names and shapes are wanted (not those of the pieces that ZeRO-3 would cut)."""
+    with set_zero3_state(), torch.device("meta"):
         return CLASSES[config.model_type]._from_config(config)

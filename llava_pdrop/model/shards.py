@@ -200,10 +200,7 @@ def write_shards(directory: Path, tensors: Mapping[str, Stored], shard_size: str
         get_storage_id=lambda tensor: None,
         max_shard_size=shard_size,
     )
-    for stem, suffix in KINDS:
-        for pattern in (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json"):
-            for file in directory.glob(pattern):
-                file.unlink()
+    remove_weights(directory)
     for file, names in plan.filename_to_tensors.items():
         shard = {name: tensors[name].read().contiguous().cpu() for name in names}
         save_file(shard, directory / file, metadata={"format": "pt"})
@@ -213,6 +210,14 @@ def write_shards(directory: Path, tensors: Mapping[str, Stored], shard_size: str
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(directory / "model.safetensors.index.json", index)
     return [directory / file for file in plan.filename_to_tensors]
+
+
+def remove_weights(directory: Path) -> None:
+    """Removes the weight files of a whole model in ``directory``."""
+    for stem, suffix in KINDS:
+        for pattern in (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json"):
+            for file in directory.glob(pattern):
+                file.unlink()
 
 
 def read_json(file: Path) -> dict[str, Any]:

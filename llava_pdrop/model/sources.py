@@ -85,7 +85,7 @@ def open_llava(
     """A LLaVA of the original or of Hugging Face's layout.
 
     Args:
-        base: the decoder under a LoRA run or a projector-only directory; default: what the adapter's config names.
+        base: the model under a LoRA run or a projector-only directory; default: what the adapter's config names.
         vision_tower: instead of the directory or hub id that an original config names.
         pad_vocabulary: give an original LLaVA rows for ``<image>`` and ``<pad>``.
 
@@ -97,6 +97,8 @@ def open_llava(
     fields = read_json(directory / "config.json")
     if "mm_vision_tower" in fields:
         return _open_original(directory, fields, base, vision_tower, pad_vocabulary)
+    if lora.is_lora(directory):
+        return _open_adapters(directory, fields, base, vision_tower)
     if base is not None or vision_tower is not None:
         raise ValueError(f"{source}: is whole, so that it takes neither another base model nor another vision tower")
     if fields.get("model_type") not in ("llava", "llava_next"):
@@ -107,7 +109,23 @@ def open_llava(
     return _open_hf(directory, fields)
 
 
-def _open_hf(directory: Path, fields: dict[str, Any]) -> Source:
+def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vision_tower: str | None) -> Source:
+    """A LoRA run of ours: config and tokenizer are its own, its adapters are merged into the model that it was trained
+    on, a whole LLaVA or a raw LLM and a CLIP tower."""
+    base = base or lora.named_base(directory)
+    if base is None:
+        raise ValueError(f"{directory}: holds only a LoRA run: name the model under it (convert: --base DIR)")
+    under = read_json(resolve(base) / "config.json")
+    if "text_config" in under or "mm_vision_tower" in under:
+        tensors = open_llava(base, vision_tower=vision_tower if "mm_vision_tower" in under else None).tensors
+    else:
+        tower = vision_tower or fields[SECTION]["mm_vision_tower"]
+        tensors = open_parts(base, tower, {}, fields["vision_config"]["image_size"]).tensors
+    return _open_hf(directory, fields, lora.merged(tensors, directory))
+
+
+def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored] | None = None) -> Source:
+    """``tensors``: weights under host names that are not, as they are, in ``directory``."""
     config = AutoConfig.from_pretrained(directory)
     tower = config.vision_config.model_type
     if tower not in ("clip_vision_model", "clip"):
@@ -121,7 +139,7 @@ def _open_hf(directory: Path, fields: dict[str, Any]) -> Source:
     return Source(
         str(directory),
         config,
-        rename(open_tensors(directory), HF_TO_HOST),
+        rename(open_tensors(directory), HF_TO_HOST) if tensors is None else tensors,
         geometry,
         None if section is None else written_schedule(section).check(config.text_config.num_hidden_layers),
         _tokenizer(directory),
