@@ -5,7 +5,7 @@ PYTHON_VENV := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup test test-golden test-gpu check bench format tiny-bases test-readme clean
+.PHONY: help setup test test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -15,6 +15,10 @@ setup: ## make .venv and install the project with its tested versions
 
 test: setup ## run all tests (PYTEST_ARGS="-k name" for some, JOBS=1 for one after the other)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+test-faults: setup ## kill training runs at 20 random moments per engine and compare their ends, bit by bit (minutes)
+	OMP_NUM_THREADS=1 LLAVA_PDROP_FAULTS=$(if $(LLAVA_PDROP_FAULTS),$(LLAVA_PDROP_FAULTS),20) \
+		$(PYTHON_VENV) -m pytest tests/faults $(PYTEST_ARGS)
 
 test-gpu: setup ## run the tests that need a CUDA device (elsewhere they are skipped, with the reason)
 	$(PYTHON_VENV) -m pytest tests/gpu $(PYTEST_ARGS)

@@ -96,7 +96,7 @@ def config_of(values: dict[str, Any], overrides: Sequence[str], path: Path) -> C
 def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str], path: Path) -> Config:
     """The `Config` of what files say one after the other, and of the ``overrides``."""
     changes = dict(_dotlist(overrides))
-    if changes.keys() & {"model", "pyramid_drop"}:
+    if changes.keys() & {"model", "pyramid_drop", "lora"}:
         layers[-1][1].pop("paper", None)  # it is about the run as the file has it
     layers = [*layers, (OVERRIDES, changes)]
     merged: dict[str, Any] = {}

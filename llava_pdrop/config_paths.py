@@ -44,6 +44,7 @@ def check_paths(config: Config) -> None:
         need("data.image_root", config.data.image_root, "the image directory")
     else:
         need("data.prepare", config.data.prepare[0], "the script")
+    need("data.index", config.data.index, "the clean index")
     deepspeed = config.train.arguments.get("deepspeed")
     if isinstance(deepspeed, str):
         need("train.deepspeed", deepspeed, "the DeepSpeed settings file")

@@ -61,6 +61,7 @@ class DataSection:
     eval: str | None = None
     format: str | None = None
     image_root: str | None = None
+    index: str | None = None
     on_invalid: Literal["stop", "skip"] = "stop"
     max_invalid: float = 0.01
     cache: str | None = "~/.cache/llava_pdrop"
@@ -101,6 +102,29 @@ class TrainSection:
         if self.recompute_layers is not None:
             at_least(0, "train.recompute_layers", self.recompute_layers)
         at_least(0, "train.max_bad_samples", self.max_bad_samples)
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """Low-rank adapters in the decoder instead of its own weights; the defaults are those of the official
+    ``finetune_lora.sh``. ``rank_pattern``: name of a module, or a regular expression of peft's -> its rank."""
+
+    target: Literal["attention", "mlp", "both"] = "both"
+    r: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    bits: Literal[4, 8] | None = None
+    double_quant: bool = True
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+
+    def __post_init__(self) -> None:
+        at_least(1, "lora.r", self.r)
+        at_least(1, "lora.alpha", self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise Problem("lora.dropout", f"lora.dropout must be from 0 to below 1, got {self.dropout:g}")
+        for name, rank in self.rank_pattern.items():
+            at_least(1, f"lora.rank_pattern.{name}", convert(rank, int, f"lora.rank_pattern.{name}"))
 
 
 @dataclass(frozen=True)
@@ -162,6 +186,7 @@ class Config:
     seed: int = 0
     pyramid_drop: Schedule | None = None
     train: TrainSection = TrainSection()
+    lora: LoraSection | None = None
     eval: EvalSection = EvalSection()
     pretrain: str | None = None
     compare: CompareSection = CompareSection()
@@ -170,6 +195,10 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least(0, "seed", self.seed)
+        if self.lora is not None and "language_model" not in self.model.trainable:
+            raise Problem(
+                "lora", "lora trains the language_model, which model.trainable leaves out: add it, or lora=null"
+            )
 
     @property
     def schedule(self) -> Schedule:

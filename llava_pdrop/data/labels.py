@@ -59,8 +59,8 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -
     text = "".join(piece.text for piece in pieces)
     if broken := SURROGATE.search(text):
         raise ValueError(
-            f"the text holds half a character (a lone surrogate, {broken[0]!a}) behind {text[: broken.start()][-20:]!r}: "
-            "remove it"
+            f"the text holds half a character (a lone surrogate, {broken[0]!a}) behind "
+            f"{text[: broken.start()][-20:]!r}: remove it"
         )
     is_target = b"".join(bytes([piece.is_target]) * len(piece.text) for piece in pieces)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable
+
+import torch
 
 from llava_pdrop.config import Config, ConfigError, check_paths, load_config
 from llava_pdrop.config_paths import number, part_configs, pretrain_words
@@ -19,9 +22,21 @@ def check_run(config: Config) -> None:
     """
     check_paths(config)
     check_name(config, "model.template", config.model.template, TEMPLATES)
+    check_bits(config)
     first = stage1_config(config)
     if first is not None:
         check_run(first)
+
+
+def check_bits(config: Config) -> None:
+    """Raises `ConfigError` if ``lora.bits`` asks for weights that cannot be quantised on this machine."""
+    if config.lora is None or config.lora.bits is None:
+        return
+    line = f"{config.file}: lora.bits: {config.lora.bits}-bit weights need"
+    if config.train.arguments.get("use_cpu") or not torch.cuda.is_available():
+        raise ConfigError(f"{line} a CUDA GPU, and this run has none: lora.bits=null trains plain LoRA")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{line} bitsandbytes, which is not installed: pip install bitsandbytes, or lora.bits=null")
 
 
 def check_name(config: Config, key: str, name: str, known: Iterable[str]) -> None:

@@ -67,7 +67,7 @@ def surroundings(config: Config) -> dict[str, Any]:
     """The part of `identity` that the config does not say."""
     model = config.model
     data = map(str, data_files(config.data.train))
-    files = [*data, model.projector, model.path, model.language_model, model.vision_tower]
+    files = [*data, config.data.index, model.projector, model.path, model.language_model, model.vision_tower]
     return {
         "files": {name: _stamps(Path(name)) for name in files if name is not None},
         "versions": {name: _version(name) for name in PACKAGES},
@@ -146,6 +146,11 @@ def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> 
             raise ValueError(f"{config.file}: train.resume: {checkpoint} is torn: {reason}; choose another, or auto")
     if checkpoint is None:
         return None
+    if config.train.arguments.get("save_only_model"):
+        raise ValueError(
+            f"{checkpoint} cannot be continued: train.save_only_model leaves the optimizer out; start over from its "
+            "weights (model.path, train.resume=never)"
+        )
     same_step = _check_processes(checkpoint, config, say)
     changed = _differences(checkpoint / RUN_FILE, config)
     if same_step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -13,17 +14,14 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
 from llava_pdrop.model.vlm import Output
+from llava_pdrop.train.clock import StepClock
 
 METRICS_FILE = "metrics.jsonl"
 MIB = 2**20
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
-
-SHOWN = {"loss": "{:.4f}", "learning_rate": "{:.1e}", "grad_norm": "{:.2f}", "step_seconds": "{:.3f}s"}
-"""Metrics beside the progress bar, with their format."""
 
 
 class StepMeter(TrainerCallback):
@@ -31,16 +29,20 @@ class StepMeter(TrainerCallback):
 
     A step's time is from its first forward to the end of the optimizer step; fetching data is timed apart. On CUDA
     the wall time is taken from events, so that timing makes no step wait for the device.
+
+    Args:
+        clock: measures the parts of a step.
+        peak_flops: operations a second that one device can do; None: no MFU is reported.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, clock: StepClock | None = None, peak_flops: float | None = None) -> None:
+        self.device, self.clock, self.peak_flops = device, clock, peak_flops
         self._marks: list[tuple[Any, Any]] = []
         self._began: tuple[float, float, Any] = (0.0, 0.0, None)
         self._reset()
 
     def _reset(self) -> None:
-        self.steps, self.samples, self.tokens = 0, 0, 0
+        self.steps, self.samples, self.tokens, self.flops = 0, 0, 0, 0.0
         self.wall = self.cpu = self.data = 0.0
         self.stage_tokens: list[int] = []
         self.image_tokens: list[int] = []
@@ -68,6 +70,14 @@ class StepMeter(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = (time.perf_counter(), time.process_time(), self._mark())
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.clock is not None and args.deepspeed_plugin is None:  # DeepSpeed has made its step already
+            self.clock.begins("optimizer")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.clock is not None:
+            self.clock.ends("optimizer")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wall, cpu, mark = self._began
         self.cpu += time.process_time() - cpu
@@ -77,26 +87,33 @@ class StepMeter(TrainerCallback):
         else:
             self._marks.append((mark, self._mark()))
 
-    def drain(self, total: Callable[[list[float]], list[float]] = list) -> dict[str, float]:
+    def drain(self, total: Callable[[list[float]], list[float]] = list, ranks: int = 1) -> dict[str, float]:
         """The metrics since the last call, per step, per sample or per second.
 
         Args:
             total: sums a list of numbers over all ranks.
+            ranks: how many there are.
         """
         steps = max(1, self.steps)
         if self._marks:
             self._marks[-1][1].synchronize()
             self.wall += sum(start.elapsed_time(stop) for start, stop in self._marks) / 1000
         stages = len(self.image_tokens)
-        numbers = total([self.samples, self.tokens, *self.stage_tokens, *self.image_tokens])
+        flops, *numbers = total([self.flops, self.samples, self.tokens, *self.stage_tokens, *self.image_tokens])
         samples, tokens = max(1.0, numbers[0]), numbers[1]
+        passed = max(1e-9, time.perf_counter() - self._drained)
         metrics = {
-            "tokens_per_second": tokens / max(1e-9, time.perf_counter() - self._drained),
+            "tokens_per_second": tokens / passed,
             "step_seconds": self.wall / steps,
             "step_cpu_seconds": self.cpu / steps,
             "data_seconds": self.data / steps,
+            "data_wait_share": self.data / passed,
             "samples": numbers[0] / steps,
         }
+        if self.peak_flops is not None:
+            metrics["mfu"] = flops / (passed * self.peak_flops * ranks)
+        if self.clock is not None:
+            metrics |= {f"{part}_seconds": seconds / steps for part, seconds in self.clock.drain().items()}
         metrics |= {f"tokens_{k}": n / samples for k, n in enumerate(numbers[2 : 2 + stages])}
         metrics |= {f"image_tokens_{k}": n / samples for k, n in enumerate(numbers[2 + stages :])}
         metrics |= peak_memory(self.device)
@@ -123,23 +140,15 @@ class MetricsFile(TrainerCallback):
         self.file.parent.mkdir(parents=True, exist_ok=True)
         old = read_metrics(self.file) if state.global_step and self.file.is_file() else []
         kept = [row for row in old if row["step"] <= state.global_step and "loss" in row]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside = self.file.with_suffix(".partial")  # a run that is killed here must not lose what it had
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(aside, self.file)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             row = {"step": state.global_step, **logs, "time": time.time()}
             with self.file.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
-
-
-class Progress(ProgressCallback):
-    """The Trainer's progress bar with the newest numbers beside it, instead of a printed line per step."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {name: text.format(logs[name]) for name, text in SHOWN.items() if name in logs}
-            if shown:
-                self.training_bar.set_postfix(shown)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ from rich.table import Table
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
+from llava_pdrop.model.lora import ADAPTER
+
 PARTS: dict[str, tuple[str, ...]] = {
     "language_model": ("model.language_model.", "lm_head."),
     "projector": ("model.multi_modal_projector.", "model.image_newline"),
@@ -39,7 +41,7 @@ def part_of(name: str) -> str:
 
 
 def freeze(model: nn.Module, trainable: Collection[str]) -> None:
-    """Lets exactly the parts in ``trainable`` learn.
+    """Lets exactly the parts in ``trainable`` learn; of a decoder with adapters only these.
 
     Of a trainable tower the layers behind the one whose output is used, and its last norm, stay frozen: they get no
     gradient, and `DistributedDataParallel` waits for every parameter that wants one.
@@ -54,8 +56,11 @@ def freeze(model: nn.Module, trainable: Collection[str]) -> None:
     if unknown or not trainable:
         raise ValueError(f"model.trainable must name some of {list(PARTS)}, got {list(trainable)}")
     used = used_tower_layers(model.host.config)
+    adapted = any(ADAPTER.search(name) for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trainable and not _is_unused(name, used))
+        part = part_of(name)
+        fixed = _is_unused(name, used) or (adapted and part == "language_model" and not ADAPTER.search(name))
+        parameter.requires_grad_(part in trainable and not fixed)
 
 
 def used_tower_layers(config: Any) -> int:
@@ -97,7 +102,10 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> Ta
     """Parameters and trainable parameters of every part, for the start of a run."""
     total: dict[str, int] = dict.fromkeys(PARTS, 0)
     learning = dict(total)
+    labels = {part: part for part in PARTS}
     for name, parameter in model.named_parameters():
+        if ADAPTER.search(name):
+            labels[part_of(name)] = f"{part_of(name)} (LoRA)"
         count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty shard in place
         total[part_of(name)] += count
         learning[part_of(name)] += count * parameter.requires_grad
@@ -106,7 +114,7 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> Ta
         column.justify = "right"
     for part in PARTS:
         rate = f"{learning_rates[part]:g}" if learning[part] else "frozen"
-        table.add_row(part, f"{total[part]:,}", f"{learning[part]:,}", rate)
+        table.add_row(labels[part], f"{total[part]:,}", f"{learning[part]:,}", rate)
     table.add_section()
     table.add_row("all", f"{sum(total.values()):,}", f"{sum(learning.values()):,}", "")
     return table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import logging
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,37 +19,42 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 
 from llava_pdrop.config import Config, ConfigError, to_yaml
+from llava_pdrop.data.clean_index import CleanIndex
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
+from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan
-from llava_pdrop.data.records import read_records
+from llava_pdrop.data.readers import READERS
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.checkpoint import PROJECTOR_FILE
-from llava_pdrop.model.precision import has_fast_bfloat16
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.train.arguments import first_line, learning_rates, training_arguments
 from llava_pdrop.train.checks import check_name, check_run, stage1_config
 from llava_pdrop.train.history import checkpoint_to_resume, clear, digest, is_finished, mark_finished, why_outdated
+from llava_pdrop.train.lora import adapt
 from llava_pdrop.train.optim import freeze, trainable_table
+from llava_pdrop.train.preemption import Preempted
+from llava_pdrop.train.ranks import by_first_rank
 from llava_pdrop.train.trainer import PyramidTrainer
 
-DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
-"""Training arguments where a config says nothing: a line of metrics per step, no outside service, and a loss that is
-not a number is shown as such (the Trainer would hide it, at the price of a device synchronisation per micro-batch)."""
+SKIPPED_FILE = "skipped.jsonl"
+"""In ``output_dir``: the records that ``data.on_invalid: skip`` left out, and why."""
 
 _prepared: set[tuple[str, ...]] = set()
 """Commands of ``data.prepare`` that this process has run."""
 
-log = logging.getLogger(__name__)
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def train(config: Config) -> Path:
-    """Runs ``config`` to its end and returns ``output_dir``: an ordinary Hugging Face LLaVA directory with
-    ``projector.safetensors``, ``metrics.jsonl`` and the resolved configuration. A run that is complete already, with
-    the same settings and files, is left as it is.
+    """Runs ``config`` to its end and returns ``output_dir``: an ordinary Hugging Face LLaVA directory (of a LoRA run
+    the adapters instead of the weights) with ``projector.safetensors``, ``metrics.jsonl``, ``training.md`` and the
+    resolved configuration. A run that is complete already, with the same settings and files, is left as it is.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: something named in the config is missing or impossible.
+        Preempted: a signal said stop (see `llava_pdrop.train.preemption`).
     """
     check_run(config)
     prepare_data(config)
@@ -64,21 +67,25 @@ def train(config: Config) -> Path:
         return output
     outdated = why_outdated(config)
     fresh = config.train.resume == "never" or (outdated is not None and config.train.resume == "auto")
-    checkpoint = None if fresh else checkpoint_to_resume(config)
 
     console.rule(f"{config.name}  ->  {output}")
     if outdated:
         say(f"{config.name}: trained again, because the finished run in {output} had {outdated}")
     args = training_arguments(config)
+    checkpoint = None if fresh else by_first_rank(lambda: checkpoint_to_resume(config, say))
     if fresh:
         args.distributed_state.wait_for_everyone()  # every rank has looked at what is removed now
         if args.process_index == 0:
             clear(output)
     set_seed(config.seed)
     parts = load_parts(config)
-    model = PyramidLlava(parts.host, config.schedule, parts.geometry, config.model.attention)
-    freeze(model, config.model.trainable)
-    dataset = build_dataset(config, parts)
+    model = build_model(config, parts)
+    if config.lora is None:
+        freeze(model, config.model.trainable)
+    else:
+        adapt(model, config, args)
+    with args.main_process_first(desc="counting tokens"):  # the others read what it leaves in the cache
+        dataset = build_dataset(config, parts)
     trainer = PyramidTrainer(
         model,
         args,
@@ -87,61 +94,30 @@ def train(config: Config) -> Path:
         learning_rates(config, args),
         processor=parts.processor(),
         config_yaml=to_yaml(config),
+        skip_bad_samples=config.train.on_bad_sample == "skip",
+        max_bad_samples=config.train.max_bad_samples,
     )
     console.print(trainable_table(model, trainer.learning_rates))
     if checkpoint:
         console.print(f"resuming from {checkpoint}")
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    if result.global_step < trainer.state.max_steps:
+        say(f"{config.name}: told to stop, saved after step {result.global_step}; the same command goes on from there")
+        raise Preempted
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output))
     if args.process_index == 0:
         seconds = round(time.perf_counter() - start, 2)
+        from llava_pdrop.train.report import write_report  # imports matplotlib, which nothing else here needs
+
+        write_report(output, config.name)
         mark_finished(config, stamp, {"steps": result.global_step, "seconds": seconds, "resumed_from": checkpoint})
     trainer.accelerator.wait_for_everyone()  # no rank starts a next stage before the files of this one are complete
     del trainer, model, parts, dataset
     release_memory()
     return output
-
-
-def training_arguments(config: Config) -> TrainingArguments:
-    """The Trainer's arguments: ours where nothing is said, the ``train:`` section, and what other sections decide."""
-    arguments = {
-        **DEFAULTS,
-        **config.train.arguments,
-        "output_dir": config.output_dir,
-        "run_name": config.name,
-        "seed": config.seed,
-        "per_device_train_batch_size": config.data.samples_per_batch or 1,
-        "remove_unused_columns": False,
-    }
-    on_cpu = arguments.get("use_cpu") or not torch.cuda.is_available()
-    if arguments.get("bf16") and on_cpu and not has_fast_bfloat16(torch.device("cpu")):
-        log.warning(
-            "%s: this CPU has no bfloat16 instructions, so train.bf16 is ignored: float32 is faster", config.name
-        )
-        arguments["bf16"] = False
-    try:
-        args = TrainingArguments(**arguments)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
-    if args.n_gpu > 1:
-        log.warning(
-            "%d GPUs are visible and one is used: torchrun --nproc_per_node %d uses all", args.n_gpu, args.n_gpu
-        )
-        args._n_gpu = 1  # the Trainer would wrap the model in nn.DataParallel, which cannot split a packed stream
-    return args
-
-
-def learning_rates(config: Config, args: TrainingArguments) -> dict[str, float]:
-    """Peak learning rate of every part of the model."""
-    section, rate = config.train, args.learning_rate
-    return {
-        "language_model": rate,
-        "projector": rate if section.projector_lr is None else section.projector_lr,
-        "vision_tower": rate if section.vision_tower_lr is None else section.vision_tower_lr,
-    }
 
 
 def load_parts(config: Config) -> Parts:
@@ -168,29 +144,57 @@ def load_parts(config: Config) -> Parts:
         key = "path" if model.path is not None else "language_model"
         if "load_projector" in called:
             key = "projector"
-        elif model.path is None and called & {"load_tower", "load_image_processor"}:
+        elif model.path is None and called & {"open_tower", "load_image_processor"}:
             key = "vision_tower"
         raise ConfigError(f"{config.file}: model.{key} {getattr(model, key)}: {first_line(error)}") from error
 
 
+def build_model(config: Config, parts: Parts) -> PyramidLlava:
+    """The training model of ``config`` around ``parts``."""
+    recompute = config.train.recompute_layers
+    return PyramidLlava(parts.host, config.schedule, parts.geometry, config.model.attention, recompute)
+
+
 def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
-    """The training samples.
+    """The training samples, after a pass over all records that counts their tokens and finds what cannot be used.
 
     Raises:
-        ValueError: unknown template, or data that cannot be used.
+        ValueError: unknown template or format, or data that cannot be used.
     """
-    name = config.model.template
+    section, name = config.data, config.model.template
     check_name(config, "model.template", name, TEMPLATES)
-    return ConversationDataset(
-        read_records(config.data.train, config.data.image_root),
-        TEMPLATES[name],
-        parts.tokenizer,
-        parts.host.config.image_token_id,
-        parts.geometry,
+    if section.format is not None:
+        check_name(config, "data.format", section.format, READERS)
+    records = read_data(section.train, section.image_root, section.format, config.seed)
+    for line in records.summary() if len(records.parts) > 1 else ():
+        say(line)
+    if section.index is not None:
+        index = CleanIndex.read(Path(section.index))
+        records = index.choose(records, f"{config.file}: data.index {section.index}")
+        say(f"data.index: {len(records):,} of {index.records:,} records are used")
+    dataset = ConversationDataset(
+        records,
+        Encoder(
+            TEMPLATES[name],
+            parts.tokenizer,
+            parts.host.config.image_token_id,
+            parts.geometry,
+            section.max_length,
+            section.truncation,
+        ),
         parts.image_processor,
-        config.data.max_length,
-        config.data.truncation,
+        workers=min(os.cpu_count() or 1, 16),
+        cache=Path(section.cache).expanduser() if section.cache is not None else None,
     )
+    if section.on_invalid == "stop":
+        dataset.lengths()  # reports the first record that cannot be used
+        return dataset
+    report = Path(config.output_dir) / SKIPPED_FILE if os.environ.get("RANK", "0") == "0" else None
+    usable = dataset.without_unusable(section.max_invalid, report)
+    if len(usable) < len(dataset):
+        left_out = len(dataset) - len(usable)
+        say(f"{left_out:,} of {len(dataset):,} records cannot be used and are left out, listed in {report}")
+    return usable
 
 
 def build_plan(config: Config, dataset: ConversationDataset, args: TrainingArguments) -> BatchPlan:
@@ -213,11 +217,11 @@ def prepare_data(config: Config) -> None:
         ValueError: the command failed. FileNotFoundError: it did not make the file.
     """
     wanted = [Path(name) for name in (config.data.train, config.data.eval) if name is not None]
-    missing = [file for file in wanted if not file.is_file()]
+    missing = [file for file in wanted if not file.exists()]
     if config.data.prepare is None or (config.data.prepare in _prepared and not missing):
         return
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        while not all(file.is_file() for file in missing):
+        while not all(file.exists() for file in missing):
             time.sleep(1)
         return
     if missing:
@@ -228,7 +232,7 @@ def prepare_data(config: Config) -> None:
             f"{config.file}: data.prepare failed with status {done.returncode}: {' '.join(config.data.prepare)}"
         )
     for file in missing:
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(f"{config.file}: data.prepare ran, but did not write {file}")
     _prepared.add(config.data.prepare)
 
@@ -236,13 +240,6 @@ def prepare_data(config: Config) -> None:
 def say(line: str) -> None:
     """Prints a line that must stay one line, and is no markup, on the first rank."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its kind too where the message is only a name."""
-    text = str(error).strip().splitlines()
-    kind = type(error).__name__
-    return kind if not text else f"{kind} {text[0]}" if isinstance(error, KeyError) else text[0]
 
 
 def release_memory() -> None:

@@ -1,9 +1,10 @@
 """Hugging Face's Trainer for packed batches: loops, DeepSpeed, FSDP, mixed precision, checkpoints and resuming are its
-job. What differs is in this file: where batches come from, how the loss is normalised, and what is saved."""
+job. What differs is in this file: where batches come from, how the loss is normalised, and what is saved; and in
+`saving.py`: how."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import nested_gather
 
 from llava_pdrop.config import RUN_FILE
-from llava_pdrop.data.dataset import ConversationDataset, collate
+from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
 from llava_pdrop.model.checkpoint import save_pretrained, save_projector
 from llava_pdrop.model.flops import step_flops
+from llava_pdrop.model.lora import ADAPTER_CONFIG
 from llava_pdrop.model.vlm import Output, PyramidLlava
-from llava_pdrop.train.metrics import MetricsFile, Progress, StepMeter
+from llava_pdrop.train.arguments import peak_of, recomputes_activations
+from llava_pdrop.train.bad_samples import REPORT_FILE, BadSample, CheckedSamples, collate_checked
+from llava_pdrop.train.checkpoints import read_manifest
+from llava_pdrop.train.clock import StepClock
+from llava_pdrop.train.guard import StepGuard
+from llava_pdrop.train.lora import is_adapted, load_adapters, save_adapters
+from llava_pdrop.train.metrics import MetricsFile, StepMeter
 from llava_pdrop.train.optim import parameter_groups, part_of
+from llava_pdrop.train.preemption import Preemption, outlive_signals
+from llava_pdrop.train.progress import Progress
+from llava_pdrop.train.saving import SavingTrainer
+from llava_pdrop.train.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.types import PackedBatch
-
-
-def recomputes_activations(args: TrainingArguments) -> bool:
-    """Whether the backward pass computes activations anew; transformers 5.23 renamed the argument."""
-    return bool(getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False))
 
 
 class PlanLoader(DataLoader):
@@ -39,7 +46,7 @@ class PlanLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class PyramidTrainer(Trainer):
+class PyramidTrainer(SavingTrainer):
     """Trains a `PyramidLlava` on the micro-batches of a `BatchPlan`.
 
     Args:
@@ -47,12 +54,13 @@ class PyramidTrainer(Trainer):
         learning_rates: part of the model (see `optim.PARTS`) -> peak learning rate.
         processor: Hugging Face processor saved with every checkpoint.
         config_yaml: resolved configuration, saved with every checkpoint.
+        skip_bad_samples: whether up to ``max_bad_samples`` samples that cannot be loaded are replaced
+            (`bad_samples.CheckedSamples`), instead of ending the run.
 
     Raises:
         ValueError: the plan was made for another number of ranks or accumulation steps.
     """
 
-    optimizer: torch.optim.Optimizer | None
     loss_is_scaled_for_ga = True  # by `compute_loss`: the Trainer must not divide by the accumulation steps
 
     def __init__(
@@ -64,6 +72,8 @@ class PyramidTrainer(Trainer):
         learning_rates: Mapping[str, float],
         processor: Any = None,
         config_yaml: str = "",
+        skip_bad_samples: bool = False,
+        max_bad_samples: int = 0,
     ) -> None:
         if (plan.world_size, plan.gradient_accumulation) != (args.world_size, args.gradient_accumulation_steps):
             raise ValueError(
@@ -74,14 +84,41 @@ class PyramidTrainer(Trainer):
         self.learning_rates = learning_rates
         self.processor = processor
         self.config_yaml = config_yaml
-        self.meter = StepMeter(args.device)
+        self.clock = StepClock(model, args.device)
+        self.meter = StepMeter(args.device, self.clock, peak_of(args))
         self.trainable = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate)
-        self.add_callback(self.meter)
-        self.add_callback(MetricsFile(Path(args.output_dir)))
+        output = Path(args.output_dir)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_checked)
+        self.samples = CheckedSamples(train_dataset, skip_bad_samples, max_bad_samples, output / REPORT_FILE)
+        self.preemption = Preemption(output)
+        self.guard = StepGuard(args.device, args.process_index, self.preemption)
+        self.watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
+        self.facts = {
+            "world_size": args.world_size,
+            "gradient_accumulation": args.gradient_accumulation_steps,
+            "sharded": self.is_deepspeed_enabled or self.is_fsdp_enabled,
+            "data_order": plan.fingerprint(),
+        }
+        for callback in (self.meter, MetricsFile(output), self.preemption):
+            self.add_callback(callback)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(Progress())
+
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+        """Trains to the end, or until a signal says stop (`preemption`).
+
+        Raises:
+            ValueError: the checkpoint was written over other data, so its position in them means nothing.
+        """
+        manifest = read_manifest(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        if manifest is not None and manifest["data_order"] != self.facts["data_order"]:
+            raise ValueError(
+                f"{resume_from_checkpoint} is a position in another order of batches: data, seed or batch sizes have "
+                "changed since; give them back, choose another output_dir, or start over with train.resume=never"
+            )
+        with self.preemption.listening(), self.watchdog.running():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     # ---- data ----
 
@@ -89,10 +126,11 @@ class PyramidTrainer(Trainer):
         """The rank's own micro-batches, in the order of the plan."""
         workers = self.args.dataloader_num_workers
         return PlanLoader(
-            self.train_dataset,
+            self.samples,
             batch_sampler=PlanSampler(self.plan, self.args.process_index),
             collate_fn=self.data_collator,
             num_workers=workers,
+            worker_init_fn=outlive_signals,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
@@ -101,9 +139,19 @@ class PyramidTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
     ) -> tuple[list[PackedBatch], int | Tensor]:
-        """The micro-batches of one optimizer step, and its label tokens on all ranks."""
+        """The micro-batches of one optimizer step, and its label tokens on all ranks.
+
+        Raises:
+            ValueError: a sample cannot be loaded.
+        """
+        step = self.state.global_step + 1
+        self.watchdog.at(f"fetching the batches of step {step}")
         with self.meter.fetching():
             batches = list(islice(epoch_iterator, num_batches))
+        bad = next((batch for batch in batches if isinstance(batch, BadSample)), None)
+        if bad is not None:
+            raise ValueError(bad.message)
+        self.watchdog.at(f"counting the labels of step {step}")
         labels = sum(len(batch.label_positions) for batch in batches)
         if self.accelerator.num_processes == 1:
             return batches, max(1, labels)
@@ -127,13 +175,29 @@ class PyramidTrainer(Trainer):
         Gradients of micro-batches are added up; those of ranks are averaged (by DDP, FSDP and DeepSpeed alike), which
         the number of ranks undoes.
         """
+        step = self.state.global_step + 1
+        self.watchdog.at(f"forward pass of step {step}")
+        self.clock.forward_begins()
         output: Output = model(inputs)
+        self.clock.forward_ends()
         if num_items_in_batch is None:
             num_items_in_batch = max(1, output.labels)
         loss = output.loss * (self.accelerator.num_processes / num_items_in_batch)
         if model.training:
             self.meter.count(len(inputs.seq_lens), output)
+            self.guard.watch(output.loss, inputs.sample_ids)
+            if self.accelerator.sync_gradients:  # the last micro-batch of the step
+                self.watchdog.at(f"comparing the losses of step {step}")
+                self.guard.check(step)
+            self.watchdog.at(f"backward pass of step {step}")
+            self.clock.begins("backward")
         return (loss, output) if return_outputs else loss
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Forward and backward of one micro-batch."""
+        loss = super().training_step(*args, **options)
+        self.clock.ends("backward")
+        return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that ``optim`` names, over the groups of `parameter_groups`."""
@@ -149,19 +213,28 @@ class PyramidTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds time, tokens and memory to the log line of a step. Every rank comes here."""
         if "loss" in logs:
-            logs = {**logs, **self.meter.drain(self._total)}
+            logs = {**logs, **self.meter.drain(self._total, self.accelerator.num_processes)}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:
-        """Operations of one micro-batch, forward and backward: the Trainer adds them up as ``total_flos``."""
+        """Operations of one micro-batch, forward and backward: the Trainer adds them up as ``total_flos``. What is done
+        twice to save memory counts there, and not for the MFU."""
+        self.meter.flops += self._operations(inputs, recomputing=False)
+        return self._operations(inputs, recomputes_activations(self.args))
+
+    def _operations(self, inputs: PackedBatch, recomputing: bool) -> float:
         model = self.accelerator.unwrap_model(self.model)
+        trainable = self.trainable
+        if is_adapted(model.host):  # the gradient passes through the decoder as to a projector, not into its weights
+            trainable = trainable - {"language_model"} | {"projector"}
         return step_flops(
             model.host.config,
             inputs,
             model.schedule,
             model.geometry,
-            self.trainable,
-            recomputes_activations(self.args),
+            trainable,
+            recomputing,
+            model.recompute_layers,
         ).total
 
     def _total(self, numbers: list[float]) -> list[float]:
@@ -173,7 +246,8 @@ class PyramidTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Writes an ordinary Hugging Face LLaVA directory, the projector alone, and the resolved configuration.
+        """Writes an ordinary Hugging Face LLaVA directory (of a LoRA run its adapters instead of the weights), the
+        projector alone, and the resolved configuration.
 
         Args:
             state_dict: gathered weights under the names of `PyramidLlava` (DeepSpeed, FSDP).
@@ -183,8 +257,13 @@ class PyramidTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         if state_dict is not None:
             state_dict = {name.removeprefix("host."): tensor for name, tensor in state_dict.items()}
-        save_pretrained(self._host(), self.processor, directory, state_dict)
-        save_projector(self._host(), directory, state_dict)
+        host = self._host()
+        if is_adapted(host):
+            save_adapters(host, self.processor, directory, "vision_tower" in self.trainable, state_dict)
+        else:
+            (directory / ADAPTER_CONFIG).unlink(missing_ok=True)  # of an earlier run in the same directory
+            save_pretrained(host, self.processor, directory, state_dict)
+        save_projector(host, directory, state_dict)
         if self.config_yaml:
             (directory / RUN_FILE).write_text(self.config_yaml)
 
@@ -194,8 +273,14 @@ class PyramidTrainer(Trainer):
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         host = self._host()
+        if is_adapted(host):
+            return load_adapters(host, Path(resume_from_checkpoint))
         saved = type(host).from_pretrained(resume_from_checkpoint, dtype=host.dtype)
         host.load_state_dict(saved.state_dict())
+
+    def _saved_parameters(self) -> Iterable[nn.Parameter]:
+        parameters = super()._saved_parameters()
+        return [p for p in parameters if p.requires_grad] if is_adapted(self._host()) else parameters
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

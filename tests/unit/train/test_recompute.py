@@ -18,9 +18,7 @@ def config(tmp_path, **arguments) -> Config:
 
 
 def test_it_needs_activation_checkpointing(tmp_path):
-    with pytest.raises(
-        ConfigError, match="train.recompute_layers needs train.gradient_checkpointing=true"
-    ):
+    with pytest.raises(ConfigError, match="train.recompute_layers needs train.gradient_checkpointing=true"):
         training_arguments(config(tmp_path))
     assert training_arguments(config(tmp_path, gradient_checkpointing=True)).output_dir == str(tmp_path)
 

@@ -1,0 +1,76 @@
+"""The one line a run shows while it runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Of a run whose output goes to a file, where a line cannot be overwritten."""
+
+
+class Progress(TrainerCallback):
+    """On a terminal a bar, elsewhere a line every half minute and at the last step; on the first rank."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.text = ""
+        self._first_step, self._began, self._printed = 0, 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_step, self._began, self._printed = state.global_step, time.perf_counter(), -SECONDS_BETWEEN_LINES
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        self.text = describe(logs)
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.text)
+        elif now - self._printed >= SECONDS_BETWEEN_LINES or state.global_step >= state.max_steps:
+            self._printed = now
+            done, left = state.global_step - self._first_step, state.max_steps - state.global_step
+            eta = tqdm.format_interval((now - self._began) / max(1, done) * left)
+            print(f"step {state.global_step}/{state.max_steps}, {eta} left, {self.text}", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def describe(logs: Mapping[str, Any]) -> str:
+    """The numbers of a log line as text, as far as they are there."""
+    shown = (("loss", "loss {:.4f}"), ("learning_rate", "lr {:.1e}"), ("tokens_per_second", "{:,.0f} tokens/s"))
+    pieces = [text.format(logs[name]) for name, text in shown if name in logs]
+    images = stages(logs, "image_tokens")
+    if images:
+        pieces.append(f"image tokens {'>'.join(f'{count:.0f}' for count in images)}")
+    if "mfu" in logs:
+        pieces.append(f"MFU {logs['mfu']:.1%}")
+    for name, title in (("peak_cuda_mib", "GPU memory"), ("peak_rss_mib", "memory")):
+        if name in logs:
+            pieces.append(f"{title} {logs[name] / 1024:.1f} GiB")
+            break
+    if "data_wait_share" in logs:
+        pieces.append(f"data wait {logs['data_wait_share']:.1%}")
+    return ", ".join(pieces)
+
+
+def stages(row: Mapping[str, Any], name: str) -> list[float]:
+    """``NAME_0``, ``NAME_1``, ... of a log line: before any drop, after the first one, ..."""
+    values: list[float] = []
+    while f"{name}_{len(values)}" in row:
+        values.append(row[f"{name}_{len(values)}"])
+    return values

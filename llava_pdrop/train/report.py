@@ -1,0 +1,137 @@
+"""``training.md`` and ``training.png``, which a run leaves: what ``metrics.jsonl`` says, for people."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from llava_pdrop.train.bad_samples import REPORT_FILE as BAD_SAMPLES_FILE
+from llava_pdrop.train.clock import PARTS
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
+from llava_pdrop.train.progress import stages
+
+REPORT_FILE, PICTURE_FILE = "training.md", "training.png"
+
+TITLES = {
+    "tower": ("vision tower, forward", "#3E5C76"),
+    "decoder": ("decoder, forward", "#6B7C8F"),
+    "ranking": ("ranking and dropping", "#D7263D"),
+    "other_forward": ("rest of the forward", "#748CAB"),
+    "backward": ("backward, gradient exchange", "#E2703A"),
+    "optimizer": ("optimizer", "#8AB17D"),
+    "data": ("waiting for data", "#F2B134"),
+}
+"""Part of the time -> what it is called and its colour."""
+
+STYLE: dict[str, Any] = {
+    "figure.dpi": 120,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDE3E8",
+    "legend.frameon": False,
+}
+
+
+def write_report(directory: Path, name: str) -> Path | None:
+    """Writes both files from the metrics in ``directory``; None where these have no step."""
+    rows = [row for row in read_metrics(directory / METRICS_FILE) if "loss" in row]
+    if not rows:
+        return None
+    _draw(rows, directory / PICTURE_FILE)
+    report = directory / REPORT_FILE
+    report.write_text(_text(rows, name, directory))
+    return report
+
+
+def time_split(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds a step of every part that was measured, waiting for data included."""
+    split = {}
+    for part in (*PARTS, "data"):
+        values = [row[f"{part}_seconds"] for row in rows if f"{part}_seconds" in row]
+        if values:
+            split[part] = statistics.fmean(values)
+    return split
+
+
+def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path) -> str:
+    def median(key: str) -> float:
+        return statistics.median(row[key] for row in rows if key in row)
+
+    tenth = max(1, len(rows) // 10)
+    facts = [
+        ("steps", f"{rows[-1]['step']:,}"),
+        ("loss, first and last tenth", " and ".join(f"{statistics.fmean(r['loss'] for r in part):.4f}"
+                                                    for part in (rows[:tenth], rows[-tenth:]))),
+        ("tokens per second, median", f"{median('tokens_per_second'):,.0f}"),
+        ("seconds per step, median", f"{median('step_seconds'):.3g}"),
+    ]  # fmt: skip
+    if "mfu" in rows[-1]:
+        facts.append(("MFU, median", f"{median('mfu'):.1%}"))
+    for key, title in (("peak_cuda_mib", "peak GPU memory"), ("peak_rss_mib", "peak resident memory")):
+        if key in rows[-1]:
+            facts.append((f"{title}, first rank", f"{max(row[key] for row in rows) / 1024:.2f} GiB"))
+    bad = directory / BAD_SAMPLES_FILE
+    if bad.is_file():
+        facts.append(("samples replaced", f"{len(bad.read_text().splitlines())}, listed in `{bad.name}`"))
+    lines = [
+        f"# Training of {name}",
+        "",
+        f"![loss, throughput, tokens, time]({PICTURE_FILE})",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    lines += [f"| {title} | {value} |" for title, value in facts]
+    lines += ["", "| stage | tokens per sample | of these image tokens |", "|---|---|---|"]
+    for number in range(len(stages(rows[-1], "tokens"))):
+        all_tokens = statistics.fmean(row[f"tokens_{number}"] for row in rows)
+        image_tokens = statistics.fmean(row[f"image_tokens_{number}"] for row in rows)
+        lines.append(f"| {number} | {all_tokens:,.1f} | {image_tokens:,.1f} |")
+    split = time_split(rows)
+    if split:
+        whole = sum(split.values())
+        lines += ["", "| time of a step, first rank | seconds | share |", "|---|---|---|"]
+        lines += [f"| {TITLES[part][0]} | {value:.3g} | {value / whole:.1%} |" for part, value in split.items()]
+    lines += ["", f"Every step: `{METRICS_FILE}`. Stage 0 is before any drop.", ""]
+    return "\n".join(lines)
+
+
+def _draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    steps = [row["step"] for row in rows]
+    with plt.rc_context(STYLE):
+        figure, ((loss, rate), (tokens, split)) = plt.subplots(2, 2, figsize=(10, 6.4))
+        figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.08, hspace=0.35)
+        loss.plot(steps, [row["loss"] for row in rows], color="#22303C", linewidth=1)
+        loss.set(title="loss", xlabel="step")
+        rate.plot(steps, [row["tokens_per_second"] for row in rows], color="#3E5C76", linewidth=1)
+        rate.set(title="tokens per second", xlabel="step", ylim=(0, None))
+        means = {
+            kind: [statistics.fmean(row[f"{kind}_{k}"] for row in rows) for k in range(len(stages(rows[-1], kind)))]
+            for kind in ("tokens", "image_tokens")
+        }
+        places = range(len(means["tokens"]))
+        tokens.bar(places, means["tokens"], color="#DDE3E8", label="text")
+        tokens.bar(places, means["image_tokens"], color="#E2703A", label="image")
+        tokens.set(title="tokens per sample in every stage", xlabel="stage", xticks=list(places))
+        tokens.legend()
+        left = 0.0
+        for part, seconds in time_split(rows).items():
+            label, colour = TITLES[part]
+            split.barh(0, seconds, left=left, color=colour, label=label)
+            left += seconds
+        split.set(title="time of a step, first rank", xlabel="seconds", yticks=[], ylim=(-2.2, 0.6))
+        split.grid(visible=False)
+        if split.patches:
+            split.legend(loc="lower left", ncols=2)
+        figure.savefig(file)
+        plt.close(figure)

@@ -1,0 +1,178 @@
+"""The Trainer's saving and resuming, made exact: checkpoints are whole or none (see `checkpoints.py`), all ranks know
+whether one was written, and a resumed run goes on where the other stopped, to the number in the log."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer
+
+from llava_pdrop.train import checkpoints
+from llava_pdrop.train.checkpoints import STAGING, CheckpointError
+from llava_pdrop.train.ranks import from_every_rank, number_of_ranks
+from llava_pdrop.train.watchdog import Watchdog
+
+LOG_STATE = "log_state_{rank}.pt"
+"""In a checkpoint: the loss a rank has summed up since the last line of the log."""
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a failed write raises: torch turns a full disk into a RuntimeError, safetensors into one of its own."""
+
+
+class SavingTrainer(Trainer):
+    """A Trainer whose checkpoints are whole.
+
+    Attributes:
+        watchdog: is told where the saving is.
+        facts: what the manifest of every checkpoint says about the run that wrote it.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    facts: dict[str, Any]
+    watchdog: Watchdog
+    _staging: Path | None = None
+    _saved_step = -1
+    _last_grad_norm: Any = None
+
+    # ---- writing ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint aside and renames it once every rank has written its part. Every rank comes here.
+
+        Raises:
+            CheckpointError: it could not be written, on whatever rank; earlier ones are as they were.
+        """
+        step = self.state.global_step
+        if step == self._saved_step:  # asked for twice: at the end of a step and of the epoch
+            return
+        output, name = Path(self.args.output_dir), f"checkpoint-{step}"
+        self._refuse_broken_weights(output / name)
+        staged = output / STAGING / name
+        needed = self._bytes_needed(output)
+
+        def preparing() -> None:
+            shutil.rmtree(output / STAGING, ignore_errors=True)  # what an interrupted save left
+            staged.mkdir(parents=True)
+            checkpoints.check_space(output, needed, name)
+
+        def writing() -> None:
+            self._staging = staged.parent
+            try:
+                super(SavingTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+
+        def hashing() -> None:
+            checkpoints.commit(staged, output / name, {"step": step, **self.facts})
+
+        for action, everywhere in ((preparing, False), (writing, True), (hashing, False)):
+            self._together(action, everywhere, output / name, needed)
+        self._saved_step = step
+        if self.args.should_save:
+            shutil.rmtree(output / STAGING, ignore_errors=True)
+            checkpoints.rotate(output, self.args.save_total_limit)
+
+    def _together(self, action: Callable[[], None], everywhere: bool, target: Path, needed: int) -> None:
+        """Does ``action`` on all ranks, or on those that write the model, and waits for all of them.
+
+        Raises:
+            CheckpointError: it failed somewhere; raised on every rank, so that none waits for another.
+        """
+        failure: Exception | None = None
+        self.watchdog.at(f"{action.__name__} {target.name}")
+        try:
+            if everywhere or self.args.should_save:
+                action()
+        except (CheckpointError, *WRITE_ERRORS) as error:
+            failure = error
+        text = None
+        if isinstance(failure, CheckpointError):
+            text = str(failure)
+        elif failure is not None:
+            text = f"{target} could not be written: {_first_line(failure)}"
+            full = getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if full or checkpoints.free_bytes(target.parent) < needed:
+                text = f"{text}; {checkpoints.shortage(target.parent, needed)}"
+        self.watchdog.at(f"the end of {action.__name__} {target.name}")
+        problem = next((line for line in from_every_rank(text) if line), None)
+        if problem is not None:
+            if self.args.should_save:
+                shutil.rmtree(target.parent / STAGING, ignore_errors=True)
+            raise CheckpointError(problem) from failure
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._last_grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self._last_grad_norm
+
+    def _refuse_broken_weights(self, target: Path) -> None:
+        """A finite loss may have gradients that are none; the step is made then, but not kept.
+
+        Raises:
+            CheckpointError: the last step's gradient norm is no number, and the step was not left out (float16).
+        """
+        norm = self._last_grad_norm
+        if norm is None or self.accelerator.optimizer_step_was_skipped:
+            return
+        if not torch.as_tensor(norm).isfinite().item():
+            raise CheckpointError(
+                f"{target} is not written: the gradient norm of its last step is {float(norm):g}, so the weights are "
+                "of no use; start again from the checkpoint before with a lower train.learning_rate"
+            )
+
+    def _bytes_needed(self, output: Path) -> int:
+        """Bytes of a checkpoint: those of the newest one there, else at least those of weights and optimizer (its
+        shards under DeepSpeed and FSDP are not counted)."""
+        newest = checkpoints.newest_whole(output, lambda line: None, content=False)
+        if newest is not None:
+            return checkpoints.size_of(newest)
+        weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._saved_parameters())
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.optimizer is None:
+            return weights
+        states = self.optimizer.state.values()
+        return weights + sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+
+    def _saved_parameters(self) -> Iterable[nn.Parameter]:
+        """Those whose values go into a checkpoint."""
+        return self.accelerator.unwrap_model(self.model).parameters()
+
+    # ---- the log, across an interruption ----
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        log = {"loss": self._tr_loss.cpu(), "last_step": self._globalstep_last_logged}
+        torch.save(log, Path(output_dir) / LOG_STATE.format(rank=self.args.process_index))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The Trainer calls this when the first batches of a resumed run are there, before their forward."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        manifest = checkpoints.read_manifest(Path(checkpoint)) or {}
+        ranks = manifest.get("world_size", 0)
+        own = [self.args.process_index] if ranks == number_of_ranks() else range(ranks)
+        files = [Path(checkpoint) / LOG_STATE.format(rank=rank) for rank in own]
+        logs = [torch.load(file, weights_only=True) for file in files]
+        if logs:  # the mean over the ranks is what is logged, so with other ranks each takes the mean
+            self._tr_loss += torch.stack([log["loss"] for log in logs]).mean(0).to(self._tr_loss.device)
+            self._globalstep_last_logged = logs[0]["last_step"]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that is resumed at its very last step makes no further one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

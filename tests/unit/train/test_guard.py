@@ -1,0 +1,88 @@
+"""A loss that is no number stops the run before the optimizer step, and says whose fault it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_pdrop.config import load_config
+from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.train.checkpoints import CheckpointError, all_checkpoints
+from llava_pdrop.train.guard import NotFiniteError, StepGuard
+from llava_pdrop.train.preemption import Preemption
+from llava_pdrop.train.run import train
+from llava_pdrop.train.trainer import PyramidTrainer
+from tests.parity.test_training import CountSyncs
+
+CPU = torch.device("cpu")
+STEPS = {"max_steps": 3, "save_steps": 1, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True,
+         "gradient_accumulation_steps": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_samples_are_named(tmp_path, value):
+    guard = StepGuard(CPU, 0, Preemption(tmp_path))
+    guard.watch(torch.tensor(1.0), ["a", "b"])
+    guard.check(1)
+    guard.watch(torch.tensor(2.0), ["c"])
+    guard.watch(torch.tensor(value), ["d", "e"])
+    with pytest.raises(NotFiniteError, match=r"step 2 is not made, .*rank 0, micro-batch 2 of 2, loss -?(nan|inf), "
+                       r"samples d, e; look"):  # fmt: skip
+        guard.check(2)
+
+
+def test_watching_waits_for_nothing_and_checking_once(tmp_path):
+    guard = StepGuard(CPU, 0, Preemption(tmp_path))
+    losses = [torch.tensor(1.0) for _ in range(3)]
+    with CountSyncs() as counter:
+        for loss in losses:
+            guard.watch(loss, ["a"])
+    assert counter.found == []
+    with CountSyncs() as counter:
+        guard.check(1)
+    assert counter.found.count("tolist") == 1 and set(counter.found) <= {"tolist", "aten._local_scalar_dense.default"}
+
+
+def test_the_step_is_not_made(tiny_config, monkeypatch):
+    config = load_config(tiny_config(train=STEPS))
+    calls = []
+
+    def forward(self, batch, *args):
+        calls.append(batch.sample_ids)
+        output = original(self, batch, *args)
+        if len(calls) == 4:  # second micro-batch of step 2
+            output.loss.data.fill_(float("nan"))
+        return output
+
+    original = PyramidLlava.forward
+    monkeypatch.setattr(PyramidLlava, "forward", forward)
+    seen = {}
+
+    def step_end(self, args, state, control, model=None, **kwargs):
+        seen[state.global_step] = {name: tensor.clone() for name, tensor in model.host.state_dict().items()}
+
+    monkeypatch.setattr(Preemption, "on_step_end", step_end)
+    with pytest.raises(NotFiniteError) as error:
+        train(config)
+    message = f"loss is not a number: rank 0, micro-batch 2 of 2, loss nan, samples {calls[3][0]}"
+    assert "step 2 is not made" in str(error.value) and message in str(error.value)
+    assert list(seen) == [1]
+    (kept,) = all_checkpoints(Path(config.output_dir))
+    assert kept.name == "checkpoint-1" and len(load_file(kept / "model.safetensors")) > 0
+
+
+def test_weights_after_a_gradient_that_is_no_number_are_not_saved(tiny_config, monkeypatch):
+    config = load_config(tiny_config(train=STEPS))
+    original = PyramidTrainer._clip_grad_norm
+
+    def clip(self, model):
+        norm = original(self, model)
+        return norm * float("nan") if self.state.global_step == 1 else norm
+
+    monkeypatch.setattr(PyramidTrainer, "_clip_grad_norm", clip)
+    with pytest.raises(CheckpointError, match="checkpoint-2 is not written: the gradient norm of its last step is nan"):
+        train(config)
+    assert [path.name for path in all_checkpoints(Path(config.output_dir))] == ["checkpoint-1"]

@@ -1,0 +1,164 @@
+"""A run that is killed or told to stop, and started again, ends with the bits of the run that never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_pdrop.config import load_config
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
+from llava_pdrop.train.preemption import EXIT_CODE, NOTE_FILE
+from tests.faults.processes import Fault, run_ranks
+
+KILLED = -9
+STEPS = 8
+"""Of 4 optimizer steps an epoch with 1 process, so that runs are cut in the second epoch too."""
+
+
+@pytest.fixture
+def make_run(tiny_config):
+    def make(name: str, ranks: int = 1, **train) -> Path:
+        arguments = {
+            "max_steps": STEPS, "save_steps": 2, "save_strategy": "steps", "save_total_limit": 2,
+            "gradient_accumulation_steps": 2 // ranks, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True,
+            "learning_rate": 1e-2, **train,
+        }  # fmt: skip
+        drop = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125], "ranker": "random"}  # draws random numbers
+        file = tiny_config(name, train=arguments, pyramid_drop=drop)
+        plain = json.loads(file.read_text())
+        file.write_text(json.dumps({**plain, "data": {**plain["data"], "samples_per_batch": 2}}))
+        return file
+
+    return make
+
+
+def output_of(config: Path) -> Path:
+    return Path(load_config(config).output_dir)
+
+
+def losses(config: Path) -> list[tuple[int, float, float]]:
+    rows = read_metrics(output_of(config) / METRICS_FILE)
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+def assert_same_end(one: Path, two: Path) -> None:
+    assert losses(one) == losses(two)
+    a, b = (load_file(output_of(config) / "model.safetensors") for config in (one, two))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize(("ranks", "faults"), [
+    (1, [Fault("kill_forward", 4), Fault("kill_writing", 6), Fault("kill_renaming", 8)]),
+    (1, [Fault("kill_logging", 7)]),
+    (2, [Fault("kill_forward", 5, rank=1), Fault("kill_writing", 6)]),
+])  # fmt: skip
+def test_killed_and_resumed_equals_never_stopped(make_run, ranks, faults):
+    whole, cut = make_run("whole", ranks), make_run("cut", ranks)
+    ended = run_ranks(whole, ranks=ranks)
+    assert ended.codes == [0] * ranks, ended.texts
+    for fault in faults:
+        ended = run_ranks(cut, ranks=ranks, fault=fault)
+        assert ended.codes[fault.rank] == KILLED, ended.texts
+    ended = run_ranks(cut, ranks=ranks)
+    assert ended.codes == [0] * ranks, ended.texts
+    assert "resuming from" in ended.texts[0]
+    assert_same_end(whole, cut)
+    assert not (output_of(cut) / ".partial").exists()
+
+
+def test_losses_between_two_log_lines_survive_an_interruption(make_run):
+    """Step 4 is saved in the middle of the three steps whose mean is logged at 6."""
+    whole, cut = make_run("whole", logging_steps=3), make_run("cut", logging_steps=3)
+    run_ranks(whole)
+    assert run_ranks(cut, fault=Fault("kill_forward", 5)).codes == [KILLED]
+    assert run_ranks(cut).codes == [0]
+    assert [row[0] for row in losses(whole)] == [3, 6]
+    assert_same_end(whole, cut)
+
+
+@pytest.mark.parametrize(("kind", "ranks", "workers"), [("sigterm_all", 1, 2), ("sigusr1", 2, 0)])
+def test_a_signal_saves_after_the_step_and_ends_with_its_own_code(make_run, kind, ranks, workers):
+    whole, cut = make_run("whole", ranks), make_run("cut", ranks, save_strategy="no", dataloader_num_workers=workers)
+    run_ranks(whole, ranks=ranks)
+    ended = run_ranks(cut, ranks=ranks, fault=Fault(kind, 5, rank=ranks - 1))
+    assert ended.codes == [EXIT_CODE] * ranks, ended.texts
+    assert "saved after step 5" in ended.texts[0]
+    output = output_of(cut)
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert json.loads((output / NOTE_FILE).read_text())["step"] == 5
+    assert not (output / "model.safetensors").exists()
+    assert run_ranks(cut, ranks=ranks).codes == [0] * ranks
+    assert not (output / NOTE_FILE).exists()
+    assert_same_end(whole, cut)
+
+
+def test_a_signal_in_the_last_step_changes_nothing(make_run):
+    config = make_run("run", max_steps=2)
+    assert run_ranks(config, fault=Fault("sigterm", 2)).codes == [0]
+    assert (output_of(config) / "run.json").is_file() and not (output_of(config) / NOTE_FILE).exists()
+
+
+def test_a_run_killed_after_its_last_step_makes_no_further_one(make_run):
+    whole, cut = make_run("whole", max_steps=2), make_run("cut", max_steps=2)
+    run_ranks(whole)
+    run_ranks(cut)
+    for name in ("run.json", "model.safetensors"):
+        (output_of(cut) / name).unlink()
+    assert run_ranks(cut).codes == [0]
+    assert_same_end(whole, cut)
+
+
+def test_other_numbers_of_processes_are_refused_or_keep_the_data_order(make_run):
+    whole, cut = make_run("whole"), make_run("cut")
+    assert run_ranks(cut, fault=Fault("kill_forward", 4)).codes == [KILLED]
+    ended = run_ranks(cut, ranks=2)
+    assert ended.codes == [2, 2]
+    assert "written by 1 processes x 2 micro-batches a step, this run has 2 x 2" in ended.texts[0]
+    assert "give train.gradient_accumulation_steps=1" in ended.texts[1]
+    ended = run_ranks(cut, "train.gradient_accumulation_steps=1", "pyramid_drop.ranker=random", ranks=2)
+    assert ended.codes == [0, 0] and "same samples in every step" in ended.texts[0]
+    run_ranks(whole)
+    rows = [[row for row in read_metrics(output_of(c) / METRICS_FILE) if "loss" in row] for c in (whole, cut)]
+    assert [row["tokens_0"] for row in rows[0]] == [row["tokens_0"] for row in rows[1]]
+
+
+def test_a_checkpoint_over_other_data_is_refused(make_run, tmp_path):
+    config = make_run("run")
+    content = json.loads(config.read_text())
+    records = json.loads(Path(content["data"]["train"]).read_text())
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    config.write_text(json.dumps({**content, "data": {**content["data"], "train": str(data)}}))
+    assert run_ranks(config, fault=Fault("kill_forward", 4)).codes == [KILLED]
+    data.write_text(json.dumps(records[:-1]))
+    ended = run_ranks(config)
+    assert ended.codes == [2]
+    assert "checkpoint-2 is a position in another order of batches" in ended.texts[0]
+
+
+def test_a_disk_that_is_full_for_one_rank_stops_all_and_spares_the_checkpoint_before(make_run):
+    config = make_run("run", ranks=2)
+    ended = run_ranks(config, ranks=2, fault=Fault("full", 4, rank=1))
+    assert ended.codes == [2, 2], ended.texts
+    for rank, text in enumerate(ended.texts):
+        assert f"[rank {rank}] error: " in text and "checkpoint-4 could not be written: [Errno 28]" in text
+        assert "GiB are free; the last whole checkpoint is" in text
+    assert [path.name for path in output_of(config).glob("checkpoint-*")] == ["checkpoint-2"]
+    assert run_ranks(config, ranks=2).codes == [0, 0]
+
+
+def test_a_loss_that_is_no_number_on_one_rank_stops_all_by_name(make_run):
+    config = make_run("run", ranks=2)
+    ended = run_ranks(config, ranks=2, fault=Fault("nan", 3, rank=1))
+    assert ended.codes == [2, 2], ended.texts
+    for text in ended.texts:
+        assert (
+            "step 3 is not made, its loss is not a number: rank 1, micro-batch 1 of 1, loss nan, samples train" in text
+        )
+    assert [row[0] for row in losses(config)] == [1, 2]
