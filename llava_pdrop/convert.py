@@ -100,6 +100,8 @@ def check_target(origin: Path, target: Path, overwrite: bool) -> None:
     inside = origin.resolve().is_relative_to(target.resolve()) or target.resolve().is_relative_to(origin.resolve())
     if inside:
         raise ValueError(f"{target}: source and target must not lie in each other")
+    if above := next((parent for parent in target.parents if parent.exists() and not parent.is_dir()), None):
+        raise ValueError(f"{target}: {above} is a file: give another directory")
     if not target.exists():
         return
     if not overwrite:

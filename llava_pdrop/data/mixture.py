@@ -124,8 +124,11 @@ def _read_mixture(path: Path) -> MixtureFile:
     try:
         if not isinstance(content, dict):
             raise Problem("parts", f"expected the key 'parts', a list of data files, found {content!r}")
+        listed = content.get("parts") or []
+        if not isinstance(listed, list):
+            raise Problem("parts", f"parts must be a list of data files, found {listed!r}")
         parts = []
-        for number, part in enumerate(content.get("parts") or ()):
+        for number, part in enumerate(listed):
             place = f"parts[{number}]"
             parts.append(PartSection(**convert_fields(part, PartSection, place)))
             place = ""
@@ -154,6 +157,9 @@ def _mix(file: Path, mixture: MixtureFile, image_root: Path | None, seed: int) -
     rows = []
     counts = _counts(mixture, [len(indices) for indices in chosen])
     for number, (indices, count, generator) in enumerate(zip(chosen, counts, generators)):
+        if count == 0:
+            share = "repeat" if mixture.parts[number].weight is None else "weight"
+            raise ConfigError(f"{file}: parts[{number}].{share} is so small that no record is left: raise it")
         indices = _repeated(indices, count, generator)
         rows.append(np.stack([np.full(count, number), indices], axis=1).astype(np.int32))
     return Records(parts, np.concatenate(rows))
@@ -164,7 +170,7 @@ def _limited(limit: str | None, total: int, generator: np.random.Generator) -> n
     match = LIMIT.fullmatch(limit or "first:100%")
     assert match is not None
     which, number, percent = match.groups()
-    if percent and float(number) <= 100:
+    if percent and 0 < float(number) <= 100:
         count = max(1, int(total * float(number) / 100))
     elif not percent and number.isdigit() and 1 <= int(number) <= total:
         count = int(number)

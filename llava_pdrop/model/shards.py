@@ -67,6 +67,8 @@ def resolve(source: str) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).is_file():
+        raise FileNotFoundError(f"{source} is a file; a checkpoint is a directory: name the one that holds it")
     try:
         directory = Path(snapshot_download(source, allow_patterns=[*WANTED, "model*.safetensors"]))
         if not weight_files(directory):

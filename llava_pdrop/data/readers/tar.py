@@ -54,7 +54,7 @@ class TarEntries(Sequence[tuple[str, Any]]):
         key, shard = self._keys[int(index)].as_py(), self.shards[self._shard_of[index]]
         origin = f"{shard}:{key}"
         if self._texts["size"][index] < 0:
-            raise ValueError(f"{origin}: there is no {key}.json beside its pictures")
+            raise ValueError(f"{origin}: there is no {key}.json beside its pictures in this tar")
         with self._slice(shard, f"{key}.json", self._texts[index]).open() as file:
             text = file.read()
         try:

@@ -67,6 +67,8 @@ def test_a_failed_conversion_leaves_the_old_one(source, tmp_path, monkeypatch, c
         (["SOURCE", "OUT", "--to", "llava-hf", "--base", "SOURCE"], "is whole, so that it takes no base model"),
         (["HF", "OUT", "--to", "llava-hf", "--vision-tower", "TOWER"], "has its own vision tower"),
         (["HF", "OUT", "--to", "llava", "--base", "SOURCE"], "is whole, so that it takes neither"),
+        (["SOURCE", "FILE/out", "--to", "llava"], "is a file: give another directory"),
+        (["FILE", "OUT", "--to", "llava"], "is a file; a checkpoint is a directory"),
         (["nobody/nothing", "OUT", "--to", "llava"], "nobody/nothing is no directory"),
     ],
 )
@@ -74,6 +76,8 @@ def test_errors_are_one_line(source, tmp_path, capsys, words, message):
     places = {"SOURCE": source, "OUT": tmp_path / "out", "TOWER": TOWER, "HF": tmp_path / "hf"}
     if "HF" in words:
         main(["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf"])
+    (tmp_path / "file").touch()
+    places |= {"FILE": tmp_path / "file", "FILE/out": tmp_path / "file" / "out"}
     full = [str(source / "inside") if word == "SOURCE/inside" else str(places.get(word, word)) for word in words]
     assert main(["convert", *full]) == 2
     error = capsys.readouterr().err.strip()
