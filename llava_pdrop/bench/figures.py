@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-INK, GRID = "#22303C", "#DDE3E8"
+from llava_pdrop.style import STYLE
 
 PIECES = {
     "tower": ("tower forward", "#3E5C76"),
@@ -23,25 +23,6 @@ PIECES = {
     "optimizer": ("optimizer", "#8AB17D"),
 }
 """Part of a step (`timing.PARTS`) -> what it is called and its colour."""
-
-STYLE: dict[str, Any] = {
-    "figure.dpi": 150,
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-}
 
 
 def step_bars(report: dict[str, Any], file: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -12,24 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
 
-INK, GRID, BAR, MARK = "#22303C", "#DDE3E8", "#3E5C76", "#E2703A"
-STYLE: dict[str, Any] = {
-    "figure.dpi": 150,
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-}
+from llava_pdrop.style import STYLE
+
+BAR, MARK = "#3E5C76", "#E2703A"
 
 LARGEST = 99.9
 """Percentile up to which lengths and sizes are drawn; the last bin holds what lies behind."""

@@ -6,7 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -14,34 +14,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from llava_pdrop.style import GRID, INK, STYLE
+
 if TYPE_CHECKING:
     from llava_pdrop.eval.compare import Comparison, Row
     from llava_pdrop.eval.report import Example
 
-INK, GRID = "#22303C", "#DDE3E8"
 COLOURS = {"vanilla": "#6B7C8F", "pyramid_drop": "#E2703A"}
 """Run -> colour, in all pictures."""
 
 LABELS = {"vanilla": "vanilla", "pyramid_drop": "PyramidDrop"}
-
-STYLE: dict[str, Any] = {
-    "figure.dpi": 150,
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-}
 
 
 def draw(comparison: Comparison, directory: Path) -> dict[str, str]:

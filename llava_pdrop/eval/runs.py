@@ -20,10 +20,11 @@ from llava_pdrop.bench.report import markdown_table
 from llava_pdrop.config import RUN_FILE, Config, ConfigError, load_config
 from llava_pdrop.config_paths import part_configs
 from llava_pdrop.eval.compare import TABLE_WIDTH, Timing, timing_of
-from llava_pdrop.eval.figures import COLOURS, STYLE
+from llava_pdrop.eval.figures import COLOURS
 from llava_pdrop.eval.runner import EVALUATION_FILE
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.schedule import paper_tflop
+from llava_pdrop.style import STYLE
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE
 

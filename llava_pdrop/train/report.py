@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from llava_pdrop.style import STYLE
 from llava_pdrop.train.bad_samples import REPORT_FILE as BAD_SAMPLES_FILE
 from llava_pdrop.train.clock import PARTS
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
@@ -29,17 +30,6 @@ TITLES = {
     "data": ("waiting for data", "#F2B134"),
 }
 """Part of the time -> what it is called and its colour."""
-
-STYLE: dict[str, Any] = {
-    "figure.dpi": 120,
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#DDE3E8",
-    "legend.frameon": False,
-}
 
 
 def write_report(directory: Path, name: str) -> Path | None:
