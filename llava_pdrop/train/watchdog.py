@@ -143,4 +143,6 @@ def diagnose(own: Place, before: Sequence[Place], after: Sequence[Place], ranks:
         f"no progress for {now - own.since:.0f} s, waiting at {own.name}: {'; '.join(reasons)}. Longer steps or saves "
         "than this need a larger train.ddp_timeout"
     )
-    return line, own.rank in {place.rank for place in behind} or (not behind and not silent and not missing)
+    # A rank ahead that is silent by now has given up waiting, perhaps for this one: then its stack is wanted too.
+    overtaken = any(place.number > own.number for place in others)
+    return line, overtaken or (not behind and not silent and not missing)

@@ -59,9 +59,7 @@ def test_a_sleeping_rank_ends_the_run_with_its_name(tiny_config, stuck):
         f"rank {stuck} (" in ended.texts[waiting]
         and "fetching the batches of step 3 has not arrived" in ended.texts[waiting]
     )
-    # The rank that is stuck shows its stack. On a loaded machine its own heartbeat may come too late for that: then it
-    # calls a process silent, and the line of the waiting rank, checked above, is what names it.
-    assert "in get_batch_samples" in ended.texts[stuck] or "is silent" in ended.texts[stuck]
+    assert "in get_batch_samples" in ended.texts[stuck]  # the stack of the rank that is stuck
     assert "in get_batch_samples" not in ended.texts[waiting]
 
 
