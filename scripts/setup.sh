@@ -2,7 +2,7 @@
 # Makes the virtual environment of this checkout and installs the project with its tested versions.
 # A second run finds the stamp of the first and ends at once. Nothing outside the environment is changed.
 #
-#   PYTHON              interpreter to use (3.10 or newer); default: the first one found
+#   PYTHON              interpreter to use (3.11 or newer); default: the first one found
 #   LLAVA_PDROP_VENV    where the environment lies; default: .venv in the checkout
 set -euo pipefail
 
@@ -22,23 +22,23 @@ fingerprint() {
 
 is_ready() { [[ -x "$VENV/bin/python" && -f "$STAMP" && "$(cat "$STAMP")" == "$(fingerprint)" ]]; }
 
-is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
 find_python() {
     local candidate
     if [[ -n "${PYTHON:-}" ]]; then
         command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a program"
-        is_recent "$PYTHON" || fail "PYTHON=$PYTHON is not Python 3.10 or newer"
+        is_recent "$PYTHON" || fail "PYTHON=$PYTHON is not Python 3.11 or newer"
         printf '%s\n' "$PYTHON"
         return
     fi
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14 python; do
+    for candidate in python3 python3.13 python3.12 python3.11 python3.14 python; do
         if is_recent "$candidate"; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    fail "no Python 3.10 or newer found: install one, or name it with PYTHON=/path/to/python"
+    fail "no Python 3.11 or newer found: install one, or name it with PYTHON=/path/to/python"
 }
 
 # One step: its name, then its command. The output is shown only if it fails.
