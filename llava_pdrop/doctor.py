@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.data.conversation import TEMPLATES
     from llava_pdrop.data.doctor_report import describe, draw, to_markdown
     from llava_pdrop.data.mixture import read_data
+    from llava_pdrop.data.records import read_records
     from llava_pdrop.train.checks import check_name
 
     path = Path(args.config)
@@ -61,13 +62,19 @@ def run(args: argparse.Namespace) -> None:
     workers = min(os.cpu_count() or 1, 16) if args.workers is None else args.workers
     if workers < 0 or args.listed < 0:
         raise ValueError("--workers and --listed count something: give 0 or more")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: the report needs a directory, and this is a file; give another --out")
 
     section = config.data
+    if section.prepare is not None:
+        from llava_pdrop.train.run import prepare_data
+
+        prepare_data(config)
     sets = {"train": read_data(section.train, section.image_root, section.format, config.seed)}
     if args.eval:
         if section.eval is None:
             raise ValueError(f"{config.file}: data.eval names nothing to check; leave --eval out")
-        sets["eval"] = read_data(section.eval, section.image_root, None, config.seed)
+        sets["eval"] = read_records(section.eval, section.image_root, check=False)  # no mixture, as in evaluation
     out.mkdir(parents=True, exist_ok=True)
     found = {name: _examine(config, name, records, encoder, args, workers) for name, records in sets.items()}
     data: dict[str, Any] = {}
@@ -174,7 +181,7 @@ def _home(name: str) -> Path:
 def _examine(
     config: Config, name: str, records: Any, encoder: Encoder | None, args: argparse.Namespace, workers: int
 ) -> Findings:
-    """Evaluation never shortens, so its data have no limit."""
+    """Evaluation never shortens, so its data have no limit, and it needs the answer to the last question."""
     from dataclasses import replace
 
     from llava_pdrop.data.conversation import TEMPLATES
@@ -184,7 +191,8 @@ def _examine(
     budget = config.data.tokens_per_batch
     if name == "eval" and encoder is not None:
         encoder, budget = replace(encoder, max_length=None), None
-    checks = Checks(TEMPLATES[config.model.template], encoder, config.data.truncation, args.decode, budget)
+    template = TEMPLATES[config.model.template]
+    checks = Checks(template, encoder, config.data.truncation, args.decode, budget, scored=name == "eval")
     return examine(records, checks, workers, args.listed)
 
 

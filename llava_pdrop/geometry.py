@@ -47,8 +47,8 @@ class ImageGeometry:
             they differ by one row or column on rare sizes such as 88x55.
 
     Raises:
-        ValueError: the tile is no multiple of the patch, anyres without canvases, or a canvas that is no multiple of
-            the tile.
+        ValueError: the tile is no multiple of the patch, anyres without canvases, or a canvas that is not made of whole
+            tiles.
     """
 
     tile: int
@@ -67,8 +67,9 @@ class ImageGeometry:
         if self.aspect == "anyres" and not self.pinpoints:
             raise ValueError("image aspect 'anyres' needs pinpoints, a list of canvas sizes (width, height)")
         for size in self.pinpoints:
-            if size[0] % self.tile or size[1] % self.tile:
-                raise ValueError(f"pinpoint {size[0]}x{size[1]} is not a multiple of the tile size {self.tile}")
+            if len(size) != 2 or any(side < self.tile or side % self.tile for side in size):
+                words = "x".join(map(str, size))
+                raise ValueError(f"pinpoint {words}: width and height must be multiples of the tile size {self.tile}")
 
     @property
     def patches_per_side(self) -> int:

@@ -104,7 +104,11 @@ def main(arguments: list[str] | None = None) -> None:
     if min(args.train, args.eval) < 0 or args.turns < 1:
         parser.error("the numbers of pictures cannot be negative, and --turns is at least 1")
     counts = {"train": args.train, "eval": args.eval}
-    made = prepare(args.out, args.package or find_package(), args.seed, counts, args.turns)
+    package = args.package or find_package()
+    try:
+        made = prepare(args.out, package, args.seed, counts, args.turns)
+    except OSError as error:
+        sys.exit(f"{error.filename or args.out}: cannot be read or written ({error.strerror or error})")
     what = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(f"{args.out}: {what} pictures" + ("" if made else " (already there)"))
 

@@ -236,10 +236,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--grid {args.grid}: 26 fields need at least 11 tiles per side, at most 64 are possible")
     if not 1 <= args.turns <= len(LETTERS):
         parser.error(f"--turns {args.turns}: a page has {len(LETTERS)} fields to ask for")
-    if min(args.pretrain, args.train, args.eval) < 0:
-        parser.error("the numbers of pages cannot be negative")
+    if min(args.seed, args.pretrain, args.train, args.eval) < 0:
+        parser.error("the seed and the numbers of pages cannot be negative")
     counts = {"pretrain": args.pretrain, "train": args.train, "eval": args.eval}
-    made = prepare(args.out, args.seed, args.grid, counts, args.turns)
+    try:
+        made = prepare(args.out, args.seed, args.grid, counts, args.turns)
+    except OSError as error:
+        sys.exit(f"{args.out}: cannot be written ({error.strerror})")
     what = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(f"{args.out}: {what} pages of {args.grid * args.grid} tiles" + ("" if made else " (already there)"))
 

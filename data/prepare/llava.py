@@ -2,10 +2,10 @@
 
     python data/prepare/llava.py lcs558k|mix665k|next1m [--root playground/data] [--part NAME ...] [--check]
 
-What belongs to a set, from where and how many files, stands in llava_sets.yaml. A download goes on where it stopped; an
-archive is unpacked file by file, so that a second run only adds what is missing; every part is checked by size (of the
-download and of every file in an archive) and by the number of its files. Last, the records are read and every picture
-they name is looked for: what is missing is listed in ROOT/missing_SET.txt and makes the exit status 1.
+What belongs to a set, from where, how large and how many files, stands in llava_sets.yaml. A download goes on where it
+stopped; an archive is unpacked file by file, so that a second run only adds what is missing. Every part is checked by
+size (of the download and of every file in an archive) and by the number of its files. Last, the records are counted and
+every picture they name is looked for: what is missing is listed in ROOT/missing_SET.txt and makes the exit status 1.
 
 Some parts cannot be downloaded by a program; the script says what to do by hand, and checks them all the same.
 """
@@ -13,6 +13,7 @@ Some parts cannot be downloaded by a program; the script says what to do by hand
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -33,39 +35,60 @@ from tqdm import tqdm
 TABLE = Path(__file__).with_name("llava_sets.yaml")
 CHUNK = 1 << 20
 TRIES = 5
+BUSY = (429, 500, 502, 503, 504)
+"""What a server answers that may be able to serve later."""
+
+TOLERANCE = 0.01
+"""Published sizes are rounded: a download may differ from them by this share."""
 
 
 class Problem(Exception):
     """Something the user has to look at; the message is one line."""
 
 
-def download(url: str, file: Path) -> None:
-    """Fetches ``url`` to ``file``, going on where an earlier try stopped.
+def download(url: str, file: Path, gigabytes: float | None = None) -> None:
+    """Fetches ``url`` to ``file``, going on where an earlier try stopped. After `TRIES` tries in a row that bring
+    nothing it gives up.
 
     Raises:
-        Problem: the server refuses, the connection breaks again and again, or the sizes do not agree.
+        Problem: the server refuses, the connection breaks again and again, or the size is not the one the server says,
+            or not about ``gigabytes``.
     """
     part = file.with_name(file.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(TRIES):
+    failed = 0
+    while True:
+        have, problem = _size(part), "the connection broke"
         try:
             total = _fetch(url, part)
         except urllib.error.HTTPError as error:
-            raise Problem(f"{url}: the server answers {error.code} {error.reason}") from None
-        except (OSError, urllib.error.URLError) as error:
-            if attempt == TRIES - 1:
-                raise Problem(f"{url}: {error}; run this again to go on from {part}") from None
-            time.sleep(2**attempt)
-            continue
-        if total is None or part.stat().st_size == total:
-            part.replace(file)
-            return
-    raise Problem(f"{url}: {part} has {part.stat().st_size} bytes, the server says {total}; delete it and try again")
+            problem = f"the server answers {error.code} {error.reason}"
+            if error.code not in BUSY:
+                raise Problem(f"{url}: {problem}") from None
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(error)
+        else:
+            if total is None or _size(part) == total:
+                break
+            if _size(part) > total:
+                raise Problem(f"{part} has {_size(part)} bytes, {url} {total}: delete it and run this again")
+        failed = 0 if _size(part) > have else failed + 1
+        if failed == TRIES:
+            raise Problem(f"{url}: {problem}; run this again to go on from {part}")
+        time.sleep(2**failed)
+    found = _size(part) / 1e9
+    if gigabytes is not None and abs(found - gigabytes) > TOLERANCE * gigabytes:
+        raise Problem(f"{part} has {found:.3g} GB, {gigabytes:.3g} are published: look what it is, or change the table")
+    part.replace(file)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _fetch(url: str, part: Path) -> int | None:
     """Appends to ``part`` what it lacks; returns the size of the whole file if the server says it."""
-    have = part.stat().st_size if part.is_file() else 0
+    have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         answer = urllib.request.urlopen(request, timeout=60)
@@ -100,26 +123,28 @@ def unpack(archive: Path, into: Path, strip: str = "", flatten: bool = False) ->
         flatten: all directories are left out of the names.
 
     Raises:
-        Problem: no zip file, a damaged member, or one whose name leads out of ``into``.
+        Problem: no zip file, a damaged member, one whose name leads out of ``into``, or no space.
     """
     try:
         with zipfile.ZipFile(archive) as source:
-            members = [member for member in source.infolist() if not member.is_dir()]
-            for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", leave=False):
-                name = _inner_name(member.filename, strip, flatten)
+            todo = {}
+            for member in source.infolist():
+                name = None if member.is_dir() else _inner_name(member.filename, strip, flatten)
                 if name is None:
                     continue
                 if ".." in name.parts or name.is_absolute():
                     raise Problem(f"{archive}: {member.filename} leads out of {into}")
-                target = into / name
-                if target.is_file() and target.stat().st_size == member.file_size:
-                    continue
+                if not (into / name).is_file() or _size(into / name) != member.file_size:
+                    todo[into / name] = member
+            into.mkdir(parents=True, exist_ok=True)
+            _need_space(into, sum(member.file_size for member in todo.values()))
+            for target, member in tqdm(todo.items(), desc=f"unpacking {archive.name}", unit="file", leave=False):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 part = target.with_name(target.name + ".part")
                 with source.open(member) as inside, part.open("wb") as out:
                     shutil.copyfileobj(inside, out, CHUNK)  # zipfile compares the checksum at the end
                 part.replace(target)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: it wants a password
         raise Problem(f"{archive}: {error}; delete it and run this again") from None
 
 
@@ -137,7 +162,8 @@ def _inner_name(name: str, strip: str, flatten: bool) -> PurePosixPath | None:
 
 
 def gif_to_jpg(directory: Path) -> int:
-    """Makes a JPEG of the first frame of every GIF, whatever its file is called; returns how many.
+    """Makes a JPEG of the first frame of every GIF, whatever its file is called; returns how many. One that cannot be
+    read is left as it is, with a line that says so.
 
     OCR-VQA's download holds covers as ``.gif``, and GIFs called ``.jpg``; the records name all of them ``.jpg``.
     """
@@ -147,9 +173,14 @@ def gif_to_jpg(directory: Path) -> int:
             if start.read(4) != b"GIF8":
                 continue
         target = file.with_suffix(".jpg")
-        with Image.open(file) as picture:
-            frame = picture.convert("RGB")
-        frame.save(target, quality=95)
+        part = target.with_name(target.name + ".part")
+        try:
+            with Image.open(file) as picture:
+                picture.convert("RGB").save(part, "JPEG", quality=95)
+        except (OSError, EOFError, SyntaxError, ValueError) as error:
+            print(f"{file}: a GIF that cannot be read ({error}); left as it is")
+            continue
+        part.replace(target)
         if target != file:
             file.unlink()
         count += 1
@@ -176,11 +207,11 @@ def prepare(name: str, part: dict[str, Any], root: Path, keep: bool) -> None:
             place.symlink_to(os.path.relpath(root / part["link"], place.parent), target_is_directory=True)
     elif "file" in part:
         if not (root / part["file"]).is_file():
-            download(part["url"], root / part["file"])
+            download(part["url"], root / part["file"], part.get("gigabytes"))
     else:
         archive = root / ".downloads" / f"{name}.zip"
         if not archive.is_file():
-            download(part["url"], archive)
+            download(part["url"], archive, part.get("gigabytes"))
         into = root / part["into"]
         unpack(archive, into, part.get("strip", ""), part.get("flatten", False))
         if part.get("gif_to_jpg"):
@@ -196,10 +227,10 @@ def prepare(name: str, part: dict[str, Any], root: Path, keep: bool) -> None:
     stamp.write_text(json.dumps(part))
 
 
-def missing_images(records: Path, image_root: Path) -> Iterator[str]:
+def missing_images(records: list[dict[str, Any]], image_root: Path) -> Iterator[str]:
     """Names of pictures that the records show and that are not there."""
     listing: dict[Path, set[str]] = {}
-    for record in json.loads(records.read_text(encoding="utf-8")):
+    for record in records:
         images = record.get("image") or []
         for image in [images] if isinstance(images, str) else images:
             path = image_root / image
@@ -210,15 +241,23 @@ def missing_images(records: Path, image_root: Path) -> Iterator[str]:
 
 
 def check(name: str, entry: dict[str, Any], root: Path) -> int:
-    """Looks for every picture of the records; returns how many are missing and lists them.
+    """Counts the records and looks for every picture of theirs; returns how many are missing and lists them.
 
     Raises:
-        Problem: the records are not there.
+        Problem: the records are not there, or not those that were published.
     """
     records = root / entry["records"]
     if not records.is_file():
         raise Problem(f"{records} is not there: run without --check first")
-    missing = sorted(set(missing_images(records, root / entry["image_root"])))
+    try:
+        content = json.loads(records.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Problem(f"{records}: not valid JSON ({error}); delete it and run this again") from None
+    if not isinstance(content, list) or len(content) != entry.get("count", len(content)):
+        found = f"{len(content)} records" if isinstance(content, list) else "no list of records"
+        wanted = f", {entry['count']} are published" if "count" in entry else ""
+        raise Problem(f"{records}: holds {found}{wanted}; delete it and run this again")
+    missing = sorted(set(missing_images(content, root / entry["image_root"])))
     report = root / f"missing_{name}.txt"
     report.unlink(missing_ok=True)
     if not missing:
@@ -240,6 +279,8 @@ def main() -> int:
     parser.add_argument("--keep-archives", action="store_true", help="do not delete a zip file once it is unpacked")
     parser.add_argument("--table", type=Path, default=TABLE, help="another table of sets, e.g. of a mirror")
     args = parser.parse_args()
+    if not args.table.is_file():
+        parser.error(f"{args.table}: no such table")
     table = yaml.safe_load(args.table.read_text(encoding="utf-8"))
     if args.set not in table["sets"]:
         parser.error(f"unknown set {args.set!r}: choose one of {list(table['sets'])}")
@@ -255,7 +296,7 @@ def main() -> int:
         try:
             prepare(name, table["parts"][name], args.root, args.keep_archives)
             print(f"{name}: complete")
-        except Problem as problem:
+        except (Problem, OSError, ValueError) as problem:  # a full disk, a place nobody may write to, an odd address
             problems.append(str(problem))
     try:
         missing = check(args.set, entry, args.root) if not args.part else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,8 @@ from torch.utils.data import Dataset
 
 from llava_pdrop.data.conversation import TEMPLATES, Template
 from llava_pdrop.data.doctor_images import THREADS, Look, hash64, in_threads, look
-from llava_pdrop.data.records import ROLES, RecordError, Records, parse_entry
+from llava_pdrop.data.labels import SURROGATE
+from llava_pdrop.data.records import ROLES, RecordError, Records, named_images, parse_entry
 from llava_pdrop.data.tokens import Encoder, Truncation
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, Record
 
@@ -44,6 +44,7 @@ KINDS: dict[str, Kind] = {
     "missing_image": Kind("image file missing"),
     "corrupt_image": Kind("image file not readable"),
     "no_supervised_token": Kind("nothing to learn"),
+    "no_last_answer": Kind("evaluation only: does not end in an answer, so nothing can be scored"),
     "image_token": Kind("the tokenizer's image token written out in the text"),
     "not_tokenised": Kind("text the tokenizer cannot label"),
     "too_long": Kind("does not fit data.max_length, not even its first answer"),
@@ -54,9 +55,6 @@ KINDS: dict[str, Kind] = {
     "non_rgb_image": Kind("image that is not RGB (converted when it is loaded)", refused=False),
 }
 """Name in reports -> what it means. Their order is that of the reports."""
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-"""What JSON can escape and no tokenizer takes."""
 
 RECORD_KEYS, TURN_KEYS = {"id", "image", "images", "conversations"}, {"from", "value"}
 
@@ -83,6 +81,7 @@ class Checks:
         truncation: as in training.
         decode: read every picture in full, not only its header.
         budget: ``data.tokens_per_batch``, which no sample may exceed.
+        scored: the records are those of an evaluation, which asks the last question and needs its answer.
     """
 
     template: Template
@@ -90,6 +89,7 @@ class Checks:
     truncation: Truncation = "turns"
     decode: bool = False
     budget: int | None = None
+    scored: bool = False
 
     def refused(self) -> list[str]:
         """The kinds of problem that training refuses; it cuts to the token without asking what is left."""
@@ -153,9 +153,9 @@ class _Pass:
         for place, (number, row) in enumerate(records.rows.tolist()):
             part = records.parts[number]
             try:
-                origin, entry = part.entries[row]
-            except ValueError as error:
-                self._add(place, f"{part.path}[{row}]", None, "format", str(error))
+                origin, entry = part.entry(row)
+            except RecordError as error:
+                self._add(place, error.origin, error.id, "format", error.reason)
                 continue
             self.keys.update(_unknown_keys(entry))
             try:
@@ -169,6 +169,8 @@ class _Pass:
                 self._add(place, record.origin, record.id, *problem)
                 if problem[0] in refusing:
                     refused.add(place)
+            elif self.checks.scored and record.turns[-1].role != "gpt":
+                self._add(place, record.origin, record.id, "no_last_answer", "its last question has no answer")
         looks = self._looks(valid)
         lengths = np.full((len(records), 2), UNKNOWN, np.int32)
         if self.checks.encoder is not None:
@@ -280,9 +282,8 @@ def _kind(entry: Any) -> str:
         return "format"
     if not all(isinstance(turn.get("value"), str) and str(turn.get("from")) in ROLES for turn in turns):
         return "format"
-    images = entry.get("image") or entry.get("images") or []
-    names = images if isinstance(images, list) else [images]
-    return "image_markers" if all((isinstance(n, str) and n) or hasattr(n, "open") for n in names) else "format"
+    valid = all((isinstance(image, str) and image) or hasattr(image, "open") for image in named_images(entry))
+    return "image_markers" if valid else "format"
 
 
 def _unknown_keys(entry: Any) -> list[str]:

@@ -35,7 +35,7 @@ class Look(NamedTuple):
     """What one look at a picture shows.
 
     ``size``: (width, height) upright, None where ``problem`` says why it cannot be read. ``mode``: PIL's, empty with a
-    problem. ``bytes``: of its file, -1 where there is none.
+    problem. ``bytes``: of its file, -1 with a problem.
     """
 
     size: tuple[int, int] | None
@@ -47,17 +47,15 @@ class Look(NamedTuple):
 
 def look(source: ImageSource, decode: bool = False) -> Look:
     """Reads the header of a picture; with ``decode`` all its pixels too, which finds files that are cut short."""
-    count = -1
     try:
-        count = file_bytes(source)
         size, mode = image_header(source)
         if decode:
             load_image(source)
+        return Look(size, mode, file_bytes(source))
     except FileNotFoundError:
         return Look(None, "", -1, "missing_image", f"{source}: no such image")
     except (ValueError, OSError) as error:
-        return Look(None, "", count, "corrupt_image", str(error))
-    return Look(size, mode, count)
+        return Look(None, "", -1, "corrupt_image", str(error))
 
 
 def file_bytes(source: ImageSource) -> int:

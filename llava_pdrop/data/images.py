@@ -38,6 +38,7 @@ READ_ERRORS = (
     EOFError,
     IndexError,
     OSError,
+    RuntimeError,
     SyntaxError,
     TypeError,
     ValueError,
@@ -168,8 +169,8 @@ def _tiles(canvas: Image.Image, side: int) -> list[Image.Image]:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation of an opened, not yet decoded picture; 1 (upright) where the tag is missing or unreadable.
     Of a PNG only what stands before the pixels counts: PIL would have to decode all of it to look behind them, and
-    header and picture must agree."""
-    if image.format == "PNG" and "exif" not in image.info:
+    header and picture must agree. A TIFF is turned by PIL itself, in the size of its header too."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)

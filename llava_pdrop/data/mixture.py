@@ -118,6 +118,8 @@ def _read_mixture(path: Path) -> MixtureFile:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such mixture file; check the path") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     place = ""
@@ -134,8 +136,11 @@ def _read_mixture(path: Path) -> MixtureFile:
             place = ""
         return MixtureFile(**convert_fields({**content, "parts": []}, MixtureFile, "") | {"parts": tuple(parts)})
     except Problem as problem:
-        known = {*keys_of(MixtureFile), *keys_of(PartSection)}
-        hint = nearest_key(problem.key.rpartition(".")[2], known) if problem.unknown else ""
+        hint = ""
+        if problem.unknown and not place and problem.key in keys_of(PartSection):
+            hint = " (it belongs into an entry of parts)"
+        elif problem.unknown:
+            hint = nearest_key(problem.key.rpartition(".")[2], keys_of(PartSection if place else MixtureFile))
         line = str(problem) if not place or place in str(problem) else f"{place}.{problem}"
         raise ConfigError(f"{path}: {line}{hint}") from None
 
@@ -175,7 +180,10 @@ def _limited(limit: str | None, total: int, generator: np.random.Generator) -> n
     elif not percent and number.isdigit() and 1 <= int(number) <= total:
         count = int(number)
     else:
-        raise ValueError(f"{limit}, but the part has {total} records")
+        raise ValueError(
+            f"{limit}, but the part has {total} records: write a whole number from 1 to {total}, or more than 0% "
+            "and at most 100%"
+        )
     if which == "random":
         return np.sort(generator.permutation(total)[:count])
     return np.arange(total)[:count] if which == "first" else np.arange(total)[total - count :]

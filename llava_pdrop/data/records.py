@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +12,11 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from llava_pdrop.data.readers import Entry, open_entries
+from llava_pdrop.data.record_error import RecordError
 from llava_pdrop.types import IMAGE_MARKER, ImageSource, Record, Turn
 
 ROLES: dict[str, Literal["human", "gpt"]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 """Speaker names found in LLaVA-style files -> role of a `Turn`."""
-
-
-class RecordError(ValueError):
-    """A record that cannot be used: where it stands, its id (where that could be read) and why, in one line."""
-
-    def __init__(self, origin: str, id: str | None, reason: str) -> None:
-        super().__init__(f"{origin} (id {id}): {reason}")
-        self.origin, self.id, self.reason = origin, id, reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RecordError, (self.origin, self.id, self.reason)
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,19 @@ class Part:
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such image folder (for {path}); check the image root")
         return Part(path, entries, root, template)
+
+    def entry(self, row: int) -> Entry:
+        """Entry ``row``.
+
+        Raises:
+            RecordError: the reader cannot make one of it.
+        """
+        try:
+            return self.entries[row]
+        except RecordError:
+            raise
+        except ValueError as error:
+            raise RecordError(f"{self.path}[{row}]", None, str(error)) from None
 
     def fingerprint(self) -> str:
         """Changes when the data, or what is said about them, do: names, sizes and times of all files."""
@@ -102,10 +106,7 @@ class Records(Sequence[Record]):
             return self.take(np.arange(len(self))[index])
         number, row = self.rows[index].tolist()
         part = self.parts[number]
-        try:
-            origin, entry = part.entries[row]
-        except ValueError as error:
-            raise RecordError(f"{part.path}[{row}]", None, str(error)) from None
+        origin, entry = part.entry(row)
         return parse_entry(entry, part.image_root, origin, part.template)
 
     def take(self, indices: np.ndarray) -> Records:
@@ -164,7 +165,7 @@ def parse_entry(entry: Any, image_root: Path, origin: str, template: str | None 
     name = origin if entry.get("id") is None else str(entry["id"])
     try:
         turns = _parse_turns(entry.get("conversations"))
-        images = _parse_images(entry.get("image") or entry.get("images"), image_root)
+        images = _parse_images(named_images(entry), image_root)
         markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
         if markers != len(images):
             raise ValueError(
@@ -190,9 +191,15 @@ def _parse_turns(conversations: Any) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _parse_images(images: Any, root: Path) -> tuple[ImageSource, ...]:
+def named_images(entry: dict[str, Any]) -> list[Any]:
+    """What an entry has under ``image`` or ``images``, as a list; null, an empty text or list name nothing."""
+    listed = [entry.get(key) for key in ("image", "images")]
+    image, images = ([] if value in (None, "") else value if isinstance(value, list) else [value] for value in listed)
+    return image or images
+
+
+def _parse_images(images: list[Any], root: Path) -> tuple[ImageSource, ...]:
     """Names become paths below ``root``; what a reader has made a source already stays."""
-    images = [] if images is None or images == "" else images if isinstance(images, list) else [images]
     if not all((isinstance(image, str) and image) or hasattr(image, "open") for image in images):
         raise ValueError("'image' must be a file name or a list of file names")
     return tuple(root / image if isinstance(image, str) else image for image in images)
@@ -203,7 +210,7 @@ def _check(records: Iterable[Record]) -> None:
     seen: set[ImageSource] = set()
     for record in records:
         for image in record.images:
-            if image not in seen and isinstance(image, Path) and not image.is_file():
+            if image not in seen and isinstance(image, Path) and not os.path.isfile(image):
                 raise FileNotFoundError(
                     f"{record.origin} (id {record.id}): image {image} does not exist; check the image root"
                 )

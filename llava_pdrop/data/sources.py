@@ -49,12 +49,24 @@ class TableCell:
         """The bytes as a file, without copying them."""
         import pyarrow
 
-        cell = self.table[self.row].column(self.column)[0]
-        if pyarrow.types.is_list(cell.type) or pyarrow.types.is_large_list(cell.type):
-            cell = cell.values[self.position]
-        if pyarrow.types.is_struct(cell.type):
-            cell = cell["bytes"]
-        return cast(BinaryIO, pyarrow.BufferReader(cell.as_buffer()))
+        picture = pictures_of(self.table[self.row].column(self.column)[0])[self.position]
+        if pyarrow.types.is_struct(picture.type):
+            picture = picture["bytes"]
+        return cast(BinaryIO, pyarrow.BufferReader(picture.as_buffer()))
+
+
+def pictures_of(cell: Any) -> list[Any]:
+    """The pyarrow scalars in a cell of a table that holds one picture, a list of them, or none."""
+    if not cell.is_valid:
+        return []
+    return list(cell.values) if is_list(cell.type) else [cell]
+
+
+def is_list(type: Any) -> bool:
+    """Whether a pyarrow type is one of the list types that `datasets` knows."""
+    import pyarrow.types as of
+
+    return of.is_list(type) or of.is_large_list(type) or of.is_fixed_size_list(type)
 
 
 class _Window(io.RawIOBase):

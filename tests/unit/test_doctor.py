@@ -97,6 +97,15 @@ def test_evaluation_data_count_too(tiny_config, spoilt, capsys):
     assert "use every record. 2 of 12 records of data.eval cannot be used." in capsys.readouterr().out
 
 
+def test_data_are_made_where_the_config_says_how(tiny_config, tiny_files, tmp_path):
+    train = tmp_path / "made.json"
+    (tmp_path / "make.py").write_text(
+        f"import shutil\nshutil.copy({str(tiny_files / 'data/train.json')!r}, {str(train)!r})"
+    )
+    data = {"train": str(train), "image_root": str(tiny_files / "data/images"), "samples_per_batch": 2}
+    assert doctor(tiny_config(data=data | {"prepare": [str(tmp_path / "make.py")]})) == 0 and train.is_file()
+
+
 def test_structure_without_any_model(tiny_config, spoilt, tmp_path, capsys):
     file = tiny_config(model={"language_model": "nobody/none", "vision_tower": "nobody/none", "template": "qa"})
     assert doctor(file, f"data.train={spoilt}") == 2
@@ -148,6 +157,7 @@ def test_training_uses_exactly_the_clean_records(tiny_config, spoilt, tmp_path):
         (["data.train=none.json"], "none.json: no such data file"),
         (["--eval", "data.eval=null"], "data.eval names nothing to check"),
         (["model.template=v11"], "v11"),
+        (["--out", __file__], "test_doctor.py: the report needs a directory, and this is a file"),
         (["--listed", "-1"], "--workers and --listed count something"),
         (["--measured", "none.json"], "none.json: no such bench JSON or run directory"),
     ],

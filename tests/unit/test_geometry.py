@@ -75,3 +75,14 @@ def test_tokens_are_counted_without_laying_them_out(aspect: str, merge: str, rou
     geometry = ImageGeometry(56, 14, aspect, merge, ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168)), rounding)
     sizes = [(w, h) for w in (1, 7, 55, 56, 88, 110, 176, 352, 1000) for h in (1, 9, 55, 56, 99, 110, 836, 1000)]
     assert [geometry.num_tokens(size) for size in sizes] == [len(geometry.merge_index(size)) for size in sizes]
+
+
+@pytest.mark.parametrize("pinpoint", [(336, 500), (0, 336), (-336, 336), (336,), (336, 336, 336)])
+def test_pinpoints_that_are_no_canvas(pinpoint: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=f"{'x'.join(map(str, pinpoint))}: width and height must be multiples"):
+        replace(ANYRES, pinpoints=(pinpoint,))
+
+
+def test_anyres_without_pinpoints() -> None:
+    with pytest.raises(ValueError, match="needs pinpoints"):
+        replace(ANYRES, pinpoints=())

@@ -138,13 +138,24 @@ def test_forms_manifest_skips_and_remakes(tmp_path: Path, capsys: pytest.Capture
     assert json.loads((tmp_path / "manifest.json").read_text())["counts"]["train"] == 1
 
 
-@pytest.mark.parametrize("wrong", [["--grid", "10"], ["--turns", "27"], ["--turns", "0"], ["--eval", "-1"]])
+@pytest.mark.parametrize(
+    "wrong", [["--grid", "10"], ["--turns", "27"], ["--turns", "0"], ["--eval", "-1"], ["--seed", "-1"]]
+)
 def test_forms_impossible_arguments(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         forms.main(["--out", str(tmp_path), *wrong])
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert wrong[1] in message or "negative" in message
+
+
+@pytest.mark.parametrize("script", [forms, easy_vqa])
+def test_a_place_that_cannot_be_written_to_is_one_line(script: ModuleType, fake_package: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["--package", str(fake_package)] if script is easy_vqa else []
+    with pytest.raises(SystemExit, match=r"file.*: cannot be .*written \(Not a directory\)") as stop:
+        script.main(["--out", str(tmp_path / "file"), *words])
+    assert "\n" not in str(stop.value)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,11 +38,14 @@ def archive(files: dict[str, bytes]) -> bytes:
 
 
 class Server:
-    """Serves ``files`` with ranges. ``break_after[name]`` closes the connection once after so many bytes."""
+    """Serves ``files``. ``break_after[name]``: closes the connection once after so many bytes. ``busy[name]``: answers
+    so many times that it cannot. ``resumes``: heeds which part of a file is asked for."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.break_after: dict[str, int] = {}
+        self.busy: dict[str, int] = {}
+        self.resumes = True
         self.requests: list[tuple[str, str | None]] = []
         outer = self
 
@@ -52,7 +56,12 @@ class Server:
                 if name not in outer.files:
                     self.send_error(404)
                     return
+                if outer.busy.get(name):
+                    outer.busy[name] -= 1
+                    self.send_error(503)
+                    return
                 content = outer.files[name]
+                wanted = wanted if outer.resumes else None
                 start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
                 if wanted and start >= len(content):
                     self.send_response(416)
@@ -142,6 +151,36 @@ def test_goes_on_where_it_broke_off(run: Run, server: Server, tmp_path: Path) ->
     assert (tmp_path / "data" / "coco" / "train2017" / "1.jpg").read_bytes() == picture()
 
 
+def test_a_server_that_cannot_resume(run: Run, server: Server, tmp_path: Path) -> None:
+    server.resumes, server.break_after["coco.zip"] = False, 100
+    assert run() == 0
+    assert (tmp_path / "data" / "coco" / "train2017" / "1.jpg").read_bytes() == picture()
+
+
+def test_a_busy_server_is_asked_again(run: Run, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.busy["coco.zip"] = llava.TRIES - 1
+    assert run() == 0
+    server.busy["ocr.zip"] = 100
+    assert run() == 0  # what is there is not asked for
+
+
+def test_a_server_that_stays_busy(run: Run, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.busy["coco.zip"] = 100
+    assert run() == 1 and server.busy["coco.zip"] == 100 - llava.TRIES
+    assert "coco.zip: the server answers 503 Service Unavailable; run this again" in capsys.readouterr().err
+
+
+def test_a_connection_that_breaks_all_the_time_still_gets_there(run: Run, server: Server) -> None:
+    size = len(server.files["coco.zip"])
+
+    class Breaking(dict):
+        def pop(self, name: str, default: Any = None) -> Any:
+            return size // 20 + 1 if name == "coco.zip" else default
+
+    server.break_after = Breaking()
+    assert run() == 0 and len([name for name, _ in server.requests if name == "coco.zip"]) > 2 * llava.TRIES
+
+
 def test_a_download_that_was_whole_but_not_renamed(run: Run, server: Server, tmp_path: Path) -> None:
     part = tmp_path / "data" / ".downloads" / "coco.zip.part"
     part.parent.mkdir(parents=True)
@@ -173,6 +212,8 @@ def test_missing_pictures_are_listed(run: Run, tmp_path: Path, capsys: pytest.Ca
         (lambda server, parts: server.files.pop("coco.zip"), "the server answers 404"),
         (lambda server, parts: server.files.update({"coco.zip": b"no zip"}), "File is not a zip file"),
         (lambda server, parts: server.files.update({"coco.zip": archive({"train2017/../../x": b""})}), "leads out of"),
+        (lambda server, parts: parts["coco"].update(gigabytes=1.5), "coco.zip.part has 1.59e-06 GB, 1.5 are published"),
+        (lambda server, parts: parts["coco"].update(url="no address"), "unknown url type: 'no address'"),
         (lambda server, parts: parts.update(coco={"manual": "ask the authors", "places": ["x"]}), "by hand: ask"),
     ],
 )
@@ -196,6 +237,44 @@ def test_a_damaged_member(run: Run, server: Server, capsys: pytest.CaptureFixtur
     assert run() == 1 and "Bad CRC-32" in capsys.readouterr().err
 
 
+def test_a_damaged_compressed_member(run: Run, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as target:
+        target.writestr("train2017/1.jpg", bytes(range(256)) * 20)
+    content = bytearray(out.getvalue())
+    content[30 + len("train2017/1.jpg")] = 0xFF  # there is no such kind of block
+    server.files["coco.zip"] = bytes(content)
+    assert run() == 1 and "coco.zip: Error -3 while decompressing data" in capsys.readouterr().err
+
+
+def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llava.shutil, "disk_usage", lambda directory: SimpleNamespace(free=10))
+    assert run() == 1 and "GB are needed and 0.0 GB are free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"<html>Sign in</html>", "records.json: not valid JSON (Expecting value"),
+        (b"{}", "records.json: holds no list of records, 3 are published; delete it"),
+        (b"[{}]", "records.json: holds 1 records, 3 are published; delete it"),
+    ],
+)
+def test_records_that_are_not_the_published_ones(
+    run: Run, server: Server, table: dict[str, Any], capsys: pytest.CaptureFixture[str], content: bytes, expected: str
+) -> None:
+    table["sets"]["mini"]["count"] = 3
+    server.files["records.json"] = content
+    assert run() == 1 and expected in capsys.readouterr().err
+
+
+def test_a_broken_gif_is_named_and_stays(run: Run, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.files["ocr.zip"] = archive({"a.gif": picture("GIF"), "b.jpg": picture("GIF")[:20]})
+    assert run() == 0
+    printed = capsys.readouterr().out
+    assert "b.jpg: a GIF that cannot be read" in printed and "ocr: 1 GIFs made JPEGs" in printed
+
+
 def test_the_table_is_sound() -> None:
     table = yaml.safe_load(llava.TABLE.read_text())
     assert sorted(table["sets"]) == ["lcs558k", "mix665k", "next1m"]
@@ -205,6 +284,7 @@ def test_the_table_is_sound() -> None:
     used = {name for entry in table["sets"].values() for name in entry["parts"]}
     assert used == set(table["parts"])
     for part in table["parts"].values():
+        assert ("gigabytes" in part) == ("url" in part)
         assert len({"url", "manual", "link"} & set(part)) == 1
         assert len({"file", "into", "places"} & set(part)) == 1 and ("places" in part) == ("manual" in part)
 

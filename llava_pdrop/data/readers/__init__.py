@@ -50,7 +50,10 @@ def open_entries(path: Path, format: str | None = None) -> Sequence[Entry]:
         known = ", ".join(name + (f" ({suffixes[name]})" if suffixes[name] else "") for name in READERS)
         what = repr(format) if format else f"of the directory {path.name!r}" if path.is_dir() else repr(path.suffix)
         raise ValueError(f"{path}: unknown data format {what}; known are {known}")
-    entries = READERS[format](path)
+    try:
+        entries = READERS[format](path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as {format} ({error.strerror or error})") from None
     if not len(entries):
         raise ValueError(f"{path}: the file holds no records")
     return entries

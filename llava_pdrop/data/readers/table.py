@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.data.sources import TableCell
+from llava_pdrop.data.record_error import RecordError
+from llava_pdrop.data.sources import TableCell, is_list, pictures_of
 
 TEXT_COLUMNS = ("id", "conversations")
 IMAGE_COLUMNS = ("image", "images")
@@ -27,30 +28,38 @@ class TableEntries(Sequence[tuple[str, Any]]):
         self._text = dataset.select_columns([name for name in TEXT_COLUMNS if name in dataset.column_names])
         self._column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
         self._images = dataset.select_columns([self._column]) if self._column else None
+        if self._column and not _holds_pictures(found := dataset.features.arrow_schema.field(self._column).type):
+            raise ValueError(
+                f"{path}: column '{self._column}' is of type {found}; a picture is a file name, bytes, or an image of "
+                "datasets (a struct of bytes and path), alone or in a list"
+            )
 
     def __len__(self) -> int:
         return len(self._text)
 
     def __getitem__(self, index: Any) -> Any:
-        """Raises: ValueError: a picture with neither bytes nor a file name."""
+        """Raises: RecordError: a picture with neither bytes nor a file name."""
         origin = f"{self.path}[{index}]"
         (entry,) = self._text[int(index)].to_pylist()
         if self._images is not None:
             cell = self._images[int(index)].column(self._column)[0]
-            entry["image"] = [self._source(picture, int(index), i) for i, picture in enumerate(_pictures(cell))]
+            entry["image"] = [self._source(picture, int(index), i) for i, picture in enumerate(pictures_of(cell))]
             if None in entry["image"]:
                 place = entry["image"].index(None)
-                raise ValueError(f"{origin} (id {entry.get('id')}): picture {place} has neither bytes nor a file name")
+                id = None if entry.get("id") is None else str(entry["id"])
+                raise RecordError(origin, id, f"picture {place} has neither bytes nor a file name")
         return origin, entry
 
     def _source(self, picture: Any, row: int, position: int) -> TableCell | str | None:
-        import pyarrow
+        import pyarrow.types as of
 
-        if pyarrow.types.is_struct(picture.type) and picture.is_valid:
-            if not picture["bytes"].is_valid:
-                return picture["path"].as_py()
-        elif pyarrow.types.is_string(picture.type) or not picture.is_valid:
-            return picture.as_py()
+        value = picture
+        if of.is_struct(picture.type) and picture.is_valid:
+            value = picture["bytes"]
+            if not value.is_valid:
+                return picture["path"].as_py() if "path" in picture else None
+        if _is_text(value.type) or not value.is_valid:
+            return value.as_py()
         return TableCell(self.path, row, str(self._column), position, self._images)
 
 
@@ -76,6 +85,8 @@ def read_hf(path: Path) -> TableEntries:
             files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [str(path)]
             if not files:
                 raise ValueError("neither written by save_to_disk nor any *.parquet in it")
+            for file in files:
+                _read_footer(file)
             dataset = datasets.load_dataset("parquet", data_files=files, split="train")
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -86,12 +97,27 @@ def read_hf(path: Path) -> TableEntries:
     return TableEntries(path, dataset)
 
 
-def _pictures(cell: Any) -> list[Any]:
-    """The scalars of a cell with one picture, a list of them, or none."""
-    import pyarrow
+def _read_footer(file: str) -> None:
+    """Refuses a parquet file that is cut short. ``datasets`` would log a line of its own, and not say which file."""
+    import pyarrow.parquet
 
-    if not cell.is_valid:
-        return []
-    if pyarrow.types.is_list(cell.type) or pyarrow.types.is_large_list(cell.type):
-        return list(cell.values)
-    return [cell]
+    try:
+        pyarrow.parquet.read_schema(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _is_text(type: Any) -> bool:
+    import pyarrow.types as of
+
+    return of.is_string(type) or of.is_large_string(type) or of.is_string_view(type)
+
+
+def _holds_pictures(type: Any) -> bool:
+    """Whether a column of this pyarrow type can hold or name pictures."""
+    import pyarrow.types as of
+
+    inner = type.value_type if is_list(type) else type
+    if of.is_struct(inner):
+        return inner.get_field_index("bytes") >= 0
+    return of.is_binary(inner) or of.is_large_binary(inner) or of.is_null(inner) or _is_text(inner)

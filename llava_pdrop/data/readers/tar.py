@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from llava_pdrop.data.record_error import RecordError
 from llava_pdrop.data.sources import FileSlice
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 """Suffixes of pictures; members with other suffixes than these and ``json`` are left alone."""
+
+TOGETHER = "all members of a record must stand together in one tar, text and pictures"
 
 MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])
 
@@ -23,7 +26,8 @@ MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])
 class TarEntries(Sequence[tuple[str, Any]]):
     """Records of tar shards. Kept per record are its key and where its members lie; the text is read when asked for.
 
-    The pictures take the place of what the object says under ``image``, in the order of their numbers.
+    The pictures take the place of what the object says under ``image``, in the order of their numbers. It may say
+    nothing; if it names any, as many must be there.
     """
 
     def __init__(self, shards: list[Path]) -> None:
@@ -50,19 +54,25 @@ class TarEntries(Sequence[tuple[str, Any]]):
         return len(self._keys)
 
     def __getitem__(self, index: Any) -> Any:
-        """Raises: ValueError: no ``KEY.json``, or not valid JSON."""
+        """Raises: RecordError: no ``KEY.json``, not valid JSON, or another number of pictures than it names."""
         key, shard = self._keys[int(index)].as_py(), self.shards[self._shard_of[index]]
         origin = f"{shard}:{key}"
         if self._texts["size"][index] < 0:
-            raise ValueError(f"{origin}: there is no {key}.json beside its pictures in this tar")
+            raise RecordError(origin, key, f"there is no {key}.json beside its pictures; {TOGETHER}")
         with self._slice(shard, f"{key}.json", self._texts[index]).open() as file:
             text = file.read()
         try:
             entry = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{origin}.json: not valid JSON: {error}") from None
+            raise RecordError(f"{origin}.json", key, f"not valid JSON: {error}") from None
         if isinstance(entry, dict):
             first = self._ends[index - 1] if index else 0
+            count = int(self._ends[index] - first)
+            named = entry.get("image") or entry.get("images") or []
+            if named and count != (wanted := len(named) if isinstance(named, list) else 1):
+                raise RecordError(
+                    f"{origin}.json", key, f"it names {wanted} picture(s) and {count} stand beside it; {TOGETHER}"
+                )
             entry["image"] = [
                 self._slice(shard, f"{key}.{self._suffixes[i].as_py()}", self._pictures[i])
                 for i in range(first, self._ends[index])
@@ -80,7 +90,7 @@ def read_webdataset(path: Path) -> TarEntries:
     """Records of one ``.tar`` or of all ``*.tar`` of a directory, in order of their names.
 
     Raises:
-        ValueError: no shards, or one that is no (uncompressed) tar.
+        ValueError: no shards, or one that is no (uncompressed) tar, cut short or broken in the middle.
     """
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not shards:
@@ -113,6 +123,24 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, int, int]]:
         if member.isfile() and not name.startswith("."):
             stem, _, suffix = name.partition(".")
             yield (f"{folder}/{stem}" if folder else stem), suffix, member.offset_data, member.size
+    _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """`tarfile` takes a broken header, or the end of a file cut short, for the end of the archive: what is behind it
+    would be lost without a word.
+
+    Raises:
+        tarfile.ReadError: where it stopped there is no block of zeros, or there is more behind that.
+    """
+    file = tar.fileobj
+    assert file is not None
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
+    while rest := file.read(tarfile.RECORDSIZE):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"there are data behind its end at byte {tar.offset}; were several joined?")
 
 
 def _number(member: tuple[str, int, int]) -> tuple[int, str]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_pdrop.data.record_error import RecordError
+
 BLOCK = 1 << 22
 """Bytes read at a time when a JSON list is taken apart."""
 
@@ -40,7 +42,7 @@ class TextEntries(Sequence[tuple[str, Any]]):
         return len(self._starts)
 
     def __getitem__(self, index: Any) -> Any:
-        """Raises: ValueError: not valid JSON."""
+        """Raises: RecordError: not valid JSON."""
         if self._text is None:
             with self.path.open("rb") as file:
                 self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -49,7 +51,7 @@ class TextEntries(Sequence[tuple[str, Any]]):
         try:
             return origin, json.loads(self._text[self._starts[index] : self._stops[index]])
         except ValueError as error:  # broken JSON or broken UTF-8
-            raise ValueError(f"{origin}: not valid JSON: {error}") from None
+            raise RecordError(origin, None, f"not valid JSON: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_text": None}

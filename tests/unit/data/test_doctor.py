@@ -112,7 +112,7 @@ def test_every_kind_of_problem(write, check, kind):
 
 
 def test_every_kind_is_tested_here_or_below():
-    assert set(KINDS) - set(BAD) == {"template", "over_budget"}
+    assert set(KINDS) - set(BAD) == {"template", "over_budget", "no_last_answer"}
 
 
 def test_a_conversation_the_template_cannot_write(write, check):
@@ -120,6 +120,13 @@ def test_a_conversation_the_template_cannot_write(write, check):
     assert found.clean.tolist() == [0, 1]
     plain = examine(found.records, Checks(TEMPLATES["plain"]), progress=False)
     assert plain.count("template") == 1 and plain.clean.tolist() == [0]
+
+
+def test_evaluation_needs_the_answer_to_the_last_question(write, check):
+    path = write(GOOD, {"id": "q", "conversations": talk("What?", "a cat", "And now?")})
+    assert check(path).clean.tolist() == [0, 1]
+    found = check(path, scored=True)
+    assert found.clean.tolist() == [0] and found.count("no_last_answer") == 1
 
 
 def test_a_record_larger_than_a_micro_batch(write, check):
@@ -233,6 +240,14 @@ def test_look_gives_the_upright_size(tmp_path):
     assert seen.size == (20, 30) and seen.mode == "RGB" and seen.bytes == (tmp_path / "t.jpg").stat().st_size
 
 
+@pytest.mark.parametrize("name", ["half\0name.png", "x" * 300, "a.png/b.png", "a_directory"])
+def test_names_that_no_picture_can_have(images, name):
+    (images / "a_directory").mkdir()
+    seen = look(images / name)
+    assert (seen.kind, seen.size, seen.bytes) == ("corrupt_image", None, -1)
+    assert seen.problem.startswith(f"{images / name}: cannot be read as an image (")
+
+
 def test_a_picture_shown_twice_is_no_duplicate(write, check):
     found = check(write(GOOD, {**GOOD, "id": "again"}))
     assert found.duplicates == 0 and found.pictures.shown.tolist() == [2]
@@ -263,7 +278,9 @@ def test_a_broken_line_is_one_problem(write, check):
     path = write(GOOD).with_name("lines.jsonl")
     path.write_text("\n".join([json.dumps(GOOD), "{broken", json.dumps({**GOOD, "id": "last"})]))
     found = check(path)
-    assert found.clean.tolist() == [0, 2] and "lines.jsonl:2: not valid JSON" in found.problems["format"][0].reason
+    (problem,) = found.problems["format"]
+    assert found.clean.tolist() == [0, 2] and problem.reason.startswith("not valid JSON")
+    assert (problem.index, problem.origin) == (1, f"{path}:2")
 
 
 def test_a_mixture_counts_repeats_and_keeps_templates(write, check, images):

@@ -68,7 +68,7 @@ def test_transparent_palette_and_first_frame(tmp_path, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, suffix, orientation):
     exif = Image.Exif()
@@ -136,7 +136,9 @@ def test_unreadable_files_are_named(tmp_path, picture):
     short.write_bytes(buffer.getvalue()[:700])
     empty = tmp_path / "empty.jpg"
     empty.touch()
-    for path in (text, short, empty, tmp_path):
+    torn = picture(name="torn.avif")  # its decoder raises what no other does
+    torn.write_bytes(torn.read_bytes().replace(b"infe", b"infx"))
+    for path in (text, short, empty, torn, tmp_path):
         with pytest.raises(ValueError, match="cannot be read as an image") as error:
             load_image(path)
         assert str(path) in str(error.value)

@@ -75,7 +75,7 @@ def table(pictures: str = "list"):
 def write_shard(path: Path, entries, leave_out: tuple[str, ...] = (), folder: str = "") -> Path:
     with tarfile.open(path, "w") as tar:
         for entry in entries:
-            text = {"conversations": entry["conversations"], "image": "an old name.jpg"}
+            text = {"conversations": entry["conversations"], "image": ["an old name.jpg"] * len(entry["pictures"])}
             members = {"json": json.dumps(text).encode(), "txt": b"not for us"}
             several = len(entry["pictures"]) > 1
             for place, index in reversed(list(enumerate(entry["pictures"]))):
@@ -168,11 +168,18 @@ def test_bad_containers_are_named(tmp_path):
     refused(
         write_shard(tmp_path / "a.tar", ENTRIES[:1], leave_out=("json",)), "there is no one.json beside its pictures"
     )
-    refused(write_shard(tmp_path / "b.tar", ENTRIES[:1], leave_out=("png",)), r"id one\): 0 image\(s\) but 1 <image>")
+    message = r"\.tar:one\.json \(id one\): it names 1 picture\(s\) and 0 stand beside it; all members of a record must"
+    refused(write_shard(tmp_path / "b.tar", ENTRIES[:1], leave_out=("png",)), message)
+    # without a marker in the text nothing else would tell that the picture is lost
+    unmarked = ENTRIES[0] | {"conversations": talk(0, "a cat")}
+    refused(write_shard(tmp_path / "b2.tar", [unmarked], leave_out=("png",)), message)
     (tmp_path / "c.tar").write_bytes(b"no tar" * 200)
     refused(tmp_path / "c.tar", "cannot be read as an uncompressed tar file")
-    (tmp_path / "d.parquet").write_bytes(b"no parquet")
-    refused(tmp_path / "d.parquet", "cannot be read as a Hugging Face data set")
+    whole = ENTRIES[0] | {"conversations": talk(0, "a cat")}
+    refused(  # without a marker in the text nothing else would show that the picture is lost
+        write_shard(tmp_path / "b2.tar", [whole], leave_out=("png",)),
+        r"b2\.tar:one\.json \(id one\): it names 1 picture\(s\) and 0 stand beside it; all members",
+    )
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "unknown data format of the directory 'empty'; known are llava_json")
     refused(tmp_path / "empty", "neither written by save_to_disk nor any", format="hf")
@@ -187,3 +194,63 @@ def test_bad_containers_are_named(tmp_path):
     )
     datasets.Dataset.from_list(cells, features=features).save_to_disk(tmp_path / "hollow")
     refused(tmp_path / "hollow", r"\(id one\): picture 0 has neither bytes nor a file name")
+
+
+def test_a_broken_tar_loses_no_record_silently(tmp_path):
+    """`tarfile` takes what is no header for the end of the archive."""
+    whole = write_shard(tmp_path / "a.tar", ENTRIES).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        second = next(member for member in tar if member.name.startswith("none.")).offset
+    spoilt = {
+        "cut": (whole[:second], f"it breaks off at byte {second}"),
+        "overwritten": (whole[:second] + b"\xff" * 512 + whole[second + 512 :], f"it breaks off at byte {second}"),
+        "joined": (whole + whole, "there are data behind its end at byte"),
+    }
+    for name, (content, message) in spoilt.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.tar: cannot be read as an uncompressed tar file \({message}"):
+            read_records(tmp_path / f"{name}.tar")
+    (tmp_path / "padded.tar").write_bytes(whole + bytes(1 << 16))  # writers fill up with zeros as they like
+    assert len(read_records(tmp_path / "padded.tar")) == len(ENTRIES)
+
+
+def test_a_torn_parquet_file_is_one_line(tmp_path, caplog, capfd):
+    (tmp_path / "parts").mkdir()
+    whole = tmp_path / "parts" / "a.parquet"
+    table().to_parquet(whole)
+    (tmp_path / "parts" / "b.parquet").write_bytes(whole.read_bytes()[:-20])
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=r"parts: cannot be read as a Hugging Face data set: .*b\.parquet: .*footer"):
+        read_records(tmp_path / "parts")
+    assert not caplog.records and capfd.readouterr() == ("", "")
+
+
+PICTURE = {"bytes": encoded(0), "path": None}
+COLUMN_TYPES = {
+    "a name": ("0.png", lambda pa: pa.string()),
+    "a name as polars writes it": ("0.png", lambda pa: pa.large_string()),
+    "names of a fixed number": (["0.png"], lambda pa: pa.list_(pa.string(), 1)),
+    "a list of long lists": (["0.png"], lambda pa: pa.large_list(pa.large_string())),
+    "bytes": (encoded(0), lambda pa: pa.binary()),
+    "long bytes": ([encoded(0)], lambda pa: pa.list_(pa.large_binary())),
+    "an image": (PICTURE, lambda pa: pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    "an image without a path": ({"bytes": encoded(0)}, lambda pa: pa.struct([("bytes", pa.binary())])),
+    "a number": (3, lambda pa: pa.int64()),
+    "a struct of something else": ({"path": "0.png"}, lambda pa: pa.struct([("path", pa.string())])),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMN_TYPES)
+def test_types_of_an_image_column(tmp_path, expected, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    value, of = COLUMN_TYPES[kind]
+    columns = {"conversations": [ENTRIES[0]["conversations"]], "image": pyarrow.array([value], of(pyarrow))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "one.parquet")
+    if kind in ("a number", "a struct of something else"):
+        with pytest.raises(ValueError, match=r"one\.parquet: column 'image' is of type .*; a picture is a file name"):
+            read_records(tmp_path / "one.parquet")
+    else:
+        (record,) = read_records(tmp_path / "one.parquet")
+        assert [image_size(source) for source in record.images] == [SIZES[0]]

@@ -13,6 +13,7 @@ from llava_pdrop.data.records import RecordError, Records, read_records
 from llava_pdrop.types import Turn
 
 ASK = {"from": "human", "value": "<image>\nWhat is it?"}
+TEXT_ONLY = {"from": "human", "value": "What is it?"}
 ANSWER = {"from": "gpt", "value": "A cat."}
 ENTRY = {"id": "a", "image": "picture.png", "conversations": [ASK, ANSWER]}
 
@@ -57,6 +58,8 @@ def test_json_and_jsonl_give_the_same_records(tmp_path, picture):
         ({**ENTRY, "conversations": [{"from": "human"}]}, "needs 'from' and a text 'value'"),
         ({**ENTRY, "conversations": [{"from": "human", "value": 3}]}, "needs 'from' and a text 'value'"),
         ({**ENTRY, "image": 3}, "'image' must be a file name"),
+        ({**ENTRY, "image": 0, "conversations": [TEXT_ONLY, ANSWER]}, "'image' must be a file name"),
+        ({**ENTRY, "image": False, "conversations": [TEXT_ONLY, ANSWER]}, "'image' must be a file name"),
         ({**ENTRY, "image": ["picture.png", ""]}, "'image' must be a file name"),
         ({**ENTRY, "image": None}, r"0 image\(s\) but 1 <image> marker"),
         ({**ENTRY, "image": ["picture.png"] * 2}, r"2 image\(s\) but 1 <image> marker"),
@@ -93,6 +96,13 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         read_records(write(tmp_path / name, content))
 
 
+@pytest.mark.parametrize("format", ["jsonl", "llava_json"])
+def test_a_file_that_cannot_be_opened(tmp_path, format):
+    with pytest.raises(ValueError, match=rf"cannot be read as {format} \(Is a directory\)") as error:
+        read_records(tmp_path, format=format)
+    assert str(error.value).startswith(f"{tmp_path}: ")
+
+
 def test_missing_files(tmp_path):
     path = write(tmp_path / "d.json", [ENTRY])
     with pytest.raises(FileNotFoundError, match=r"id a\): image .*picture.png does not exist"):
@@ -102,6 +112,15 @@ def test_missing_files(tmp_path):
         read_records(tmp_path / "none.json")
     with pytest.raises(FileNotFoundError, match="no such image folder"):
         read_records(path, image_root=tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["none.png", "x" * 300, "half\0name.png", "d.json/a.png"])
+def test_names_of_pictures_that_are_not_there(tmp_path, name):
+    path = write(tmp_path / "d.json", [{**ENTRY, "image": name}])
+    with pytest.raises(
+        FileNotFoundError, match=r"d\.json\[0\] \(id a\): image .* does not exist; check the image root"
+    ):
+        read_records(path)
 
 
 def test_a_format_can_be_named(tmp_path, picture):
