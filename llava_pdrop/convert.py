@@ -2,6 +2,10 @@
 
 Weights go from file to file, one shard at a time, and no model is built. Files are mapped, so that what is needed in
 memory is what changes: the embedding and the head once in float32, and with ``--dtype`` one output shard (5 GB).
+
+Round trips are bit-exact. The original layout has no rows for ``<image>``, ``<pad>`` and the padding of the vocabulary:
+they are cut, and on the way back each is the mean of the others. That is what they were where this command made them; a
+checkpoint of the hub comes back with other spare rows, whose embeddings nothing reads.
 """
 
 from __future__ import annotations
@@ -45,9 +49,9 @@ def run(args: argparse.Namespace) -> None:
     )
     schedule = source.schedule
     drops = "says nothing about dropping" if schedule is None else f"drops after layers {list(schedule.layers)}"
-    weights = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 1e9
     Console().print(
-        f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights / 1e9:.2f} GB; {drops}",
+        f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}",
         soft_wrap=True,
         markup=False,
         highlight=False,

@@ -14,34 +14,53 @@ torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """How many golden cases and numbers were compared. (Here because xdist's controller reads no other conftest.)"""
+    """How many golden entries of each kind were compared, none included. (Here because xdist's controller reads no
+    other conftest.)"""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    cases = [dict(r.user_properties) for r in reports if getattr(r, "when", "") == "teardown"]
-    models = {properties["golden_model"] for properties in cases if "golden_model" in properties}
-    if models:
-        terminalreporter.write_line(f"golden: {len(models)} models compared, weights and logits, in both layouts")
-    _text_summary(terminalreporter, [properties["golden_text"] for properties in cases if "golden_text" in properties])
-    pictures: Counter[str] = Counter()
-    for kind, count in [properties["golden_preprocess"] for properties in cases if "golden_preprocess" in properties]:
-        pictures[kind] += count
-    if pictures:
-        shown = ", ".join(f"{count} {kind}" for kind, count in pictures.items())
-        terminalreporter.write_line(f"golden preprocess: {shown} compared")
-    cases = [properties for properties in cases if "golden_case" in properties]
-    if not cases:
+    if not any(getattr(report, "nodeid", "").startswith("tests/golden/") for report in reports):
         return
-    names = {properties["golden_case"] for properties in cases}
-    flagged = {properties["golden_case"] for properties in cases if properties["golden_flagged"]}
-    numbers = sum(properties["golden_numbers"] for properties in cases)
-    terminalreporter.write_line(
-        f"golden: {len(names)} cases ({len(names - flagged)} against the official results, {len(flagged)} against our "
-        f"own expectations), {numbers:,} numbers compared"
-    )
+    found = [dict(r.user_properties) for r in reports if getattr(r, "when", "") == "teardown"]
+    for line in [
+        *_text_lines([properties["golden_text"] for properties in found if "golden_text" in properties]),
+        _preprocess_line([entry["golden_preprocess"] for entry in found if "golden_preprocess" in entry]),
+        *_case_lines([properties for properties in found if "golden_case" in properties]),
+        _model_line(found),
+    ]:
+        terminalreporter.write_line(f"golden {line}")
 
 
-def _text_summary(terminalreporter, compared) -> None:
+def _text_lines(compared: list) -> list[str]:
     """A line per kind of recorded text: how many entries are as recorded, and why the others are not."""
+    lines = []
     for kind in dict.fromkeys(kind for kind, _ in compared):
         counts = sum((Counter(verdicts) for name, verdicts in compared if name == kind), Counter())
         shown = ", ".join(f"{count:,} {verdict}" for verdict, count in counts.most_common())
-        terminalreporter.write_line(f"golden text, {kind}: {counts.total():,} entries compared: {shown}")
+        lines.append(f"text, {kind}: {counts.total():,} entries compared: {shown}")
+    return lines or ["text: 0 entries compared"]
+
+
+def _preprocess_line(compared: list) -> str:
+    pictures = Counter({"picture sizes": 0, "pixel tensors": 0})
+    for kind, count in compared:
+        pictures[kind] += count
+    return f"preprocess: {', '.join(f'{count} {kind}' for kind, count in pictures.items())} compared"
+
+
+def _case_lines(cases: list[dict]) -> list[str]:
+    """End-to-end cases, which start from a JSON file and pictures, and those that start from tensors."""
+    lines = []
+    for kind, wanted in (("e2e", True), ("cases", False)):
+        here = [properties for properties in cases if properties["golden_end_to_end"] == wanted]
+        names = {properties["golden_case"] for properties in here}
+        flagged = {properties["golden_case"] for properties in here if properties["golden_flagged"]}
+        numbers = sum(properties["golden_numbers"] for properties in here)
+        lines.append(
+            f"{kind}: {len(names)} compared ({len(names - flagged)} with the official results, {len(flagged)} with our "
+            f"own expectations), {numbers:,} numbers"
+        )
+    return lines
+
+
+def _model_line(found: list[dict]) -> str:
+    models, logits = ({p[key] for p in found if key in p} for key in ("golden_model", "golden_logits"))
+    return f"models: {len(models)} compared there and back in both layouts, {len(logits)} with recorded logits"

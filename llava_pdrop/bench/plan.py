@@ -6,9 +6,10 @@ Numbers only: no weights, no pixels. `plan_command` prints them, `nominal` says 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llava_pdrop.bench.nominal import checkpointing, model_of, nominal_batch, paper_tokens
+from llava_pdrop.bench.plan_lora import adapter_flops, adapter_parameters, learning
 from llava_pdrop.bench.workload import FULL_TEXT_TOKENS, full_picture
 from llava_pdrop.config import Config, ConfigError
 from llava_pdrop.model.flops import StepFlops, step_flops
@@ -155,7 +156,10 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Step
     wanted = (checkpointing(config), config.train.recompute_layers)
 
     def operations(schedule: Schedule, again: bool, count: int | None) -> StepFlops:
-        return step_flops(model.config, batch, schedule, model.geometry, config.model.trainable, again, count)
+        flops = step_flops(model.config, batch, schedule, model.geometry, learning(config), again, count)
+        repeated = 0 if not again else model.layers if count is None else count
+        adapters = adapter_flops(model.config.text_config, config.lora, batch, schedule, repeated)
+        return replace(flops, decoder=flops.decoder + adapters)
 
     vanilla, dropping = [wanted, wanted] if recomputed is None else [(count > 0, count) for count in recomputed]
     return Step(
@@ -171,10 +175,11 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
     are recomputed with the first of them)."""
     model = model_of(config)
     batch = nominal_batch(model.geometry, config)
+    adapters = sum(adapter_parameters(model.config.text_config, config.lora))
 
     def peak(schedule: Schedule, count: int) -> Memory:
         return predicted_peak(
-            model.config, batch, schedule, model.geometry, config.model.trainable, count > 0, count, states
+            model.config, batch, schedule, model.geometry, config.model.trainable, count > 0, count, states, adapters
         )
 
     schedule = config.schedule.check(model.layers)

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llava_pdrop.bench.nominal import checkpointing, states_of
+from llava_pdrop.bench.nominal import checkpointing, model_of, states_of
 from llava_pdrop.bench.plan import (
     RESERVE,
     MemoryRow,
@@ -21,6 +22,7 @@ from llava_pdrop.bench.plan import (
     plan_memory,
     plan_step,
 )
+from llava_pdrop.bench.plan_lora import NOT_MODELLED, adapter_parameters
 from llava_pdrop.config import Config
 from llava_pdrop.model.flops import StepFlops
 from llava_pdrop.model.memory import GIB, Memory, States
@@ -44,10 +46,15 @@ PAPER_7B = {
 """TFLOP as printed in Tables 3, 5, 7 and 9 of arXiv 2410.17247: (image tokens, layers, ratios) of a 7B decoder."""
 
 
+WIDTH = 120
+"""Columns where the output is no terminal (a log file), which has no width of its own."""
+
+
 @dataclass(frozen=True)
 class Report:
     """All that is printed. ``least``: decoder layers to recompute so that (vanilla, dropping) fit into ``budget`` GiB;
-    ``fitting``: the step when each recomputes only those, None where one of them does not fit."""
+    ``fitting``: the step when each recomputes only those, None where one of them does not fit; ``adapters``: parameters
+    of LoRA adapters."""
 
     plan: Plan
     step: Step
@@ -57,6 +64,7 @@ class Report:
     least: tuple[int | None, int | None]
     fitting: Step | None
     solution: Solution | None = None
+    adapters: int = 0
 
 
 def make_report(config: Config, gpus: int = 8, budget: float = 80.0, solution: Solution | None = None) -> Report:
@@ -66,7 +74,8 @@ def make_report(config: Config, gpus: int = 8, budget: float = 80.0, solution: S
     memory = plan_memory(config, sorted({0, *first_stage, plan.layers}), states)
     vanilla, dropping = least = least_recomputed(config, states, budget)
     fitting = None if vanilla is None or dropping is None else plan_step(config, (vanilla, dropping))
-    return Report(plan, plan_step(config), states, memory, budget, least, fitting, solution)
+    adapters = sum(adapter_parameters(model_of(config).config.text_config, config.lora))
+    return Report(plan, plan_step(config), states, memory, budget, least, fitting, solution, adapters)
 
 
 def to_json(config: Config, report: Report) -> dict[str, Any]:
@@ -100,6 +109,7 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
             "dropping_flop": flops(step.dropping),
             "predicted_reduction": step.reduction,
         },
+        "lora": {"adapter_parameters": report.adapters, "not_modelled": NOT_MODELLED} if report.adapters else None,
         "memory": {
             "zero": report.states.zero,
             "gpus": report.states.gpus,
@@ -117,6 +127,8 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
 def show(config: Config, report: Report) -> None:
     """Prints the report as tables."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     plan = report.plan
     if report.solution is not None:
         console.print(report.solution.reason, highlight=False, soft_wrap=True)
@@ -138,8 +150,9 @@ def show(config: Config, report: Report) -> None:
         highlight=False,
     )
     console.print(_memory(report))
-    if config.lora is not None:
-        console.print("LoRA is not modelled: operations and memory are those of training the whole decoder.")
+    if report.adapters:
+        line = f"{report.adapters / 1e6:.1f} M parameters of adapters learn. Not modelled: {NOT_MODELLED}."
+        console.print(line, highlight=False)
     console.print(
         "Not in it: CUDA context, fragmentation, NCCL and reduce buckets (llava_pdrop/model/memory.py).", style="dim"
     )
@@ -177,9 +190,13 @@ def schedule_yaml(schedule: Schedule) -> str:
     return "\n".join(["pyramid_drop:", *lines])
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+
+
 def _stages(plan: Plan) -> Table:
     width, height = plan.picture
-    table = Table(title=f"Full picture, {width}x{height}")
+    table = _table(f"Full picture, {width}x{height}")
     for title in ("layers", "image tokens", "share"):
         table.add_column(title, justify="right")
     for stage in plan.stages:
@@ -188,7 +205,7 @@ def _stages(plan: Plan) -> Table:
 
 
 def _pictures(config: Config, plan: Plan) -> Table:
-    table = Table(title=f"{config.name}: image tokens of one picture")
+    table = _table(f"{config.name}: image tokens of one picture")
     table.add_column("picture", no_wrap=True)
     for stage in plan.stages:
         table.add_column(f"layers {stage.first}-{stage.last}", justify="right")
@@ -203,7 +220,7 @@ def _pictures(config: Config, plan: Plan) -> Table:
 
 
 def _operations(step: Step) -> Table:
-    table = Table(title="Operations of a training step's micro-batch")
+    table = _table("Operations of a training step's micro-batch")
     table.add_column("TFLOP (2 per multiply-accumulate)")
     for title in ("vanilla", "dropping", "saved"):
         table.add_column(title, justify="right")
@@ -217,8 +234,8 @@ def _operations(step: Step) -> Table:
 def _memory(report: Report) -> Table:
     states = report.states
     where = f"ZeRO-{states.zero} on {states.gpus} GPUs" if states.zero else "nothing sharded"
-    table = Table(title=f"Predicted peak of one GPU in GiB, {where}")
-    table.add_column("layers recomputed", no_wrap=True)
+    table = _table(f"Predicted peak of one GPU in GiB by recomputed layers, {where}")
+    table.add_column("layers", no_wrap=True)
     table.add_column("")
     parts = ("weights", "gathered", "gradients", "optimizer", "activations", "total")
     for title in parts:

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from llava_pdrop.bench.plan_lora import learning
 from llava_pdrop.config import Config, ConfigError
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import image_size
@@ -154,8 +155,8 @@ def collect(config: Config, runs: dict[str, Path]) -> Comparison:
 
 def timing_of(file: Path) -> Timing | None:
     """Medians of a ``metrics.jsonl``; a fifth of the steps, at most 10, count as warm-up. None where no step was logged
-    (``train.logging_steps`` above the number of steps)."""
-    rows = [row for row in read_metrics(file) if "loss" in row]
+    (``train.logging_steps`` above the number of steps) or the file is gone."""
+    rows = [row for row in read_metrics(file) if "loss" in row] if file.is_file() else []
     if not rows:
         return None
     steady = rows[min(10, len(rows) // 5) :]
@@ -245,7 +246,7 @@ def _with_savings(config: Config, rows: list[Row], parts: Parts) -> list[Row]:
         training_batches(config, parts),
         config.schedule,
         parts.geometry,
-        config.model.trainable,
+        learning(config),
         recomputes_activations(training_arguments(config)),
         config.train.recompute_layers,
     )

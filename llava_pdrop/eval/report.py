@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,7 @@ def _settings(comparison: Comparison, schedule: dict[str, Any], timed: Sequence[
         "versions": f"Python {platform.python_version()}, "
         + ", ".join(f"{name} {package_version(name)}" for name in PACKAGES),
         "commit": commit() or "not a git checkout",
-        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 

@@ -159,7 +159,8 @@ def evaluate_config(config: Config) -> Result:
     questions = load_questions(config)
     if not questions:
         raise ConfigError(f"{config.file}: data.eval: names no file with questions")
-    result = answer(config, build_parts(path=str(directory)), questions, config.schedule, config.name)
+    parts = build_parts(path=str(directory))
+    result = answer(config, parts, questions, config.schedule, config.name)
     file = result.write(directory)
     facts = {"scorer": config.eval.scorer, "accuracy": result.accuracy, "chance": result.chance}
     facts |= {"questions": len(questions), "image_tokens": result.image_tokens, "schedule": config.schedule.to_dict()}
@@ -167,10 +168,22 @@ def evaluate_config(config: Config) -> Result:
     tokens = " -> ".join(f"{count:g}" for count in result.image_tokens)
     Console().print(
         f"{config.name}: {config.eval.scorer} {result.accuracy:.1%} (chance {result.chance:.1%}), {len(questions)} "
-        f"questions, image tokens {tokens}, {result.seconds:.0f} s; answers in {file}",
+        f"questions, image tokens {tokens} ({used_schedule(config.schedule, parts.schedule)}), {result.seconds:.0f} s; "
+        f"answers in {file}",
         soft_wrap=True,
+        markup=False,
     )
     return result
+
+
+def used_schedule(used: Schedule, own: Schedule | None) -> str:
+    """In words: the schedule of an evaluation beside the one in the checkpoint (None: it says nothing)."""
+    drops = f"dropping after layers {list(used.layers)}" if used.layers else "no dropping"
+    if own is None:
+        return f"{drops}; the checkpoint names no schedule"
+    if used == own:
+        return f"{drops}, the checkpoint's own schedule"
+    return f"{drops}; the checkpoint's own schedule has layers {list(own.layers)}, ratios {list(own.ratios)}"
 
 
 def load_questions(config: Config) -> list[Question]:

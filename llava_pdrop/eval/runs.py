@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from llava_pdrop.eval.figures import COLOURS
 from llava_pdrop.eval.runner import EVALUATION_FILE
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.schedule import paper_tflop
+from llava_pdrop.model.shards import read_json
 from llava_pdrop.style import STYLE
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE
@@ -58,8 +58,11 @@ def compare_runs(directories: Sequence[str | Path], out: Path = Path("checkpoint
         out: where the report goes.
 
     Raises:
-        ConfigError: a directory that holds no finished run.
+        ConfigError: a directory that holds no finished run, or one that is named twice.
     """
+    places = [Path(directory).resolve() for directory in directories]
+    if twice := next((given for given, place in zip(directories, places) if places.count(place) > 1), None):
+        raise ConfigError(f"{twice} is named twice: name every run once")
     runs = with_savings([read_run(Path(directory)) for directory in directories])
     head, *lines = rows = table_rows(runs)
     shown = Table(title="Runs, and what the paper reports", header_style="bold", box=box.SIMPLE_HEAD)
@@ -96,7 +99,7 @@ def read_run(directory: Path) -> Run:
         timing=timing_of(directory / METRICS_FILE),
         hours=_hours(directory, config),
         tflop=_tflop(config),
-        evaluation=json.loads(scores.read_text()) if scores.is_file() else None,
+        evaluation=read_json(scores) if scores.is_file() else None,
     )
 
 
@@ -190,11 +193,11 @@ def _hours(directory: Path, config: Config) -> float | None:
     timing = timing_of(directory / METRICS_FILE)
     if timing is None or timing.device != "cuda":
         return None
-    facts = json.loads((directory / FINISHED_FILE).read_text())
+    facts = read_json(directory / FINISHED_FILE)
     hours = facts["seconds"] * facts["processes"] / SECONDS_PER_HOUR
     stage1 = Path(config.model.projector).parent if config.model.projector else None
     if stage1 is not None and (stage1 / FINISHED_FILE).is_file():
-        first = json.loads((stage1 / FINISHED_FILE).read_text())
+        first = read_json(stage1 / FINISHED_FILE)
         hours += first["seconds"] * first["processes"] / SECONDS_PER_HOUR
     return hours
 

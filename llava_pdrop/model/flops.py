@@ -15,7 +15,7 @@ from typing import Any
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.schedule import Schedule
-from llava_pdrop.model.stream import Layout
+from llava_pdrop.model.stream import Layout, layouts_of
 from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.types import PackedBatch
 
@@ -42,14 +42,6 @@ class StepFlops:
         return StepFlops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-def layouts_of(batch: PackedBatch, schedule: Schedule) -> list[Layout]:
-    """The layout of every stage of ``batch``."""
-    layouts = [Layout.of(batch)]
-    for stage in range(len(schedule.layers)):
-        layouts.append(layouts[-1].after_drop(layouts[0].kept(schedule, stage)))
-    return layouts
-
-
 def step_flops(
     config: Any,
     batch: PackedBatch,
@@ -72,11 +64,11 @@ def step_flops(
     """
     text = config.text_config
     layouts = layouts_of(batch, schedule)
-    tiles = sum(geometry.num_tiles(size) for size in batch.image_sizes) or 1  # a text-only batch runs one dummy tile
+    tiles = tiles_of(batch, geometry)
     backward = bool(trainable)
     repeated = text.num_hidden_layers if recompute_layers is None else recompute_layers
     linear_factor = 1.0 + backward + ("language_model" in trainable)
-    heads, head_size = text.num_attention_heads, _head_size(text)
+    width = text.num_attention_heads * head_size(text)
     window = _window(text)
 
     linear, last = _layer_linear(text)
@@ -90,7 +82,7 @@ def step_flops(
         repeat = checkpointing and backward and layer < repeated
         decoder += layout.tokens * (linear * linear_factor + (linear - last) * repeat)
         pairs = sum(causal_pairs(length, window) for length in layout.seq_lens)
-        attention += 4 * pairs * heads * head_size * (1 + repeat + ATTENTION_BACKWARD * backward)
+        attention += 4 * pairs * width * (1 + repeat + ATTENTION_BACKWARD * backward)
     return StepFlops(
         tower=_tower(config, tiles, "vision_tower" in trainable, checkpointing),
         projector=_projector(config, tiles * geometry.patches, trainable),
@@ -104,7 +96,7 @@ def step_flops(
 def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule) -> list[float]:
     """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
     text = config.text_config
-    linear, width = _layer_linear(text)[0], text.num_attention_heads * _head_size(text)
+    linear, width = _layer_linear(text)[0], text.num_attention_heads * head_size(text)
     edges = (0, *schedule.layers, text.num_hidden_layers)
     return [
         float(
@@ -133,6 +125,21 @@ def predicted_reduction(
     return 1 - operations(schedule) / operations(Schedule())
 
 
+def tiles_of(batch: PackedBatch, geometry: ImageGeometry) -> int:
+    """Tiles that go through the tower: a text-only batch sends one dummy."""
+    return sum(geometry.num_tiles(size) for size in batch.image_sizes) or 1
+
+
+def head_size(text: Any) -> int:
+    """Numbers in an attention head of a decoder's config."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def key_value_heads(text: Any) -> int:
+    """Heads that keys and values of a decoder's config have; fewer than the queries' under GQA."""
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
 def causal_pairs(length: int, window: int | None = None) -> int:
     """(query, key) pairs of causal attention over ``length`` tokens, each seeing at most ``window``."""
     reach = min(length, window or length)
@@ -143,28 +150,21 @@ def _window(text: Any) -> int | None:
     return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
 
 
-def _head_size(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
 def _layer_linear(text: Any) -> tuple[int, int]:
     """Operations per token of one decoder layer's linear maps (q, k, v, o and the three of the gated MLP), and of the
     last of them."""
-    groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    projections = 2 * (text.num_attention_heads + groups) * _head_size(text)
-    return 2 * text.hidden_size * (
-        projections + 3 * text.intermediate_size
-    ), 2 * text.hidden_size * text.intermediate_size
+    projections = 2 * (text.num_attention_heads + key_value_heads(text)) * head_size(text)
+    last = 2 * text.hidden_size * text.intermediate_size
+    return 2 * text.hidden_size * projections + 3 * last, last
 
 
 def _ranking(text: Any, layout: Layout, schedule: Schedule) -> int:
     """Operations of one ranking: keys of all tokens, queries of the query tokens, their products. No backward."""
     if RANKERS[schedule.ranker].projections is None:
         return 0
-    groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size, heads = _head_size(text), text.num_attention_heads
+    size, heads = head_size(text), text.num_attention_heads
     queries = [len(starts) for starts in layout.answer_starts]
-    keys = 2 * layout.tokens * text.hidden_size * groups * size
+    keys = 2 * layout.tokens * text.hidden_size * key_value_heads(text) * size
     rows = 2 * max(1, sum(queries)) * text.hidden_size * heads * size
     scores = sum(2 * count * length * heads * size for count, length in zip(queries, layout.seq_lens))
     return keys + rows + scores

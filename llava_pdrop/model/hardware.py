@@ -52,7 +52,8 @@ def device_named(name: str | None) -> torch.device:
         return device
     number = device.index or 0
     if number >= torch.cuda.device_count():
-        raise ValueError(f"--device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
+        build = "" if torch.version.cuda else f": torch {torch.__version__} is a build without CUDA"
+        raise ValueError(f"--device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here{build}")
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from llava_pdrop.model.shards import read_json, write_json
 
@@ -20,6 +23,18 @@ SENTENCEPIECE = "tokenizer.model"
 GENERIC = "TokenizersBackend"
 NEW_IN_5 = ("backend", "is_local", "local_files_only", "extra_special_tokens", "sp_model_kwargs")
 """Keys of a tokenizer_config.json that say nothing about the tokenizer, or that transformers 4 cannot read."""
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """What is wrong with ``file``, in our words or a library's, becomes a `ValueError` that begins with its path."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        kind = "" if isinstance(error, ValueError | StrictDataclassError) else f"{type(error).__name__}: "
+        raise ValueError(f"{file}: {kind}{' '.join(str(error).removeprefix(f'{file.name}: ').split())}") from None
 
 
 def write_config(config: Any, directory: Path, dtype: torch.dtype) -> None:

@@ -56,6 +56,9 @@ def merged(base: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
             partner, one for a weight that the base does not have, or of a wrong shape.
     """
     config = read_json(directory / ADAPTER_CONFIG)
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise ValueError(f"{directory / ADAPTER_CONFIG}: {key} must be a number above 0, got {config.get(key)!r}")
     for key, value in PLAIN.items():
         if (config.get(key, value) or None) != (value or None):
             raise ValueError(f"{directory / ADAPTER_CONFIG}: {key} {config[key]!r} is not supported, only {value!r}")
@@ -96,12 +99,13 @@ def _merge(weight: Stored, down: Stored, up: Stored, scaling: float) -> Stored:
 
 def _scaling(config: Mapping[str, Any], module: str) -> float:
     """lora_alpha / r, by module where the config says so, or / sqrt(r) for rank-stabilised LoRA."""
-    rank = _pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    rank = by_pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _pattern(table: Mapping[str, float] | None, module: str, default: float) -> float:
+def by_pattern(table: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The entry of peft's ``rank_pattern`` or ``alpha_pattern`` that fits the name of a module."""
     for pattern, value in (table or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -28,13 +28,13 @@ weights cast by autocast, what `regions.compile_regions` saves.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.flops import layouts_of
+from llava_pdrop.model.flops import head_size, key_value_heads, tiles_of
 from llava_pdrop.model.schedule import Schedule
-from llava_pdrop.model.stream import Layout
+from llava_pdrop.model.stream import Layout, layouts_of
 from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.types import PackedBatch
 
@@ -112,8 +112,8 @@ class Parameters:
         text, vision = config.text_config, config.vision_config
         hidden, width, mlp = text.hidden_size, vision.hidden_size, vision.intermediate_size
         table = text.vocab_size * hidden
-        heads, groups = text.num_attention_heads, _groups(text)
-        attention = 2 * (heads + groups) * _head_size(text) * hidden
+        heads, groups = text.num_attention_heads, key_value_heads(text)
+        attention = 2 * (heads + groups) * head_size(text) * hidden
         positions = (vision.image_size // vision.patch_size) ** 2 + 1
         newline = hidden if config.model_type == "llava_next" else 0
         return Parameters(
@@ -150,6 +150,7 @@ def predicted_peak(
     checkpointing: bool = False,
     recompute_layers: int | None = None,
     states: States = States(),
+    adapters: int = 0,
 ) -> Memory:
     """The peak of forward, backward and a fused optimizer step of one micro-batch on one GPU.
 
@@ -158,18 +159,21 @@ def predicted_peak(
         trainable: which of projector, language_model and vision_tower learn.
         checkpointing: activation checkpointing, of the decoder's layers and those of a trainable tower.
         recompute_layers: of the decoder's layers only so many first ones (None: all of them), as in `step_flops`.
+        adapters: parameters of LoRA adapters, which learn instead of the decoder's own. What they keep for their
+            backward, besides the inputs that full training keeps too, is not in it.
     """
-    counts = Parameters.of(config)
+    counts, layers = Parameters.of(config), config.text_config.num_hidden_layers
+    decoder = replace(counts, embedding=0, layer=adapters // layers, head=0) if adapters else counts
     layouts = layouts_of(batch, schedule)
     recomputed = range(config.text_config.num_hidden_layers)[:recompute_layers] if checkpointing else range(0)
-    tiles = sum(geometry.num_tiles(size) for size in batch.image_sizes) or 1  # a text-only batch runs one dummy tile
+    tiles = tiles_of(batch, geometry)
     blocks = [
         *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, checkpointing, states.bytes),
         _projector_block(config, counts, tiles * geometry.patches, trainable, states.bytes),
-        *_decoder_blocks(config.text_config, counts, layouts, schedule, trainable, recomputed, states.bytes),
+        *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, recomputed, states.bytes),
     ]
     shards = states.gpus if states.zero else 1
-    total, learning = counts.total(config), sum(block.learning for block in blocks)
+    total, learning = counts.total(config) + adapters, sum(block.learning for block in blocks)
     fixed = dict(
         weights=states.bytes * total / (states.gpus if states.zero == 3 else 1),
         optimizer=states.optimizer * learning / shards,
@@ -202,7 +206,7 @@ def _decoder_blocks(
     for layer in range(text.num_hidden_layers):
         stage += layer in schedule.layers
         tokens = layouts[stage].tokens
-        rotary = 2 * size * tokens * _head_size(text) if layer in (0, *schedule.layers) else 0
+        rotary = 2 * size * tokens * head_size(text) if layer in (0, *schedule.layers) else 0
         kept, extra = _layer_bytes(text, tokens, learns, size)
         source = size * tokens * hidden if layer in recomputed else 0
         blocks.append(Block((source or kept) + rotary, source + kept + extra + rotary, counts.layer * learns))
@@ -218,7 +222,7 @@ def _layer_bytes(text: Any, tokens: int, learns: bool, size: int) -> tuple[float
     """Of a decoder layer: bytes kept for backward, and what comes on top while its backward runs."""
     hidden, mlp, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
     norms = 2 * ((FLOAT + 2 * size * learns) * hidden + FLOAT)
-    attention = 2 * size * (heads + _groups(text)) * _head_size(text) + FLOAT * heads
+    attention = 2 * size * (heads + key_value_heads(text)) * head_size(text) + FLOAT * heads
     gated = size * mlp * (3 + learns)
     extra = size * (mlp * (2 + (not learns)) + hidden)
     return tokens * (norms + attention + gated), tokens * extra
@@ -247,11 +251,3 @@ def _projector_block(config: Any, counts: Parameters, rows: int, trainable: Coll
     inner = size * rows * hidden * (learns or "vision_tower" in trainable)
     held = inner + size * rows * (width + hidden) * learns
     return Block(held, held + 2 * size * rows * hidden, counts.projector * learns)
-
-
-def _groups(text: Any) -> int:
-    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-
-
-def _head_size(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -42,6 +42,12 @@ SECTION = "original_llava"
 
 def refuse_unsupported(config: Mapping[str, Any], origin: str) -> None:
     """Raises `ValueError`, one line, for an original checkpoint of a kind that this package does not have."""
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if not isinstance(config.get(key), int):  # transformers would take the number of LLaMA-7B
+            raise ValueError(f"{origin}/config.json: {key} must be a whole number, got {config.get(key)!r}")
+    tower = config["mm_vision_tower"]
+    if not isinstance(tower, str) or not tower:
+        raise ValueError(f"{origin}/config.json: mm_vision_tower names no directory or hub id: {tower!r}")
     kind = str(config.get("model_type"))
     if family_of(config) is None:
         known = ", ".join(sorted(name for name, _ in FAMILIES.values()))
@@ -65,6 +71,8 @@ def family_of(config: Mapping[str, Any]) -> str | None:
 def text_config_of(config: Mapping[str, Any]) -> Any:
     """The decoder's Hugging Face config."""
     fields = {name: value for name, value in config.items() if not NOT_TEXT.match(name)}
+    if fields.get("rope_scaling") is None:  # transformers 5 warns of the name alone
+        fields.pop("rope_scaling", None)
     return AutoConfig.for_model(family_of(config), **fields)
 
 

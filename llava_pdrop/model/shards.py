@@ -116,8 +116,8 @@ def _indexed(index: Path, files: list[Path]) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise ValueError(f"{index}: has no weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(file, str) for file in table.values()):
+        raise ValueError(f"{index}: has no weight_map of names and files")
     return table
 
 
@@ -183,9 +183,8 @@ def _open_pickle(file: Path) -> dict[str, Stored]:
     try:
         mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 cannot be mapped: they are read as a whole
         loaded = torch.load(file, "cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file}: not a whole file of plain tensors ({reason})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's own words advise to run whatever is in the file
+        raise ValueError(f"{file}: not a whole file of plain tensors (nothing else is read from a pickle)") from None
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise ValueError(f"{file}: is not a dictionary of tensors")
     return {name: Stored.of(tensor) for name, tensor in loaded.items()}

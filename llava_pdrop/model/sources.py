@@ -15,11 +15,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model import lora
 from llava_pdrop.model.checkpoint import check_fit, mean_rows
+from llava_pdrop.model.hf_files import reading
 from llava_pdrop.model.hosts import make_config, meta_host
 from llava_pdrop.model.layouts import (
     HF_TO_HOST,
     ORIGINAL_TO_HOST,
     TOWER,
+    Table,
     in_memory,
     is_projector,
     rename,
@@ -36,7 +38,7 @@ from llava_pdrop.model.original_layout import (
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.shards import Stored, open_tensors, read_json, resolve, weight_files
 from llava_pdrop.model.towers import beside, open_tower
-from llava_pdrop.model.vision import load_image_processor
+from llava_pdrop.model.vision import load_image_processor, used_tower_layers
 from llava_pdrop.model.vlm import geometry_of
 from llava_pdrop.model.vocabulary import add_special_tokens, rows_with_specials
 
@@ -69,8 +71,12 @@ class Source:
         """Itself, if its tensors are those of the model; ``fresh``: its projector is yet to be made.
 
         Raises:
-            ValueError: lists every missing, unexpected and mis-shaped key.
+            ValueError: lists every missing, unexpected and mis-shaped key; or the tower has no such feature layer.
         """
+        vision, used = self.config.vision_config, used_tower_layers(self.config)
+        if not 0 <= used <= vision.num_hidden_layers:
+            number = f"vision_feature_layer (mm_vision_select_layer) {self.config.vision_feature_layer}"
+            raise ValueError(f"{self.origin}: {number}: the tower has {vision.num_hidden_layers} layers")
         host = meta_host(self.config)
         own = host.state_dict()
         tensors = in_memory(self.tensors, own)
@@ -126,7 +132,8 @@ def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vi
 
 def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored] | None = None) -> Source:
     """``tensors``: weights under host names that are not, as they are, in ``directory``."""
-    config = AutoConfig.from_pretrained(directory)
+    with reading(directory / "config.json"):
+        config = AutoConfig.from_pretrained(directory)
     tower = config.vision_config.model_type
     if tower not in ("clip_vision_model", "clip"):
         raise ValueError(f"{directory}/config.json: a {tower!r} vision tower is not supported, only CLIP's")
@@ -134,16 +141,18 @@ def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored]
         raise ValueError(f"{directory}/config.json: quantised weights are not supported: take the float ones")
     if "tie_word_embeddings" not in fields:  # transformers 4 asked the decoder's config
         config.tie_word_embeddings = bool(getattr(config.text_config, "tie_word_embeddings", False))
-    geometry = geometry_of(config)
     section = getattr(config, "pyramid_drop", None)
+    with reading(directory / "config.json"):
+        geometry = geometry_of(config)
+        schedule = None if section is None else written_schedule(section).check(config.text_config.num_hidden_layers)
     return Source(
         str(directory),
         config,
-        rename(open_tensors(directory), HF_TO_HOST) if tensors is None else tensors,
+        _named(directory, HF_TO_HOST) if tensors is None else tensors,
         geometry,
-        None if section is None else written_schedule(section).check(config.text_config.num_hidden_layers),
+        schedule,
         _tokenizer(directory),
-        load_image_processor(str(directory), geometry.tile),
+        _image_processor(directory, geometry.tile),
         _generation(directory, config.text_config, None),
     ).checked()
 
@@ -156,23 +165,31 @@ def _open_original(
     tensors, home = _original_tensors(directory, base)
     tensors = rename(tensors, ORIGINAL_TO_HOST)
     tower_source = vision_tower or beside(directory, fields["mm_vision_tower"])
-    vision, beside_tensors = open_tower(tower_source)
-    geometry = original_geometry(fields, vision)
+    try:
+        vision, beside_tensors = open_tower(tower_source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{directory}/config.json: mm_vision_tower: {error}; name a copy of it (convert: --vision-tower DIR)"
+        ) from None
+    with reading(directory / "config.json"):
+        geometry = original_geometry(fields, vision)
+        text = text_config_of(fields)
+        schedule = original_schedule(fields)
+        if schedule is not None:
+            schedule.check(text.num_hidden_layers)
     inside = {name for name in tensors if name.startswith(TOWER)}
     if not fields.get("unfreeze_mm_vision_tower") or not inside:  # golden/README 4.13: a frozen tower is CLIP's own
         tensors = {name: tensor for name, tensor in tensors.items() if name not in inside} | beside_tensors
     if geometry.aspect == "pad":
         tensors.pop("model.image_newline", None)
-    text = text_config_of(fields)
     rows = text.vocab_size
-    tokenizer = _tokenizer(directory) or (_tokenizer(home) if home != directory else None)
+    tokenizer = _tokenizer(directory, text) or (_tokenizer(home, text) if home != directory else None)
     image_token_id = rows if tokenizer is None else add_special_tokens(tokenizer, rows)
     text.vocab_size = rows_with_specials(rows, tokenizer) if pad else rows
     config = make_config(text, vision, geometry, image_token_id, fields.get("mm_vision_select_layer", -2))
     setattr(config, SECTION, carried(fields))
-    schedule = original_schedule(fields)
     if schedule is not None:
-        config.pyramid_drop = schedule.check(text.num_hidden_layers).to_dict()
+        config.pyramid_drop = schedule.to_dict()
     return Source(
         str(directory),
         config,
@@ -180,7 +197,7 @@ def _open_original(
         geometry,
         schedule,
         tokenizer,
-        load_image_processor(tower_source, geometry.tile),
+        _image_processor(resolve(tower_source), geometry.tile),
         _generation(directory, text, tokenizer),
     ).checked()
 
@@ -222,16 +239,19 @@ def open_parts(
     vision, tower = open_tower(vision_tower, image_size)
     geometry = ImageGeometry(vision.image_size, vision.patch_size, **geometry_options)
     home = resolve(language_model)
-    text = AutoConfig.from_pretrained(home)
+    with reading(home / "config.json"):
+        text = AutoConfig.from_pretrained(home)
     rows = text.vocab_size
-    tokenizer = AutoTokenizer.from_pretrained(home)
+    tokenizer = _tokenizer(home)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{home}: has no tokenizer*: copy it from where the language model comes from")
     image_token_id = add_special_tokens(tokenizer, rows)
     text.vocab_size = rows_with_specials(rows, tokenizer)
     if text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id
     config = make_config(text, vision, geometry, image_token_id)
     setattr(config, SECTION, {"mm_vision_tower": vision_tower, "vocab_size": rows})
-    tensors = mean_rows(rename(open_tensors(home), ORIGINAL_TO_HOST), rows, text.vocab_size)
+    tensors = mean_rows(_named(home, ORIGINAL_TO_HOST), rows, text.vocab_size)
     return Source(
         language_model,
         config,
@@ -239,13 +259,32 @@ def open_parts(
         geometry,
         None,
         tokenizer,
-        load_image_processor(vision_tower, vision.image_size),
+        _image_processor(resolve(vision_tower), vision.image_size),
         _generation(home, text, tokenizer),
     ).checked(fresh=True)
 
 
-def _tokenizer(directory: Path) -> Any | None:
-    return AutoTokenizer.from_pretrained(directory) if any(directory.glob("tokenizer*")) else None
+def _named(directory: Path, table: Table) -> dict[str, Stored]:
+    """The tensors of ``directory`` under host names."""
+    tensors = open_tensors(directory)
+    with reading(directory):
+        return rename(tensors, table)
+
+
+def _tokenizer(directory: Path, text: Any | None = None) -> Any | None:
+    """``text``: config of the decoder, where config.json is the original layout's, which transformers warns of."""
+    if not any(directory.glob("tokenizer*")):
+        return None
+    with reading(directory / "tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(directory, **({} if text is None else {"config": text}))
+
+
+def _image_processor(directory: Path, tile: int) -> CLIPImageProcessorPil:
+    file = directory / "preprocessor_config.json"
+    if not file.is_file() and not (directory / "processor_config.json").is_file():  # transformers 5 writes the latter
+        raise FileNotFoundError(f"{file}: no such file: copy it from where the model comes from")
+    with reading(file):
+        return load_image_processor(str(directory), tile)
 
 
 def _generation(directory: Path, text: Any, tokenizer: Any | None) -> GenerationConfig:

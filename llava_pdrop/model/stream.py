@@ -93,6 +93,14 @@ class Layout:
         return sum(stop - start for start, stop in self.image_spans)
 
 
+def layouts_of(batch: PackedBatch, schedule: Schedule) -> list[Layout]:
+    """The layout of every stage of ``batch``: before any drop and after each one."""
+    layouts = [Layout.of(batch)]
+    for stage in range(len(schedule.layers)):
+        layouts.append(layouts[-1].after_drop(layouts[0].kept(schedule, stage)))
+    return layouts
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage on the device: the attention segments, position ids (T,), and unless it is the last stage, which rows
@@ -136,10 +144,7 @@ class StreamPlan:
         Raises:
             ValueError: an image has more placeholders than its size gives features.
         """
-        layouts = [Layout.of(batch)]
-        for stage in range(len(schedule.layers)):
-            layouts.append(layouts[-1].after_drop(layouts[0].kept(schedule, stage)))
-
+        layouts = layouts_of(batch, schedule)
         image_row, feature_row = (_index(row) for row in _feature_rows(batch, geometry))
         label_L = batch.labels.index_select(0, _index(layouts[0].label_positions))
         text = [batch.input_ids.index_fill(0, image_row, 0), image_row, feature_row, label_L]

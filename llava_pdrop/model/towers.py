@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_pdrop.model.checkpoint import check_shapes
+from llava_pdrop.model.hf_files import reading
 from llava_pdrop.model.layouts import TEXT_HALF, TOWER, TOWER_TO_HOST, rename
 from llava_pdrop.model.shards import Stored, open_tensors, read_json, resolve
 
@@ -27,7 +28,8 @@ def open_tower(source: str, image_size: int | None = None) -> tuple[CLIPVisionCo
     kind = read_json(directory / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise ValueError(f"{source}: a {kind!r} vision tower is not supported, only CLIP's")
-    config = CLIPVisionConfig.from_pretrained(directory)
+    with reading(directory / "config.json"):
+        config = CLIPVisionConfig.from_pretrained(directory)
     stored = {name: tensor for name, tensor in open_tensors(directory).items() if not TEXT_HALF.match(name)}
     tensors = rename(stored, TOWER_TO_HOST)
     with torch.device("meta"):

@@ -31,17 +31,18 @@ DEFAULT_MAX_LENGTH = 2048
 def directories() -> list[Path]:
     """What ``PDROP_GOLDEN`` names; by default the subset in this repository and the full set beside it, if there."""
     if named := os.environ.get("PDROP_GOLDEN"):
+        assert Path(named).is_dir(), f"PDROP_GOLDEN={named}: no such directory"
         return [Path(named).resolve()]
     full = REPOSITORY.parent / "shared" / "golden"
     return [REPOSITORY / "tests" / "golden" / "reference", *([full] if full.is_dir() else [])]
 
 
 def case_files() -> list[Path]:
+    """The JSON of every case; a directory without ``cases/`` has none."""
     files = [file for directory in directories() for file in sorted((directory / "cases").glob("*.json"))]
     stored = [file for directory in directories() for file in (directory / "cases").glob("*.safetensors")]
     orphans = [file for file in stored if not file.with_suffix(".json").exists()]
     assert not orphans, f"recorded tensors without a description: {orphans}"
-    assert files, f"no cases/*.json below {[str(d) for d in directories()]}"
     return files
 
 

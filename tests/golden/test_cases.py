@@ -37,6 +37,7 @@ def case(request, record_property):
     record_property("golden_case", identify(case.file))
     record_property("golden_numbers", case.compared)
     record_property("golden_flagged", case.flagged)
+    record_property("golden_end_to_end", case.data_file is not None)
 
 
 def pyramid(case: Case, schedule: Schedule | None = None) -> PyramidLlava:
@@ -217,6 +218,13 @@ def check_drops(case: Case, batch: PackedBatch, plan: StreamPlan, trace: list[Dr
                 case.same("query", query, sample["query_index"])
                 score = image_scores(drop, row)
                 case.close(f"stage{number}.sample{row}.scores", score, atol=SCORE)
+                counted = {"query_position_in_merged": current[row][query].tolist(), "n_scored": len(score)}
+                counted |= image_tokens(batch, row, current[row].tolist(), merged.tolist())
+                case.same(f"stage {number} of sample {row}", list(counted.values()), [sample[k] for k in counted])
+                gone = (
+                    before.layout.seq_lens[row] - after.layout.seq_lens[row]
+                )  # lengths are recorded with padding (B10)
+                case.same(f"stage {number} dropped", [gone], [sample["seq_len_in"] - sample["seq_len_out"]])
             current[row] = merged
         for name, stage in ((f"stage{number}.labels_in", before), (f"stage{number}.labels_out", after)):
             if name in case.tensors:
@@ -227,6 +235,20 @@ def check_drops(case: Case, batch: PackedBatch, plan: StreamPlan, trace: list[Dr
                     case.same(name, own, theirs)
                 case.seen.add(name)
     return current
+
+
+def image_tokens(batch: PackedBatch, row: int, before: list[int], after: list[int]) -> dict[str, int | list[int]]:
+    """What a stage's JSON counts of a sample with one image: ``before`` and ``after`` are merged positions."""
+    first = sum(batch.seq_lens[:row])
+    start, stop = next((a - first, b - first) for a, b in batch.image_spans if first <= a < first + batch.seq_lens[row])
+    shown = [position for position in before if start <= position < stop]
+    kept = [position for position in after if start <= position < stop]
+    return {
+        "image_tokens": len(shown),
+        "keep_length": len(kept),
+        "kept_original": [position - start for position in kept],
+        "kept_current": [index for index, position in enumerate(shown) if position in kept],
+    }
 
 
 def image_scores(drop: Drop, row: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ def case(request, record_property):
     record_property("golden_case", identify(case.file))
     record_property("golden_numbers", case.compared)
     record_property("golden_flagged", case.flagged)
+    record_property("golden_end_to_end", case.data_file is not None)
 
 
 def test_generate(case: Case) -> None:
@@ -42,6 +43,7 @@ def test_generate(case: Case) -> None:
         check_expectation(case, sample, tokens, steps)
         return
     case.same("greedy tokens", tokens, case.tensors["infer.generated"][0].tolist())
+    case.same("greedy tokens of the JSON", tokens, case.info["generated"][0])
     case.close("infer.scores", logits, atol=HIDDEN)
     decoded = [[int(layer[0, -1]) for layer in step.position_ids] for step in steps[1:]]
     case.same("decode positions", decoded, case.tensors["infer.decode_position_ids"].tolist())

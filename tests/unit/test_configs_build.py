@@ -19,7 +19,9 @@ from llava_pdrop.model.vlm import PyramidLlava, geometry_of
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "ablations"
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -66,6 +68,48 @@ PRINTED = re.compile(r"([\d.]+) TFLOP")
 ROWS = [path for path in CONFIGS if PRINTED.search((ROOT / path).read_text().splitlines()[0])]
 DISAGREES = {"configs/llava15_7b/finetune_pdrop_5stages.yaml": 1.39}
 """Rows where the paper's table says something else than its formula, and what the formula says."""
+
+
+RUNS = [path for path in CONFIGS if path.startswith("configs/llava")]
+FULL_SIZE = ("llava15_7b", "llava15_13b", "llava_next_7b", "llava_next_7b_p9")
+
+
+def first_line(path: str) -> str:
+    return (ROOT / path).read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("path", RUNS)
+def test_the_first_line_says_what_the_paper_reports(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row, table and figures, each as in the section ``paper`` (of the stage 2 with the same schedule), or no row."""
+    monkeypatch.chdir(ROOT)
+    line = first_line(path)
+    if re.search(r"[Nn]o row in the paper|Not in the paper", line):
+        return
+    stage2 = path.replace("/pretrain", "/finetune")
+    paper = load_config(stage2).paper
+    assert paper is not None and re.search(rf"Paper, Tables? {re.search(r'[0-9]+', paper.table)[0]}\b", line), line
+    assert int(re.search(r"(\d+) GPU hours", line)[1]) == paper.gpu_hours
+    if path != stage2:
+        return
+    assert float(PRINTED.search(line)[1]) == paper.tflop
+    if cut := re.search(r"\(-([\d.]+) %\)", line):
+        assert float(cut[1]) == pytest.approx(100 * (1 - paper.gpu_hours / paper.vanilla_gpu_hours), abs=0.05)
+    if mean := re.search(r"mean of (\d) benchmarks (\d+\.\d)", line):
+        scores = [value / 20 if name == "MME" else value for name, value in paper.scores.items()][: int(mean[1])]
+        assert float(mean[2]) == pytest.approx(sum(scores) / len(scores), abs=0.06)
+    for name, value in re.findall(r"([A-Z][\w-]+) (\d\d\.\d)", line):
+        assert paper.scores[name] == float(value)
+
+
+def test_every_model_has_both_stages_with_and_without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for model in FULL_SIZE:
+        for stage in ("pretrain", "finetune"):
+            assert not load_config(f"configs/{model}/{stage}.yaml").schedule.layers
+            assert load_config(f"configs/{model}/{stage}_pdrop.yaml").schedule.ratios == (0.5, 0.25, 0.125)
+    thirteen = "configs/llava15_13b/finetune_pdrop"
+    assert load_config(f"{thirteen}.yaml").schedule.layers == (10, 20, 30)  # quarters of its 40 layers
+    assert load_config(f"{thirteen}_official_layers.yaml").schedule.layers == (8, 16, 24)
 
 
 def test_every_run_of_the_paper_is_there() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import LlamaForCausalLM
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench.nominal import model_of, nominal_batch, states_of
 from llava_pdrop.bench.plan import least_recomputed, make_plan, plan_memory, plan_step, solve
+from llava_pdrop.bench.plan_lora import adapter_parameters
 from llava_pdrop.bench.plan_report import PAPER_7B, make_report, paper_note, schedule_yaml
 from llava_pdrop.bench.workload import full_picture
 from llava_pdrop.config import RUN_FILE, Config, load_config, to_yaml
@@ -20,6 +24,7 @@ from llava_pdrop.model.schedule import Schedule
 
 ROOT = Path(__file__).parents[3]
 ONE, NEXT = "configs/llava15_7b/finetune_pdrop.yaml", "configs/llava_next_7b/finetune_pdrop.yaml"
+LORA = "configs/llava15_7b/finetune_lora_pdrop.yaml"
 NINE_TILES = "model.pinpoints=[[1344,672],[672,1344]]"
 DOUBLE_OFF = {(576, (6, 12, 18, 24), (0.5, 0.25, 0.125, 0.0625)): "1.39"}
 """The one figure of the paper that its own formula does not give."""
@@ -186,3 +191,57 @@ def test_what_is_wrong_is_one_line(words, line, capsys):
 def test_an_impossible_budget_is_one_line(capsys):
     assert main(["plan", ONE, "--average-tokens", "600"]) == 2
     assert "must lie between 0 and what the model costs without drops, 576" in capsys.readouterr().err
+
+
+# ---- LoRA ----
+
+
+def test_adapters_are_counted_as_peft_counts_them():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = load_config(LORA, ["lora.rank_pattern={q_proj: 8, 'layers\\.0\\.mlp\\.up_proj': 4}"])
+    text = model_of(config).config.text_config
+    with torch.device("meta"):
+        decoder = torch.nn.ModuleDict({"model": LlamaForCausalLM(text)})
+        targets = r"model\.model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
+        settings = LoraConfig(r=128, target_modules=targets, rank_pattern=dict(config.lora.rank_pattern))
+        inject_adapter_in_model(settings, decoder)
+    counted = sum(p.numel() for name, p in decoder.named_parameters() if "lora_" in name)
+    assert sum(adapter_parameters(text, config.lora)) == counted
+    for target in ("attention", "mlp"):
+        layer = adapter_parameters(text, replace(config.lora, target=target, rank_pattern={}))[0]
+        assert layer == 128 * ({"attention": 4 * 2 * 4096, "mlp": 3 * (4096 + 11008)}[target])
+
+
+def test_a_frozen_decoder_has_no_weight_gradients():
+    whole, lora = plan_step(load_config(ONE), (0, 0)), plan_step(load_config(LORA), (0, 0))
+    text = model_of(load_config(LORA)).config.text_config
+    matrices = text.num_hidden_layers * (4 * 4096**2 + 3 * 4096 * 11008)
+    adapters = sum(adapter_parameters(text, load_config(LORA).lora))
+    tokens = 16 * 776
+    assert whole.vanilla.decoder == tokens * 6 * matrices  # forward, gradient of the input, gradient of the weight
+    assert lora.vanilla.decoder == tokens * (4 * matrices + 6 * adapters)
+    assert lora.vanilla.head == pytest.approx(2 / 3 * whole.vanilla.head)
+    again = plan_step(load_config(LORA), (32, 0)).vanilla.decoder - lora.vanilla.decoder
+    assert again == pytest.approx(tokens * 2 * (matrices + adapters), rel=0.25)  # all but the last product of a layer
+
+
+def test_only_adapters_projector_and_tower_have_gradients_and_optimizer_states():
+    config = load_config(LORA)
+    text = model_of(config).config.text_config
+    adapters = sum(adapter_parameters(text, config.lora))
+    (row,) = plan_memory(config, [32], States(2, 8))
+    learning = adapters + 1025 * 4096 + 4097 * 4096  # adapters and projector
+    assert row.vanilla.optimizer == 12 * learning / 8 and row.vanilla.gradients == 2 * learning / 8
+    (whole,) = plan_memory(load_config(ONE), [32], States(2, 8))
+    assert row.vanilla.weights == whole.vanilla.weights + 2 * adapters
+    assert row.vanilla.activations == whole.vanilla.activations  # the inputs of adapted matrices are kept as ever
+
+
+def test_what_is_not_modelled_of_lora_is_said(capsys):
+    assert main(["plan", LORA]) == 0
+    assert "319.8 M parameters of adapters learn. Not modelled: what the adapters keep" in capsys.readouterr().out
+    assert main(["plan", LORA, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lora"]["adapter_parameters"] == 319_815_680
+    assert main(["plan", ONE, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lora"] is None

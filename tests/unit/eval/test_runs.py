@@ -81,3 +81,20 @@ def test_not_a_finished_run(runs: list[Path], tmp_path: Path, capsys: pytest.Cap
     assert main(["compare", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert f"{tmp_path} is no finished run, it has no {RUN_FILE}: name one of {tmp_path}/pdrop" in error
+
+
+def test_a_run_named_twice_and_files_that_are_no_json(runs: list[Path], tmp_path: Path, capsys) -> None:
+    assert main(["compare", str(runs[0]), str(tmp_path / "." / runs[0].name)]) == 2
+    assert "vanilla is named twice: name every run once" in capsys.readouterr().err
+    (runs[1] / "evaluation.json").write_text("{")
+    assert main(["compare", *map(str, runs)]) == 2
+    assert "evaluation.json: not a JSON file" in capsys.readouterr().err
+
+
+def test_a_run_without_results_is_shown_with_what_it_has(runs: list[Path], tmp_path: Path) -> None:
+    (runs[1] / "evaluation.json").unlink()
+    (runs[1] / "metrics.jsonl").unlink()
+    file = compare_runs(runs, tmp_path / "out")
+    assert "| 218 |" in file.read_text() and (tmp_path / "out" / "runs.png").is_file()
+    *_, dropping = table_rows(with_savings([read_run(run) for run in runs]))
+    assert dropping[3:8] == ["9.46", "", "", "", ""]
