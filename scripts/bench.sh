@@ -6,7 +6,8 @@
 #
 #   LLAVA_PDROP_PYTHON    a Python that has the project's packages already (torch with CUDA, say): see environment.sh
 #   BENCH_SECONDS         for all of them together; default: 530 for gpu, 1800 otherwise
-#   BENCH_LIMIT           seconds for one; default: 180 for gpu, 900 otherwise
+#   DRY_RUN=1             prints the commands and measures nothing
+#   BENCH_LIMIT           seconds for one; default: 180 for gpu (its last one: all that is left), 900 otherwise
 set -euo pipefail
 
 what="${1:-tiny}"
@@ -31,11 +32,18 @@ bench() {
         failed+=("$name: not started, $seconds seconds were over")
         return
     fi
+    local command=("$python" -m llava_pdrop bench "$@" --out "playground/benchmarks/$name")
+    if [[ -n "${DRY_RUN:-}" ]]; then
+        printf '%q ' "${command[@]}"
+        printf '\n'
+        return
+    fi
     printf '== %s\n' "$name"
     left=$((left < limit ? left : limit))
-    timeout --kill-after 10 "$left" "$python" -m llava_pdrop bench "$@" --out "playground/benchmarks/$name" || status="$?"
+    timeout --foreground --kill-after 10 "$left" "${command[@]}" || status="$?"
     case "$status" in
         0) ;;
+        130) exit 130 ;; # Ctrl-C: not on to the next one
         124 | 137) failed+=("$name: stopped after $left seconds") ;;
         *) failed+=("$name: exit status $status") ;;
     esac
@@ -57,6 +65,7 @@ case "$what" in
         bench gpu-train-llava-next-7b-p9 train --shape llava-next-7b-p9 --images full --device cuda "$@"
         bench gpu-train-llava15-13b train --shape llava15-13b --device cuda "$@"
         bench gpu-prefill prefill --shape llava-next-7b --new-tokens 16 --runs 4 --device cuda
+        limit="${BENCH_LIMIT:-$seconds}" # it writes its files after every comparison
         bench gpu-train-llava-next-7b train --shape llava-next-7b --compare --device cuda "$@"
         ;;
 esac

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_pdrop.bench.inference import OUT, add_prefill_arguments, run_prefill
+from llava_pdrop.bench.inference import OUT, add_prefill_arguments, check_counts, run_prefill
 
 if TYPE_CHECKING:
     from llava_pdrop.model.schedule import Schedule
@@ -60,10 +60,8 @@ def run_train(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an argument that is not possible, or out of memory.
     """
-    for name, least in (("steps", 1), ("warmup", 0), ("samples", 1), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    from llava_pdrop.bench import training_report, variants
+    check_counts(args, steps=1, warmup=0, samples=1, seed=0)
+    from llava_pdrop.bench import training_report, training_tables, variants
     from llava_pdrop.bench.report import check_out
     from llava_pdrop.bench.shapes import shape_named
     from llava_pdrop.bench.training import Arm, Trainer, measure
@@ -89,7 +87,7 @@ def run_train(args: argparse.Namespace) -> None:
     for group in variants.compare(trainer, arms[:2]) if args.compare else ():
         training_report.add_comparison(report, group)
         training_report.write(report, stem)  # a time limit that ends the run costs one group, not all of it
-    training_report.show(report)
+    training_tables.show(report)
     print(f"written: {', '.join(str(file) for file in files)}")
 
 

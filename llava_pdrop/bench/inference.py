@@ -26,17 +26,28 @@ def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where the three files go")
 
 
+def check_counts(args: argparse.Namespace, **least: int) -> None:
+    """Numbers of the command line against the least that each may be; lists by their smallest entry.
+
+    Raises:
+        ValueError: one is too small, or the seed is more than generators take.
+    """
+    for name, bound in least.items():
+        given = getattr(args, name)
+        value = min(given) if isinstance(given, list) else given
+        if value is not None and value < bound:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed must be less than 2**32, got {args.seed}")
+
+
 def run_prefill(args: argparse.Namespace) -> None:
     """Measures, prints a table, and writes JSON, Markdown and PNG.
 
     Raises:
         ValueError: a shape, device or attention that is not there, or a count that is too small.
     """
-    for name, least in (("batch", 1), ("image_tokens", 1), ("new_tokens", 2), ("runs", 1), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
-
+    check_counts(args, batch=1, image_tokens=1, new_tokens=2, runs=1, seed=0)
     from llava_pdrop.bench.inference_measure import TEXT_TOKENS, bench_prefill
     from llava_pdrop.bench.inference_report import show, write
     from llava_pdrop.bench.report import check_out
@@ -48,9 +59,13 @@ def run_prefill(args: argparse.Namespace) -> None:
     name = args.shape or ("llava-next-7b" if device.type == "cuda" else "tiny")
     shape = shape_named(name)
     image_tokens = args.image_tokens or [tiles * shape.geometry.patches for tiles in TILES]
-    room = shape.text_config().max_position_embeddings - sum(TEXT_TOKENS) - args.new_tokens
-    if max(image_tokens) > room:
-        raise ValueError(f"--image-tokens must be at most {max(0, room)}: the decoder has no positions for more")
+    room = shape.text_config().max_position_embeddings - sum(TEXT_TOKENS)
+    if args.new_tokens >= room:
+        raise ValueError(f"--new-tokens must be less than {room}: the decoder has no positions for more")
+    if max(image_tokens) > room - args.new_tokens:
+        raise ValueError(
+            f"--image-tokens must be at most {room - args.new_tokens}: the decoder has no positions for more"
+        )
     report = bench_prefill(
         name, shape, device, args.batch, image_tokens, args.new_tokens, args.runs, args.seed, args.attention
     )

@@ -8,7 +8,6 @@ tokens can be measured on every shape. Methods take turns run by run, so that a 
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava_pdrop.bench.inference_report import Case, entry
+from llava_pdrop.bench.inference_prompt import Prompt
+from llava_pdrop.bench.inference_report import TIMES, Case, entry
 from llava_pdrop.bench.report import environment
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.model.cache import cache_bytes
@@ -28,7 +27,6 @@ from llava_pdrop.model.hardware import peak_flops
 from llava_pdrop.model.plugin import attach, detach
 from llava_pdrop.model.prefill import Prefill
 from llava_pdrop.model.schedule import Schedule
-from llava_pdrop.model.vision import image_features
 
 WARM_UP = 2
 """Runs of every method that are not counted: kernels are chosen and memory is reserved in them."""
@@ -92,36 +90,6 @@ class Run:
     peak_bytes: int | None
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A batch of prompts of one length, with the features of their pictures: what ``generate`` is given."""
-
-    input_ids: Tensor
-    features: list[Tensor]
-
-    @staticmethod
-    def make(host: nn.Module, case: Case, pixels: Tensor, seed: int) -> Prompt:
-        """Random text around one picture per prompt, which goes through the tower here.
-
-        Args:
-            pixels: (prompts * tiles, 3, height, width), enough tiles for the image tokens of ``case``.
-        """
-        image, device = host.config.image_token_id, pixels.device
-        before, after = case.text_tokens
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, image, (case.batch, before + case.image_tokens + after), generator=generator)
-        ids[:, before : before + case.image_tokens] = image
-        with torch.inference_mode():
-            features = image_features(host, pixels).unflatten(0, (case.batch, -1))[:, : case.image_tokens]
-        return Prompt(ids.to(device), list(features))
-
-    def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of ``generate``."""
-        encoded = BaseModelOutputWithPooling(pooler_output=list(self.features))
-        mask = torch.ones_like(self.input_ids)
-        return {"input_ids": self.input_ids, "attention_mask": mask, "mm_encoder_outputs": {"image": encoded}}
-
-
 @dataclass
 class Watch:
     """Marks of one ``generate``: start and end of its first forward, and of every ranking."""
@@ -175,12 +143,10 @@ def bench_prefill(
         ``environment``, ``settings`` and ``results``, one entry per case and method (see `inference_report.entry`).
 
     Raises:
-        ValueError: an attention implementation that is not there, or a transformers too old to be given features.
+        ValueError: an attention implementation that is not there.
     """
     dtype = torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32
     host = make_model(shape, device, dtype, seed=seed).host.eval()
-    if "mm_encoder_outputs" not in inspect.signature(host.forward).parameters:
-        raise ValueError("this transformers generates from pixels only: install the newest 5.x for bench prefill")
     try:
         host.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
@@ -210,6 +176,7 @@ def bench_prefill(
         "peak_flops": peak,
         "peak_flops_source": peak_source,
         "timer": "CUDA events" if device.type == "cuda" else "wall clock; speed-ups by CPU time",
+        "times": TIMES[device.type],
         "schedules": {method: schedule.to_dict() for method, schedule in methods.items()},
     }
     return {"environment": environment(device, seed), "settings": settings, "results": results}
@@ -256,11 +223,11 @@ def measure(
 
 def generate(host: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int, device: torch.device) -> Run:
     """One timed ``generate``; the host is left as it was. An empty schedule is the plain Hugging Face model."""
-    watch, inputs = Watch(device), prompt.inputs()
+    watch = Watch(device)
     if schedule.layers:
         attach(host, schedule)
     try:
-        with watch.watching(host):
+        with watch.watching(host), prompt.inputs(host) as inputs:
             _synchronize(device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from llava_pdrop.bench.report import markdown_table
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.flops import step_flops
+from llava_pdrop.model.flops import head_size, key_value_heads, step_flops
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
@@ -33,6 +33,19 @@ HEADERS = (
 
 SHOWN = (0, 1, 2, 3, 5, 7, 8, 12, 13)
 """Columns of the table on the terminal, which is narrower than a page."""
+
+TIMES = {
+    "cuda": {
+        "prefill_ms, ranking_ms, tower_ms, decode_tokens_per_s": "between CUDA events in the stream",
+        "speedup, ranking_share, share_of_peak": "of the same times",
+    },
+    "cpu": {
+        "prefill_ms, ranking_ms, tower_ms, decode_tokens_per_s": "on the clock, other programs included",
+        "prefill_cpu_ms": "CPU time of this process, all its threads added up",
+        "speedup, ranking_share, share_of_peak": "of CPU times",
+    },
+}
+"""Device -> what the times in the JSON of a report are; all are medians with quartiles over the counted runs."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +82,9 @@ def prefill_flops(config: Any, case: Case, schedule: Schedule, geometry: ImageGe
 def predicted_cache_bytes(config: Any, case: Case, schedule: Schedule, dtype: torch.dtype) -> int:
     """Bytes of keys and values at the end of an answer, whose last token is never fed back."""
     text = config.text_config
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     others = sum(case.text_tokens) + case.new_tokens - 1
     tokens = sum(others + image for image in schedule.tokens_per_layer(case.image_tokens, text.num_hidden_layers))
-    return case.batch * tokens * 2 * text.num_key_value_heads * size * dtype.itemsize
+    return case.batch * tokens * 2 * key_value_heads(text) * head_size(text) * dtype.itemsize
 
 
 def quartiles(values: Sequence[float], factor: float = 1.0) -> dict[str, float]:
@@ -146,7 +158,8 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     )
     for column in SHOWN:
         left = HEADERS[column] == "method"
-        table.add_column(HEADERS[column], justify="left" if left else "right", no_wrap=left)
+        header = HEADERS[column].replace(" ", "\n")  # 80 columns are enough for words of the headers, not for lines
+        table.add_column(header, justify="left" if left else "right", no_wrap=left)
     last = None
     for result in report["results"]:
         if last not in (None, (result["image_tokens"], result["batch"])):
@@ -164,10 +177,19 @@ def draw(report: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from llava_pdrop.style import STYLE
+
+    with plt.rc_context(STYLE):
+        figure = _bars(plt, report)
+        figure.savefig(file)
+        plt.close(figure)
+
+
+def _bars(plt: Any, report: dict[str, Any]) -> Any:
     results = report["results"]
     cases = list(dict.fromkeys((result["image_tokens"], result["batch"]) for result in results))
     methods = list(dict.fromkeys(result["method"] for result in results))
-    figure, axes = plt.subplots(1, 2, figsize=(max(8.0, 2.4 + 1.6 * len(cases)), 4.2), dpi=150, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(max(8.0, 2.4 + 1.6 * len(cases)), 4.2), layout="constrained")
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
         own = [result for result in results if result["method"] == method and not result["out_of_memory"]]
@@ -179,13 +201,10 @@ def draw(report: dict[str, Any], file: Path) -> None:
     for panel, title, unit in zip(axes, ("Prefill", "KV cache after the answer"), ("ms, median", "MiB")):
         panel.set(title=title, ylabel=unit, xticks=range(len(cases)))
         panel.set_xticklabels(labels, fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color="#DDE3E8")
-        panel.set_axisbelow(True)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
-    figure.suptitle(_title(report))
-    figure.savefig(file)
-    plt.close(figure)
+        panel.grid(axis="x", visible=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.suptitle(_title(report), fontweight="bold")
+    return figure
 
 
 def _cost(runs: Sequence[Run]) -> float:

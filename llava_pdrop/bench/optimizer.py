@@ -1,4 +1,5 @@
-"""The optimizer of a measured step: AdamW whole, the eighth of it that one of 8 ZeRO-2 ranks holds, or none."""
+"""The optimizer of a measured step: clipped gradients and AdamW, whole, the eighth of it that one of 8 ZeRO-2 ranks
+holds, or none."""
 
 from __future__ import annotations
 
@@ -24,16 +25,20 @@ HEADROOM = 0.75
 
 LEARNING_RATE = 2e-5
 
+MAX_GRAD_NORM = 1.0
+"""Training clips gradients to this norm unless told otherwise (``TrainingArguments.max_grad_norm``)."""
+
 DESCRIPTIONS = {
-    "adamw": "AdamW over all trainable parameters",
-    "sharded": "AdamW over one eighth of the parameters, as one of 8 ZeRO-2 ranks; gradients are whole, and "
-    "communication is not in it",
+    "adamw": "gradient clipping and AdamW over all trainable parameters",
+    "sharded": "gradient clipping and AdamW over one eighth of the parameters, as one of 8 ZeRO-2 ranks; gradients are "
+    "whole, and communication is not in it",
     "none": "left out: forward and backward only",
 }
 
 
 class MasterAdamW:
-    """AdamW over ``parameters``. Those in half precision are updated through float32 copies, as in mixed precision."""
+    """AdamW over ``parameters``, whose gradients are clipped together. Those in half precision are updated through
+    float32 copies, as in mixed precision."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = list(parameters)
@@ -49,6 +54,7 @@ class MasterAdamW:
         copies = [(m, p) for m, p in zip(self.masters, self.parameters) if m is not p]
         for master, parameter in copies:
             master.grad = None if parameter.grad is None else parameter.grad.float()
+        nn.utils.clip_grad_norm_(self.masters, MAX_GRAD_NORM)
         self.adamw.step()
         if copies:
             torch._foreach_copy_([parameter for _, parameter in copies], [master for master, _ in copies])

@@ -6,8 +6,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,27 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "flash_attn": package_version("flash-attn"),
         "cuda": torch.version.cuda,
         "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["llava-pdrop", *sys.argv[1:]]),
         "seed": seed,
     }
 
 
 def check_out(directory: Path) -> None:
-    """Says before the first measurement that its files could not be written.
+    """Makes ``directory``, or says before the first measurement that its files could not be written.
 
     Raises:
-        ValueError: ``directory``, or what it lies in, is a file.
+        ValueError: it or what it lies in is a file, or cannot be written to.
     """
     for path in (directory, *directory.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"--out {directory}: {path} is a file: name a directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {directory}: {error.strerror}: name a directory that can be written to") from None
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -30,11 +30,12 @@ from llava_pdrop.bench.timing import (
 )
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.model import vlm
-from llava_pdrop.model.flops import layouts_of, stage_flops, step_flops
+from llava_pdrop.model.flops import stage_flops, step_flops
 from llava_pdrop.model.loss import label_loss
 from llava_pdrop.model.memory import predicted_peak
 from llava_pdrop.model.regions import compile_regions
 from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.model.vlm import Output, PyramidLlava
 from llava_pdrop.train.metrics import peak_memory, reset_peak_memory
 from llava_pdrop.train.optim import freeze
@@ -82,7 +83,7 @@ class Measured:
 
     Attributes:
         seconds: by region (`timing.REGIONS`): on CUDA between events, on the CPU the time its cores were busy.
-        wall: the same by the clock on the wall.
+        wall: the same by the clock on the wall; empty on CUDA, where the seconds are such already.
         stage_seconds, stage_flops: of the decoder layers' forward, for every stage.
         peak_mib: highest memory during the step: CUDA's allocator, or resident memory of the process.
         predicted_peak_mib: of CUDA's allocator, by `model.memory`; empty on the CPU.
@@ -124,7 +125,8 @@ class Measured:
         """Appends one step."""
         for name in REGIONS:
             self.seconds[name].append(times[name].wall if cuda else times[name].cpu)
-            self.wall[name].append(times[name].wall)
+            if not cuda:
+                self.wall[name].append(times[name].wall)
         stages = [times[f"{STAGE} {stage}"] for stage in range(len(self.arm.schedule.layers) + 1)]
         self.stage_seconds.append([taken.wall if cuda else taken.cpu for taken in stages])
         self.losses.append(loss)

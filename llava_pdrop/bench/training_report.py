@@ -1,4 +1,4 @@
-"""The report of ``llava-pdrop bench train``: one JSON, one Markdown table, one picture."""
+"""The report of ``llava-pdrop bench train``: what its JSON holds, and the three files."""
 
 from __future__ import annotations
 
@@ -9,34 +9,28 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from llava_pdrop.bench import optimizer
-from llava_pdrop.bench.report import environment, markdown_table
+from llava_pdrop.bench.report import environment
 from llava_pdrop.bench.timing import PARTS, REGIONS, parts_of, quartiles
 from llava_pdrop.bench.training import Measured, Trainer
+from llava_pdrop.bench.training_tables import markdown
 from llava_pdrop.model.hardware import peak_flops
 
 if TYPE_CHECKING:
     from llava_pdrop.bench.variants import Compared
 
-GIB = 1024
-"""MiB in a GiB."""
-
-NOTES = """\
-Times are medians over {steps} counted steps each ({clock}), those of the whole step with their quartiles; vanilla and
-dropping took turns on the same batches. Ranking includes selecting the survivors; its share is of its own step. Tower
-is its forward plus its backward, from the gradient of its features to the end of the backward pass (that of the text
-embeddings comes last and is in it). Tokens/s counts the samples before any drop. MFU: operations that the samples ask
-for, without recomputed layers, by time and peak; HFU: all operations. Both count the scores that fused attention
-computes once more in its backward. *Predicted* is what the operations of these very batches save (text, tower,
-projector, head, ranking and recomputation included; the optimizer has none). *Realised* is what the steps saved at the
-median speed of each run (seconds per operation, since batches differ in length). The JSON has every step, and the
-saving of the plain totals. *Predicted GiB* is what `llava-pdrop plan` would say with this optimizer, for the largest
-counted batch (GPUs only).
-"""
+CLOCKS = {
+    "cuda": {
+        "seconds": "seconds between CUDA events in the stream. A step begins on an idle device, so what the host plans "
+        "before the first kernel is in it",
+    },
+    "cpu": {
+        "seconds": "CPU seconds of this process, all its threads added up: other programs take none of it",
+        "wall": "seconds on the clock",
+    },
+}
+"""Device -> what the times of a report are: ``seconds`` are in the tables, in ``quartiles``, ``parts``, ``stages`` and
+``steps.seconds`` of the JSON; ``wall`` in its ``steps.wall``."""
 
 
 def training_report(
@@ -52,7 +46,12 @@ def training_report(
         "environment": environment(trainer.device, trainer.workload.seed),
         "dtype": str(trainer.dtype).removeprefix("torch."),
         "clock": "CUDA events" if trainer.device.type == "cuda" else "CPU seconds of the process",
-        "workload": {"images": trainer.workload.images, **trainer.workload.statistics()},
+        "times": CLOCKS[trainer.device.type],
+        "workload": {
+            "images": trainer.workload.images,
+            "source": trainer.workload.source,
+            **trainer.workload.statistics(),
+        },
         "optimizer": {"kind": trainer.kind, "description": optimizer.DESCRIPTIONS[trainer.kind]},
         "peak_flops": {"per_second": rate, "source": source},
         "runs": [_run(result, vanilla, rate) for result in results],
@@ -110,7 +109,7 @@ def _run(result: Measured, vanilla: Measured, rate: float) -> dict[str, Any]:
     return entry | {
         "steps": {
             "seconds": {name: _round(result.seconds[name]) for name in REGIONS},
-            "wall": {name: _round(result.wall[name]) for name in REGIONS},
+            "wall": {name: _round(values) for name, values in result.wall.items() if values},
             "peak_mib": _round(result.peak_mib),
             "loss": _round(result.losses),
             "tokens": result.stage_tokens,
@@ -143,66 +142,6 @@ def _comparison(entry: Compared, rate: float) -> dict[str, Any]:
     return {"group": variant.group, "name": variant.name, "unavailable": variant.unavailable, "runs": runs}
 
 
-def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, lines) of the runs and, where there are any, of the variants."""
-    device = report["environment"]["device"]
-    title = f"{report['shape']['name']} on {device}, {report['dtype']}"
-    head = ["run", "step ms", "forward ms", "backward ms", "optimizer ms", "ranking ms", "tower ms"]
-    head += ["peak GiB", "predicted GiB", "tokens/s", "MFU", "HFU", "predicted", "realised", "realised / predicted"]
-    found = [(title, head, [_line(run) for run in report["runs"]])]
-    stages = [(run, *stage) for run in report["runs"] for stage in enumerate(run.get("stages", []))]
-    lines = [
-        [run["name"], str(k), f"{s['tokens']:,.0f}", _ms(s["seconds"]), f"{s['share_of_peak']:.1%}"]
-        for run, k, s in stages
-    ]
-    found.append(("Decoder layers by stage, forward", ["run", "stage", "tokens", "ms", "share of peak"], lines))
-    if report["compare"]:
-        lines = [line for entry in report["compare"] for line in _variant_lines(entry)]
-        found.append(("Variants", ["choice", "variant", "run", "step ms", "peak GiB", "tokens/s", "realised"], lines))
-    return found
-
-
-def markdown(report: dict[str, Any], picture: str) -> str:
-    """The report as text; ``picture`` is the file name of its PNG."""
-    machine, stock = report["environment"], report["workload"]
-    steps = len(report["runs"][0]["steps"]["loss"])
-    text = [f"# Training step: {report['shape']['name']}\n"]
-    for title, head, lines in tables(report):
-        text.append(f"## {title}\n\n{markdown_table(head, lines)}")
-    text.append(NOTES.format(steps=steps, clock=report["clock"]))
-    text.append(f"![Where the time of a step goes]({picture})\n")
-    settings = {
-        "device": f"{machine['device']} ({machine['device_count']}, {machine['threads']} threads)",
-        "versions": f"torch {machine['torch']}, CUDA {machine['cuda']}, transformers {machine['transformers']}",
-        "commit": str(machine["commit"]),
-        "date": machine["date"],
-        "command": f"`{machine['command']}`",
-        "seed": str(machine["seed"]),
-        "optimizer": report["optimizer"]["description"],
-        "peak": f"{report['peak_flops']['per_second'] / 1e12:.4g} TFLOP/s, {report['peak_flops']['source']}",
-        "batches": f"`{stock['images']}`: {stock['image_tokens']:.0f} image and {stock['text_tokens']:.0f} text "
-        f"tokens, {stock['turns']:.1f} turns a sample, {stock['text_only_share']:.1%} without picture",
-        "schedules": "; ".join(f"{run['name']} `{run['schedule']}`" for run in report["runs"][1:]),
-    }
-    text.append(markdown_table(["setting", ""], [list(item) for item in settings.items()]))
-    return "\n".join(text)
-
-
-def show(report: dict[str, Any]) -> None:
-    """Prints the tables."""
-    console = Console()
-    wide = console if console.is_terminal else Console(width=200)
-    for title, head, lines in tables(report):
-        shown = Table(title=title, box=box.SIMPLE_HEAD, header_style="bold")
-        for place, name in enumerate(head):
-            shown.add_column(name, justify="left" if place == 0 else "right")
-        for line in lines:
-            shown.add_row(*line)
-        wide.print(shown)
-    peak, kind = report["peak_flops"], report["optimizer"]
-    wide.print(f"{report['clock']}. Optimizer: {kind['description']}. Peak: {peak['source']}.", style="dim")
-
-
 def write(report: dict[str, Any], stem: Path) -> list[Path]:
     """Writes ``stem``.json, .md and .png; returns their paths."""
     from llava_pdrop.bench.figures import step_bars  # matplotlib only where something is drawn
@@ -213,53 +152,6 @@ def write(report: dict[str, Any], stem: Path) -> list[Path]:
     files[1].write_text(markdown(report, files[2].name), encoding="utf-8")
     step_bars(report, files[2])
     return files
-
-
-def _line(run: dict[str, Any]) -> list[str]:
-    if "quartiles" not in run:
-        return [run["name"], run["error"] or "not measured", *[""] * 13]
-    spread, parts = run["quartiles"], run["parts"]
-    line = [run["name"], _spread(spread["step"])]
-    line += [_ms(spread[name][1]) for name in ("forward", "backward", "optimizer")]
-    line.append(f"{_ms(spread['ranking'][1])} ({run['ranking_share']:.1%})")
-    line.append(f"{_ms(parts['tower'])} + {_ms(parts['tower_backward'])}")
-    foreseen = run["predicted_peak_mib"]
-    line += [f"{run['peak_mib'] / GIB:.2f}", "" if foreseen is None else f"{foreseen / GIB:.2f}"]
-    line.append(f"{run['tokens_per_second']:,.0f}")
-    line += [f"{run['mfu']:.1%}", f"{run['hfu']:.1%}"]
-    return [*line, *_saved(run)]
-
-
-def _saved(run: dict[str, Any]) -> list[str]:
-    if "predicted_reduction" not in run:
-        return ["", "", ""]
-    ratio = run["realised_over_predicted"]
-    saved = [f"{run['predicted_reduction']:.1%}", f"{run['realised_reduction']:.1%}"]
-    return [*saved, "" if ratio is None else f"{ratio:.3f}"]
-
-
-def _variant_lines(entry: dict[str, Any]) -> list[list[str]]:
-    if entry["unavailable"]:
-        return [[entry["group"], entry["name"], "", f"not available: {entry['unavailable']}", "", "", ""]]
-    lines = []
-    for run in entry["runs"]:
-        numbers = [run["error"] or "", "", "", ""]
-        if "quartiles" in run and run["error"] is None:
-            step, rate = _spread(run["quartiles"]["step"]), f"{run['tokens_per_second']:,.0f}"
-            numbers = [step, f"{run['peak_mib'] / GIB:.2f}", rate, _saved(run)[1]]
-        lines.append([entry["group"], entry["name"], run["name"], *numbers])
-    return lines
-
-
-def _spread(values: Sequence[float]) -> str:
-    first, middle, third = values
-    return f"{_ms(middle)} [{_ms(first)}, {_ms(third)}]"
-
-
-def _ms(seconds: float) -> str:
-    """Milliseconds with three digits and no exponent."""
-    value = 1000 * seconds
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _round(values: Sequence[float]) -> list[float]:

@@ -135,6 +135,16 @@ class Workload:
     def mixture(self) -> tuple[Component, ...]:
         return LLAVA_15 if self.shape.geometry.aspect == "pad" else OPEN_LLAVA_NEXT
 
+    @property
+    def source(self) -> str:
+        """Where the lengths and picture sizes are from, for the report."""
+        if self.shape.picture is not None and self.shape.text_tokens is not None:
+            return "every sample as the shape has it"
+        if self.images == "full":
+            return f"pictures that fill the canvas, {FULL_TEXT_TOKENS} text tokens"
+        name = "LLaVA-1.5's 665K" if self.mixture is LLAVA_15 else "Open-LLaVA-NeXT's 1M"
+        return f"drawn from {name} samples (numbers and sources: llava_pdrop/bench/workload.py)"
+
     def outlines(self, step: int, samples: int | None = None) -> list[Outline]:
         """The samples of a step's batch; a larger batch starts with those of a smaller one."""
         rng = np.random.default_rng([self.seed, step])

@@ -108,7 +108,7 @@ class _Plugin:
         self.image_token = getattr(model.config, "image_token_id", None)
         if self.image_token is None:
             raise ValueError(f"the config of {type(model).__name__} has no image_token_id: which tokens are images?")
-        self.packs_by_geometry = "pack_image_features" in base.__dict__
+        self.geometry = getattr(base.__dict__.get("pack_image_features"), "geometry", None)
         self.trace = trace
         self.parameters = list(inspect.signature(base.forward).parameters)
         self.hooks = [
@@ -175,7 +175,7 @@ class _Plugin:
             return None
         prompt = _PROMPT.get()
         columns = prompt[1] if prompt is not None and prompt[0] is self else None
-        lengths = image_lengths(self.config, int(image_BN.sum()), given, self.packs_by_geometry)
+        lengths = image_lengths(self.config, int(image_BN.sum()), given, self.geometry)
         return Prefill.build(image_BN, real_BN, lengths, columns, self.schedule, ids.device)
 
     def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -173,7 +173,9 @@ class Prefill:
         return PromptStages(real, shifts, padded, self.frames[0].shape[1], self.text_tail, schedule)
 
 
-def image_lengths(config: Any, placeholders: int, inputs: dict[str, Any], ours: bool = False) -> list[int] | None:
+def image_lengths(
+    config: Any, placeholders: int, inputs: dict[str, Any], geometry: ImageGeometry | None = None
+) -> list[int] | None:
     """Tokens of every image of a prompt, in order.
 
     Counted from the features where they are there already, else by picture size (LLaVA-NeXT) or equal for all
@@ -182,18 +184,16 @@ def image_lengths(config: Any, placeholders: int, inputs: dict[str, Any], ours: 
     Args:
         placeholders: image tokens in the prompt.
         inputs: arguments of the model's forward.
-        ours: the model lays its features out as its config says (`vision.pack_by_geometry`), not as it always does.
+        geometry: by which the model was told to lay its features out (`vision.pack_by_geometry`); None: left alone.
     """
     features, sizes = (inputs.get("mm_encoder_outputs") or {}).get("image"), inputs.get("image_sizes")
     if features is not None:
         return [len(feature) for feature in features.pooler_output]
-    if config.model_type == "llava_next":
-        geometry = geometry_of(config)
-        if not ours:
-            geometry = replace(geometry, merge="spatial_unpad", rounding="hf")
+    if config.model_type == "llava_next" and sizes is not None:
+        geometry = geometry or replace(geometry_of(config), merge="spatial_unpad", rounding="hf")
         return [geometry.num_tokens((int(width), int(height))) for height, width in torch.as_tensor(sizes).tolist()]
     images = len(inputs["pixel_values"])
-    if config.model_type == "llava" and sizes is None and placeholders % images == 0:
+    if config.model_type in ("llava", "llava_next") and sizes is None and placeholders % images == 0:
         return [placeholders // images] * images
     return None
 

@@ -64,6 +64,7 @@ def pack_by_geometry(host: nn.Module, geometry: ImageGeometry) -> None:
             packed.append(table_FD.index_select(0, index.to(table_FD.device)))
         return packed, torch.tensor([len(feature) for feature in packed], device=packed[0].device)
 
+    pack.geometry = geometry  # type: ignore[attr-defined]  # `plugin.attach` counts the tokens of a picture by it
     host.model.pack_image_features = pack
 
 

@@ -122,14 +122,16 @@ class PyramidLlava(nn.Module):
         if hasattr(self.host, "activation_checkpointing_enable"):
             self.host.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
         else:  # transformers before 5.20
-            self.host.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+            self.host.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
         if self.recompute_layers is not None:
             for layer in self.host.model.language_model.layers[self.recompute_layers :]:
                 layer.gradient_checkpointing = False
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """The same under the name older Trainers call."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
 def geometry_of(config: Any) -> ImageGeometry:

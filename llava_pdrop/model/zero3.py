@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, distributed, nn
-from transformers.integrations.deepspeed import (
-    deepspeed_config,
-    is_deepspeed_zero3_enabled,
-    prevent_arange_dtype_change,
-)
+from transformers.integrations import deepspeed as integration
 from transformers.modeling_utils import set_zero3_state
 
 
@@ -22,14 +18,16 @@ def cut_up() -> Iterator[None]:
     `transformers` would do the same and then fill them with random numbers: minutes for weights that are about to be
     read, and on the first rank alone, whose random state would no longer be that of the others.
     """
-    if not is_deepspeed_zero3_enabled():
+    if not integration.is_deepspeed_zero3_enabled():
         yield
         return
     import deepspeed
 
+    # Rotary frequencies stay float32; transformers 5.17 does not have it yet.
+    keep_arange = getattr(integration, "prevent_arange_dtype_change", nullcontext)
     with (
-        prevent_arange_dtype_change(),  # rotary frequencies stay float32
-        deepspeed.zero.Init(config_dict_or_path=deepspeed_config()),
+        keep_arange(),
+        deepspeed.zero.Init(config_dict_or_path=integration.deepspeed_config()),
         set_zero3_state(),  # tells transformers that it is done
     ):
         yield

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llava_pdrop.model import attention
 from llava_pdrop.model.attention import Segments, packed_attention
 
 HEADS = 8
@@ -40,6 +41,14 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours.float() - theirs).norm() / theirs.norm()).item()
 
 
+def assert_close(ours: list[Tensor], exact: list[Tensor], dtype: torch.dtype, bounds: tuple[int, ...]) -> None:
+    """Output and gradients within so many ``eps`` of ``dtype`` each."""
+    eps = torch.finfo(dtype).eps
+    for name, bound, half, full in zip(("out", "dq", "dk", "dv"), bounds, ours, exact, strict=True):
+        assert half.dtype == dtype and half.shape == full.shape
+        assert relative_error(half, full) < bound * eps, name
+
+
 @pytest.mark.parametrize("window", [None, 48])
 @pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=["ragged", "equal"])
 @pytest.mark.parametrize("groups", [8, 2, 1], ids=["mha", "gqa", "mqa"])
@@ -51,11 +60,16 @@ def test_half_precision_against_float32(backend, dtype, head, groups, lengths, w
         pytest.importorskip("flash_attn", reason="the package flash-attn is not installed")
     halves = inputs(groups, sum(lengths), head, dtype)
     exact = attend([tensor.float() for tensor in halves], lengths, "sdpa", window)
-    ours = attend(halves, lengths, backend, window)
-    eps = torch.finfo(dtype).eps
-    for name, bound, half, full in zip(("out", "dq", "dk", "dv"), (1, 2, 2, 2), ours, exact, strict=True):
-        assert half.dtype == dtype and half.shape == full.shape
-        assert relative_error(half, full) < bound * eps, name
+    assert_close(attend(halves, lengths, backend, window), exact, dtype, (1, 2, 2, 2))
+
+
+@pytest.mark.parametrize("window", [None, 48])
+def test_grouped_keys_by_the_signature_of_torch_2_11(monkeypatch, window):
+    """Which has no ``enable_gqa``: keys are repeated, and their gradients, rounded once, added up and rounded again."""
+    halves = inputs(2, sum(RAGGED), 64, torch.bfloat16)
+    exact = attend([tensor.float() for tensor in halves], RAGGED, "sdpa", window)
+    monkeypatch.setattr(attention, "_takes_groups", lambda kernel: False)
+    assert_close(attend(halves, RAGGED, "varlen", window), exact, torch.bfloat16, (1, 2, 3, 3))
 
 
 @pytest.mark.parametrize("backend", ["varlen", "flash_attn"])
@@ -70,8 +84,6 @@ def test_a_segment_of_one_token_returns_its_value(backend):
 
 
 def test_auto_is_varlen_in_half_precision_and_under_autocast(monkeypatch):
-    from llava_pdrop.model import attention
-
     taken = []
     fused = attention._fused
     monkeypatch.setattr(attention, "_fused", lambda backend, *rest: taken.append(backend) or fused(backend, *rest))

@@ -101,7 +101,7 @@ def test_setup_in_another_place(checkout: Checkout, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({"TOO_OLD": "1"}, "is not Python 3.10 or newer"),
+        ({"TOO_OLD": "1"}, "is not Python 3.11 or newer"),
         ({"PYTHON": "no-such-python"}, "PYTHON=no-such-python is not a program"),
     ],
 )
@@ -237,10 +237,35 @@ def test_a_bench_that_fails_or_hangs_does_not_stop_the_others(checkout: Checkout
     ]
 
 
+def test_an_interrupted_bench_is_the_last_one(checkout: Checkout) -> None:
+    checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', 'case "$*" in *"bench train"*) exit 130 ;;'))
+    done = checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python))
+    assert done.returncode == 130 and len(benches(checkout.called())) == 1
+
+
+def test_the_comparison_has_all_the_time_that_is_left(checkout: Checkout) -> None:
+    """Stopping it after `BENCH_LIMIT` seconds by default would lose its last groups on every GPU."""
+    slow = '*"--compare"*) sleep 1.5; exit 0 ;;'
+    checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', f'case "$*" in {slow}'))
+    script = checkout.root / "scripts" / "bench.sh"
+    script.write_text(script.read_text().replace("BENCH_LIMIT:-180", "BENCH_LIMIT:-1"))
+    assert checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python)).returncode == 0
+    limited = checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python), BENCH_LIMIT="1")
+    assert limited.stderr == "failed: gpu-train-llava-next-7b: stopped after 1 seconds\n"
+
+
 def test_benches_that_no_time_is_left_for_are_listed(checkout: Checkout) -> None:
     done = checkout.run("bench.sh", "tiny", LLAVA_PDROP_PYTHON=str(checkout.python), BENCH_SECONDS="0")
     assert done.returncode == 1 and benches(checkout.called()) == []
     assert done.stderr.count("not started, 0 seconds were over") == 2
+
+
+def test_a_dry_run_shows_every_bench_and_measures_none(checkout: Checkout) -> None:
+    done = checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python), DRY_RUN="1")
+    shown = benches(done.stdout.splitlines())
+    assert done.returncode == 0
+    assert checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python)).returncode == 0
+    assert [line.strip() for line in shown] == benches(checkout.called()) and len(shown) == 6
 
 
 def test_an_unknown_bench_is_one_line(checkout: Checkout) -> None:

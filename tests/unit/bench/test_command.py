@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,30 @@ def test_the_json_says_all_that_is_needed_to_run_it_again(files: Path) -> None:
     assert {entry["group"] for entry in report["compare"]} >= {"batch", "logits", "attention", "recomputation"}
 
 
+def test_the_table_has_median_and_spread_of_every_part(files: Path) -> None:
+    lines = dict(re.findall(r"^\| ([^|]+) \|(.+)\|$", (files / "train-tiny-cpu.md").read_text(), re.MULTILINE))
+    spread = re.compile(r"[\d.,]+ \[[\d.,]+, [\d.,]+\]")
+    for part in ("step", "forward", "backward", "optimizer", "tower forward", "tower backward"):
+        assert len(spread.findall(lines[f"{part}, ms"])) == 3, part
+    assert len(spread.findall(lines["ranking and dropping, ms"])) == 2, "vanilla ranks nothing"
+    for line in ("peak memory, GiB", "tokens/s", "MFU", "HFU"):
+        assert len(re.findall(r"\d", lines[line])) >= 3, line
+    for line in ("operations saved (predicted)", "time saved (realised)", "realised / predicted"):
+        assert [bool(cell.strip()) for cell in lines[line].split("|")] == [False, True, True], line
+    assert "peak predicted, GiB" not in lines, "a CPU has no such count"
+
+
+def test_the_json_says_what_its_times_are(files: Path) -> None:
+    report = json.loads((files / "train-tiny-cpu.json").read_text())
+    assert report["clock"] == "CPU seconds of the process"
+    assert set(report["times"]) == {"seconds", "wall"} <= set(report["runs"][0]["steps"])
+    assert report["times"]["seconds"].startswith("CPU seconds") and report["times"]["wall"] == "seconds on the clock"
+
+
 def test_the_markdown_has_a_line_per_run_and_the_picture(files: Path) -> None:
     text = (files / "train-tiny-cpu.md").read_text()
-    for start in ("| run |", "| vanilla |", "| one |", "| two |", "| attention | flash_attn |"):
+    assert "| median [quartiles] | vanilla | one | two |" in text
+    for start in ("| vanilla | 0 |", "| one | 1 |", "| two | 2 |", "| attention | flash_attn |"):
         assert start in text
     assert "not available: needs a CUDA device" in text
     assert "](train-tiny-cpu.png)" in text
@@ -78,6 +100,10 @@ def test_the_markdown_has_a_line_per_run_and_the_picture(files: Path) -> None:
         (["--shape", "tiny", "--optimizer", "sgd"], "unknown --optimizer 'sgd'"),
         (["--shape", "tiny", "--attention", "eager"], "unknown model.attention 'eager'"),
         (["--shape", "tiny", "--seed", "-1"], "--seed must be at least 0"),
+        (["--shape", "tiny", "--seed", "99999999999999999999"], "--seed must be less than 2**32"),
+        (["--shape", "tiny", "--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--shape", "tiny", "--warmup", "-1"], "--warmup must be at least 0, got -1"),
+        (["--shape", "tiny", "--out", "/proc/none"], "--out /proc/none: No such file or directory: name a directory"),
         (["--shape", "tiny", "--out", f"{CONFIGS}/README.md/deeper"], "README.md is a file: name a directory"),
         (["--shape", "tiny", "--device", "abacus"], "--device 'abacus' is no device"),
         (["--shape", "tiny", "--schedule", "nowhere.yaml"], "there is no file nowhere.yaml"),

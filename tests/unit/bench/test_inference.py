@@ -63,7 +63,8 @@ def test_the_bench_generates_what_generate_does(host, method, batch):
     schedule = METHODS[method]
     run = generate(host, prompt, schedule, NEW, CPU)
     attach(host, schedule)
-    plain = host.generate(**prompt.inputs(), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+    with prompt.inputs(host) as inputs:
+        plain = host.generate(**inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
     detach(host)
     assert run.answers == plain.sequences[:, prompt.input_ids.shape[1] :].tolist()
     assert [len(answer) for answer in run.answers] == [NEW] * batch
@@ -117,6 +118,10 @@ def test_report(report):
     assert settings["schedules"]["FastV"] == FASTV.check(layers).to_dict()
     assert settings["new_tokens"] == NEW and settings["runs"] == 2 and settings["attention"] == "sdpa"
     assert report["environment"]["seed"] == 0
+    documented = {name for names in settings["times"] for name in names.split(", ")}
+    assert documented == {"speedup", "share_of_peak", "ranking_share", "decode_tokens_per_s"} | {
+        key for key in results[0] if key.endswith("_ms")
+    }
 
 
 def test_prefill_flops_are_those_of_the_matrix_products(host):
@@ -125,8 +130,8 @@ def test_prefill_flops_are_those_of_the_matrix_products(host):
 
     case, prompt = make_prompt(host, 1, 50)
     length = sum(TEXT_TOKENS) + 50
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        host(**prompt.inputs(), logits_to_keep=1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), prompt.inputs(host) as inputs:
+        host(**inputs, logits_to_keep=1)
     square = SHAPE.text["num_hidden_layers"] * 4 * length**2 * 32
     half = SHAPE.text["num_hidden_layers"] * 4 * (length * (length + 1) // 2) * 32
     attention = sum(flops for name, flops in counter.get_flop_counts()["Global"].items() if "attention" in str(name))
@@ -229,7 +234,8 @@ def test_files(tmp_path, capsys, monkeypatch):
     markdown = (out / "prefill-test-cpu.md").read_text()
     assert "| 20 | 1 | PyramidDrop |" in markdown and "prefill-test-cpu.png" in markdown
     assert (out / "prefill-test-cpu.png").read_bytes().startswith(b"\x89PNG")
-    assert "FastV" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "FastV" in shown and "predicted" in shown and "…" not in shown  # 80 columns are enough
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,9 @@ def test_files(tmp_path, capsys, monkeypatch):
         (["--image-tokens", "0"], "--image-tokens must be at least 1"),
         (["--new-tokens", "1"], "--new-tokens must be at least 2"),
         (["--shape", "tiny", "--device", "cpu", "--image-tokens", "999999999"], "--image-tokens must be at most 16292"),
+        (["--shape", "tiny", "--device", "cpu", "--new-tokens", "16324"], "--new-tokens must be less than 16324"),
         (["--seed", "-1"], "--seed must be at least 0"),
+        (["--seed", "4294967296"], r"--seed must be less than 2\*\*32"),
         (["--out", f"{__file__}/deeper"], "test_inference.py is a file: name a directory"),
         (["--runs", "0"], "--runs must be at least 1"),
         (["--device", "cube"], "--device 'cube' is no device"),

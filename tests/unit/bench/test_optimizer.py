@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import SHAPES, make_model
@@ -73,6 +74,21 @@ def test_only_the_shard_is_updated_and_in_float32(dtype: torch.dtype) -> None:
     moved = [bool((weight < 1).all()) for weight in weights]
     assert sum(moved) == 2
     assert all(master.dtype == torch.float32 for master in adamw.masters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_clipped_together_as_in_training(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TrainingArguments().max_grad_norm == optimizer.MAX_GRAD_NORM
+    weights = [nn.Parameter(torch.ones(4, dtype=dtype)) for _ in range(2)]
+    adamw = optimizer.make("adamw", weights)
+    assert adamw is not None
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(adamw.adamw, "step", lambda: given.extend(master.grad.clone() for master in adamw.masters))
+    for scale, weight in zip((3.0, 4.0), weights):
+        weight.grad = torch.full_like(weight, scale)
+    adamw.step()
+    assert torch.cat(given).tolist() == pytest.approx([0.3] * 4 + [0.4] * 4, rel=1e-5)  # of norm 10
+    assert {gradient.dtype for gradient in given} == {torch.float32}
 
 
 def test_a_wrong_name_is_said() -> None:
