@@ -16,9 +16,9 @@ setup: ## make .venv and install the project with its tested versions
 test: setup ## run all tests (PYTEST_ARGS="-k name" for some, JOBS=1 for one after the other)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
-test-faults: setup ## kill training runs at 20 random moments per engine and compare their ends, bit by bit (minutes)
+test-faults: setup ## kill training runs at 20 random moments per engine and compare their ends, bit by bit (long)
 	OMP_NUM_THREADS=1 LLAVA_PDROP_FAULTS=$(if $(LLAVA_PDROP_FAULTS),$(LLAVA_PDROP_FAULTS),20) \
-		$(PYTHON_VENV) -m pytest tests/faults $(PYTEST_ARGS)
+		$(PYTHON_VENV) -m pytest -n $(JOBS) tests/faults $(PYTEST_ARGS)
 
 test-gpu: setup ## run the tests that need a CUDA device (elsewhere they are skipped, with the reason)
 	$(PYTHON_VENV) -m pytest tests/gpu $(PYTEST_ARGS)

@@ -7,22 +7,34 @@ import logging
 import netrc
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from llava_pdrop.config import Config, ConfigError
+from llava_pdrop.config_values import did_you_mean
 from llava_pdrop.model.hardware import peak_flops
 from llava_pdrop.model.precision import has_fast_bfloat16
+from llava_pdrop.train.history import number_of_processes
 
 DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
 """Training arguments where a config says nothing: a line of metrics per step, no outside service, and a loss that is
 not a number is shown as such (the Trainer would hide it, at the price of a device synchronisation per micro-batch)."""
 
 log = logging.getLogger(__name__)
+
+_set_here: dict[str, str] = {}
+"""What `prepare_reporting` did for the run before in this process (stage 1, a vanilla model to compare with)."""
 
 
 def training_arguments(config: Config) -> TrainingArguments:
@@ -36,20 +48,28 @@ def training_arguments(config: Config) -> TrainingArguments:
         "per_device_train_batch_size": config.data.samples_per_batch or 1,
         "remove_unused_columns": False,
     }
+    if number_of_processes() > 1 and not arguments.get("use_cpu") and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"{config.file}: {number_of_processes()} processes were started, but without GPUs each of them would train "
+            "alone: train.use_cpu=true makes one run of them"
+        )
     on_cpu = arguments.get("use_cpu") or not torch.cuda.is_available()
     if arguments.get("bf16") and on_cpu and not has_fast_bfloat16(torch.device("cpu")):
         log.warning(
             "%s: this CPU has no bfloat16 instructions, so train.bf16 is ignored: float32 is faster", config.name
         )
         arguments["bf16"] = False
-    if arguments.get("deepspeed") and "RANK" not in os.environ:
-        be_a_world_of_one()
     try:
+        if arguments.get("deepspeed"):
+            prepare_deepspeed(bool(on_cpu))
         args = TrainingArguments(**arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
     if config.train.recompute_layers is not None and not recomputes_activations(args):
         raise ConfigError(f"{config.file}: train.recompute_layers needs train.gradient_checkpointing=true")
+    if args.eval_strategy != "no":
+        raise ConfigError(f"{config.file}: train.eval_strategy: a run does not evaluate itself: llava-pdrop eval does")
+    check_deepspeed(config, args)
     if args.n_gpu > 1:
         log.warning(
             "%d GPUs are visible and one is used: torchrun --nproc_per_node %d uses all", args.n_gpu, args.n_gpu
@@ -59,17 +79,51 @@ def training_arguments(config: Config) -> TrainingArguments:
         import deepspeed
 
         deepspeed.init_distributed("gloo")
+    if args.fsdp:
+        prepare_fsdp(args)
     prepare_reporting(config, args)
     return args
 
 
-def be_a_world_of_one() -> None:
-    """Tells DeepSpeed what a launcher would: it takes a process without one for a part of an MPI job."""
+def prepare_deepspeed(on_cpu: bool) -> None:
+    """Tells DeepSpeed what a launcher would, as it takes a process without one for a part of an MPI job; and on CPUs,
+    where it would compile a faster gloo of its own for over a minute, to use what is there."""
+    if on_cpu:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" in os.environ:
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
     os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in world.items()})
+
+
+def prepare_fsdp(args: TrainingArguments) -> None:
+    """Tells accelerate two things that it does not do by itself."""
+    if args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        # It shards for GPUs only; on CPUs it would, without a word, train by DDP.
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    if (args.bf16 or args.fp16) and args.fsdp_plugin_args["fsdp_version"] == 2:
+        # It would also round what comes out of the model: the loss, a sum in float32, to the 8 bits of bfloat16.
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
+
+
+def check_deepspeed(config: Config, args: TrainingArguments) -> None:
+    """Raises `ConfigError` if ZeRO-3 would leave the weights in pieces where they are saved, after the last step; and
+    warns of what offloading would wait for without a word."""
+    settings = getattr(args, "hf_deepspeed_config", None)  # there with args.deepspeed only
+    if settings is None:
+        return
+    key = "stage3_gather_16bit_weights_on_model_save"
+    if settings.is_zero3() and not settings.get_value(f"zero_optimization.{key}", False):
+        raise ConfigError(f"{config.file}: train.deepspeed: {args.deepspeed} needs zero_optimization.{key}: true")
+    compiled = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
+    for lock in compiled.glob("**/cpu_adam/lock") if settings.is_offload() else ():
+        log.warning("this run waits for %s: if no other one is compiling, it was killed while it did: remove it", lock)
 
 
 def recomputes_activations(args: TrainingArguments) -> bool:
@@ -90,20 +144,45 @@ def prepare_reporting(config: Config, args: TrainingArguments) -> None:
     it has no key, and what is not said in its environment variables belongs to this project and this run, to nobody.
 
     Raises:
-        ConfigError: a service is not installed.
+        ConfigError: a service is unknown or not installed.
     """
-    for service, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
-        if service in args.report_to and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{config.file}: train.report_to: {service} is not installed: pip install {package}")
+    for service in args.report_to:
+        key = f"{config.file}: train.report_to:"
+        if service not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"{key} unknown service {service!r}{did_you_mean(service, INTEGRATION_TO_CALLBACK)}")
+        if service in ("wandb", "tensorboard"):
+            if importlib.util.find_spec(service) is None:
+                raise ConfigError(
+                    f"{key} {service} is not installed: pip install {service}, or llava_pdrop with its extra [train]"
+                )
+        elif service not in get_available_reporting_integrations():
+            raise ConfigError(f"{key} the package of {service} is not installed")
     if "tensorboard" in args.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.output_dir) / "tensorboard"))
+        _set_default("TENSORBOARD_LOGGING_DIR", str(Path(config.output_dir) / "tensorboard"))
     if "wandb" in args.report_to:
-        os.environ.setdefault("WANDB_PROJECT", "llava_pdrop")
-        os.environ.setdefault("WANDB_DIR", config.output_dir)
+        _end_earlier_wandb_run(config.name)
+        _set_default("WANDB_PROJECT", "llava_pdrop")
+        _set_default("WANDB_DIR", config.output_dir)
         Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
         if "WANDB_MODE" not in os.environ and not _has_wandb_key():
             os.environ["WANDB_MODE"] = "offline"
             log.warning("W&B has no key: it writes to %s, to be sent later with wandb sync", os.environ["WANDB_DIR"])
+
+
+def _set_default(name: str, value: str) -> None:
+    """Sets an environment variable that is not set, or that an earlier run in this process has set."""
+    if os.environ.get(name) in (None, _set_here.get(name)):
+        os.environ[name] = _set_here[name] = value
+
+
+def _end_earlier_wandb_run(name: str) -> None:
+    """Every training is a run of its own, called ``name``; without this a second one would go on in the first. A run
+    that somebody else has begun is left alone."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None and wandb.run.name == _set_here.get("run"):
+        wandb.finish()
+        wandb.teardown()  # forgets the settings too, or the next run would be written to the directory of this one
+    _set_here["run"] = name
 
 
 def _has_wandb_key() -> bool:

@@ -14,7 +14,8 @@ from llava_pdrop.model.vlm import PyramidLlava
 PARTS = ("tower", "decoder", "ranking", "other_forward", "backward", "optimizer")
 """``ranking`` is from the end of a layer before a drop to the start of the next one. ``other_forward`` is the rest of
 the forward: plan, embedding, projector, head and loss. ``backward`` includes the exchange of gradients between ranks,
-and under DeepSpeed, which makes its step there, the optimizer."""
+and under DeepSpeed, which makes its step there, the optimizer. What a step does besides (see `StepMeter.drain`) is not
+measured by a hook."""
 
 
 class StepClock:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ PACKAGES = ("llava_pdrop", "torch", "transformers")
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What decides the weights of a run: its settings, the files it reads, number of processes and versions."""
+    """What makes a run the one that was asked for: its settings and the files it reads."""
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))  # type: ignore[assignment]
     for key in (*NOT_PART_OF_A_RUN, *(f"train.{name}" for name in HARMLESS)):
         *sections, leaf = key.split(".")
@@ -60,19 +60,21 @@ def identity(config: Config) -> dict[str, Any]:
         for section in sections:
             node = node.get(section, {})
         node.pop(leaf, None)
-    return values | surroundings(config)
+    return values | {"files": files_read(config)}
 
 
-def surroundings(config: Config) -> dict[str, Any]:
-    """The part of `identity` that the config does not say."""
+def files_read(config: Config) -> dict[str, Any]:
+    """What tells the files of a run from others of the same name."""
     model = config.model
     data = map(str, data_files(config.data.train))
     files = [*data, config.data.index, model.projector, model.path, model.language_model, model.vision_tower]
-    return {
-        "files": {name: _stamps(Path(name)) for name in files if name is not None},
-        "versions": {name: _version(name) for name in PACKAGES},
-        "processes": number_of_processes(),
-    }
+    return {name: _stamps(Path(name)) for name in files if name is not None}
+
+
+def surroundings() -> dict[str, str]:
+    """Where a run takes place. It changes the weights a little; a finished run is not thrown away for it."""
+    versions = {name: str(importlib.import_module(name).__version__) for name in PACKAGES}
+    return {"processes": str(number_of_processes()), **versions}
 
 
 def digest(config: Config) -> str:
@@ -82,8 +84,16 @@ def digest(config: Config) -> str:
 
 def is_finished(config: Config, stamp: str) -> bool:
     """Whether ``output_dir`` holds a finished run with this `digest`."""
-    file = Path(config.output_dir) / FINISHED_FILE
-    return file.is_file() and json.loads(file.read_text()).get("digest") == stamp
+    return (_finished(Path(config.output_dir)) or {}).get("digest") == stamp
+
+
+def made_elsewhere(config: Config) -> str:
+    """In what surroundings the finished run in ``output_dir`` was made, as far as they are not those of now: ``" (with
+    torch 2.11.0, now 2.13.0)"``, or nothing."""
+    before = _finished(Path(config.output_dir)) or {}
+    other = [(name, before.get(name), now) for name, now in surroundings().items()]
+    lines = [f"{name} {then}, now {now}" for name, then, now in other if then not in (None, now)]
+    return f" (with {'; '.join(lines)})" if lines else ""
 
 
 def why_outdated(config: Config) -> str | None:
@@ -94,7 +104,8 @@ def why_outdated(config: Config) -> str | None:
         ConfigError: its settings differ, so it must not be overwritten silently.
     """
     output = Path(config.output_dir)
-    if config.train.resume == "never" or not (output / FINISHED_FILE).is_file():
+    before = _finished(output)
+    if config.train.resume == "never" or before is None:
         return None
     changed = _differences(output / RUN_FILE, config, HARMLESS)
     if changed and all_checkpoints(output) and not _differences(output / RUN_FILE, config):
@@ -104,10 +115,7 @@ def why_outdated(config: Config) -> str | None:
             f"{config.file}: output_dir: {output} holds a finished run with another {', '.join(changed)}: give another "
             "output_dir, or train.resume=never to replace it"
         )
-    before = json.loads((output / FINISHED_FILE).read_text())
-    now = json.loads(json.dumps(surroundings(config)))
-    other = [f"other {key}" for key, value in now.items() if key in before and before[key] != value]
-    return " and ".join(other) or "other files or versions"
+    return "other files"
 
 
 def clear(output: Path) -> None:
@@ -120,9 +128,21 @@ def clear(output: Path) -> None:
 
 def mark_finished(config: Config, stamp: str, facts: Mapping[str, Any]) -> None:
     """Notes that the run of `digest` ``stamp`` is complete."""
-    facts = {"digest": stamp, "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), **facts}
-    facts |= surroundings(config)
-    (Path(config.output_dir) / FINISHED_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    facts = {"digest": stamp, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+    facts |= surroundings()
+    file = Path(config.output_dir) / FINISHED_FILE
+    aside = file.with_suffix(".partial")
+    aside.write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(aside, file)
+
+
+def _finished(output: Path) -> dict[str, Any] | None:
+    """What `mark_finished` noted in ``output``; None where it did not, or not to the end (a full disk)."""
+    try:
+        facts: dict[str, Any] = json.loads((output / FINISHED_FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return facts
 
 
 def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> str | None:
@@ -226,7 +246,3 @@ def _content(file: Path) -> str | int:
     if file.stat().st_size > HASHED_UP_TO:
         return file.stat().st_mtime_ns
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def _version(package: str) -> str:
-    return str(importlib.import_module(package).__version__)

@@ -28,6 +28,7 @@ from llava_pdrop.model.lora import ADAPTER, ADAPTERS, NON_LORA, PREFIX
 from llava_pdrop.model.precision import autocast_dtype
 from llava_pdrop.model.shards import open_tensors, remove_weights
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.model.zero3 import overwrite, own_tensors, whole_shape
 from llava_pdrop.train.optim import freeze
 
 TARGETS = {
@@ -182,13 +183,12 @@ def load_adapters(host: nn.Module, directory: Path) -> None:
     for name in (PROJECTOR_FILE, NON_LORA):
         if (directory / name).is_file():
             stored |= open_tensors(directory / name)
-    own = host.state_dict()
-    wanted = {name: tuple(own[name].shape) for name in own if ADAPTER.search(name) or name in stored}
+    own = own_tensors(host)
+    wanted = {name: whole_shape(own[name]) for name in own if ADAPTER.search(name) or name in stored}
     found = {name: tensor.shape for name, tensor in stored.items()}
     check_shapes(wanted, found, f"{directory} does not fit the model")
-    with torch.no_grad():
-        for name, tensor in stored.items():
-            own[name].copy_(tensor.read())
+    for name, tensor in stored.items():
+        overwrite(own[name], tensor.read)
 
 
 def _write(tensors: Mapping[str, Tensor], file: Path) -> None:

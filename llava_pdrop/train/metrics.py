@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from llava_pdrop.model.vlm import Output
-from llava_pdrop.train.clock import StepClock
+from llava_pdrop.train.clock import PARTS, StepClock
 
 METRICS_FILE = "metrics.jsonl"
 MIB = 2**20
@@ -28,7 +28,8 @@ class StepMeter(TrainerCallback):
     """Sums what happens between two log lines; `drain` hands it over and starts again.
 
     A step's time is from its first forward to the end of the optimizer step; fetching data is timed apart. On CUDA
-    the wall time is taken from events, so that timing makes no step wait for the device.
+    the wall time is taken from events, so that timing makes no step wait for the device. Tokens count as they enter
+    the first layer, before any drop, of text and images alike.
 
     Args:
         clock: measures the parts of a step.
@@ -90,6 +91,10 @@ class StepMeter(TrainerCallback):
     def drain(self, total: Callable[[list[float]], list[float]] = list, ranks: int = 1) -> dict[str, float]:
         """The metrics since the last call, per step, per sample or per second.
 
+        Tokens, samples and operations are those of all ranks; seconds of the parts of a step and of fetching are means
+        over the ranks, and ``rest_seconds`` is what is left of the time passed: waiting for other ranks, clipping,
+        logging, saving.
+
         Args:
             total: sums a list of numbers over all ranks.
             ranks: how many there are.
@@ -99,23 +104,29 @@ class StepMeter(TrainerCallback):
             self._marks[-1][1].synchronize()
             self.wall += sum(start.elapsed_time(stop) for start, stop in self._marks) / 1000
         stages = len(self.image_tokens)
-        flops, *numbers = total([self.flops, self.samples, self.tokens, *self.stage_tokens, *self.image_tokens])
-        samples, tokens = max(1.0, numbers[0]), numbers[1]
+        parts = {} if self.clock is None else self.clock.drain()
+        times = [self.data, *(parts.get(part, 0.0) for part in PARTS)]
+        sums = total([self.flops, self.samples, self.tokens, *times, *self.stage_tokens, *self.image_tokens])
+        flops, all_samples, tokens, *sums = sums
+        data, *seconds = (value / ranks for value in sums[: len(times)])
+        per_stage = sums[len(times) :]
+        samples = max(1.0, all_samples)
         passed = max(1e-9, time.perf_counter() - self._drained)
         metrics = {
             "tokens_per_second": tokens / passed,
             "step_seconds": self.wall / steps,
             "step_cpu_seconds": self.cpu / steps,
-            "data_seconds": self.data / steps,
-            "data_wait_share": self.data / passed,
-            "samples": numbers[0] / steps,
+            "data_seconds": data / steps,
+            "data_wait_share": data / passed,
+            "samples": all_samples / steps,
         }
         if self.peak_flops is not None:
             metrics["mfu"] = flops / (passed * self.peak_flops * ranks)
         if self.clock is not None:
-            metrics |= {f"{part}_seconds": seconds / steps for part, seconds in self.clock.drain().items()}
-        metrics |= {f"tokens_{k}": n / samples for k, n in enumerate(numbers[2 : 2 + stages])}
-        metrics |= {f"image_tokens_{k}": n / samples for k, n in enumerate(numbers[2 + stages :])}
+            metrics |= {f"{part}_seconds": value / steps for part, value in zip(PARTS, seconds) if part in parts}
+            metrics["rest_seconds"] = max(0.0, passed - data - sum(seconds)) / steps
+        metrics |= {f"tokens_{k}": n / samples for k, n in enumerate(per_stage[:stages])}
+        metrics |= {f"image_tokens_{k}": n / samples for k, n in enumerate(per_stage[stages:])}
         metrics |= peak_memory(self.device)
         self._reset()
         return metrics
@@ -129,7 +140,8 @@ class StepMeter(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Writes every log line of the first rank to ``metrics.jsonl``, whatever else ``report_to`` names."""
+    """Writes every log line of the first rank to ``metrics.jsonl``, whatever else ``report_to`` names. The last step is
+    logged whatever ``logging_steps`` is, so that no step is missing in what is summed up."""
 
     def __init__(self, directory: Path) -> None:
         self.file = directory / METRICS_FILE
@@ -143,6 +155,10 @@ class MetricsFile(TrainerCallback):
         aside = self.file.with_suffix(".partial")  # a run that is killed here must not lose what it had
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(aside, self.file)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:

@@ -13,9 +13,12 @@ from transformers import TrainerCallback
 SECONDS_BETWEEN_LINES = 30.0
 """Of a run whose output goes to a file, where a line cannot be overwritten."""
 
+LINE_FORMAT = "step {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+"""On a terminal, for tqdm, as in a file: without a bar, which would take the room of the numbers."""
+
 
 class Progress(TrainerCallback):
-    """On a terminal a bar, elsewhere a line every half minute and at the last step; on the first rank."""
+    """On a terminal one changing line, elsewhere a line every half minute and at the last step; on the first rank."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -25,7 +28,9 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._first_step, self._began, self._printed = state.global_step, time.perf_counter(), -SECONDS_BETWEEN_LINES
         if state.is_world_process_zero and sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=LINE_FORMAT
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

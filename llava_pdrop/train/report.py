@@ -11,10 +11,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from llava_pdrop.style import STYLE
 from llava_pdrop.train.bad_samples import REPORT_FILE as BAD_SAMPLES_FILE
-from llava_pdrop.train.clock import PARTS
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.progress import stages
 
@@ -28,8 +28,9 @@ TITLES = {
     "backward": ("backward, gradient exchange", "#E2703A"),
     "optimizer": ("optimizer", "#8AB17D"),
     "data": ("waiting for data", "#F2B134"),
+    "rest": ("other ranks, clipping, logging, saving", "#C3CAD2"),
 }
-"""Part of the time -> what it is called and its colour."""
+"""Part of the time -> what it is called and its colour. Together they are the time that passed."""
 
 
 def write_report(directory: Path, name: str) -> Path | None:
@@ -44,13 +45,19 @@ def write_report(directory: Path, name: str) -> Path | None:
 
 
 def time_split(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds a step of every part that was measured, waiting for data included."""
+    """Mean seconds a step of every part that was measured; with waiting for data and the rest it is all of the time."""
     split = {}
-    for part in (*PARTS, "data"):
+    for part in TITLES:
         values = [row[f"{part}_seconds"] for row in rows if f"{part}_seconds" in row]
         if values:
             split[part] = statistics.fmean(values)
     return split
+
+
+def per_sample(rows: Sequence[dict[str, Any]], key: str) -> float:
+    """Mean of a number per sample over all samples; rows can have different numbers of them."""
+    samples = [row.get("samples", 1.0) for row in rows]
+    return sum(row[key] * count for row, count in zip(rows, samples)) / sum(samples)
 
 
 def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path) -> str:
@@ -62,7 +69,7 @@ def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path) -> str:
         ("steps", f"{rows[-1]['step']:,}"),
         ("loss, first and last tenth", " and ".join(f"{statistics.fmean(r['loss'] for r in part):.4f}"
                                                     for part in (rows[:tenth], rows[-tenth:]))),
-        ("tokens per second, median", f"{median('tokens_per_second'):,.0f}"),
+        ("tokens per second before any drop, all ranks, median", f"{median('tokens_per_second'):,.0f}"),
         ("seconds per step, median", f"{median('step_seconds'):.3g}"),
     ]  # fmt: skip
     if "mfu" in rows[-1]:
@@ -84,15 +91,15 @@ def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path) -> str:
     lines += [f"| {title} | {value} |" for title, value in facts]
     lines += ["", "| stage | tokens per sample | of these image tokens |", "|---|---|---|"]
     for number in range(len(stages(rows[-1], "tokens"))):
-        all_tokens = statistics.fmean(row[f"tokens_{number}"] for row in rows)
-        image_tokens = statistics.fmean(row[f"image_tokens_{number}"] for row in rows)
-        lines.append(f"| {number} | {all_tokens:,.1f} | {image_tokens:,.1f} |")
+        counts = (f"{per_sample(rows, f'{kind}_{number}'):,.1f}" for kind in ("tokens", "image_tokens"))
+        lines.append(f"| {number} | {' | '.join(counts)} |")
     split = time_split(rows)
     if split:
         whole = sum(split.values())
-        lines += ["", "| time of a step, first rank | seconds | share |", "|---|---|---|"]
+        lines += ["", "| time of a step, mean over steps and ranks | seconds | share |", "|---|---|---|"]
         lines += [f"| {TITLES[part][0]} | {value:.3g} | {value / whole:.1%} |" for part, value in split.items()]
-    lines += ["", f"Every step: `{METRICS_FILE}`. Stage 0 is before any drop.", ""]
+        lines += [f"| together | {whole:.3g} | |"]
+    lines += ["", f"Every logged step: `{METRICS_FILE}`. Stage 0 is before any drop.", ""]
     return "\n".join(lines)
 
 
@@ -101,12 +108,15 @@ def _draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     with plt.rc_context(STYLE):
         figure, ((loss, rate), (tokens, split)) = plt.subplots(2, 2, figsize=(10, 6.4))
         figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.08, hspace=0.35)
-        loss.plot(steps, [row["loss"] for row in rows], color="#22303C", linewidth=1)
+        line = {"linewidth": 1, "marker": "o" if len(rows) == 1 else None}
+        loss.plot(steps, [row["loss"] for row in rows], color="#22303C", **line)
         loss.set(title="loss", xlabel="step")
-        rate.plot(steps, [row["tokens_per_second"] for row in rows], color="#3E5C76", linewidth=1)
+        rate.plot(steps, [row["tokens_per_second"] for row in rows], color="#3E5C76", **line)
         rate.set(title="tokens per second", xlabel="step", ylim=(0, None))
+        for axes in (loss, rate):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         means = {
-            kind: [statistics.fmean(row[f"{kind}_{k}"] for row in rows) for k in range(len(stages(rows[-1], kind)))]
+            kind: [per_sample(rows, f"{kind}_{k}") for k in range(len(stages(rows[-1], kind)))]
             for kind in ("tokens", "image_tokens")
         }
         places = range(len(means["tokens"]))
@@ -119,9 +129,9 @@ def _draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
             label, colour = TITLES[part]
             split.barh(0, seconds, left=left, color=colour, label=label)
             left += seconds
-        split.set(title="time of a step, first rank", xlabel="seconds", yticks=[], ylim=(-2.2, 0.6))
+        split.set(title="time of a step, mean over steps and ranks", xlabel="seconds", yticks=[], ylim=(-2.2, 0.6))
         split.grid(visible=False)
         if split.patches:
-            split.legend(loc="lower left", ncols=2)
+            split.legend(loc="lower left", ncols=2, fontsize=8, columnspacing=1.0, handlelength=1.2)
         figure.savefig(file)
         plt.close(figure)

@@ -31,7 +31,15 @@ from llava_pdrop.model.checkpoint import PROJECTOR_FILE
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.arguments import first_line, learning_rates, training_arguments
 from llava_pdrop.train.checks import check_name, check_run, stage1_config
-from llava_pdrop.train.history import checkpoint_to_resume, clear, digest, is_finished, mark_finished, why_outdated
+from llava_pdrop.train.history import (
+    checkpoint_to_resume,
+    clear,
+    digest,
+    is_finished,
+    made_elsewhere,
+    mark_finished,
+    why_outdated,
+)
 from llava_pdrop.train.lora import adapt
 from llava_pdrop.train.optim import freeze, trainable_table
 from llava_pdrop.train.preemption import Preempted
@@ -63,7 +71,7 @@ def train(config: Config) -> Path:
         config = replace(config, model=replace(config.model, projector=str(train(first) / PROJECTOR_FILE)))
     output, stamp = Path(config.output_dir), digest(config)
     if is_finished(config, stamp):
-        console.print(f"[dim]{config.name}: finished before with the same settings, using {output}[/dim]")
+        say(f"{config.name}: finished before with the same settings{made_elsewhere(config)}, using {output}")
         return output
     outdated = why_outdated(config)
     fresh = config.train.resume == "never" or (outdated is not None and config.train.resume == "auto")
@@ -107,7 +115,7 @@ def train(config: Config) -> Path:
         raise Preempted
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(output))
+    trainer.save_finished()
     if args.process_index == 0:
         seconds = round(time.perf_counter() - start, 2)
         from llava_pdrop.train.report import write_report  # imports matplotlib, which nothing else here needs
@@ -144,7 +152,7 @@ def load_parts(config: Config) -> Parts:
         key = "path" if model.path is not None else "language_model"
         if "load_projector" in called:
             key = "projector"
-        elif model.path is None and called & {"open_tower", "load_image_processor"}:
+        elif model.path is None and called & {"open_tower", "_image_processor"}:
             key = "vision_tower"
         raise ConfigError(f"{config.file}: model.{key} {getattr(model, key)}: {first_line(error)}") from error
 

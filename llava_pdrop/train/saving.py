@@ -79,13 +79,28 @@ class SavingTrainer(Trainer):
             shutil.rmtree(output / STAGING, ignore_errors=True)
             checkpoints.rotate(output, self.args.save_total_limit)
 
+    def save_finished(self) -> None:
+        """Writes the model of a run that is complete into ``output_dir`` itself. Every rank comes here.
+
+        Raises:
+            CheckpointError: it could not be written; the last checkpoint is as it was.
+        """
+        output = Path(self.args.output_dir)
+
+        def saving() -> None:
+            self.save_model(str(output))
+
+        self._together(saving, True, output, self._bytes_of_weights())
+
     def _together(self, action: Callable[[], None], everywhere: bool, target: Path, needed: int) -> None:
         """Does ``action`` on all ranks, or on those that write the model, and waits for all of them.
 
         Raises:
-            CheckpointError: it failed somewhere; raised on every rank, so that none waits for another.
+            CheckpointError: it failed somewhere; raised on every rank, so that none waits for another (but where it
+                failed only, if the ranks gather what they write: DeepSpeed and FSDP).
         """
         failure: Exception | None = None
+        output = Path(self.args.output_dir)
         self.watchdog.at(f"{action.__name__} {target.name}")
         try:
             if everywhere or self.args.should_save:
@@ -98,13 +113,15 @@ class SavingTrainer(Trainer):
         elif failure is not None:
             text = f"{target} could not be written: {_first_line(failure)}"
             full = getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            if full or checkpoints.free_bytes(target.parent) < needed:
-                text = f"{text}; {checkpoints.shortage(target.parent, needed)}"
+            if full or checkpoints.free_bytes(output) < needed:
+                text = f"{text}; {checkpoints.shortage(output, needed)}"
+        if text is not None and everywhere and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise CheckpointError(text) from failure  # the others wait inside for this rank: the launcher ends them
         self.watchdog.at(f"the end of {action.__name__} {target.name}")
         problem = next((line for line in from_every_rank(text) if line), None)
         if problem is not None:
             if self.args.should_save:
-                shutil.rmtree(target.parent / STAGING, ignore_errors=True)
+                shutil.rmtree(output / STAGING, ignore_errors=True)
             raise CheckpointError(problem) from failure
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -135,11 +152,14 @@ class SavingTrainer(Trainer):
         newest = checkpoints.newest_whole(output, lambda line: None, content=False)
         if newest is not None:
             return checkpoints.size_of(newest)
-        weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._saved_parameters())
+        weights = self._bytes_of_weights()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.optimizer is None:
             return weights
         states = self.optimizer.state.values()
         return weights + sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+
+    def _bytes_of_weights(self) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._saved_parameters())
 
     def _saved_parameters(self) -> Iterable[nn.Parameter]:
         """Those whose values go into a checkpoint."""

@@ -19,10 +19,13 @@ from transformers.trainer_pt_utils import nested_gather
 from llava_pdrop.config import RUN_FILE
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
-from llava_pdrop.model.checkpoint import save_pretrained, save_projector
+from llava_pdrop.model.checkpoint import load_strictly, save_pretrained, save_projector
 from llava_pdrop.model.flops import step_flops
+from llava_pdrop.model.layouts import HF_TO_HOST, in_memory, rename
 from llava_pdrop.model.lora import ADAPTER_CONFIG
+from llava_pdrop.model.shards import open_tensors
 from llava_pdrop.model.vlm import Output, PyramidLlava
+from llava_pdrop.model.zero3 import own_tensors
 from llava_pdrop.train.arguments import peak_of, recomputes_activations
 from llava_pdrop.train.bad_samples import REPORT_FILE, BadSample, CheckedSamples, collate_checked
 from llava_pdrop.train.checkpoints import read_manifest
@@ -89,6 +92,7 @@ class PyramidTrainer(SavingTrainer):
         self.trainable = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         output = Path(args.output_dir)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_checked)
+        self.model_accepts_loss_kwargs = True  # says the same to a Trainer that does not know `loss_is_scaled_for_ga`
         self.samples = CheckedSamples(train_dataset, skip_bad_samples, max_bad_samples, output / REPORT_FILE)
         self.preemption = Preemption(output)
         self.guard = StepGuard(args.device, args.process_index, self.preemption)
@@ -269,21 +273,19 @@ class PyramidTrainer(SavingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads the weights back. The Trainer's own way would look for `PyramidLlava`'s names, find none of them in a
-        Hugging Face LLaVA directory, and only warn."""
+        Hugging Face LLaVA directory, and only warn. (FSDP and DeepSpeed have files of their own; the latter does not
+        come here.)"""
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        host = self._host()
+        host, directory = self._host(), Path(resume_from_checkpoint)
         if is_adapted(host):
-            return load_adapters(host, Path(resume_from_checkpoint))
-        saved = type(host).from_pretrained(resume_from_checkpoint, dtype=host.dtype)
-        host.load_state_dict(saved.state_dict())
+            return load_adapters(host, directory)
+        tensors = rename(open_tensors(directory), HF_TO_HOST)
+        load_strictly(host, in_memory(tensors, own_tensors(host)), resume_from_checkpoint)
 
     def _saved_parameters(self) -> Iterable[nn.Parameter]:
         parameters = super()._saved_parameters()
         return [p for p in parameters if p.requires_grad] if is_adapted(self._host()) else parameters
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _host(self) -> Any:
         return self.accelerator.unwrap_model(self.model).host

@@ -9,20 +9,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from llava_pdrop.config import load_config
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train import arguments, run
-
-with suppress(ImportError):
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a faster gloo, which takes 80 s to compile
 
 BFLOAT16, BLIND = "bf16", "blind"
 """In the name of a run: bfloat16 although this CPU is slow at it; text-only batches leave the tower out."""
@@ -44,7 +39,8 @@ class Visits:
 
     def _begin(self, model: nn.Module, arguments: tuple) -> None:
         self.modules.append([])
-        self.whole.append(all(weight.numel() for weight in model.host.model.language_model.layers.parameters()))
+        weights = model.host.model.language_model.layers.parameters()
+        self.whole.append(not any(isinstance(weight, DTensor) or not weight.numel() for weight in weights))
         self.pictures.append(len(arguments[0].image_spans))
 
     def write(self, file: Path) -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 import psutil
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.faults.processes", "llava_pdrop.train.run", "llava_pdrop.eval.runner"])
+CONTEXT.set_forkserver_preload(
+    ["tests.faults.processes", "llava_pdrop.train.run", "llava_pdrop.eval.runner", "deepspeed"]
+)
 
 SIGNALS = {
     "kill_forward": signal.SIGKILL,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from llava_pdrop.config import load_config
 from llava_pdrop.train import checkpoints, saving
@@ -26,6 +27,7 @@ from llava_pdrop.train.checkpoints import (
 )
 from llava_pdrop.train.history import checkpoint_to_resume
 from llava_pdrop.train.run import train
+from llava_pdrop.train.trainer import PyramidTrainer
 
 
 def write(output: Path, step: int, content: bytes = b"weights") -> Path:
@@ -124,6 +126,26 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tiny_config, monkeypa
     assert checkpoint_to_resume(config) == str(output / "checkpoint-2")
     monkeypatch.undo()
     assert (train(config) / "run.json").is_file()
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_loses_nothing(tiny_config, monkeypatch):
+    config = load_config(tiny_config(train=STEPS))
+    output = Path(config.output_dir)
+
+    def full(self, directory, *args):
+        if Path(directory) == output:
+            monkeypatch.setattr(checkpoints, "free_bytes", lambda directory: 0)
+            raise SafetensorError("No space left on device")
+        return original(self, directory, *args)
+
+    original = PyramidTrainer._save
+    monkeypatch.setattr(PyramidTrainer, "_save", full)
+    message = r"out/run could not be written: No space left on device; .* 0\.000 GiB are free; the last .*checkpoint-4;"
+    with pytest.raises(CheckpointError, match=message):
+        train(config)
+    assert not (output / "run.json").exists()
+    monkeypatch.undo()
+    assert json.loads((train(config) / "run.json").read_text())["resumed_from"] == str(output / "checkpoint-4")
 
 
 def test_a_checkpoint_without_room_is_not_begun(tiny_config, monkeypatch):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +30,6 @@ from llava_pdrop.train.run import train
 from llava_pdrop.types import PackedBatch
 from tests.tiny import ANYRES, LAYERS, PAD, PYRAMID, make_tiny_host, mixed_samples
 
-ROOT = Path(__file__).resolve().parents[3]
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
 PLAIN = LoraSection(r=4, alpha=8, dropout=0.0)
@@ -373,24 +370,6 @@ def test_the_disk_needs_room_for_what_is_saved_only(lora_config, monkeypatch):
     monkeypatch.setattr("llava_pdrop.train.checkpoints.free_bytes", lambda directory: whole // 20)
     with pytest.raises(ValueError, match="checkpoint-2 is not written: it needs at least"):
         train(replace(config, output_dir=f"{config.output_dir}_full"))
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_two_ranks_equal_one(lora_config):
-    arguments = {"num_train_epochs": 1, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-    arguments |= {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.05}
-    lora = {**LORA, "dropout": 0.0}  # the masks of two ranks are not those of one
-    alone = train(load_config(lora_config("alone", lora, train={**arguments, "gradient_accumulation_steps": 2})))
-    file = lora_config("two", lora, train=arguments)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, "-m", "llava_pdrop", "train", str(file)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("adapter_model.safetensors", "projector.safetensors"):
-        one, two = load_file(alone / name), load_file(alone.parent / "two" / name)
-        for key, tensor in one.items():
-            torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_a_whole_run_in_the_place_of_a_lora_run_is_whole(lora_config):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llava_pdrop.model.vlm import Output
+from llava_pdrop.train.clock import PARTS
 from llava_pdrop.train.metrics import MetricsFile, StepMeter, peak_memory, read_metrics, reset_peak_memory
 
 CPU = torch.device("cpu")
@@ -18,22 +18,49 @@ def output(tokens: list[int], image_tokens: list[int]) -> Output:
     return Output(torch.zeros(()), 1, tokens, image_tokens)
 
 
-def test_meter_averages_per_step_and_per_sample():
+@pytest.fixture
+def now(monkeypatch):
+    """The time in seconds, as a list of one number that a test moves."""
+    value = [100.0]
+    monkeypatch.setattr("llava_pdrop.train.metrics.time.perf_counter", lambda: value[0])
+    monkeypatch.setattr("llava_pdrop.train.metrics.time.process_time", lambda: value[0] / 2)
+    return value
+
+
+def test_meter_averages_per_step_and_per_sample(now):
     meter = StepMeter(CPU)
     for _ in range(2):
         with meter.fetching():
-            time.sleep(0.01)
+            now[0] += 1.0
         meter.on_step_begin(None, None, None)
         meter.count(3, output([30, 20], [12, 6]))
         meter.count(1, output([10, 8], [4, 2]))
-        time.sleep(0.02)
+        now[0] += 4.0
         meter.on_step_end(None, None, None)
     metrics = meter.drain()
     assert (metrics["samples"], metrics["tokens_0"], metrics["tokens_1"]) == (4, 10, 7)
     assert (metrics["image_tokens_0"], metrics["image_tokens_1"]) == (4, 2)
-    assert 0.02 <= metrics["step_seconds"] < 0.2 and 0.01 <= metrics["data_seconds"] < 0.2
-    assert metrics["step_cpu_seconds"] < metrics["step_seconds"]
+    assert (metrics["step_seconds"], metrics["step_cpu_seconds"], metrics["data_seconds"]) == (4.0, 2.0, 1.0)
+    assert metrics["tokens_per_second"] == 80 / 10 and metrics["data_wait_share"] == 2 / 10
     assert meter.drain()["samples"] == 0
+
+
+def test_meter_adds_up_to_the_time_that_passed(now):
+    """Of two ranks that are alike but for the data: the other one waited for them 3 seconds longer, this one for it."""
+    measured = {"tower": 1.0, "decoder": 2.0, "backward": 3.0, "optimizer": 0.5}
+    meter = StepMeter(CPU, SimpleNamespace(drain=lambda: measured))
+    with meter.fetching():
+        now[0] += 1.0
+    meter.on_step_begin(None, None, None)
+    meter.count(2, output([20], [8]))
+    now[0] += 10.0
+    meter.on_step_end(None, None, None)
+    metrics = meter.drain(lambda mine: [2 * n + 3.0 * (place == 3) for place, n in enumerate(mine)], ranks=2)
+    assert metrics["data_seconds"] == (1.0 + 4.0) / 2 and metrics["data_wait_share"] == 2.5 / 11.0
+    assert {part: metrics[f"{part}_seconds"] for part in measured} == measured
+    assert {f"{part}_seconds" for part in PARTS} & metrics.keys() == {f"{part}_seconds" for part in measured}
+    assert metrics["rest_seconds"] == 11.0 - 2.5 - sum(measured.values())
+    assert metrics["tokens_per_second"] == 40 / 11.0
 
 
 def test_meter_sums_over_ranks():
@@ -62,6 +89,16 @@ def test_file_forgets_what_a_resumed_run_does_again(tmp_path):
     assert len(read_metrics(file.file)) == 3
     file.on_train_begin(None, state(0), None)
     assert read_metrics(file.file) == []
+
+
+def test_the_last_step_is_logged_in_any_case(tmp_path):
+    file = MetricsFile(tmp_path)
+    logged = []
+    for step in (1, 2, 3):
+        control = SimpleNamespace(should_log=False)
+        file.on_step_end(None, SimpleNamespace(global_step=step, max_steps=3), control)
+        logged.append(control.should_log)
+    assert logged == [False, False, True]
 
 
 def test_peak_memory_sees_a_large_tensor():

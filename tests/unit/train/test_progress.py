@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import logging
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from llava_pdrop.config import ConfigError, load_config
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train import arguments, progress
+from llava_pdrop.train import arguments, progress, report, trainer
 from llava_pdrop.train.arguments import prepare_reporting, training_arguments
 from llava_pdrop.train.clock import PARTS, StepClock
 from llava_pdrop.train.metrics import METRICS_FILE, StepMeter, read_metrics
 from llava_pdrop.train.progress import Progress, describe
-from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE, time_split, write_report
+from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE, TITLES, time_split, write_report
 from llava_pdrop.train.run import train
 from llava_pdrop.types import PackedBatch
+from tests.faults.processes import run_ranks
 from tests.tiny import PYRAMID, make_tiny_host, mixed_samples
 
 CPU = torch.device("cpu")
@@ -96,8 +102,11 @@ def test_a_run_leaves_a_report_of_what_it_measured(tiny_config):
     output = train(load_config(tiny_config(pyramid_drop=DROP)))
     rows = read_metrics(output / METRICS_FILE)[:3]
     split = time_split(rows)
-    assert set(split) == {*PARTS, "data"} and all(value > 0 for value in split.values())
-    assert sum(split.values()) - split["data"] <= 1.05 * sum(row["step_seconds"] for row in rows) / 3
+    assert set(split) == {*PARTS, "data", "rest"} == set(TITLES) and all(value > 0 for value in split.values())
+    parts = sum(split.values()) - split["data"] - split["rest"]
+    assert parts <= 1.05 * sum(row["step_seconds"] for row in rows) / 3
+    passed = [row["data_seconds"] / row["data_wait_share"] for row in rows]
+    assert sum(split.values()) == pytest.approx(sum(passed) / 3, rel=1e-6)
     text = (output / REPORT_FILE).read_text()
     assert "| steps | 3 |" in text and "| 3 | " in text and "ranking and dropping" in text
     assert "MFU" not in text  # a CPU has no published peak
@@ -116,6 +125,103 @@ def test_what_was_not_measured_is_not_in_the_report(tmp_path):
     assert write_report_of(tmp_path, []) is None
     text = write_report_of(tmp_path, [row, {**row, "step": 2, "loss": 1.0}]).read_text()
     assert "optimizer" not in text and "memory" not in text and "2.0000 and 1.0000" in text
+
+
+ROW = {"loss": 2.0, "tokens_per_second": 5.0, "step_seconds": 0.5, "tokens_0": 7.0, "image_tokens_0": 0.0}
+
+
+def test_samples_count_the_same_in_every_row(tmp_path):
+    rows = [{**ROW, "step": 1, "samples": 1.0, "tokens_0": 100.0}, {**ROW, "step": 2, "samples": 3.0, "tokens_0": 20.0}]
+    assert "| 0 | 40.0 | 0.0 |" in write_report_of(tmp_path, rows).read_text()
+
+
+def test_a_run_of_one_step_has_a_picture(tmp_path):
+    text = write_report_of(tmp_path, [{**ROW, "step": 1}]).read_text()
+    assert "| steps | 1 |" in text and "2.0000 and 2.0000" in text
+    loss = np.asarray(Image.open(tmp_path / PICTURE_FILE).convert("L"))[60:430, 100:700]
+    assert (loss < 100).sum() > 20  # the dark dot of the only loss
+
+
+def test_all_text_of_the_picture_is_in_it(tmp_path, monkeypatch):
+    """Also that of the longest legend."""
+    times = {f"{part}_seconds": 1.0 for part in TITLES}
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    write_report_of(tmp_path, [{**ROW, **times, "step": step} for step in (1, 2)])
+    (figure,) = figures
+    for axes in figure.axes:
+        for text in (axes.title, *(axes.get_legend().get_texts() if axes.get_legend() else ())):
+            box = text.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, text
+
+
+def test_metrics_of_a_run_that_logs_seldom_are_whole(tiny_config, capsys):
+    """Five steps, a line every two: the fifth has one too. And both are on the screen of somebody who redirects it."""
+    run = {"max_steps": 5, "logging_steps": 2, "learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no"}
+    output = train(load_config(tiny_config(train=run, pyramid_drop=DROP)))
+    rows = [row for row in read_metrics(output / METRICS_FILE) if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(shown) == 2 and shown[0].startswith("step 2/5, ") and shown[1].startswith("step 5/5, 00:00 left, loss ")
+    assert "image tokens 16>8>4>2" in shown[1] and "data wait" in shown[1]
+
+
+def test_on_a_terminal_it_is_one_line(tiny_config, monkeypatch):
+    """Without a bar: 150 columns hold all of it."""
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(progress.sys, "stderr", screen)
+    monkeypatch.setattr(progress, "tqdm", functools.partial(progress.tqdm, ncols=150, mininterval=0, file=screen))
+    shown = Progress()
+    state = SimpleNamespace(global_step=0, max_steps=2, is_world_process_zero=True)
+    shown.on_train_begin(None, state, None)
+    for state.global_step in (1, 2):
+        shown.on_step_end(None, state, None)
+        shown.on_log(None, state, None, logs=LOGS)
+    shown.on_train_end(None, state, None)
+    last = screen.getvalue().split("\r")[-1].rstrip()
+    assert last == f"step 2/2, 00:00 left, {describe(LOGS)}"
+
+
+def test_only_the_first_rank_shows_it(tiny_config):
+    run = {"max_steps": 2, "learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no"}
+    config = tiny_config(train=run, pyramid_drop=DROP)
+    ended = run_ranks(config, ranks=2, limit=300)
+    assert ended.codes == [0, 0], ended.texts
+    assert "step 2/2" in ended.texts[0] and "step 2/2" not in ended.texts[1]
+    row = read_metrics(Path(load_config(config).output_dir) / METRICS_FILE)[1]
+    assert row["samples"] == 4 and row["image_tokens_1"] == 8  # of both ranks
+    passed = row["data_seconds"] / row["data_wait_share"]
+    assert row["tokens_per_second"] == pytest.approx(row["samples"] * row["tokens_0"] / passed)
+    assert sum(row[f"{part}_seconds"] for part in TITLES) == pytest.approx(passed)
+
+
+def test_mfu_counts_every_micro_batch_of_the_run(tiny_config, monkeypatch):
+    """Micro-batches of one step, and what is not logged in every step; dropped tokens are no work."""
+    monkeypatch.setattr(trainer, "peak_of", lambda args: 1e9)
+    total = {}
+    run = {"max_steps": 3, "logging_steps": 2, "learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no"}
+    run |= {"gradient_accumulation_steps": 2, "disable_tqdm": True}
+    for name, sections in (("whole", {}), ("dropped", {"pyramid_drop": DROP})):
+        output = train(load_config(tiny_config(name, train=run, **sections)))
+        *rows, last = read_metrics(output / METRICS_FILE)
+        assert [row["step"] for row in rows] == [2, 3]
+        seconds = [row["data_seconds"] / row["data_wait_share"] * steps for row, steps in zip(rows, (2, 1))]
+        work = sum(row["mfu"] * passed * 1e9 for row, passed in zip(rows, seconds))
+        assert work == pytest.approx(last["total_flos"], rel=1e-6)
+        total[name] = work
+        assert "| MFU, median |" in (output / REPORT_FILE).read_text()
+    assert total["dropped"] < 0.95 * total["whole"]
+
+
+def test_the_report_of_a_resumed_run_is_of_all_of_it(tiny_config):
+    run = {"learning_rate": 1e-3, "use_cpu": True, "save_strategy": "steps", "save_steps": 1, "disable_tqdm": True}
+    for steps in (2, 4):
+        output = train(load_config(tiny_config(train={**run, "max_steps": steps})))
+    rows = read_metrics(output / METRICS_FILE)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    text = (output / REPORT_FILE).read_text()
+    assert "| steps | 4 |" in text and f"{rows[0]['loss']:.4f} and" in text
 
 
 def write_report_of(directory, rows):
@@ -172,8 +278,67 @@ def test_tensorboard_writes_beside_the_run_and_nothing_else_is_touched(reporting
     assert reporting("tensorboard") == {"TENSORBOARD_LOGGING_DIR": f"{reporting.config.output_dir}/tensorboard"}
 
 
-def test_a_service_that_is_not_installed_is_one_line(tiny_config, monkeypatch):
+SERVICES = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_DIR", "WANDB_ENTITY", "TENSORBOARD_LOGGING_DIR")
+
+
+@pytest.fixture
+def nobodys_services(monkeypatch, tmp_path):
+    """A machine on which nobody has set up anything; what a run sets is taken back."""
+    for name in SERVICES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail(f"asked {question}"))
+
+
+def test_tensorboard_gets_all_metrics(tiny_config, nobodys_services):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = train(load_config(tiny_config(pyramid_drop=DROP), ["train.report_to=[tensorboard]"]))
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    rows = [row for row in read_metrics(output / METRICS_FILE) if "loss" in row]
+    names = set(rows[0]) - {"step", "time", "epoch"}
+    assert {"tokens_per_second", "image_tokens_3", "ranking_seconds", "data_wait_share"} <= names
+    for name in names:
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert found == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows], name
+
+
+def test_wandb_gets_all_metrics_on_the_disk(tiny_config, nobodys_services):
+    pytest.importorskip("wandb", reason="W&B is not installed")
+    import wandb
+
+    output = train(load_config(tiny_config(pyramid_drop=DROP), ["train.report_to=[wandb]"]))
+    wandb.finish()
+    wandb.teardown()
+    (run,) = (output / "wandb").glob("offline-run-*/run-*.wandb")
+    content = run.read_bytes()
+    rows = [row for row in read_metrics(output / METRICS_FILE) if "loss" in row]
+    for name in set(rows[0]) - {"step", "time", "epoch"}:
+        assert f"train/{name}".encode() in content, name
+    for row in rows:
+        assert str(row["loss"]).encode() in content
+    assert b"llava_pdrop" in content
+
+
+@pytest.mark.parametrize("service", ["tensorboard", "wandb"])
+def test_every_training_of_a_process_has_its_own_place(tiny_config, nobodys_services, service):
+    """As stage 1 and stage 2 of one command have."""
+    pytest.importorskip(service, reason=f"{service} is not installed")
+    for name in ("first", "second"):
+        output = train(load_config(tiny_config(name), [f"train.report_to=[{service}]"]))
+        assert len(list((output / service).glob("*tfevents*" if service == "tensorboard" else "offline-run-*"))) == 1
+    if service == "wandb":
+        sys.modules["wandb"].finish()
+        sys.modules["wandb"].teardown()
+
+
+def test_a_service_that_is_unknown_or_not_installed_is_one_line(tiny_config, monkeypatch):
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     config = load_config(tiny_config(), ["train.report_to=wandb"])
     with pytest.raises(ConfigError, match=r"run\.yaml: train\.report_to: wandb is not installed: pip install wandb"):
         training_arguments(config)
+    for service, line in (("wanbd", "unknown service 'wanbd'.*wandb"), ("mlflow", "package of mlflow is not inst")):
+        with pytest.raises(ConfigError, match=rf"run\.yaml: train\.report_to: .*{line}"):
+            training_arguments(load_config(tiny_config(), [f"train.report_to=[{service}]"]))

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from llava_pdrop.config import load_config
+from llava_pdrop.train.checkpoints import step_of, what_is_torn
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.preemption import EXIT_CODE, NOTE_FILE
 from tests.faults.processes import Fault, run_ranks
 
+ROOT = Path(__file__).resolve().parents[3]
 KILLED = -9
 STEPS = 8
 """Of 4 optimizer steps an epoch with 1 process, so that runs are cut in the second epoch too."""
@@ -78,7 +85,7 @@ def test_losses_between_two_log_lines_survive_an_interruption(make_run):
     run_ranks(whole)
     assert run_ranks(cut, fault=Fault("kill_forward", 5)).codes == [KILLED]
     assert run_ranks(cut).codes == [0]
-    assert [row[0] for row in losses(whole)] == [3, 6]
+    assert [row[0] for row in losses(whole)] == [3, 6, 8]
     assert_same_end(whole, cut)
 
 
@@ -96,6 +103,24 @@ def test_a_signal_saves_after_the_step_and_ends_with_its_own_code(make_run, kind
     assert run_ranks(cut, ranks=ranks).codes == [0] * ranks
     assert not (output / NOTE_FILE).exists()
     assert_same_end(whole, cut)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_a_signal_to_torchrun_reaches_all_and_leaves_time_to_save(make_run):
+    """As Slurm or a pod ends a job: torchrun hears of it, nobody else."""
+    config = make_run("run", ranks=2, max_steps=100_000, save_strategy="no")
+    output, launcher = output_of(config), [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, "--nproc-per-node", "2", "-m", "llava_pdrop", "train", str(config)]
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        while run.poll() is None and not ((output / METRICS_FILE).is_file() and losses(config)):
+            time.sleep(0.1)
+        run.send_signal(signal.SIGTERM)
+        text = run.communicate(timeout=120)[0].decode()
+    assert run.returncode == 1, text  # torchrun's own, whatever its workers end with
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert what_is_torn(checkpoint) is None
+    assert json.loads((output / NOTE_FILE).read_text()) == {"step": step_of(checkpoint), "signal": "SIGTERM"}
 
 
 def test_a_signal_in_the_last_step_changes_nothing(make_run):

@@ -61,7 +61,7 @@ def test_a_finished_run_is_used_again_and_a_changed_one_is_not(tiny_config):
     assert (output / "model.safetensors").stat().st_mtime_ns != before
 
 
-def test_a_finished_run_of_other_data_or_versions_is_trained_again(
+def test_a_finished_run_of_other_data_is_trained_again_one_of_other_versions_is_used(
     tiny_config, tiny_files, tmp_path, capsys, monkeypatch
 ):
     records = tmp_path / "train.json"
@@ -77,9 +77,13 @@ def test_a_finished_run_of_other_data_or_versions_is_trained_again(
     train(config)
     assert f"trained again, because the finished run in {output} had other files\n" in capsys.readouterr().out
     assert json.loads((output / "run.json").read_text())["resumed_from"] is None
+    trained = (output / "model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr("llava_pdrop.__version__", "another")
-    train(config)
-    assert "had other versions\n" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    train(config)  # it cost GPU hours, and started by mistake with one process it must not be lost
+    said = capsys.readouterr().out
+    assert "finished before with the same settings (with processes 1, now 8; llava_pdrop" in said
+    assert ", now another)" in said and (output / "model.safetensors").stat().st_mtime_ns == trained
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tiny_config):

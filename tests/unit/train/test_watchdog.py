@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llava_pdrop.config import load_config
-from llava_pdrop.train.watchdog import DIRECTORY, EXIT_CODE, Place, Watchdog, diagnose
+from llava_pdrop.train.watchdog import ALARM, DIRECTORY, EXIT_CODE, NAMED, Place, Watchdog, diagnose
 from tests.faults.processes import Fault, run_ranks
 
 
 def place(rank: int, number: int, beat: int = 1) -> Place:
-    return Place(rank, number, f"place {number}", since=0.0, where=f"host {rank}, process 7", beat=beat)
+    return Place(rank, number, f"place {number}", where=f"host {rank}, process 7", beat=beat)
 
 
 def later(places: list[Place], silent: tuple[int, ...] = ()) -> list[Place]:
-    return [place(p.rank, p.number, p.beat + (p.rank not in silent)) for p in places]
+    return [replace(p, beat=p.beat + (p.rank not in silent)) for p in places]
 
 
 def test_who_is_behind_is_named_with_its_place():
@@ -39,18 +45,112 @@ def test_all_at_one_place():
     assert "all ranks have come to the same place (place 5)" in line and own_fault
 
 
-def test_a_single_process_is_not_watched(tmp_path):
-    watchdog = Watchdog(tmp_path, 0, 1, 0.01)
+def test_who_has_said_all_and_left_is_not_silent():
+    places = [replace(place(0, 5), left=True), place(1, 4)]
+    line, own_fault = diagnose(places[1], places, later(places, silent=(0,)), 2)
+    assert "rank 1 (host 1, process 7), place 4 has not arrived" in line and "silent" not in line and own_fault
+
+
+def test_hundreds_of_ranks_are_one_readable_line():
+    places = [place(0, 5), *(place(rank, 4) for rank in range(1, 100))]
+    line, _ = diagnose(places[0], places, later(places), 120)
+    assert line.count("has not arrived") == NAMED and f"; and {99 + 20 - NAMED} more. " in line
+
+
+def test_a_single_process_leaves_no_files(tmp_path):
+    watchdog = Watchdog(tmp_path, 0, 1, 100)
     with watchdog.running():
         watchdog.at("somewhere")
     assert not (tmp_path / DIRECTORY).exists()
 
 
+def test_a_single_process_that_hangs_shows_where_and_ends(tmp_path):
+    program = f"""
+        import time
+        from pathlib import Path
+        from llava_pdrop.train.watchdog import Watchdog
+        def stuck_here():
+            time.sleep(600)
+        watchdog = Watchdog(Path({str(tmp_path)!r}), 0, 1, 1)
+        with watchdog.running():
+            watchdog.at("fetching")
+            stuck_here()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == EXIT_CODE
+    assert "[rank 0] error: no progress for 1 s, waiting at fetching: this process hangs." in done.stderr
+    assert "in stuck_here" in done.stderr
+
+
+def test_files_of_an_earlier_run_count_for_nothing(tmp_path):
+    """They are older than this run, or of ranks that it does not have."""
+    directory = tmp_path / DIRECTORY
+    directory.mkdir()
+    earlier = Watchdog(tmp_path, 1, 6, 100)
+    earlier.at("somewhere")
+    earlier._write()
+    (directory / "rank_1.json").rename(directory / "rank_5.json")
+    earlier._write()
+    (directory / ALARM).touch()
+    for name in ("rank_1.json", ALARM):
+        os.utime(directory / name, (1.0, 1.0))
+    watchdog, other = Watchdog(tmp_path, 0, 2, 100), Watchdog(tmp_path, 1, 2, 100)
+    with watchdog.running():
+        assert watchdog._read() == [] and not watchdog._alarm()
+        with other.running():
+            assert [found.rank for found in watchdog._read()] == [1]
+            (directory / "rank_1.json").write_text("half of")
+            assert watchdog._read() == []
+        assert directory.exists()  # this rank has not left
+    assert not directory.exists()
+
+
+def test_a_long_last_place_that_ends_after_all_is_no_fault(tmp_path, monkeypatch):
+    """It ends while the watchdog listens to the others."""
+    ended, listening = [], threading.Event()
+    monkeypatch.setattr("llava_pdrop.train.watchdog.os._exit", ended.append)
+    watchdog = Watchdog(tmp_path, 0, 2, 0.1)
+
+    def listen():
+        listening.set()
+        watchdog._stop.wait()
+        return [], []
+
+    monkeypatch.setattr(watchdog, "_listen", listen)
+    with watchdog.running():
+        assert listening.wait(300)
+    assert ended == []
+
+
+def test_an_alarm_ends_a_rank_that_fails_because_of_it(tmp_path):
+    """Here the other rank has ended already, and its end was an error before this rank's thread looked."""
+    program = f"""
+        import time
+        from pathlib import Path
+        from llava_pdrop.train.watchdog import ALARM, Watchdog
+        other = Watchdog(Path({str(tmp_path)!r}), 1, 2, 100)
+        watchdog = Watchdog(Path({str(tmp_path)!r}), 0, 2, 100)
+        with watchdog.running():
+            for number in range(3):
+                watchdog.at(f"place {{number}}")
+            other.at("place 0")
+            other._place = other._place.__class__(**(vars(other._place) | {{"left": True}}))
+            other._write()
+            (other.directory / ALARM).touch()
+            raise RuntimeError("connection closed by peer")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == EXIT_CODE
+    assert "waiting at place 2: rank 1 (" in done.stderr and "place 0 has not arrived" in done.stderr
+    assert "RuntimeError: connection closed by peer" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_a_sleeping_rank_ends_the_run_with_its_name(tiny_config, stuck):
-    train = {"max_steps": 4, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "ddp_timeout": 6}
+    """The timeout is far above what a step takes on a machine that runs other things too."""
+    train = {"max_steps": 4, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "ddp_timeout": 15}
     config = tiny_config(train=train)
-    ended = run_ranks(config, ranks=2, fault=Fault("sleep", 3, rank=stuck), limit=60)
+    ended = run_ranks(config, ranks=2, fault=Fault("sleep", 3, rank=stuck), limit=300)
     waiting = 1 - stuck
     assert ended.codes == [EXIT_CODE, EXIT_CODE], ended.texts
     assert f"[rank {waiting}] error: no progress for" in ended.texts[waiting]
