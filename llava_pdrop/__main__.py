@@ -119,12 +119,14 @@ def _take_runs(parser: argparse.ArgumentParser) -> None:
 def _foreign(directory: Path, overrides: list[str]) -> Any:
     """The config of a LLaVA that was not trained here: it is evaluated with the schedule in its config.json, if any."""
     from llava_pdrop.config import RUN_FILE, ConfigError, config_of
+    from llava_pdrop.model.hf_files import reading
     from llava_pdrop.model.original_layout import original_schedule
     from llava_pdrop.model.shards import read_json
 
     if not any(word.startswith("data.eval=") for word in overrides):
         raise ConfigError(f"{directory} has no {RUN_FILE} that names questions: add data.eval=FILE data.image_root=DIR")
-    schedule = original_schedule(read_json(directory / "config.json"))
+    with reading(directory / "config.json"):
+        schedule = original_schedule(read_json(directory / "config.json"))
     values = {
         "name": directory.name,
         "output_dir": str(directory),
@@ -156,6 +158,7 @@ def _module(name: str, summary: str) -> Command:
 COMMANDS = {
     "train": Command("train one run (stage 1 first where it is missing)", _train),
     "compare": Command("train and evaluate with and without dropping, and write a report", _compare, _take_runs),
+    "ablate": _module("llava_pdrop.ablate.command", "train, or only evaluate, variants of a config, in one table"),
     "eval": Command("evaluate a finished run: its config, or its directory", _eval, _take_run),
     "plan": _module(
         "llava_pdrop.bench.plan_command",

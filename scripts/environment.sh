@@ -8,6 +8,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
+if [[ "${DRY_RUN:-0}" == 0 ]]; then unset DRY_RUN; fi
 if [[ -n "${LLAVA_PDROP_PYTHON:-}" ]]; then
     python="$(command -v "$LLAVA_PDROP_PYTHON")" || fail "LLAVA_PDROP_PYTHON=$LLAVA_PDROP_PYTHON is not a program"
     [[ "$python" == /* ]] || python="$PWD/$python"

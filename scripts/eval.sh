@@ -5,5 +5,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 source "$ROOT/scripts/launch.sh"
 export NPROC_PER_NODE=1 NNODES=1
-unset SLURM_JOB_NUM_NODES HOSTFILE TORCHRUN_ARGS
+unset SLURM_JOB_NUM_NODES SLURM_STEP_ID HOSTFILE TORCHRUN_ARGS
 launch eval checkpoints/tiny/finetune_pdrop/pyramid_drop "$@"

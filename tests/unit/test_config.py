@@ -14,7 +14,7 @@ from llava_pdrop.config_values import keys_of
 from llava_pdrop.model.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "ablations")
 
 LAYERS = 4
 

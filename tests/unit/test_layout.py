@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "train": {"types", "geometry", "style", "config", "data", "model", "train"},
     "eval": {"types", "geometry", "style", "config", "data", "model", "train", "eval", "bench"},
     "bench": {"types", "geometry", "style", "config", "data", "model", "train", "bench"},
+    "ablate": {"types", "geometry", "style", "config", "data", "model", "train", "eval", "bench", "ablate"},
     "convert": {"types", "geometry", "model"},
     "doctor": {"types", "geometry", "config", "data", "model", "bench", "train"},
     "serve": {"types", "geometry", "config", "data", "model", "serve"},
