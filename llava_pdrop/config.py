@@ -35,8 +35,10 @@ from llava_pdrop.config_values import (
     convert,
     convert_fields,
     did_you_mean,
+    first_line,
     keys_of,
     nearest_key,
+    read_mapping,
 )
 from llava_pdrop.geometry import PINPOINTS
 from llava_pdrop.model.schedule import Schedule
@@ -104,7 +106,7 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str],
         try:
             merged = OmegaConf.to_container(OmegaConf.merge(merged, layer))  # type: ignore[assignment]
         except (OmegaConfBaseException, ValueError, TypeError) as error:
-            raise ConfigError(f"{name}: cannot be merged with what it inherits: {_first_line(error)}") from None
+            raise ConfigError(f"{name}: cannot be merged with what it inherits: {first_line(error)}") from None
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
         return _build(resolved, path)
@@ -112,7 +114,7 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str],
         hint = nearest_key(problem.key, _all_keys(problem.key)) if problem.unknown else ""
         raise ConfigError(f"{_origin(problem.key, layers)}: {problem}{hint}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: {first_line(error)}") from None
 
 
 def to_yaml(config: Config) -> str:
@@ -133,16 +135,9 @@ def _read(path: Path, below: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]
         wanted = f"base of {below[-1].name}: " if below else ""
         siblings = [str(entry) for entry in path.parent.glob("*.yaml")]
         raise ConfigError(f"{wanted}no config file {path}{did_you_mean(str(path), siblings)}")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not readable as YAML: {_first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, got a list")
+    content = read_mapping(path)
     base = content.pop("base", None)
-    own: list[tuple[str, dict[str, Any]]] = [(str(path), content)]  # type: ignore[list-item]
+    own: list[tuple[str, dict[str, Any]]] = [(str(path), content)]
     if base is None:
         return own
     if not isinstance(base, str):
@@ -160,7 +155,7 @@ def _dotlist(overrides: Sequence[str]) -> Mapping[str, Any]:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{OVERRIDES}: {' '.join(overrides)}: {_first_line(error)}") from None
+        raise ConfigError(f"{OVERRIDES}: {' '.join(overrides)}: {first_line(error)}") from None
 
 
 def _build(values: Any, path: Path) -> Config:
@@ -258,8 +253,3 @@ def _lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _lists(entry) for key, entry in value.items()}
     return [_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _first_line(error: BaseException) -> str:
-    text = getattr(error, "problem", None) or str(error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -6,8 +6,13 @@ import difflib
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from llava_pdrop.model.schedule import Schedule
 
@@ -22,6 +27,32 @@ class Problem(ValueError):
     def __init__(self, key: str, message: str, unknown: bool = False) -> None:
         super().__init__(message)
         self.key, self.unknown = key, unknown
+
+
+def read_mapping(path: Path, resolve: bool = False) -> dict[str, Any]:
+    """The content of a YAML file.
+
+    Args:
+        resolve: replace interpolations (``${seed}``) by what they stand for in this file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=resolve)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: also of a lone number
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not readable as YAML: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys, got a list")
+    return content  # type: ignore[return-value]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a YAML library complains of."""
+    text = getattr(error, "problem", None) or str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
 
 
 def at_least(least: int, key: str, value: int) -> None:

@@ -60,8 +60,8 @@ def plan(ablation: Ablation) -> list[Row]:
 
 
 def ablate(ablation: Ablation, rows: list[Row]) -> list[Row] | None:
-    """Trains what is not finished yet and measures; None on all but the first process. Everything about every variant
-    is checked before the first one starts.
+    """Trains what is not finished yet and measures; None on all but the first process. Names, files and questions of
+    every variant are checked before the first one starts.
 
     Args:
         rows: of `plan`.

@@ -20,13 +20,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from llava_pdrop.config import OVERRIDES, CompareSection, Config, ConfigError, load_config
 from llava_pdrop.config_paths import missing_model
-from llava_pdrop.config_values import Problem, convert_fields, did_you_mean, hints_of
+from llava_pdrop.config_values import Problem, convert_fields, did_you_mean, hints_of, read_mapping
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names of variants, which are names of directories too."""
@@ -79,7 +75,8 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
     path = Path(path)
     own = {name: word for word in overrides for name in [word.partition("=")[0]] if name in (*SET_HERE, "checkpoint")}
     common = [word for word in overrides if word not in own.values()]
-    file = _read(path, {name: word.partition("=")[2] for name, word in own.items()})
+    given = {name: word.partition("=")[2] for name, word in own.items()}
+    file = _read(path, {name: None if value in ("", "null") else value for name, value in given.items()})
     name = file.name or f"{path.parent.name}/{path.stem}"
     output_dir = Path(file.output_dir or f"checkpoints/{name}")
     problem = missing_model(file.checkpoint) if file.checkpoint is not None else None
@@ -106,18 +103,11 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
     return Ablation(str(path), name, output_dir, file.checkpoint, tuple(variants.values()))
 
 
-def _read(path: Path, own: Mapping[str, str]) -> File:
+def _read(path: Path, own: Mapping[str, str | None]) -> File:
     if not path.is_file():
         raise ConfigError(f"no ablation file {path}{did_you_mean(str(path), map(str, path.parent.glob('*.yaml')))}")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not readable as YAML: {problem.splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, got a list")
-    if not content.keys() & {"variants", "grid"}:
+    content = read_mapping(path, resolve=True)
+    if not content.get("variants") and not content.get("grid"):
         raise ConfigError(f"{path}: neither variants nor grid: name what is to be changed (configs/README.md)")
     try:
         return File(**{**convert_fields(content, File, ""), **own})
@@ -140,6 +130,8 @@ def _all_changes(path: Path, file: File) -> Iterator[tuple[str, str, list[str]]]
         rest = {key: value for key, value in changes.items() if key != "base"}
         yield str(name), str(changes.get("base", file.base)), list(_words(rest))
     for key, values in file.grid.items():
+        if key in (*SET_HERE, "base"):
+            raise ConfigError(f"{path}: grid.{key}: names no setting to vary: use variants")
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path}: grid.{key} must be a list of one value or more, got {values!r}")
     for point in itertools.product(*file.grid.values()) if file.grid else ():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import netrc
 import os
@@ -16,15 +15,11 @@ import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 
 from llava_pdrop.config import Config, ConfigError
-from llava_pdrop.config_values import did_you_mean
 from llava_pdrop.model.hardware import peak_flops
 from llava_pdrop.model.precision import has_fast_bfloat16
+from llava_pdrop.train.checks import check_reporting
 from llava_pdrop.train.history import number_of_processes
 
 DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
@@ -146,17 +141,7 @@ def prepare_reporting(config: Config, args: TrainingArguments) -> None:
     Raises:
         ConfigError: a service is unknown or not installed.
     """
-    for service in args.report_to:
-        key = f"{config.file}: train.report_to:"
-        if service not in INTEGRATION_TO_CALLBACK:
-            raise ConfigError(f"{key} unknown service {service!r}{did_you_mean(service, INTEGRATION_TO_CALLBACK)}")
-        if service in ("wandb", "tensorboard"):
-            if importlib.util.find_spec(service) is None:
-                raise ConfigError(
-                    f"{key} {service} is not installed: pip install {service}, or llava_pdrop with its extra [train]"
-                )
-        elif service not in get_available_reporting_integrations():
-            raise ConfigError(f"{key} the package of {service} is not installed")
+    check_reporting(config)
     if "tensorboard" in args.report_to:
         _set_default("TENSORBOARD_LOGGING_DIR", str(Path(config.output_dir) / "tensorboard"))
     if "wandb" in args.report_to:

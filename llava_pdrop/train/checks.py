@@ -7,6 +7,10 @@ import os
 from collections.abc import Iterable
 
 import torch
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from llava_pdrop.config import Config, ConfigError, check_paths, load_config
 from llava_pdrop.config_paths import number, part_configs, pretrain_words
@@ -23,6 +27,7 @@ def check_run(config: Config) -> None:
     check_paths(config)
     check_name(config, "model.template", config.model.template, TEMPLATES)
     check_bits(config)
+    check_reporting(config)
     first = stage1_config(config)
     if first is not None:
         check_run(first)
@@ -37,6 +42,24 @@ def check_bits(config: Config) -> None:
         raise ConfigError(f"{line} a CUDA GPU, and this run has none: lora.bits=null trains plain LoRA")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"{line} bitsandbytes, which is not installed: pip install bitsandbytes, or lora.bits=null")
+
+
+def check_reporting(config: Config) -> None:
+    """Raises `ConfigError` if ``train.report_to`` names a service that is unknown or not installed."""
+    named = config.train.arguments.get("report_to") or []
+    for service in [named] if isinstance(named, str) else named:
+        key = f"{config.file}: train.report_to:"
+        if service in ("all", "none"):
+            continue
+        if service not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"{key} unknown service {service!r}{did_you_mean(service, INTEGRATION_TO_CALLBACK)}")
+        if service in ("wandb", "tensorboard"):
+            if importlib.util.find_spec(service) is None:
+                raise ConfigError(
+                    f"{key} {service} is not installed: pip install {service}, or llava_pdrop with its extra [train]"
+                )
+        elif service not in get_available_reporting_integrations():
+            raise ConfigError(f"{key} the package of {service} is not installed")
 
 
 def check_name(config: Config, key: str, name: str, known: Iterable[str]) -> None:

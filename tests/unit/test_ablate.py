@@ -99,12 +99,15 @@ def test_vanilla_stays_vanilla(write) -> None:
 def test_own_keys_on_the_command_line(write, tmp_path: Path) -> None:
     ablation = load_ablation(write(variants=LAMBDAS), [f"output_dir={tmp_path}/else", "name=mine"])
     assert ablation.name == "mine" and ablation.variants[0].config.output_dir == f"{tmp_path}/else/vanilla"
+    file = write(variants=LAMBDAS, checkpoint="nowhere")
+    assert load_ablation(file, ["checkpoint=null"]).checkpoint is None
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         ({}, "neither variants nor grid"),
+        ({"variants": {}, "grid": {}}, "neither variants nor grid"),
         ({"variants": {"a": {"pyramid_drop.ration": 1}}}, "a: unknown key 'pyramid_drop.ration' (did you mean"),
         ({"variants": {"a": {"pyramid_drop.ratios": [0.5]}}}, "a: pyramid_drop.layers has 3 entries"),
         ({"variants": {"a": {"pyramid_drop.layers": [1, 2, 9]}}}, "a: pyramid_drop.layers holds 9"),
@@ -116,6 +119,8 @@ def test_own_keys_on_the_command_line(write, tmp_path: Path) -> None:
         ({"variants": {"a": "nowhere.yaml"}}, "a: no config file"),
         ({"variants": {"seed_1": {"seed": 1}}, "grid": {"seed": [1]}}, "two variants are called 'seed_1'"),
         ({"grid": {"seed": []}}, "grid.seed must be a list of one value or more, got []"),
+        ({"grid": {"name": ["a", "b"]}}, "grid.name: names no setting to vary: use variants"),
+        ({"grid": {"base": ["a.yaml"]}}, "grid.base: names no setting to vary: use variants"),
         ({"grid": {"seed": 3}}, "grid.seed must be a list of one value or more, got 3"),
         ({"variants": LAMBDAS, "base": "nowhere.yaml"}, "base: no config file"),
         ({"variants": LAMBDAS, "base": 3}, "base must be text, got 3"),
@@ -134,6 +139,8 @@ def test_a_file_that_is_none(tmp_path: Path, write) -> None:
     assert complaint(file).startswith(f"{file} line ") and "duplicate key a" in complaint(file)
     file.write_text("- a\n")
     assert complaint(file) == f"{file}: must be a mapping of keys, got a list"
+    file.write_text("3\n")
+    assert complaint(file) == f"{file}: not readable as YAML: Invalid loaded object type: int"
     file.write_text("variants: {a: {seed: 1}}\n")
     assert complaint(file) == f"{file}: base is missing"
 
@@ -249,6 +256,9 @@ def test_all_variants_are_checked_before_the_first_starts(write, tmp_path: Path,
     variants = {**LAMBDAS, "last": {"eval.scorer": "exact"}}
     assert main(["ablate", str(write(variants=variants))]) == 2
     assert "unknown eval.scorer 'exact'" in capsys.readouterr().err and not (tmp_path / "ab").exists()
+    variants = {**LAMBDAS, "last": {"train.report_to": "wandbb"}}
+    assert main(["ablate", str(write(variants=variants))]) == 2
+    assert "unknown service 'wandbb'" in capsys.readouterr().err and not (tmp_path / "ab").exists()
     variants = {**LAMBDAS, "last": {"data.image_root": "nowhere"}}
     assert main(["ablate", str(write(variants=variants))]) == 2
     assert "the image directory nowhere does not exist" in capsys.readouterr().err and not (tmp_path / "ab").exists()

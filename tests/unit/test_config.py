@@ -206,6 +206,7 @@ def test_a_wrong_override_is_one_line(run: Path, override: str, expected: str) -
         ("trian: {}", "unknown key 'trian' (did you mean 'train'?)"),
         ("model: [", "line "),
         ("- a", "must be a mapping of keys"),
+        ("3", "not readable as YAML: Invalid loaded object type: int"),
         ("seed: ${nowhere}", "nowhere"),
         ("pyramid_drop: {layers: [1], ratios: [0.5, 0.2]}", "one ratio per layer"),
         ("model: {language_model: llm, vision_tower: tower}", "data is missing"),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from llava_pdrop.config import ConfigError, load_config
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train import arguments, progress, report, trainer
+from llava_pdrop.train import arguments, checks, progress, report, trainer
 from llava_pdrop.train.arguments import prepare_reporting, training_arguments
 from llava_pdrop.train.clock import PARTS, StepClock
 from llava_pdrop.train.metrics import METRICS_FILE, StepMeter, read_metrics
@@ -243,7 +243,7 @@ def reporting(tiny_config, monkeypatch, tmp_path):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: object())
     config = load_config(tiny_config())
 
     def prepare(*services: str) -> dict[str, str]:
@@ -335,7 +335,7 @@ def test_every_training_of_a_process_has_its_own_place(tiny_config, nobodys_serv
 
 
 def test_a_service_that_is_unknown_or_not_installed_is_one_line(tiny_config, monkeypatch):
-    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     config = load_config(tiny_config(), ["train.report_to=wandb"])
     with pytest.raises(ConfigError, match=r"run\.yaml: train\.report_to: wandb is not installed: pip install wandb"):
         training_arguments(config)
