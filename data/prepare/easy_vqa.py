@@ -1,4 +1,4 @@
-"""Converts the records of the `easy-vqa <https://pypi.org/project/easy-vqa/>`_ package to LLaVA JSON and PNG files.
+"""Converts the records of the `easy-vqa <https://github.com/vzhou842/easy-VQA>`_ package to LLaVA JSON and PNG files.
 
 The package (MIT licence, 3 MB, not a dependency of this project: ``pip install easy-vqa==1.0``) holds 64x64 pictures of
 one coloured shape with 38,575 training and 9,673 test questions that have 13 different answers.
