@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,14 +24,32 @@ def cut_up() -> Iterator[None]:
         return
     import deepspeed
 
-    # Rotary frequencies stay float32; transformers 5.17 does not have it yet.
-    keep_arange = getattr(integration, "prevent_arange_dtype_change", nullcontext)
     with (
-        keep_arange(),
+        getattr(integration, "prevent_arange_dtype_change", _arange_as_asked)(),
         deepspeed.zero.Init(config_dict_or_path=integration.deepspeed_config()),
         set_zero3_state(),  # tells transformers that it is done
     ):
         yield
+
+
+@contextmanager
+def _arange_as_asked() -> Iterator[None]:
+    """Keeps the numbers that rotary frequencies are made of in float32 while `deepspeed.zero.Init` makes all others in
+    the precision of training. Newer transformers than 5.17 have their own."""
+    from deepspeed.runtime.zero import partition_parameters as partition
+
+    wrap = partition.zero_wrapper_for_fp_tensor_constructor
+
+    def wrap_all_but_arange(
+        make: Callable[..., Tensor], target_fp_dtype: torch.dtype, target_device: torch.device
+    ) -> Any:
+        return wrap(make, None if make is partition._orig_torch_arange else target_fp_dtype, target_device)
+
+    partition.zero_wrapper_for_fp_tensor_constructor = wrap_all_but_arange
+    try:
+        yield
+    finally:
+        partition.zero_wrapper_for_fp_tensor_constructor = wrap
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
