@@ -15,15 +15,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from llava_pdrop.ablate.run import Row
 from llava_pdrop.ablate.spec import Ablation
 from llava_pdrop.bench.report import environment, markdown_table
-from llava_pdrop.eval.compare import TABLE_WIDTH
 from llava_pdrop.eval.figures import COLOURS
+from llava_pdrop.eval.runs import print_table
 from llava_pdrop.style import INK, STYLE
 
 REPORT_FILE, RESULTS_FILE, PICTURE_FILE = "ablation.md", "ablation.json", "ablation.png"
@@ -63,14 +60,7 @@ def table_rows(ablation: Ablation, rows: Sequence[Row]) -> list[list[str]]:
 
 def show(ablation: Ablation, rows: Sequence[Row], title: str) -> None:
     """Prints the table."""
-    head, *lines = table_rows(ablation, rows)
-    shown = Table(title=title, header_style="bold", box=box.SIMPLE_HEAD)
-    for column, name in enumerate(head):
-        shown.add_column(name, justify="left" if column == 0 else "right")
-    for line in lines:
-        shown.add_row(*line)
-    console = Console()
-    (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(shown)
+    print_table(title, table_rows(ablation, rows))
 
 
 def write(ablation: Ablation, rows: Sequence[Row]) -> Path:

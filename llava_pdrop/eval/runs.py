@@ -64,19 +64,13 @@ def compare_runs(directories: Sequence[str | Path], out: Path = Path("checkpoint
     if twice := next((given for given, place in zip(directories, places) if places.count(place) > 1), None):
         raise ConfigError(f"{twice} is named twice: name every run once")
     runs = with_savings([read_run(Path(directory)) for directory in directories])
-    head, *lines = rows = table_rows(runs)
-    shown = Table(title="Runs, and what the paper reports", header_style="bold", box=box.SIMPLE_HEAD)
-    for column, name in enumerate(head):
-        shown.add_column(name, justify="left" if column == 0 else "right")
-    for line in lines:
-        shown.add_row(*line)
-    console = Console()
-    (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(shown)
+    rows = table_rows(runs)
+    print_table("Runs, and what the paper reports", rows)
     out.mkdir(parents=True, exist_ok=True)
     pictured = draw(runs, out / PICTURE)
     file = out / REPORT
     file.write_text("\n".join(markdown(runs, rows, pictured)))
-    console.print(f"report: {file}", soft_wrap=True)
+    Console().print(f"report: {file}", soft_wrap=True)
     return file
 
 
@@ -216,3 +210,15 @@ def _tflop(config: Config) -> float | None:
 
 def _text(value: float | None, style: str) -> str:
     return "" if value is None else format(value, style)
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Prints ``rows``, whose first one is the head; into a file at a width that cuts nothing."""
+    head, *lines = rows
+    shown = Table(title=title, header_style="bold", box=box.SIMPLE_HEAD)
+    for column, name in enumerate(head):
+        shown.add_column(name, justify="left" if column == 0 else "right")
+    for line in lines:
+        shown.add_row(*line)
+    console = Console()
+    (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(shown)
