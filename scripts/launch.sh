@@ -1,4 +1,4 @@
-# Sourced by the training scripts: `launch COMMAND DEFAULT_CONFIG [CONFIG] [section.key=value ...]` runs one command of
+# Sourced by the other scripts: `launch COMMAND DEFAULT_CONFIG [CONFIG] [section.key=value ...]` runs one command of
 # llava-pdrop in the world it finds, which is the first of these that is there:
 #
 #   Slurm step of several nodes       (srun bash scripts/...) this task's torchrun, one task per node
@@ -8,8 +8,8 @@
 #   several GPUs                      torchrun on this machine
 #   one GPU or none                   one process
 #
-#   NPROC_PER_NODE    processes per node; default: the GPUs this job may use, at least 1 (1 for configs/tiny/, which run
-#                     on the CPU). With HOSTFILE its slots say
+#   NPROC_PER_NODE    processes per node; default: the GPUs this job may use, at least 1 (1 for configs/tiny/ and what
+#                     they leave, which run on the CPU). With HOSTFILE its slots say
 #   MASTER_PORT       default: 29500
 #   TORCHRUN_ARGS     more arguments for torchrun
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT    seconds that torchrun, told to stop, leaves the processes for finishing their step
@@ -60,7 +60,7 @@ launch() {
     cd "$ROOT" || fail "$ROOT is gone"
 
     processes="$(gpus)"
-    if [[ "/$config" == */configs/tiny/* || "/$config" == */configs/ablations/tiny* ]]; then processes=1; fi
+    case "/$config" in */configs/tiny/* | */configs/ablations/tiny* | */checkpoints/tiny/*) processes=1 ;; esac
     processes="${NPROC_PER_NODE:-$((processes > 1 ? processes : 1))}"
     local nodes="${NNODES:-1}" port="${MASTER_PORT:-29500}" inside more=()
     count NPROC_PER_NODE "$processes" 1

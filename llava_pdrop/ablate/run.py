@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from llava_pdrop.config_schema import PaperRow
 from llava_pdrop.eval.compare import training_batches
 from llava_pdrop.eval.runner import answer, check_scorer, evaluate_config, load_questions
 from llava_pdrop.eval.runs import read_run, with_savings
+from llava_pdrop.eval.team import team_of
 from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.flops import predicted_reduction
 from llava_pdrop.train.checks import check_run
@@ -79,14 +78,17 @@ def ablate(ablation: Ablation, rows: list[Row]) -> list[Row] | None:
         load_questions(variant.config)  # a broken file is then said before hours of training
     for line in missing_lines(ablation):
         say(line)
-    if ablation.checkpoint is None:
+    if ablation.checkpoint is not None:
+        measured = _evaluate_checkpoint(ablation, ablation.checkpoint)
+    else:
         for number, variant in enumerate(ablation.variants, 1):
             say(f"variant {number} of {len(ablation.variants)}: {variant.name}")
             train(variant.config)
-    if os.environ.get("RANK", "0") != "0":
-        return None
-    measured = _trained(ablation) if ablation.checkpoint is None else _evaluated(ablation, ablation.checkpoint)
-    return [replace(row, **found) for row, found in zip(rows, measured)]
+            if variant.config.data.eval is not None:
+                evaluate_config(variant.config)
+                release_memory()
+        measured = _read_runs(ablation) if os.environ.get("RANK", "0") == "0" else None
+    return None if measured is None else [replace(row, **found) for row, found in zip(rows, measured)]
 
 
 def missing_lines(ablation: Ablation) -> list[str]:
@@ -110,23 +112,20 @@ def _predicted_by_plan(ablation: Ablation, config: Config) -> float | None:
     )
 
 
-def _trained(ablation: Ablation) -> Iterator[dict[str, Any]]:
-    """What the finished runs tell, each evaluated where its config names questions."""
-    runs = []
-    for variant in ablation.variants:
-        if variant.config.data.eval is not None:
-            evaluate_config(variant.config)
-            release_memory()
-        runs.append(read_run(Path(variant.config.output_dir)))
+def _read_runs(ablation: Ablation) -> list[dict[str, Any]]:
+    """What the finished runs tell."""
+    runs = [read_run(Path(variant.config.output_dir)) for variant in ablation.variants]
     batches = _Batches()
-    for variant, run in zip(ablation.variants, with_savings(runs)):
-        yield {
+    return [
+        {
             "predicted": batches.saved(variant) if variant.config.schedule.layers else None,
             "evaluation": run.evaluation,
             "seconds": run.timing.seconds if run.timing else None,
             "device": run.timing.device if run.timing else "cpu",
             "realised": run.saved,
         }
+        for variant, run in zip(ablation.variants, with_savings(runs))
+    ]
 
 
 class _Batches:
@@ -159,31 +158,35 @@ class _Batches:
         )
 
 
-def _evaluated(ablation: Ablation, checkpoint: str) -> Iterator[dict[str, Any]]:
-    """``checkpoint`` with the schedule of every variant."""
+def _evaluate_checkpoint(ablation: Ablation, checkpoint: str) -> list[dict[str, Any]] | None:
+    """``checkpoint`` with the schedule of every variant; None on all but the first process."""
     first = ablation.variants[0].config
     questions = load_questions(first)
     if not questions:
         raise ConfigError(f"{ablation.file}: data.eval: names no file with questions, and nothing is trained")
-    parts = build_parts(path=checkpoint)
-    if parts.geometry != model_of(first).geometry:
-        raise ConfigError(
-            f"{ablation.file}: checkpoint {checkpoint} cuts pictures otherwise than {first.file} says: {parts.geometry}"
-        )
-    answer(first, parts, questions[: first.eval.batch_size], first.schedule, None)  # what is slow once
-    without_drops: float | None = None
-    found = []
-    for variant in ablation.variants:
-        config, began = variant.config, time.process_time()
-        result = answer(config, parts, questions, config.schedule, variant.name)
-        cuda = next(parts.host.parameters()).device.type == "cuda"
-        seconds = (result.seconds if cuda else time.process_time() - began) / len(questions)
-        if not config.schedule.layers:
-            without_drops = seconds
-        evaluation = {"scorer": config.eval.scorer, "accuracy": result.accuracy, "chance": result.chance}
-        evaluation |= {"questions": len(questions), "image_tokens": result.image_tokens}
-        found.append((config, evaluation, seconds, "cuda" if cuda else "cpu"))
-        result.write(ablation.output_dir / "predictions", f"{variant.name}.jsonl")
-    for config, evaluation, seconds, device in found:
-        saved = 1 - seconds / without_drops if without_drops and config.schedule.layers else None
-        yield {"evaluation": evaluation, "seconds": seconds, "device": device, "realised": saved}
+    found: list[dict[str, Any]] = []
+    with team_of(first, ablation.output_dir) as team:
+        parts = build_parts(path=checkpoint)
+        if parts.geometry != model_of(first).geometry:
+            raise ConfigError(
+                f"{ablation.file}: checkpoint {checkpoint} cuts pictures otherwise than {first.file} says: "
+                f"{parts.geometry}"
+            )
+        answer(first, parts, questions[: first.eval.batch_size], first.schedule, None)  # what is slow once
+        for variant in ablation.variants:
+            config = variant.config
+            result = answer(config, parts, questions, config.schedule, variant.name, team)
+            if team.first:
+                result.write(ablation.output_dir / "predictions", f"{variant.name}.jsonl")
+            device = next(parts.host.parameters()).device.type
+            evaluation = {"scorer": config.eval.scorer, "accuracy": result.accuracy, "chance": result.chance}
+            evaluation |= {"questions": len(questions), "image_tokens": result.image_tokens}
+            seconds = (result.seconds if device == "cuda" else result.cpu_seconds) / len(questions)
+            found.append({"evaluation": evaluation, "seconds": seconds, "device": device})
+    if not team.first:
+        return None
+    plain = [line["seconds"] for variant, line in zip(ablation.variants, found) if not variant.config.schedule.layers]
+    for variant, line in zip(ablation.variants, found):
+        drops = bool(variant.config.schedule.layers)
+        line["realised"] = 1 - line["seconds"] / plain[-1] if plain and drops else None
+    return found

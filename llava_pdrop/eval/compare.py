@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from llava_pdrop.data.images import image_size
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.eval import report
 from llava_pdrop.eval.runner import Result, answer, check_scorer, load_questions
+from llava_pdrop.eval.team import team_of
 from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.flops import predicted_reduction
 from llava_pdrop.model.schedule import Schedule
@@ -106,9 +106,9 @@ def compare(config: Config) -> Path:
     if config.compare.vanilla:
         runs[VANILLA] = train(_subrun(config.vanilla(), VANILLA))
     runs[DROPPING] = train(_subrun(config, DROPPING))
-    if os.environ.get("RANK", "0") != "0":  # the first process of a distributed run does the rest
-        return Path(config.output_dir) / report.REPORT_FILE
     comparison = collect(config, runs)
+    if comparison is None:
+        return Path(config.output_dir) / report.REPORT_FILE
     wide = console if console.is_terminal else Console(width=TABLE_WIDTH)
     wide.print(table(comparison.rows))
     file = report.write(comparison, Path(config.output_dir), table_rows(comparison.rows))
@@ -128,25 +128,29 @@ def missing_lines(config: Config) -> list[str]:
     return lines
 
 
-def collect(config: Config, runs: dict[str, Path]) -> Comparison:
-    """Evaluates the finished ``runs`` and puts their numbers together."""
+def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
+    """Evaluates the finished ``runs`` and puts their numbers together. All processes share the questions; the first one
+    alone has the numbers, the others None."""
     timings = {name: timing_of(directory / METRICS_FILE) for name, directory in runs.items()}
     questions = load_questions(config)
-    rows, examples = [], []
-    for name, directory in runs.items():
-        parts = build_parts(path=str(directory))
-        schedules = {name: config.schedule if name == DROPPING else Schedule()}
-        if name == VANILLA:
-            layers = parts.host.config.text_config.num_hidden_layers
-            schedules |= {f"{VANILLA} + {key}": s for key, s in config.training_free(layers).items()}
-        for label, schedule in schedules.items():
-            result = answer(config, parts, questions, schedule, label) if questions else None
-            rows.append(Row(label, schedule, result, timings.get(label)))
-        if name == DROPPING:
-            examples = report.examples(config, parts, questions[: report.EXAMPLES], answer)
-            rows = _with_savings(config, rows, parts)
-        del parts
-        release_memory()
+    rows = []
+    with team_of(config, Path(config.output_dir)) as team:
+        for name, directory in runs.items():  # the one with dropping is the last
+            parts = build_parts(path=str(directory))
+            schedules = {name: config.schedule if name == DROPPING else Schedule()}
+            if name == VANILLA:
+                layers = parts.host.config.text_config.num_hidden_layers
+                schedules |= {f"{VANILLA} + {key}": s for key, s in config.training_free(layers).items()}
+            for label, schedule in schedules.items():
+                result = answer(config, parts, questions, schedule, label, team) if questions else None
+                rows.append(Row(label, schedule, result, timings.get(label)))
+            if name != DROPPING:
+                del parts
+                release_memory()
+    if not team.first:
+        return None
+    examples = report.examples(config, parts, questions[: report.EXAMPLES], answer)
+    rows = _with_savings(config, rows, parts)
     order = {name: place for place, name in enumerate([VANILLA, DROPPING])}
     rows.sort(key=lambda row: order.get(row.name, 2))
     losses = {name: _losses(directory / METRICS_FILE) for name, directory in runs.items()}

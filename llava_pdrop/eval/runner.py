@@ -5,30 +5,27 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from tqdm import tqdm
 
 from llava_pdrop.config import RUN_FILE, Config, ConfigError
 from llava_pdrop.data.conversation import TEMPLATES, Template
-from llava_pdrop.data.images import load_image, preprocess
-from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.eval.benchmarks import BENCHMARKS, Question
+from llava_pdrop.eval.generation import generating, model_inputs, prompt_sample, until_stop
 from llava_pdrop.eval.scoring import SCORERS, normalise
+from llava_pdrop.eval.team import ALONE, Team, team_of
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.build import Parts, build_parts
-from llava_pdrop.model.plugin import Step, attach, detach
+from llava_pdrop.model.plugin import Step
 from llava_pdrop.model.precision import autocast_dtype
 from llava_pdrop.model.schedule import Schedule, image_tokens_by_stage
 from llava_pdrop.train.checks import check_name
-from llava_pdrop.types import Sample
 
 PREDICTIONS_FILE, EVALUATION_FILE = "predictions.jsonl", "evaluation.json"
 
@@ -49,8 +46,9 @@ class Result:
     """What a model reached on a set of questions.
 
     ``accuracy`` is the mean score; ``chance`` what answering at random from the distribution of the gold answers
-    would reach; ``image_tokens`` are per question: before any drop, and after each one. ``steps`` holds what every
-    forward of ``generate`` did, where asked.
+    would reach; ``image_tokens`` are per question: before any drop, and after each one. ``seconds`` are those of the
+    slowest process, ``cpu_seconds`` of all together. ``steps`` holds what every forward of ``generate`` did, where
+    asked.
     """
 
     accuracy: float
@@ -58,6 +56,7 @@ class Result:
     predictions: list[Prediction]
     image_tokens: list[float]
     seconds: float
+    cpu_seconds: float
     steps: list[Step] = field(default_factory=list, repr=False)
 
     def write(self, directory: Path, name: str = PREDICTIONS_FILE) -> Path:
@@ -66,6 +65,16 @@ class Result:
         file = directory / name
         file.write_text("".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self.predictions))
         return file
+
+
+@dataclass
+class Answers:
+    """What one process has answered: predictions by the number of their batch, and the image tokens of every image."""
+
+    batches: dict[int, list[Prediction]] = field(default_factory=dict)
+    image_tokens: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def evaluate(
@@ -83,16 +92,20 @@ def evaluate(
     seed: int = 0,
     progress: str | None = None,
     trace: bool = False,
+    team: Team = ALONE,
 ) -> Result:
     """Answers ``questions`` greedily and scores the answers.
+
+    Batches are the same, and so are the answers, whatever the number of processes that share them.
 
     Args:
         host: a Hugging Face LLaVA; left as it was.
         schedule: how image tokens are dropped while the prompt is read.
         dtype: half precision to run in by autocast, as training does; None: the weights' own.
-        seed: of the ``random`` ranker.
+        seed: of the ``random`` ranker; every batch begins with numbers of its own.
         progress: text of the progress bar; None: no bar.
-        trace: keep what each forward dropped (`Result.steps`).
+        trace: keep what each forward dropped (`Result.steps`), of this process's batches.
+        team: the processes that share the questions; all call this and have the same result.
 
     Raises:
         ValueError: no questions, an unknown scorer, or a schedule that does not fit the model.
@@ -101,33 +114,48 @@ def evaluate(
         raise ValueError("there are no questions to evaluate")
     if scorer not in SCORERS:
         raise ValueError(f"unknown eval.scorer {scorer!r}: choose one of {sorted(SCORERS)}")
-    device, start = next(host.parameters()).device, time.perf_counter()
+    device, start, cpu_start = next(host.parameters()).device, time.perf_counter(), time.process_time()
     steps: list[Step] = []
-    predictions: list[Prediction] = []
-    totals: list[int] = []
+    own = Answers()
+    batches = [questions[first : first + batch_size] for first in range(0, len(questions), batch_size)]
     with (
-        _generating(host, schedule, steps if trace else None, seed),
+        generating(host, schedule, steps if trace else None),
         torch.autocast(device.type, dtype, dtype is not None),
     ):
-        batches = range(0, len(questions), batch_size)
-        for first in tqdm(batches, desc=progress, disable=progress is None, leave=False):
-            asked = questions[first : first + batch_size]
-            samples = [_prompt(q, template, tokenizer, host, geometry, image_processor) for q in asked]
+        for turn in tqdm(range(team.rounds(len(batches))), desc=progress, disable=progress is None, leave=False):
+            team.at(f"round {turn + 1} of the questions")
+            number = team.task(turn)
+            if number >= len(batches):
+                break
+            torch.manual_seed(seed + number)
+            samples = [prompt_sample(q, template, tokenizer, host, geometry, image_processor) for q in batches[number]]
             inputs = {name: value.to(device) for name, value in model_inputs(samples, tokenizer, host).items()}
             ids = host.generate(
                 **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
-            for question, row in zip(asked, ids[:, inputs["input_ids"].shape[1] :].tolist()):
-                answer = _until(tokenizer.decode(row, skip_special_tokens=True), template.stop)
-                score = SCORERS[scorer](answer, question.gold)
-                predictions.append(Prediction(question.record.id, question.text, question.gold, answer, score))
-            totals += [stop - start for sample in samples for start, stop in sample.image_spans]
+            own.batches[number] = []
+            for question, row in zip(batches[number], ids[:, inputs["input_ids"].shape[1] :].tolist()):
+                text = until_stop(tokenizer.decode(row, skip_special_tokens=True), template.stop)
+                score = SCORERS[scorer](text, question.gold)
+                own.batches[number].append(Prediction(question.record.id, question.text, question.gold, text, score))
+            own.image_tokens += [stop - start for sample in samples for start, stop in sample.image_spans]
+    own.seconds, own.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    team.at("gathering the answers")
+    return _result(team.gather(own), schedule, steps)
+
+
+def _result(shares: Sequence[Answers], schedule: Schedule, steps: list[Step]) -> Result:
+    """The answers of all processes put together."""
+    batches = {number: batch for share in shares for number, batch in share.batches.items()}
+    predictions = [entry for number in sorted(batches) for entry in batches[number]]
+    tokens = image_tokens_by_stage([count for share in shares for count in share.image_tokens], schedule)
     return Result(
         accuracy=sum(entry.score for entry in predictions) / len(predictions),
-        chance=chance_of([question.gold for question in questions]),
+        chance=chance_of([entry.gold for entry in predictions]),
         predictions=predictions,
-        image_tokens=[count / len(questions) for count in image_tokens_by_stage(totals, schedule)],
-        seconds=time.perf_counter() - start,
+        image_tokens=[count / len(predictions) for count in tokens],
+        seconds=max(share.seconds for share in shares),
+        cpu_seconds=sum(share.cpu_seconds for share in shares),
         steps=steps,
     )
 
@@ -145,6 +173,7 @@ def check_scorer(config: Config) -> None:
 def evaluate_config(config: Config) -> Result:
     """Evaluates the finished run of ``config`` with its schedule, prints the score and writes ``predictions.jsonl``
     and ``evaluation.json`` beside the weights. A config that was read from a run's own directory stands for that one.
+    The processes that a launcher has started share the questions; the first one prints and writes.
 
     Raises:
         ConfigError: no questions are named, or there is no finished run.
@@ -159,8 +188,11 @@ def evaluate_config(config: Config) -> Result:
     questions = load_questions(config)
     if not questions:
         raise ConfigError(f"{config.file}: data.eval: names no file with questions")
-    parts = build_parts(path=str(directory))
-    result = answer(config, parts, questions, config.schedule, config.name)
+    with team_of(config, directory) as team:
+        parts = build_parts(path=str(directory))
+        result = answer(config, parts, questions, config.schedule, config.name, team)
+    if not team.first:
+        return result
     file = result.write(directory)
     facts = {"scorer": config.eval.scorer, "accuracy": result.accuracy, "chance": result.chance}
     facts |= {"questions": len(questions), "image_tokens": result.image_tokens, "schedule": config.schedule.to_dict()}
@@ -194,12 +226,19 @@ def load_questions(config: Config) -> list[Question]:
 
 
 def answer(
-    config: Config, parts: Parts, questions: Sequence[Question], schedule: Schedule, label: str | None, **options: Any
+    config: Config,
+    parts: Parts,
+    questions: Sequence[Question],
+    schedule: Schedule,
+    label: str | None,
+    team: Team = ALONE,
+    **options: Any,
 ) -> Result:
     """`evaluate` with the settings of ``config``, on the device and in the precision it trains in.
 
     Args:
         label: text of the progress bar.
+        team: the processes that share the questions.
         options: arguments of `evaluate` that go before those of the config.
     """
     name, asked = config.model.template, config.train.arguments
@@ -212,7 +251,8 @@ def answer(
         scorer=config.eval.scorer,
         dtype=autocast_dtype(device, bool(asked.get("bf16")), bool(asked.get("fp16"))),
         seed=config.seed,
-        progress=label,
+        progress=label if team.first else None,
+        team=team,
     )
     return evaluate(
         parts.host.to(device),
@@ -224,57 +264,3 @@ def answer(
         schedule,
         **{**settings, **options},
     )
-
-
-def model_inputs(samples: Sequence[Sample], tokenizer: Any, host: Any) -> dict[str, Tensor]:
-    """Prompts as ``generate`` wants them: ``input_ids`` and ``attention_mask`` (B, N) padded on the left, and where
-    there are images ``pixel_values`` ((images, 3, h, w) for LLaVA; (images, tiles, 3, h, w), the missing tiles 0, with
-    ``image_sizes`` (images, (height, width)) for LLaVA-NeXT)."""
-    longest = max(len(sample.input_ids) for sample in samples)
-    ids = torch.full((len(samples), longest), tokenizer.pad_token_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, sample in enumerate(samples):
-        ids[row, longest - len(sample.input_ids) :] = sample.input_ids
-        mask[row, longest - len(sample.input_ids) :] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    images = [image for sample in samples for image in sample.images]
-    if not images:
-        return inputs
-    if host.config.model_type != "llava_next":
-        return inputs | {"pixel_values": torch.cat([image.pixels for image in images])}
-    tiles = max(len(image.pixels) for image in images)
-    pixels = torch.zeros(len(images), tiles, *images[0].pixels.shape[1:])
-    for row, image in enumerate(images):
-        pixels[row, : len(image.pixels)] = image.pixels
-    sizes = torch.tensor([(image.size[1], image.size[0]) for image in images])
-    return inputs | {"pixel_values": pixels, "image_sizes": sizes}
-
-
-@contextmanager
-def _generating(host: Any, schedule: Schedule, trace: list[Step] | None, seed: int) -> Iterator[None]:
-    """``host`` in evaluation mode with ``schedule`` attached and random numbers from ``seed``; afterwards as before."""
-    training = host.training
-    host.eval()
-    attach(host, schedule, trace)
-    try:
-        with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(seed)
-            yield
-    finally:
-        detach(host)
-        host.train(training)
-
-
-def _prompt(
-    question: Question, template: Template, tokenizer: Any, host: Any, geometry: ImageGeometry, image_processor: Any
-) -> Sample:
-    images = [preprocess(load_image(path), geometry, image_processor) for path in question.record.images]
-    return Encoder(template, tokenizer, host.config.image_token_id, geometry).prompt(question.record, images)
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    """``text`` up to the first of ``stops`` behind its leading white space, stripped."""
-    text = text.lstrip()
-    for stop in stops:
-        text = text.split(stop, 1)[0]
-    return text.strip()

@@ -37,7 +37,8 @@ class Fault:
     ``kind``: ``kill_forward``, ``kill_writing`` (in the middle of the checkpoint of that step), ``kill_renaming`` (just
     before it gets its name), ``kill_logging`` (in the middle of a line of metrics), ``sigterm``, ``sigusr1``,
     ``sigterm_all`` (data workers too), ``sleep`` (``seconds``, while the batch is fetched), ``full`` (the disk, while
-    the checkpoint is written), ``nan`` (the loss of its last micro-batch).
+    the checkpoint is written), ``nan`` (the loss of its last micro-batch), ``sleep_answering`` (before this rank's
+    question number ``step`` of an evaluation).
     """
 
     kind: str
@@ -54,13 +55,20 @@ class Ended:
     texts: list[str]
 
 
-def run_ranks(config: Path, *overrides: str, ranks: int = 1, fault: Fault | None = None, limit: float = 120) -> Ended:
-    """Trains ``config`` with so many processes and waits for their end; a killed one takes the others with it, as a
-    launcher does."""
+def run_ranks(
+    config: Path,
+    *overrides: str,
+    ranks: int = 1,
+    fault: Fault | None = None,
+    limit: float = 120,
+    command: str = "train",
+) -> Ended:
+    """Runs ``command`` with ``config`` in so many processes and waits for their end; a killed one takes the others with
+    it, as a launcher does."""
     port = _free_port()
     outputs = [config.with_suffix(f".rank{rank}.txt") for rank in range(ranks)]
     processes = [
-        CONTEXT.Process(target=_rank, args=(config, overrides, rank, ranks, port, fault, outputs[rank]))
+        CONTEXT.Process(target=_rank, args=(command, config, overrides, rank, ranks, port, fault, outputs[rank]))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -80,7 +88,14 @@ def run_ranks(config: Path, *overrides: str, ranks: int = 1, fault: Fault | None
 
 
 def _rank(
-    config: Path, overrides: tuple[str, ...], rank: int, ranks: int, port: int, fault: Fault | None, output: Path
+    command: str,
+    config: Path,
+    overrides: tuple[str, ...],
+    rank: int,
+    ranks: int,
+    port: int,
+    fault: Fault | None,
+    output: Path,
 ) -> None:
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
@@ -97,13 +112,14 @@ def _rank(
     torch.set_num_threads(1)
     if fault is not None and fault.rank == rank:
         _arm(fault)
-    code = main(["train", str(config), *overrides])
+    code = main([command, str(config), *overrides])
     sys.stdout.flush()
     sys.exit(code)
 
 
 def _arm(fault: Fault) -> None:
     """Lets ``fault`` happen in this process."""
+    from llava_pdrop.eval import runner
     from llava_pdrop.train import checkpoints, guard, metrics, saving, trainer
 
     def die() -> None:
@@ -163,6 +179,16 @@ def _arm(fault: Fault) -> None:
             return original_islice(iterator, count)
 
         fetched, original_islice, trainer.islice = 0, trainer.islice, sleep
+    elif fault.kind == "sleep_answering":
+
+        def prompt_sample(*args):
+            asked.append(args)
+            if len(asked) == fault.step:
+                time.sleep(fault.seconds)
+            return original_prompt(*args)
+
+        asked: list = []
+        original_prompt, runner.prompt_sample = runner.prompt_sample, prompt_sample
     else:
         number = SIGNALS[fault.kind]
 

@@ -24,8 +24,9 @@ SCRIPTS = {
     "finetune_lora.sh": ("train", "configs/tiny/finetune_lora_pdrop.yaml"),
     "pretrain.sh": ("train", "configs/tiny/pretrain.yaml"),
     "ablate.sh": ("ablate", "configs/ablations/tiny.yaml"),
+    "eval.sh": ("eval", "checkpoints/tiny/finetune_pdrop/pyramid_drop"),
 }
-"""Script -> command of llava-pdrop and default config. eval.sh is always one process."""
+"""Script -> command of llava-pdrop and default config."""
 
 WORLD = (
     "NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE", "TORCHRUN_ARGS", "DRY_RUN",
@@ -227,23 +228,7 @@ def test_more_arguments_for_torchrun(machine: Machine) -> None:
     assert words[3:7] == ["--nproc-per-node", "2", "--max-restarts", "3"]
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        {},
-        {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "x"},
-        {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "x"},
-        {"NNODES": "2"},
-        {"HOSTFILE": "x"},
-    ],
-)
-def test_evaluation_is_one_process(machine: Machine, env: dict[str, str]) -> None:
-    machine.gpus(8)
-    words = machine.command("eval.sh", "checkpoints/x", "eval.limit=3", **env)
-    assert words == [PYTHON, "-m", "llava_pdrop", "eval", "checkpoints/x", "eval.limit=3"]
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, "eval.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_dry_run_shows_the_environment(machine: Machine, script: str) -> None:
     env = {"NCCL_DEBUG": "INFO", "WANDB_MODE": "offline", "WANDB_API_KEY": "secret", "HF_TOKEN": "secret"}
     *lines, command = machine.run(script, CONFIG, **env).stdout.splitlines()

@@ -12,7 +12,8 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.config import RUN_FILE, ConfigError, load_config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.eval.benchmarks import llava_json
-from llava_pdrop.eval.runner import chance_of, evaluate, evaluate_config, load_questions, model_inputs
+from llava_pdrop.eval.generation import model_inputs
+from llava_pdrop.eval.runner import chance_of, evaluate, evaluate_config, load_questions
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.build import build_parts
 from llava_pdrop.model.schedule import Schedule
