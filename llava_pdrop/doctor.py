@@ -112,6 +112,7 @@ def make_encoder(config: Config, tokenizer: str | None = None) -> Encoder:
     """
     from transformers import AutoTokenizer
 
+    from llava_pdrop.bench.nominal import model_home
     from llava_pdrop.config import ConfigError
     from llava_pdrop.data.conversation import TEMPLATES
     from llava_pdrop.data.tokens import Encoder
@@ -120,7 +121,7 @@ def make_encoder(config: Config, tokenizer: str | None = None) -> Encoder:
     model = config.model
     names = [tokenizer] if tokenizer else [name for name in (model.path, model.language_model) if name is not None]
     for name in names:
-        directory = _home(name)
+        directory = model_home(name)
         if any(directory.glob("tokenizer*")):
             break
     else:
@@ -148,34 +149,15 @@ def geometry_of_config(config: Config, needed: bool = True) -> ImageGeometry | N
     Raises:
         ConfigError: nothing on this machine tells.
     """
-    from transformers import AutoConfig
-
     from llava_pdrop.bench.nominal import model_of
     from llava_pdrop.config import ConfigError
-    from llava_pdrop.model.original_layout import original_geometry
-    from llava_pdrop.model.vlm import geometry_of
 
-    home = _home(config.model.path) if config.model.path is not None else None
-    if home is not None and (home / "config.json").is_file():
-        fields = json.loads((home / "config.json").read_text(encoding="utf-8"))
-        if fields.get("model_type") in ("llava", "llava_next") and "mm_vision_tower" not in fields:
-            return geometry_of(AutoConfig.from_pretrained(home))
-        if "mm_vision_tower" in fields:
-            return original_geometry(fields, model_of(config).config.vision_config)
     try:
         return model_of(config).geometry
     except ConfigError:
         if needed:
             raise
         return None
-
-
-def _home(name: str) -> Path:
-    """The directory of a model on this machine: ``name`` itself, or where the hub's cache has it."""
-    from llava_pdrop.config_paths import cached_config, is_hub_id
-
-    cached = cached_config(name) if is_hub_id(name) else None
-    return Path(name) if cached is None else cached.parent
 
 
 def _examine(

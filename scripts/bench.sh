@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # Measures training and inference: bash scripts/bench.sh [tiny|cpu|gpu] [arguments for every `bench train`]
+#                              or: bash scripts/bench.sh CONFIG [section.key=value ...] [arguments for `bench train`]
 # tiny takes under a minute; cpu is the shape small-cpu; gpu is the real shapes on one 80 GB GPU, under nine minutes.
-# Every bench is a process of its own and writes JSON, Markdown and PNG into playground/benchmarks/NAME/. One that fails
-# or takes too long does not stop the others: it is listed at the end, and the exit status is 1.
+# CONFIG is the YAML file of a run, or its directory: what that run costs, without its weights and data, on the GPU where
+# there is one. Whatever the world, it is one process on one GPU: communication between GPUs is not in it. What a run
+# costs on all of them is in its metrics.jsonl after some steps (train.max_steps=20).
+# Every bench is a process of its own and writes JSON, Markdown and PNG into playground/benchmarks/NAME/ (of a CONFIG: its
+# directory and file, DIRECTORY-FILE). One that fails or takes too long does not stop the others: it is listed at the
+# end, and the exit status is 1.
 #
 #   LLAVA_PDROP_PYTHON    a Python that has the project's packages already (torch with CUDA, say): see environment.sh
 #   BENCH_SECONDS         for all of them together; default: 530 for gpu, 1800 otherwise
@@ -12,19 +17,27 @@ set -euo pipefail
 
 what="${1:-tiny}"
 [[ $# -eq 0 ]] || shift
+here="$(dirname "${BASH_SOURCE[0]}")" seconds="${BENCH_SECONDS:-1800}" limit="${BENCH_LIMIT:-900}"
 case "$what" in
-    tiny | cpu) seconds="${BENCH_SECONDS:-1800}" limit="${BENCH_LIMIT:-900}" ;;
+    tiny | cpu) ;;
     gpu) seconds="${BENCH_SECONDS:-530}" limit="${BENCH_LIMIT:-180}" ;;
-    *) printf 'error: unknown bench %s: choose tiny, cpu or gpu\n' "$what" >&2; exit 2 ;;
+    *) # a path is meant from where the user stands, or else from the checkout
+        if [[ "$what" != /* && -e "$what" ]]; then
+            what="$PWD/$what"
+        elif [[ ! -e "$what" && ! -e "$here/../$what" ]]; then
+            printf 'error: unknown bench %s: choose tiny, cpu or gpu, or name the YAML file of a run\n' "$what" >&2
+            exit 2
+        fi
+        ;;
 esac
 
 # shellcheck source=scripts/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" # sets ROOT and python
+source "$here/environment.sh" # sets ROOT and python
 cd "$ROOT"
 
 failed=()
 
-# bench NAME ARGUMENT...: one bench, within what is left of the time.
+# bench NAME ARGUMENT...: one bench, within what is left of the time. Of NAME/PART, the part is for messages only.
 bench() {
     local name="$1" left=$((seconds - SECONDS)) status=0
     shift
@@ -32,7 +45,7 @@ bench() {
         failed+=("$name: not started, $seconds seconds were over")
         return
     fi
-    local command=("$python" -m llava_pdrop bench "$@" --out "playground/benchmarks/$name")
+    local command=("$python" -m llava_pdrop bench "$@" --out "playground/benchmarks/${name%/*}")
     if [[ -n "${DRY_RUN:-}" ]]; then
         printf '%q ' "${command[@]}"
         printf '\n'
@@ -67,6 +80,17 @@ case "$what" in
         bench gpu-prefill prefill --shape llava-next-7b --new-tokens 16 --runs 4 --device cuda
         limit="${BENCH_LIMIT:-$seconds}" # it writes its files after every comparison
         bench gpu-train-llava-next-7b train --shape llava-next-7b --compare --device cuda "$@"
+        ;;
+    *)
+        file="$(basename "$what")" directory="$(basename "$(cd "$(dirname "$what")" && pwd)")"
+        name="$(printf '%s' "$directory-${file%.yaml}" | tr -c '[:alnum:]._-' -)"
+        config=("${what#"$ROOT"/}")
+        while [[ $# -gt 0 && "$1" != -* ]]; do
+            config+=("$1")
+            shift
+        done
+        bench "$name/train" train "${config[@]}" "$@"
+        bench "$name/prefill" prefill "${config[@]}"
         ;;
 esac
 

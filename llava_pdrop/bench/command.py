@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_pdrop.bench.inference import OUT, add_prefill_arguments, check_counts, run_prefill
+from llava_pdrop.bench.inference import OUT, add_prefill_arguments, add_shape_arguments, check_counts, run_prefill
 
 if TYPE_CHECKING:
     from llava_pdrop.model.schedule import Schedule
@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("train", "a training step, vanilla beside dropping", add_train_arguments),
         ("prefill", "prompt and answer at inference", add_prefill_arguments),
     ):
-        own = kinds.add_parser(name, help=summary, description=f"Measures {summary}, with random weights.")
+        own = kinds.add_parser(
+            name,
+            help=summary,
+            description=f"Measures {summary}, with random weights and made-up batches, on one device.",
+        )
         add(own)
         own.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
@@ -34,21 +38,25 @@ def run(args: argparse.Namespace) -> None:
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``bench train``."""
-    parser.add_argument("--shape", help="model shape (default: llava-next-7b on CUDA, else tiny)")
+    add_shape_arguments(parser)
     parser.add_argument(
         "--schedule", nargs="+", type=Path, default=[], metavar="FILE",
-        help="YAML with a pyramid_drop section, or a bare schedule, measured beside vanilla (default: the paper's)",
+        help="YAML with a pyramid_drop section, or a bare schedule, measured beside vanilla (default: as CONFIG or the "
+        "shape)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="counted steps of every schedule")
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them")
-    parser.add_argument("--samples", type=int, metavar="N", help="samples of a micro-batch (default: the shape's)")
+    parser.add_argument("--samples", type=int, metavar="N", help="of a micro-batch (default: as CONFIG or the shape)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, lengths and pictures")
     parser.add_argument("--images", default="mixture", help="mixture (drawn as in training) or full (every tile used)")
     parser.add_argument("--optimizer", default="auto", help="auto (what fits), adamw, sharded (one of 8) or none")
     parser.add_argument(
-        "--recompute", action=argparse.BooleanOptionalAction, help="activation checkpointing (default: the shape's)"
+        "--recompute", action=argparse.BooleanOptionalAction,
+        help="activation checkpointing (default: as CONFIG or the shape)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attention", metavar="BACKEND", help="auto, sdpa, varlen or flash_attn (default: as CONFIG, else auto)"
     )
-    parser.add_argument("--attention", default="auto", metavar="BACKEND", help="auto, sdpa, varlen or flash_attn")
     parser.add_argument("--compare", action="store_true", help="also measure every choice against its alternative")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where the three files go")
@@ -58,31 +66,36 @@ def run_train(args: argparse.Namespace) -> None:
     """Measures, prints the table, and writes JSON, Markdown and PNG.
 
     Raises:
-        ValueError: an argument that is not possible, or out of memory.
+        ValueError: an argument that is not possible, a config that cannot be measured, or out of memory.
     """
     check_counts(args, steps=1, warmup=0, samples=1, seed=0)
     from llava_pdrop.bench import training_report, training_tables, variants
+    from llava_pdrop.bench.chosen import chosen_shape, file_name
     from llava_pdrop.bench.report import check_out
-    from llava_pdrop.bench.shapes import shape_named
     from llava_pdrop.bench.training import Arm, Trainer, measure
     from llava_pdrop.bench.workload import Workload
     from llava_pdrop.model.attention import check_backend
     from llava_pdrop.model.hardware import device_label, device_named
 
     device = device_named(args.device)
-    name = args.shape or ("llava-next-7b" if device.type == "cuda" else "tiny")
-    shape = shape_named(name)
-    check_backend(args.attention)
+    name, shape = chosen_shape(args.shape, args.overrides, device.type == "cuda")
+    attention = args.attention or shape.attention
+    check_backend(attention)
     check_out(args.out)
-    schedules = read_schedules(args.schedule, shape.text["num_hidden_layers"]) or {"PyramidDrop": shape.schedule}
+    schedules = read_schedules(args.schedule, shape.text["num_hidden_layers"])
+    if not schedules and shape.schedule.layers:
+        schedules = {"PyramidDrop": shape.schedule}
     recompute = shape.recompute if args.recompute is None else args.recompute
-    common = Arm("", recompute=recompute, backend=args.attention, samples=args.samples)
+    common = Arm(
+        "", recompute=recompute, recompute_layers=shape.recompute_layers, backend=attention, samples=args.samples
+    )
     arms = variants.arms_of(schedules, common)
     trainer = Trainer(shape, device, Workload(shape, args.images, args.seed), args.optimizer)
     results = measure(trainer, arms, args.steps, args.warmup)
-    options = {key: getattr(args, key) for key in ("steps", "warmup", "samples", "optimizer", "attention")}
-    report = training_report.training_report(trainer, name, results, options | {"recompute": recompute})
-    stem = args.out / f"train-{name}-{device_label(device)}"
+    options = {key: getattr(args, key) for key in ("steps", "warmup", "samples", "optimizer")}
+    options |= {"attention": attention, "recompute": recompute}
+    report = training_report.training_report(trainer, name, results, options)
+    stem = args.out / file_name("train", name, device_label(device))
     files = training_report.write(report, stem)
     for group in variants.compare(trainer, arms[:2]) if args.compare else ():
         training_report.add_comparison(report, group)

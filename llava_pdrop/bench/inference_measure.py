@@ -134,7 +134,8 @@ def bench_prefill(
     seed: int = 0,
     attention: str = "sdpa",
 ) -> dict[str, Any]:
-    """Measures every batch size with every number of image tokens, vanilla, PyramidDrop and FastV.
+    """Measures every batch size with every number of image tokens, vanilla, PyramidDrop (unless the shape's schedule is
+    empty) and FastV.
 
     Args:
         attention: ``attn_implementation`` of the Hugging Face model.
@@ -153,7 +154,8 @@ def bench_prefill(
         raise ValueError(f"--attention {attention!r} does not work here: {error}") from error
     host.generation_config.eos_token_id = None  # every answer has the same length
     host.generation_config.pad_token_id = 0
-    methods = {"vanilla": Schedule(), "PyramidDrop": shape.schedule, "FastV": FASTV}
+    dropping = {"PyramidDrop": shape.schedule} if shape.schedule.layers else {}
+    methods = {"vanilla": Schedule(), **dropping, "FastV": FASTV}
     cases = [Case(batch, tokens, TEXT_TOKENS, new_tokens) for tokens in image_tokens for batch in batches]
     peak, peak_source = peak_flops(device, dtype)
     results: list[dict[str, Any]] = []

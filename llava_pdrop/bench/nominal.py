@@ -1,4 +1,5 @@
-"""A config's model and micro-batch in numbers, from config.json files or ``model.reference_shape``: for `plan`."""
+"""A config's model and micro-batch in numbers, from config.json files or ``model.reference_shape``: for `plan`, and
+for the benches."""
 
 from __future__ import annotations
 
@@ -8,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlavaConfig, LlavaNextConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LlavaConfig, LlavaNextConfig
 
 from llava_pdrop.bench.workload import FULL_TEXT_TOKENS, full_picture
-from llava_pdrop.config import Config, ConfigError
-from llava_pdrop.config_paths import number, part_configs
+from llava_pdrop.config import Config, ConfigError, ModelSection
+from llava_pdrop.config_paths import cached_config, is_hub_id, number, part_configs
 from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.hf_files import reading
 from llava_pdrop.model.memory import States
+from llava_pdrop.model.original_layout import original_geometry, refuse_unsupported, text_config_of
 from llava_pdrop.model.schedule import Schedule, paper_tflop
+from llava_pdrop.model.vlm import geometry_of
 from llava_pdrop.model.vocabulary import rows_with_specials
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
 
@@ -45,7 +49,8 @@ def model_of(config: Config) -> Model:
     """The model of ``config`` in numbers.
 
     Raises:
-        ConfigError: neither config.json nor ``model.reference_shape`` gives them.
+        ConfigError: neither config.json nor ``model.reference_shape`` gives them. ValueError: they are of no model that
+            is supported.
     """
     decoder, tower = part_configs(config.model)
     if decoder is None or tower is None:
@@ -63,17 +68,20 @@ def model_of(config: Config) -> Model:
                 raise ConfigError(
                     f"{config.file}: {key} is neither in the part's config.json nor in model.reference_shape"
                 )
-    section = config.model
-    text, vision = _hugging_face(decoder, "llama"), _hugging_face(tower, "clip_vision_model")
-    vision.image_size = section.image_size or vision.image_size
-    if section.path is None:  # a plain LLM gets its rows for <image> and <pad> when the parts are joined
+    section, original = config.model, "mm_vision_tower" in decoder
+    if original:
+        refuse_unsupported(decoder, str(section.path))
+    with reading(Path(config.file)):
+        text = text_config_of(decoder) if original else _hugging_face(decoder, "llama")
+        vision = _hugging_face(tower, "clip_vision_model")
+        if section.path is None:
+            vision.image_size = section.image_size or vision.image_size
+        geometry = original_geometry(decoder, vision) if original else _geometry(section, vision)
+    if section.path is None or original:  # they get their rows for <image> and <pad> when they are read
         text.vocab_size = rows_with_specials(text.vocab_size, tokenizer=None)
-    kind = LlavaNextConfig if section.aspect == "anyres" else LlavaConfig
+    kind = LlavaNextConfig if geometry.aspect == "anyres" else LlavaConfig
     tied = bool(getattr(text, "tie_word_embeddings", False))
     whole = kind(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    geometry = ImageGeometry(
-        vision.image_size, vision.patch_size, section.aspect, section.merge, section.pinpoints, section.rounding
-    )
     return Model(whole, geometry)
 
 
@@ -88,11 +96,32 @@ def nominal_batch(geometry: ImageGeometry, config: Config) -> PackedBatch:
     size = full_picture(geometry)
     image = geometry.num_tokens(size)
     length = image + FULL_TEXT_TOKENS
-    samples = config.data.samples_per_batch or max(1, (config.data.tokens_per_batch or length) // length)
+    samples = samples_of(config, geometry)
     ids, labels = torch.ones(length, dtype=torch.int64), torch.full((length,), IGNORE_INDEX)
     labels[length - FULL_TEXT_TOKENS // 2 :] = 1
     picture = ImageInput(torch.empty(0), size)
     return PackedBatch.pack([Sample(str(i), ids, labels, (picture,), ((1, 1 + image),)) for i in range(samples)])
+
+
+def samples_of(config: Config, geometry: ImageGeometry) -> int:
+    """Samples of a micro-batch: ``data.samples_per_batch``, or as many samples of `nominal_batch` as
+    ``data.tokens_per_batch`` has room for."""
+    length = geometry.num_tokens(full_picture(geometry)) + FULL_TEXT_TOKENS
+    return config.data.samples_per_batch or max(1, (config.data.tokens_per_batch or length) // length)
+
+
+def recomputed_layers(config: Config, layers: int) -> int | None:
+    """``train.recompute_layers``, for a decoder of ``layers`` layers.
+
+    Raises:
+        ConfigError: it is more than there are.
+    """
+    count = config.train.recompute_layers
+    if count is not None and count > layers:
+        raise ConfigError(
+            f"{config.file}: train.recompute_layers must be at most {layers}, the decoder's depth: {count}"
+        )
+    return count
 
 
 def checkpointing(config: Config) -> bool:
@@ -124,6 +153,24 @@ def states_of(config: Config, gpus: int) -> States:
     )
 
 
+def model_home(name: str) -> Path:
+    """The directory of a model on this machine: ``name`` itself, or where the hub's cache has it."""
+    cached = cached_config(name) if is_hub_id(name) else None
+    return Path(name) if cached is None else cached.parent
+
+
+def _geometry(section: ModelSection, vision: Any) -> ImageGeometry:
+    """The rules for pictures: those of a whole Hugging Face model, as in training, else those of ``section``."""
+    if section.path is not None and (model_home(section.path) / "config.json").is_file():
+        return geometry_of(AutoConfig.from_pretrained(model_home(section.path)))
+    return ImageGeometry(
+        vision.image_size, vision.patch_size, section.aspect, section.merge, section.pinpoints, section.rounding
+    )
+
+
 def _hugging_face(part: dict[str, Any], default: str) -> Any:
     fields = {key: value for key, value in part.items() if key != "model_type"}
-    return AutoConfig.for_model(part.get("model_type", default), **fields)
+    kind = part.get("model_type", default)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {kind!r} is none that the installed transformers knows")
+    return AutoConfig.for_model(kind, **fields)

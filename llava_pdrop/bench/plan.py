@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llava_pdrop.bench.nominal import checkpointing, model_of, nominal_batch, paper_tokens
+from llava_pdrop.bench.nominal import checkpointing, model_of, nominal_batch, paper_tokens, recomputed_layers
 from llava_pdrop.bench.plan_lora import adapter_flops, adapter_parameters, learning
 from llava_pdrop.bench.workload import FULL_TEXT_TOKENS, full_picture
-from llava_pdrop.config import Config, ConfigError
+from llava_pdrop.config import Config
 from llava_pdrop.model.flops import StepFlops, step_flops
 from llava_pdrop.model.memory import GIB, Memory, States, predicted_peak
 from llava_pdrop.model.schedule import Schedule, Solution, image_tokens_by_stage, solve_budget
@@ -147,13 +147,8 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Step
         ConfigError: the config recomputes more layers than there are.
     """
     model = model_of(config)
-    if (config.train.recompute_layers or 0) > model.layers:
-        raise ConfigError(
-            f"{config.file}: train.recompute_layers must be at most {model.layers}, the decoder's depth: "
-            f"{config.train.recompute_layers}"
-        )
     batch = nominal_batch(model.geometry, config)
-    wanted = (checkpointing(config), config.train.recompute_layers)
+    wanted = (checkpointing(config), recomputed_layers(config, model.layers))
 
     def operations(schedule: Schedule, again: bool, count: int | None) -> StepFlops:
         flops = step_flops(model.config, batch, schedule, model.geometry, learning(config), again, count)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import AutoConfig, CLIPVisionConfig
 
 from llava_pdrop.config_values import did_you_mean
 from llava_pdrop.geometry import PAPER_PINPOINTS_5_TILES, PINPOINTS_9_TILES, ImageGeometry
@@ -35,20 +36,22 @@ class Shape:
     """A model and how it is trained.
 
     Attributes:
-        text, vision: fields of LlamaConfig and CLIPVisionConfig.
+        text, vision: fields of the decoder's config (``model_type``: llama where it says none) and of CLIPVisionConfig.
         geometry: how pictures become tiles and tokens.
         trainable: parts that learn (see `train.optim.PARTS`).
         samples: samples of a micro-batch.
-        schedule: the dropping that is compared with vanilla.
+        schedule: the dropping that is compared with vanilla (empty: none is).
         recompute: activation checkpointing.
+        recompute_layers: of the decoder's layers, only so many first ones (None: all).
+        attention: kernel of packed streams, one of `attention.BACKENDS`.
         picture: (width, height) of every picture, or None: drawn from the training mixture.
         text_tokens: text tokens of every sample, or None: drawn from the training mixture.
         max_length: most tokens of a sample, image tokens included (``data.max_length`` of the recipe).
         half: bfloat16 weights where the device is good at it.
     """
 
-    text: dict[str, int]
-    vision: dict[str, int]
+    text: dict[str, Any]
+    vision: dict[str, Any]
     geometry: ImageGeometry
     trainable: tuple[str, ...]
     samples: int
@@ -58,10 +61,14 @@ class Shape:
     text_tokens: int | None = None
     max_length: int = 2048
     half: bool = True
+    recompute_layers: int | None = None
+    attention: str = "auto"
 
-    def text_config(self) -> LlamaConfig:
-        """The decoder's configuration; the vocabulary is LLaMA's with ``<image>`` and ``<pad>``, as on the hub."""
-        return LlamaConfig(**{"vocab_size": 32064, "max_position_embeddings": 16384, **self.text})
+    def text_config(self) -> Any:
+        """The decoder's configuration; by default the vocabulary is LLaMA's with ``<image>`` and ``<pad>``, as on the
+        hub."""
+        fields = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 16384, **self.text}
+        return AutoConfig.for_model(**fields)
 
     def vision_config(self) -> CLIPVisionConfig:
         """The tower's configuration."""
@@ -137,11 +144,22 @@ def make_model(
 
     Args:
         backend: attention kernel of packed streams, one of `attention.BACKENDS`.
+
+    Raises:
+        ValueError: more weights than the free memory of a CPU, where the system would end the process without a word.
     """
     with torch.device("meta"):
         vocabulary = shape.text_config().vocab_size
         host = make_host(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=vocabulary - 2)
-    host = host.to(dtype).to_empty(device=device)
+    host = host.to(dtype)
+    needed, free = sum(p.nbytes for p in host.parameters()), psutil.virtual_memory().available
+    if device.type == "cpu" and needed > free:
+        raise ValueError(
+            f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: take a GPU, or "
+            "a smaller model"
+        )
+    host = host.to_empty(device=device)
+    host.tie_weights()  # `to_empty` has parted what a small decoder shares: its embedding and its head
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for module in host.modules():

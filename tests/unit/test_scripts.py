@@ -269,9 +269,55 @@ def test_a_dry_run_shows_every_bench_and_measures_none(checkout: Checkout) -> No
 
 
 def test_an_unknown_bench_is_one_line(checkout: Checkout) -> None:
-    done = checkout.run("bench.sh", "laptop")
-    assert done.returncode == 2 and done.stderr == "error: unknown bench laptop: choose tiny, cpu or gpu\n"
+    for words in (["laptop"], ["configs/no.yaml", "seed=1"], ["seed=1"], ["--steps", "3"]):
+        done = checkout.run("bench.sh", *words)
+        expected = f"error: unknown bench {words[0]}: choose tiny, cpu or gpu, or name the YAML file of a run\n"
+        assert done.returncode == 2 and done.stderr == expected
     assert checkout.called() == []
+
+
+def test_bench_of_a_config_measures_training_and_prefill(checkout: Checkout) -> None:
+    config = checkout.root / "configs" / "mine" / "a run.yaml"
+    config.parent.mkdir(parents=True)
+    config.touch()
+    given, out = "configs/mine/a run.yaml seed=1 pyramid_drop.layers=[1, 2]", "--out playground/benchmarks/mine-a-run"
+    words = ("seed=1", "pyramid_drop.layers=[1, 2]", "--steps", "3")
+    for place, name in (
+        (checkout.root, "configs/mine/a run.yaml"),
+        (config.parent, "a run.yaml"),  # from where the user stands
+        (checkout.root.parent, "configs/mine/a run.yaml"),  # from the checkout
+        (checkout.root.parent, str(config)),
+    ):
+        done = checkout.run("bench.sh", name, *words, cwd=place)
+        assert done.returncode == 0, done.stderr
+        lines = checkout.called()
+        assert benches(lines) == [f"train {given} --steps 3 {out}", f"prefill {given} {out}"]
+        assert f"|{checkout.root}|-m llava_pdrop bench train" in "".join(lines)
+
+
+def test_bench_of_a_config_is_one_process_in_every_world(checkout: Checkout, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    worlds: tuple[dict[str, str], ...] = (
+        {},
+        {"NPROC_PER_NODE": "8"},
+        {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0"},
+        {"SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "node[0-3]"},
+        {"HOSTFILE": "hosts"},
+    )
+    for world in worlds:
+        done = checkout.run("bench.sh", "mine.yaml", cwd=tmp_path, DRY_RUN="1", **world)
+        words = f"{tmp_path}/mine.yaml --out playground/benchmarks/{tmp_path.name}-mine"
+        assert [line.strip() for line in benches(done.stdout.splitlines())] == [f"train {words}", f"prefill {words}"]
+        assert "torch.distributed" not in done.stdout and "srun" not in done.stdout
+    assert checkout.called() == []
+
+
+def test_a_config_that_cannot_be_trained_on_still_has_its_prefill_measured(checkout: Checkout) -> None:
+    (checkout.root / "mine.yaml").touch()
+    checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', 'case "$*" in *"bench train"*) exit 2 ;;'))
+    done = checkout.run("bench.sh", "mine.yaml", LLAVA_PDROP_PYTHON=str(checkout.python))
+    assert done.returncode == 1 and len(benches(checkout.called())) == 2
+    assert done.stderr == f"failed: {checkout.root.name.replace(' ', '-')}-mine/train: exit status 2\n"
 
 
 def test_scripts_and_ci_are_strict_and_executable() -> None:
