@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -38,24 +39,40 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # what is wrong may be wrong on one rank only
         rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""
-        print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{rank}error: {line_of(error)}", file=sys.stderr)
         return 2
     return 0
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk, or of this user's share of it, that is full."""
+
+
 def is_for_the_user(error: BaseException) -> bool:
-    """Whether ``error`` was raised by this package on purpose (not somewhere inside a library), or is a missing file:
-    its message then says all, and a traceback would only hide it."""
-    if isinstance(error, FileNotFoundError):
-        return True
+    """Whether the message of ``error`` says all, so that a traceback would only hide it: it was raised by this package
+    on purpose (not somewhere inside a library), or is about a file that is missing, cannot be used, or has no room."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError) or error.filename is not None or error.errno in FULL
     frames = traceback.extract_tb(error.__traceback__)
     return (
         bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE) and isinstance(error, ValueError)
     )
 
 
+def line_of(error: BaseException) -> str:
+    """The message of ``error`` in one line; what the system says about a file begins with the file."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        if error.errno in FULL:
+            text = f"{text}: make room and start the same command again"
+    return " ".join(text.split())
+
+
 def _train(args: argparse.Namespace) -> None:
-    config = _config(args)
+    from llava_pdrop.config import load_config
+
+    config = load_config(args.config, args.overrides)
     from llava_pdrop.eval.runner import check_scorer
     from llava_pdrop.train.run import train
 
@@ -69,9 +86,9 @@ def _compare(args: argparse.Namespace) -> None:
 
         compare_runs([args.config, *args.overrides])
         return
-    from llava_pdrop.config import check_paths
+    from llava_pdrop.config import check_paths, load_config
 
-    config = _config(args)
+    config = load_config(args.config, args.overrides)
     check_paths(config)  # before the imports of training: a missing path is then said within seconds
     from llava_pdrop.eval.compare import compare
 
@@ -87,10 +104,12 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> Any:
     """The config named on the command line. A directory stands for the run that was saved there, evaluated as it is."""
-    from llava_pdrop.config import RUN_FILE, load_config
+    from llava_pdrop.config import RUN_FILE, ConfigError, load_config
 
     path, overrides = Path(args.config), list(args.overrides)
-    if path.is_dir() and not (path / RUN_FILE).is_file() and (path / "config.json").is_file():
+    if path.is_dir() and not (path / RUN_FILE).is_file():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path} is no run and no model: it has neither {RUN_FILE} nor config.json")
         return _foreign(path, overrides)
     if path.is_dir():
         whole = [f"model.path={path}", "model.language_model=null", "model.vision_tower=null", "model.projector=null"]

@@ -12,8 +12,9 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,6 +33,7 @@ from llava_pdrop.config_schema import (
 from llava_pdrop.config_values import (
     ConfigError,
     Problem,
+    at_least,
     convert,
     convert_fields,
     did_you_mean,
@@ -74,6 +76,21 @@ TRAINING_ARGUMENTS_SET_ELSEWHERE = {
     "warmup_ratio": "train.warmup_steps (a value below 1 is a share of all steps)",
 }
 """Fields of TrainingArguments, now or once, which a config says in another place."""
+
+LEAST_TRAINING_ARGUMENTS = {
+    "dataloader_num_workers": 0,
+    "ddp_timeout": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+}
+"""Numbers that TrainingArguments takes however small they are, and that fail, or harm, when they are used."""
+
+CHECKED_TYPES = (int, float, bool, str, int | None, float | None, bool | None)
+"""Annotations of TrainingArguments that say all about a value."""
+
+ABLATION_KEYS = ("variants", "grid")
+"""Keys by which the file of an ablation is known (`llava_pdrop.ablate.spec`)."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -131,11 +148,16 @@ def _read(path: Path, below: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]
     if path.resolve() in below:
         chain = " -> ".join(entry.name for entry in (*below, path))
         raise ConfigError(f"{path}: 'base' comes back to itself: {chain}")
-    if not path.is_file():
+    if path.is_dir():
+        run = path / RUN_FILE
+        raise ConfigError(f"{path} is a directory: give a YAML file{f', such as {run}' if run.is_file() else ''}")
+    if not path.exists():
         wanted = f"base of {below[-1].name}: " if below else ""
         siblings = [str(entry) for entry in path.parent.glob("*.yaml")]
         raise ConfigError(f"{wanted}no config file {path}{did_you_mean(str(path), siblings)}")
     content = read_mapping(path)
+    if any(key in content for key in ABLATION_KEYS):
+        raise ConfigError(f"{path}: is an ablation, which has several runs: llava-pdrop ablate {path}")
     base = content.pop("base", None)
     own: list[tuple[str, dict[str, Any]]] = [(str(path), content)]
     if base is None:
@@ -191,10 +213,11 @@ def _pinpoints(name: str) -> list[list[int]]:
 
 
 def _training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks names, and values of plain type, against the installed `transformers.TrainingArguments`.
+    """Checks names, and values of plain type or with a fixed list, against the installed
+    `transformers.TrainingArguments`.
 
     Raises:
-        Problem: unknown name, wrong type, or a setting that belongs elsewhere in the config.
+        Problem: unknown name, wrong type or value, or a setting that belongs elsewhere in the config.
     """
     if not section:
         return {}
@@ -205,8 +228,9 @@ def _training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
             raise Problem(key, f"{key!r} is not set here: write {TRAINING_ARGUMENTS_SET_ELSEWHERE[name]}")
         if name not in hints:
             raise Problem(key, f"unknown key {key!r}, also not a field of TrainingArguments", unknown=True)
-        if hints[name] in (int, float, bool, str, int | None, float | None, bool | None):
-            convert(value, hints[name], key)
+        convert(value, hints[name], key)
+        if name in LEAST_TRAINING_ARGUMENTS:
+            at_least(LEAST_TRAINING_ARGUMENTS[name], key, value)
     if section.get("bf16") and section.get("fp16"):
         raise Problem("train.fp16", "train.bf16 and train.fp16 exclude each other: set one of them to false")
     return dict(section)
@@ -224,12 +248,25 @@ def _all_keys(unknown: str) -> list[str]:
 
 @functools.cache
 def _training_argument_hints() -> dict[str, Any]:
-    import typing
-
+    """Every field of TrainingArguments with what `convert` is to ask of it: its annotation, a `Literal` where the
+    library has a list of values, and `Any` where the annotation says too little."""
     from transformers import TrainingArguments
 
-    names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    return {name: hint for name, hint in typing.get_type_hints(TrainingArguments).items() if name in names}
+    annotations, hints = get_type_hints(TrainingArguments), dict[str, Any]()
+    for field in dataclasses.fields(TrainingArguments):
+        if not field.init:
+            continue
+        hint = annotations[field.name]
+        choices = list(field.metadata.get("choices", ()))
+        for kind in get_args(hint):
+            choices += [entry.value for entry in kind] if isinstance(kind, type) and issubclass(kind, Enum) else []
+        if choices:
+            hint = Literal[tuple(choices)]  # type: ignore[valid-type]
+            hint = hint | None if field.default is None else hint
+        elif hint not in CHECKED_TYPES:
+            hint = Any
+        hints[field.name] = hint
+    return hints
 
 
 def _origin(key: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

@@ -50,12 +50,12 @@ def read_mapping(path: Path, resolve: bool = False) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a YAML library complains of."""
-    text = getattr(error, "problem", None) or str(error)
+    """The first line of what a YAML library, or the system, complains of."""
+    text = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error)
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__
 
 
-def at_least(least: int, key: str, value: int) -> None:
+def at_least(least: int, key: str, value: float) -> None:
     """Raises `Problem` if ``value`` is smaller than ``least``."""
     if value < least:
         raise Problem(key, f"{key} must be at least {least}, got {value}")
@@ -92,7 +92,9 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if origin is Literal:
         if value in args and not isinstance(value, bool):
             return value
-        raise Problem(key, f"{key} cannot be {value!r}: choose {_choice(args)}{did_you_mean(str(value), args)}")
+        hint = ' (YAML reads a bare no as false: write "no")' if value is False and "no" in args else ""
+        hint = hint or did_you_mean(str(value), args)
+        raise Problem(key, f"{key} cannot be {value!r}: choose {_choice(args)}{hint}")
     if origin is tuple and isinstance(value, list | tuple):
         if args[-1] is Ellipsis:
             return tuple(convert(entry, args[0], f"{key}[{i}]") for i, entry in enumerate(value))
@@ -146,8 +148,10 @@ def nearest_key(key: str, keys: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, valid: Iterable[Any], cutoff: float = 0.5) -> str:
-    """`` (did you mean 'x'?)`` for the nearest of ``valid``, or nothing."""
-    near = difflib.get_close_matches(name, [str(entry) for entry in valid], 1, cutoff)
+    """`` (did you mean 'x'?)`` for the nearest of ``valid``, the first that begins like it, or nothing."""
+    names = [str(entry) for entry in valid]
+    near = [entry for entry in names if len(name) > 2 and entry.startswith(name)]
+    near = near or difflib.get_close_matches(name, names, 1, cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

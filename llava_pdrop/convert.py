@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from llava_pdrop.model.export import save_llava_hf, save_original
 from llava_pdrop.model.lora import is_lora
@@ -77,7 +78,7 @@ def convert(
         dtype: precision of all weights; None: as they are stored.
 
     Raises:
-        ValueError: a checkpoint that is not whole or not supported, or a ``target`` that may not be replaced.
+        ValueError: a checkpoint that is not whole or not supported, a ``target`` that may not be replaced, a full disk.
     """
     directory = resolve(origin)
     takes_tower = "mm_vision_tower" in read_json(directory / "config.json") or is_lora(directory)
@@ -94,6 +95,8 @@ def convert(
         else:
             save_original(source, partial, dtype, vision_tower)
         _put(partial, target)
+    except SafetensorError as error:  # of writing: what cannot be read, `shards` says
+        raise ValueError(f"{target} could not be written, and nothing of it is kept: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return source

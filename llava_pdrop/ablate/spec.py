@@ -108,7 +108,10 @@ def _read(path: Path, own: Mapping[str, str | None]) -> File:
         raise ConfigError(f"no ablation file {path}{did_you_mean(str(path), map(str, path.parent.glob('*.yaml')))}")
     content = read_mapping(path, resolve=True)
     if not content.get("variants") and not content.get("grid"):
-        raise ConfigError(f"{path}: neither variants nor grid: name what is to be changed (configs/README.md)")
+        raise ConfigError(
+            f"{path}: neither variants nor grid, so it is no ablation: llava-pdrop train {path} for one run, or write "
+            "what is to be changed into a file with it as base: (configs/README.md)"
+        )
     try:
         return File(**{**convert_fields(content, File, ""), **own})
     except Problem as problem:

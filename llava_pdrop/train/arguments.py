@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import netrc
 import os
@@ -19,8 +20,6 @@ from transformers import TrainingArguments
 from llava_pdrop.config import Config, ConfigError
 from llava_pdrop.model.hardware import peak_flops
 from llava_pdrop.model.precision import has_fast_bfloat16
-from llava_pdrop.train.checks import check_reporting
-from llava_pdrop.train.history import number_of_processes
 
 DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
 """Training arguments where a config says nothing: a line of metrics per step, no outside service, and a loss that is
@@ -32,39 +31,43 @@ _set_here: dict[str, str] = {}
 """What `prepare_reporting` did for the run before in this process (stage 1, a vanilla model to compare with)."""
 
 
-def training_arguments(config: Config) -> TrainingArguments:
-    """The Trainer's arguments: ours where nothing is said, the ``train:`` section, and what other sections decide."""
+def given_arguments(config: Config) -> dict[str, Any]:
+    """What `TrainingArguments` are made of: ours where nothing is said, the ``train:`` section, and what other sections
+    decide. The library changes what it is given, so these are copies."""
     arguments = {
         **DEFAULTS,
-        **config.train.arguments,
+        **copy.deepcopy(config.train.arguments),
         "output_dir": config.output_dir,
         "run_name": config.name,
         "seed": config.seed,
         "per_device_train_batch_size": config.data.samples_per_batch or 1,
         "remove_unused_columns": False,
     }
-    if number_of_processes() > 1 and not arguments.get("use_cpu") and not torch.accelerator.is_available():
-        raise ConfigError(
-            f"{config.file}: {number_of_processes()} processes were started, but without GPUs each of them would train "
-            "alone: train.use_cpu=true makes one run of them"
-        )
-    on_cpu = arguments.get("use_cpu") or not torch.cuda.is_available()
-    if arguments.get("bf16") and on_cpu and not has_fast_bfloat16(torch.device("cpu")):
+    if arguments.get("bf16") and on_cpu(config) and not has_fast_bfloat16(torch.device("cpu")):
+        arguments["bf16"] = False
+    return arguments
+
+
+def on_cpu(config: Config) -> bool:
+    """Whether the run trains on the CPU."""
+    return bool(config.train.arguments.get("use_cpu")) or not torch.cuda.is_available()
+
+
+def training_arguments(config: Config) -> TrainingArguments:
+    """The Trainer's arguments of a run that `llava_pdrop.train.checks.check_run` found nothing wrong with. Takes a
+    device, joins the other processes, and sets what DeepSpeed and the services of ``report_to`` read."""
+    arguments = given_arguments(config)
+    if arguments.get("bf16") != config.train.arguments.get("bf16"):
         log.warning(
             "%s: this CPU has no bfloat16 instructions, so train.bf16 is ignored: float32 is faster", config.name
         )
-        arguments["bf16"] = False
     try:
         if arguments.get("deepspeed"):
-            prepare_deepspeed(bool(on_cpu))
+            prepare_deepspeed(on_cpu(config))
         args = TrainingArguments(**arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
-    if config.train.recompute_layers is not None and not recomputes_activations(args):
-        raise ConfigError(f"{config.file}: train.recompute_layers needs train.gradient_checkpointing=true")
-    if args.eval_strategy != "no":
-        raise ConfigError(f"{config.file}: train.eval_strategy: a run does not evaluate itself: llava-pdrop eval does")
-    check_deepspeed(config, args)
+    warn_of_locks(args)
     if args.n_gpu > 1:
         log.warning(
             "%d GPUs are visible and one is used: torchrun --nproc_per_node %d uses all", args.n_gpu, args.n_gpu
@@ -107,17 +110,11 @@ def prepare_fsdp(args: TrainingArguments) -> None:
         args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
 
 
-def check_deepspeed(config: Config, args: TrainingArguments) -> None:
-    """Raises `ConfigError` if ZeRO-3 would leave the weights in pieces where they are saved, after the last step; and
-    warns of what offloading would wait for without a word."""
+def warn_of_locks(args: TrainingArguments) -> None:
+    """Warns of what offloading by DeepSpeed would wait for without a word."""
     settings = getattr(args, "hf_deepspeed_config", None)  # there with args.deepspeed only
-    if settings is None:
-        return
-    key = "stage3_gather_16bit_weights_on_model_save"
-    if settings.is_zero3() and not settings.get_value(f"zero_optimization.{key}", False):
-        raise ConfigError(f"{config.file}: train.deepspeed: {args.deepspeed} needs zero_optimization.{key}: true")
     compiled = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
-    for lock in compiled.glob("**/cpu_adam/lock") if settings.is_offload() else ():
+    for lock in compiled.glob("**/cpu_adam/lock") if settings is not None and settings.is_offload() else ():
         log.warning("this run waits for %s: if no other one is compiling, it was killed while it did: remove it", lock)
 
 
@@ -136,12 +133,7 @@ def peak_of(args: TrainingArguments) -> float | None:
 
 def prepare_reporting(config: Config, args: TrainingArguments) -> None:
     """Lets the services that ``report_to`` names start without asking anything: W&B writes to the disk (offline) where
-    it has no key, and what is not said in its environment variables belongs to this project and this run, to nobody.
-
-    Raises:
-        ConfigError: a service is unknown or not installed.
-    """
-    check_reporting(config)
+    it has no key, and what is not said in its environment variables belongs to this project and this run, to nobody."""
     if "tensorboard" in args.report_to:
         _set_default("TENSORBOARD_LOGGING_DIR", str(Path(config.output_dir) / "tensorboard"))
     if "wandb" in args.report_to:

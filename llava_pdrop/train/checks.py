@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from transformers.integrations.integration_utils import (
@@ -16,21 +17,41 @@ from llava_pdrop.config import Config, ConfigError, check_paths, load_config
 from llava_pdrop.config_paths import number, part_configs, pretrain_words
 from llava_pdrop.config_values import did_you_mean
 from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.readers import READERS
+from llava_pdrop.train.check_arguments import check_arguments
+from llava_pdrop.train.history import FINISHED_FILE
 
 
 def check_run(config: Config) -> None:
-    """Checks names and paths of ``config`` and of its stage 1.
+    """Checks names, paths and training arguments of ``config`` and of its stage 1.
 
     Raises:
         ConfigError: one line with file, key and remedy.
     """
     check_paths(config)
     check_name(config, "model.template", config.model.template, TEMPLATES)
+    if config.data.format is not None:
+        check_name(config, "data.format", config.data.format, READERS)
     check_bits(config)
     check_reporting(config)
+    if not (Path(config.output_dir) / FINISHED_FILE).is_file():  # that one is used as it is, wherever it was made
+        check_output(config)
+        check_arguments(config)
     first = stage1_config(config)
     if first is not None:
         check_run(first)
+
+
+def check_output(config: Config) -> None:
+    """Raises `ConfigError` if ``output_dir`` cannot be made, or not be written to."""
+    place = os.path.abspath(config.output_dir)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    problem = None if os.path.isdir(place) else "is no directory"
+    if problem is None and not os.access(place, os.W_OK | os.X_OK):
+        problem = "cannot be written to"
+    if problem is not None:
+        raise ConfigError(f"{config.file}: output_dir: {place} {problem}: give another output_dir")
 
 
 def check_bits(config: Config) -> None:

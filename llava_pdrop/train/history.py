@@ -18,6 +18,7 @@ from llava_pdrop.config import RUN_FILE, Config, ConfigError, to_yaml
 from llava_pdrop.data.mixture import data_files
 from llava_pdrop.train.bad_samples import REPORT_FILE
 from llava_pdrop.train.checkpoints import STAGING, all_checkpoints, newest_whole, read_manifest, what_is_torn
+from llava_pdrop.train.metrics import writing
 
 FINISHED_FILE = "run.json"
 
@@ -127,13 +128,18 @@ def clear(output: Path) -> None:
 
 
 def mark_finished(config: Config, stamp: str, facts: Mapping[str, Any]) -> None:
-    """Notes that the run of `digest` ``stamp`` is complete."""
+    """Notes that the run of `digest` ``stamp`` is complete.
+
+    Raises:
+        ValueError: that could not be written.
+    """
     facts = {"digest": stamp, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
     facts |= surroundings()
     file = Path(config.output_dir) / FINISHED_FILE
     aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(aside, file)
+    with writing(file):
+        aside.write_text(json.dumps(facts, indent=1) + "\n")
+        os.replace(aside, file)
 
 
 def _finished(output: Path) -> dict[str, Any] | None:

@@ -149,12 +149,13 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         old = read_metrics(self.file) if state.global_step and self.file.is_file() else []
         kept = [row for row in old if row["step"] <= state.global_step and "loss" in row]
         aside = self.file.with_suffix(".partial")  # a run that is killed here must not lose what it had
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(aside, self.file)
+        with writing(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(aside, self.file)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -163,8 +164,21 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             row = {"step": state.global_step, **logs, "time": time.time()}
-            with self.file.open("a") as lines:
+            with writing(self.file), self.file.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """What keeps a run from writing ``file`` becomes a `ValueError` of one line, which ends the run: nothing that it
+    should have left is missing without a word, and its checkpoints are as they were."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{file} could not be written: {error.strerror or error}; mend that (make room if the disk is full) and "
+            "start the same command again: it goes on from the newest checkpoint"
+        ) from error
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

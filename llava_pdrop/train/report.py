@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from llava_pdrop.style import STYLE
 from llava_pdrop.train.bad_samples import REPORT_FILE as BAD_SAMPLES_FILE
-from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, writing
 from llava_pdrop.train.progress import stages
 
 REPORT_FILE, PICTURE_FILE = "training.md", "training.png"
@@ -34,13 +34,19 @@ TITLES = {
 
 
 def write_report(directory: Path, name: str) -> Path | None:
-    """Writes both files from the metrics in ``directory``; None where these have no step."""
+    """Writes both files from the metrics in ``directory``; None where these have no step.
+
+    Raises:
+        ValueError: a file could not be written.
+    """
     rows = [row for row in read_metrics(directory / METRICS_FILE) if "loss" in row]
     if not rows:
         return None
-    _draw(rows, directory / PICTURE_FILE)
+    with writing(directory / PICTURE_FILE):
+        _draw(rows, directory / PICTURE_FILE)
     report = directory / REPORT_FILE
-    report.write_text(_text(rows, name, directory))
+    with writing(report):
+        report.write_text(_text(rows, name, directory))
     return report
 
 

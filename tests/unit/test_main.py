@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import types
@@ -78,6 +79,69 @@ def test_a_missing_file_is_one_line_and_a_fault_of_ours_is_not_hidden(
     monkeypatch.setattr(module, "train", broken)
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["train", FULL_SIZE])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/a/b", None, "/a/c"), "/a/b: Read-only file system"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room and start the same"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded", "/a/b"),
+            "/a/b: Disk quota exceeded: make room and start",
+        ),
+    ],
+)
+def test_what_the_system_says_about_a_file_is_one_line(
+    seen: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError, line: str
+) -> None:
+    def fail(config: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["llava_pdrop.train.run"], "train", fail)
+    assert cli.main(["train", FULL_SIZE]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}") and said.count("\n") == 1
+    with pytest.raises(OSError, match=error.strerror):
+        cli.main(["train", FULL_SIZE, "--debug"])
+
+
+def test_a_fault_that_names_no_file_is_not_hidden(seen: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: Any) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    monkeypatch.setattr(sys.modules["llava_pdrop.train.run"], "train", fail)
+    with pytest.raises(ConnectionResetError):
+        cli.main(["train", FULL_SIZE])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["train", "{dir}"], "{dir} is a directory: give a YAML file"),
+        (["compare", "{tiny}", "data.index={dir}"], "{tiny}: data.index: {dir} is a directory: name the file in it"),
+        (["eval", "{dir}"], "{dir} is no run and no model: it has neither llava_pdrop.yaml nor config.json"),
+        (["train", "{file}/x.yaml"], "no config file {file}/x.yaml"),
+        (["plan", "{ablation}"], "{ablation}: is an ablation, which has several runs: llava-pdrop ablate "),
+        (["eval", "{ablation}"], "{ablation}: is an ablation, which has several runs: llava-pdrop ablate "),
+        (
+            ["compare", "{ablation}"],
+            "{ablation}: is an ablation, which has several runs: llava-pdrop ablate ",
+        ),
+        (["ablate", "{tiny}"], "{tiny}: neither variants nor grid, so it is no ablation: llava-pdrop train {tiny} "),
+    ],
+)
+def test_a_path_of_the_wrong_kind_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], line: str
+) -> None:
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "file").touch()
+    names = {"dir": tmp_path / "dir", "file": tmp_path / "file"}
+    names |= {"tiny": Path("configs/tiny/finetune_pdrop.yaml"), "ablation": Path("configs/ablations/tiny.yaml")}
+    assert cli.main([word.format(**names) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line.format(**names)}") and said.count("\n") == 1
 
 
 def test_every_rank_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,24 +1,149 @@
-"""What the ``train:`` section cannot ask for is one line, before the model is read."""
+"""The Trainer's arguments; what the ``train:`` section cannot ask for is one line, before anything is trained."""
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava_pdrop.config import ConfigError, load_config
-from llava_pdrop.train.arguments import check_deepspeed, training_arguments
-from tests.engines import deepspeed_arguments
+from llava_pdrop.train.arguments import given_arguments, warn_of_locks
+from llava_pdrop.train.check_arguments import check_arguments
+from llava_pdrop.train.checks import check_run
+from llava_pdrop.train.history import FINISHED_FILE
+from llava_pdrop.train.run import train
+from tests.engines import CONFIGS, deepspeed_arguments, needs_deepspeed
 from tests.faults.processes import run_ranks
 
 
-def test_a_run_does_not_evaluate_itself(tiny_config):
-    config = load_config(tiny_config(), ["train.eval_strategy=epoch"])
-    with pytest.raises(ConfigError, match=r"run\.yaml: train\.eval_strategy: .*: llava-pdrop eval does$"):
-        training_arguments(config)
+def complaint(file, *overrides: str) -> str:
+    config = load_config(file, overrides)
+    with pytest.raises(ConfigError) as error:
+        check_arguments(config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "eval_strategy=epoch",
+            "eval_strategy: 'epoch' needs a run that evaluates itself, none does: llava-pdrop",
+        ),
+        ("save_strategy=best", "save_strategy: 'best' needs a run that evaluates itself"),
+        ("load_best_model_at_end=true", "load_best_model_at_end: True needs a run that evaluates itself"),
+        ("lr_scheduler_type=greedy", "lr_scheduler_type: 'greedy' needs a run that evaluates itself"),
+        ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_type: cosine_with_min_lr: One of min_lr or min_lr_rate"),
+        ("lr_scheduler_kwargs={speed: 1}", "lr_scheduler_type: linear: "),
+        ("optim=adamw_torch_npu_fused", "optim: adamw_torch_npu_fused: Trainer failed to import FusedAdamW"),
+        ("adam_beta1=2", "optim: adamw_torch_fused: Invalid beta parameter at index 0: 2"),
+        ("fsdp=true", "fsdp shards the model over several processes, and this is one: launch more"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(tiny_config, override, line):
+    assert f"run.yaml: train.{line}" in complaint(tiny_config(), f"train.{override}")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("dataloader_prefetch_factor=2", "--dataloader_prefetch_factor can only be set when"),
+        ("warmup_steps=-1", "warmup_steps"),
+        ("accelerator_config=no.json", "No such file or directory: 'no.json'"),
+        ("debug=loud", "loud is not a valid DebugOption"),
+    ],
+)
+def test_what_transformers_refuses_is_one_line(tiny_config, override, line):
+    said = complaint(tiny_config(), f"train.{override}")
+    assert "run.yaml: train: " in said and line in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
+def test_tf32_needs_a_gpu(tiny_config):
+    assert "run.yaml: train.tf32 needs a GPU" in complaint(tiny_config(), "train.tf32=true")
+
+
+def test_a_saving_step_must_come(tiny_config):
+    said = complaint(tiny_config(), "train.save_strategy=steps", "train.save_steps=0")
+    assert "run.yaml: train.save_steps must be above 0, got 0" in said
+
+
+def test_looking_at_them_changes_nothing(tiny_config, monkeypatch):
+    """Neither this process nor the config: stage 1 is trained after stage 2 was looked at."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fsdp = {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "cpu_ram_efficient_loading": True}}
+    config = load_config(tiny_config(train={"use_cpu": True, "max_steps": 1, **fsdp}))
+    arguments, environment = copy.deepcopy(config.train.arguments), dict(os.environ)
+    state = dict(PartialState._shared_state)
+    check_arguments(config)
+    assert config.train.arguments == arguments and dict(os.environ) == environment
+    assert PartialState._shared_state == state and not torch.distributed.is_initialized()
+    given_arguments(config)["fsdp_config"].clear()
+    assert config.train.arguments == arguments
+
+
+@pytest.mark.parametrize(
+    ("stage2", "line"),
+    [
+        ({"eval_strategy": "steps"}, r"stage2\.yaml: train\.eval_strategy: "),
+        ({"recompute_layers": 2}, r"stage2\.yaml: train\.recompute_layers needs train\.gradient_checkpointing=true"),
+        ({"optim": "adamw_torch_npu_fused"}, r"stage2\.yaml: train\.optim: "),
+        ({"debug": "loud"}, r"stage2\.yaml: train: loud "),
+    ],
+)
+def test_stage_1_does_not_begin_where_stage_2_could_not(tiny_config, tmp_path, stage2, line):
+    stage1 = tiny_config("stage1")
+    section = {"max_steps": 1, "use_cpu": True, "save_strategy": "no", **stage2}
+    config = load_config(tiny_config("stage2", train=section, pretrain=str(stage1)))
+    with pytest.raises(ConfigError, match=line):
+        train(config)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below/it"])
+def test_a_place_where_nothing_can_be_written_is_said_before_stage_1(tiny_config, tmp_path, place):
+    (tmp_path / "file").touch()
+    config = load_config(tiny_config("stage2", pretrain=str(tiny_config("stage1"))), [f"output_dir={tmp_path}/{place}"])
+    with pytest.raises(ConfigError, match=rf"stage2\.yaml: output_dir: {tmp_path}/file is no directory: give another"):
+        train(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_somebody_else_is_said(tiny_config, tmp_path, monkeypatch):
+    """The tests may run as root, whom no permission stops."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"output_dir: {tmp_path} cannot be written to: give another output_dir"):
+        train(load_config(tiny_config(), [f"output_dir={tmp_path}/a/b"]))
+
+
+def test_a_finished_stage_1_is_used_where_it_could_not_be_trained(tiny_config, tmp_path, monkeypatch):
+    """It was sharded over a cluster, say, and lies where only its owner writes; trained again, it is checked."""
+    first = tiny_config("stage1")
+    output = train(load_config(first))
+    config = load_config(tiny_config("stage2", pretrain=f"{first} train.fsdp=true"))
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.startswith(str(output)))
+    check_run(config)
+    again = load_config(first, ["train.fsdp=true", "train.resume=never"])
+    with pytest.raises(ConfigError, match=r"stage1\.yaml: train\.fsdp shards the model over several processes"):
+        train(again)
+    (output / FINISHED_FILE).unlink()
+    with pytest.raises(ConfigError, match=r"stage1\.yaml: output_dir: .* cannot be written to"):
+        check_run(config)
+
+
+def test_data_of_an_unknown_format_are_said_before_stage_1_too(tiny_config, tmp_path):
+    config = load_config(tiny_config("stage2", pretrain=str(tiny_config("stage1"))), ["data.format=lava"])
+    with pytest.raises(ConfigError, match=r"stage2\.yaml: unknown data\.format 'lava'"):
+        train(config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="several processes make one run on GPUs without use_cpu")
@@ -27,6 +152,76 @@ def test_processes_that_would_each_train_alone_are_refused(tiny_config):
     assert ended.codes == [2, 2]
     line = "2 processes were started, but without GPUs each of them would train alone: train.use_cpu=true makes one run"
     assert all(line in text for text in ended.texts)
+
+
+# ---- DeepSpeed and FSDP ----
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """``train.deepspeed=FILE`` with a copy of ``configs/deepspeed/NAME.json`` that has other keys (None: not there)."""
+
+    def write(name: str = "zero3", **changes) -> str:
+        content = json.loads((CONFIGS / f"deepspeed/{name}.json").read_text())
+        content = {key: value for key, value in {**content, **changes}.items() if value is not None}
+        (tmp_path / "ds.json").write_text(json.dumps(content))
+        return f"train.deepspeed={tmp_path}/ds.json"
+
+    return write
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"gradient_clipping": None}, ' needs "gradient_clipping": "auto"'),
+        ({"gradient_accumulation_steps": None}, ' needs "gradient_accumulation_steps": "auto"'),
+        ({"gradient_accumulation_steps": 4}, " does not say what the config says: ds gradient_accumulation_steps=4 vs"),
+        (
+            {"train_micro_batch_size_per_gpu": 7},
+            "ds train_micro_batch_size_per_gpu=7 vs hf per_device_train",
+        ),
+        (
+            {"optimizer": {"type": "AdamW"}},
+            "would replace that of the run: remove it, and set train.optim",
+        ),
+        ({"scheduler": {}}, ": its 'scheduler' would replace that of the run"),
+        ({"bf16": True}, ": its 'bf16' must be a mapping of keys, got True"),
+        ({"zero_optimization": {"stage": 7}}, ": zero_optimization.stage must be one of [0, 1, 2, 3], got 7"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: true",
+        ),
+    ],
+)
+def test_deepspeed_settings_that_cannot_work_are_named(tiny_config, changed, changes, line):
+    said = complaint(tiny_config(), changed(**changes))
+    assert "run.yaml: train.deepspeed: " in said and line in said
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_the_shipped_deepspeed_settings_pass_and_leave_nothing_behind(tiny_config, name):
+    check_arguments(load_config(tiny_config(), [f"train.deepspeed={CONFIGS}/deepspeed/{name}.json"]))
+    assert not is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("{", "not readable as JSON: "), ("[1]", "must be a mapping of keys, got list"), (None, "Is a directory")],
+)
+def test_settings_that_are_no_json_are_named(tiny_config, tmp_path, monkeypatch, text, line):
+    file = tmp_path / "engine.json"
+    file.mkdir() if text is None else file.write_text(text)
+    assert f"run.yaml: train.deepspeed: {file}: {line}" in complaint(tiny_config(), f"train.deepspeed={file}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = complaint(tiny_config(), "train.fsdp=true", f"train.fsdp_config={file}")
+    assert f"run.yaml: train.fsdp_config: {file}: {line}" in said
+
+
+def test_two_engines_exclude_each_other(tiny_config, changed):
+    said = complaint(tiny_config(), "train.fsdp=true", changed())
+    assert said.endswith("train.fsdp and train.deepspeed exclude each other: say it by train.engine alone")
 
 
 @pytest.fixture
@@ -42,23 +237,14 @@ def settings_of(tmp_path):
     return read
 
 
-def test_zero3_must_gather_what_it_saves(tiny_config, settings_of):
-    config = load_config(tiny_config())
-    check_deepspeed(config, settings_of("zero3"))
-    key = "stage3_gather_16bit_weights_on_model_save"
-    with pytest.raises(ConfigError, match=rf"run\.yaml: .*zero3\.json needs zero_optimization\.{key}: true$"):
-        check_deepspeed(config, settings_of("zero3", **{key: False}))
-
-
-def test_a_compilation_that_nobody_finishes_is_named(tiny_config, settings_of, tmp_path, monkeypatch, caplog):
+def test_a_compilation_that_nobody_finishes_is_named(settings_of, tmp_path, monkeypatch, caplog):
     """PyTorch waits for its end without a word."""
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    config = load_config(tiny_config())
-    check_deepspeed(config, settings_of("zero2_offload"))
+    warn_of_locks(settings_of("zero2_offload"))
     lock.touch()
-    check_deepspeed(config, settings_of("zero2"))
+    warn_of_locks(settings_of("zero2"))
     assert not caplog.messages
-    check_deepspeed(config, settings_of("zero2_offload"))
+    warn_of_locks(settings_of("zero2_offload"))
     assert f"this run waits for {lock}: if no other one is compiling" in caplog.text

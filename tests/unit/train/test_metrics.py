@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from llava_pdrop.config import load_config
 from llava_pdrop.model.vlm import Output
+from llava_pdrop.train.checkpoints import what_is_torn
 from llava_pdrop.train.clock import PARTS
-from llava_pdrop.train.metrics import MetricsFile, StepMeter, peak_memory, read_metrics, reset_peak_memory
+from llava_pdrop.train.history import FINISHED_FILE
+from llava_pdrop.train.metrics import METRICS_FILE, MetricsFile, StepMeter, peak_memory, read_metrics, reset_peak_memory
+from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE
+from llava_pdrop.train.run import train
 
 CPU = torch.device("cpu")
+FULL = Path("/dev/full")
+needs_full_disk = pytest.mark.skipif(not FULL.is_char_device(), reason="the system has no /dev/full")
+SAID = r" could not be written: No space left on device; mend that \(make room .* newest checkpoint$"
 
 
 def output(tokens: list[int], image_tokens: list[int]) -> Output:
@@ -89,6 +99,48 @@ def test_file_forgets_what_a_resumed_run_does_again(tmp_path):
     assert len(read_metrics(file.file)) == 3
     file.on_train_begin(None, state(0), None)
     assert read_metrics(file.file) == []
+
+
+@needs_full_disk
+def test_a_line_that_has_no_room_ends_the_run(tiny_config, monkeypatch):
+    """The disk is full at the third of four steps; the checkpoint of the second is whole, and goes on to the end."""
+    section = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True}
+    config = load_config(tiny_config(train=section))
+    output = Path(config.output_dir)
+    original = MetricsFile.on_log
+
+    def full(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.file.rename(self.file.with_suffix(".before"))
+            self.file.symlink_to(FULL)
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(MetricsFile, "on_log", full)
+    with pytest.raises(ValueError, match=f"^{output / METRICS_FILE}{SAID}"):
+        train(config)
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert what_is_torn(output / "checkpoint-2") is None
+    monkeypatch.undo()
+    (output / METRICS_FILE).with_suffix(".before").replace(output / METRICS_FILE)
+    train(config)
+    assert [row["step"] for row in read_metrics(output / METRICS_FILE) if "loss" in row] == [1, 2, 3, 4]
+
+
+@needs_full_disk
+@pytest.mark.parametrize("name", [REPORT_FILE, PICTURE_FILE, FINISHED_FILE])
+def test_a_file_of_a_run_that_has_no_room_is_named(tiny_config, name):
+    section = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True}
+    config = load_config(tiny_config(train=section))
+    output = Path(config.output_dir)
+    output.mkdir(parents=True)
+    written = (output / name).with_suffix(".partial") if name == FINISHED_FILE else output / name
+    written.symlink_to(FULL)
+    with pytest.raises(ValueError, match=f"^{output / name}{SAID}"):
+        train(config)
+    assert what_is_torn(output / "checkpoint-2") is None
+    written.unlink()
+    train(config)
+    assert json.loads((output / FINISHED_FILE).read_text())["resumed_from"].endswith("checkpoint-2")
 
 
 def test_the_last_step_is_logged_in_any_case(tmp_path):

@@ -162,7 +162,7 @@ def test_stage_1_must_have_the_same_parts(tiny_config, tiny_files, tmp_path):
 def test_what_libraries_refuse_is_one_line(tiny_config, tiny_files, tmp_path):
     file = tiny_config()
     with pytest.raises(ConfigError, match=r"run.yaml: train: "):
-        train(load_config(file, ["train.lr_scheduler_type=zigzag"]))
+        train(load_config(file, ["train.dataloader_prefetch_factor=2"]))
     broken = tmp_path / "broken"
     shutil.copytree(tiny_files / "llm", broken)
     (broken / "model.safetensors").write_bytes(b"nothing")

@@ -1,0 +1,208 @@
+"""Mistakes in the ``train:`` section, found before anything is trained: those of stage 2 too, which begins hours later.
+
+Names, types and lists of values are looked at when a config is read (`llava_pdrop.config`). The rest is tried out by
+the libraries themselves, where nothing can depend on it: `TrainingArguments` without a device or a process group, and
+the optimizer and the schedule of its learning rate on one number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.utils import is_torch_tf32_available
+
+from llava_pdrop.config import Config, ConfigError
+from llava_pdrop.train.arguments import first_line, given_arguments, recomputes_activations
+from llava_pdrop.train.history import number_of_processes
+
+NEED_EVALUATION: dict[str, tuple[Any, ...]] = {
+    "eval_strategy": ("steps", "epoch"),
+    "eval_on_start": (True,),
+    "load_best_model_at_end": (True,),
+    "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
+    "save_strategy": ("best",),
+}
+"""Training argument -> its values that want the model evaluated between the steps."""
+
+NEEDED_BY_DEEPSPEED = ("gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu")
+"""What DeepSpeed replaces by values of its own where its settings leave it out."""
+
+NOT_DEEPSPEEDS = {"optimizer": "train.optim", "scheduler": "train.lr_scheduler_type"}
+"""Section of DeepSpeed's settings that would take the place of ours, and with it the learning rates of the parts."""
+
+NOT_TRIED = ("deepspeed", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")
+"""Training arguments that change the process they are read in."""
+
+LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError, RuntimeError)
+"""What the libraries raise at settings that they do not take."""
+
+ZERO_STAGES = (0, 1, 2, 3)
+
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+
+class TriedArguments(TrainingArguments):
+    """`TrainingArguments` that only look at their values: no device is taken, no other process is waited for."""
+
+    @property
+    def device(self) -> torch.device:
+        """None is looked for."""
+        return torch.device("cpu")
+
+    @property
+    def world_size(self) -> int:
+        """As the launcher says."""
+        return number_of_processes()
+
+
+def check_arguments(config: Config) -> None:
+    """Raises at the first setting in ``train:`` with which the run would fail, or would silently not be what it says.
+
+    Raises:
+        ConfigError: one line with file, key and remedy.
+    """
+    given, line = config.train.arguments, f"{config.file}: train"
+    for name, values in NEED_EVALUATION.items():
+        if given.get(name) in values:
+            raise ConfigError(
+                f"{line}.{name}: {given[name]!r} needs a run that evaluates itself, none does: llava-pdrop eval does"
+            )
+    check_engine(config)
+    args = tried_arguments(config)
+    if config.train.recompute_layers is not None and not recomputes_activations(args):
+        raise ConfigError(f"{line}.recompute_layers needs train.gradient_checkpointing=true")
+    if args.save_strategy == "steps" and args.save_steps <= 0:
+        raise ConfigError(f"{line}.save_steps must be above 0, got {args.save_steps:g}: save_strategy 'no' saves none")
+    check_optimizer(config, args)
+    if given.get("deepspeed"):
+        check_deepspeed(config, args)
+
+
+def check_engine(config: Config) -> None:
+    """Raises `ConfigError` if the machine, or the way the run was launched, is not what ``train:`` needs."""
+    given, line, processes = config.train.arguments, f"{config.file}: train", number_of_processes()
+    if processes > 1 and not given.get("use_cpu") and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"{config.file}: {processes} processes were started, but without GPUs each of them would train alone: "
+            "train.use_cpu=true makes one run of them"
+        )
+    if given.get("tf32") and not is_torch_tf32_available():
+        raise ConfigError(f"{line}.tf32 needs a GPU of NVIDIA's Ampere generation or later: train.tf32=null")
+    if not given.get("fsdp"):
+        return
+    if given.get("deepspeed"):
+        raise ConfigError(f"{line}.fsdp and train.deepspeed exclude each other: say it by train.engine alone")
+    if processes == 1:
+        raise ConfigError(
+            f"{line}.fsdp shards the model over several processes, and this is one: launch more (scripts/README.md), "
+            "or train.engine=ddp"
+        )
+    if isinstance(given.get("fsdp_config"), str):
+        read_settings(config, "fsdp_config")
+
+
+def tried_arguments(config: Config) -> TriedArguments:
+    """The training arguments as far as they are values.
+
+    Raises:
+        ConfigError: transformers refuses them.
+    """
+    arguments = {name: value for name, value in given_arguments(config).items() if name not in NOT_TRIED}
+    try:
+        with environment_kept():
+            return TriedArguments(**arguments)
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
+
+
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """Takes back what is changed in the environment variables meanwhile."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def check_optimizer(config: Config, args: TrainingArguments) -> None:
+    """Raises `ConfigError` if the optimizer or the schedule of its learning rate cannot be made: a package is not
+    installed, ``optim_args`` or ``lr_scheduler_kwargs`` do not fit it."""
+    group = {
+        "params": [torch.zeros(1, requires_grad=True)],
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+    }
+    key = "optim"
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind([group], **options)
+        key = "lr_scheduler_type"
+        plain = torch.optim.SGD([group])
+        get_scheduler(args.lr_scheduler_type, plain, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except LIBRARY_ERRORS as error:
+        name = getattr(args, key).value
+        raise ConfigError(f"{config.file}: train.{key}: {name}: {first_line(error)}") from error
+
+
+def check_deepspeed(config: Config, args: TriedArguments) -> None:
+    """Raises `ConfigError` if the settings for DeepSpeed cannot be read, do not say what the run says, or leave the
+    weights of ZeRO-3 in pieces where they are saved, after the last step."""
+    content = read_settings(config, "deepspeed")
+    line = f"{config.file}: train.deepspeed: {_named(config.train.arguments['deepspeed'])}"
+    for section in ("bf16", "fp16", "zero_optimization"):
+        if not isinstance(content.get(section, {}), Mapping):
+            raise ConfigError(f"{line}: its {section!r} must be a mapping of keys, got {content[section]!r}")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage not in ZERO_STAGES:
+        raise ConfigError(f"{line}: zero_optimization.stage must be one of {list(ZERO_STAGES)}, got {stage!r}")
+    for section, key in NOT_DEEPSPEEDS.items():
+        if section in content:
+            raise ConfigError(f"{line}: its {section!r} would replace that of the run: remove it, and set {key}")
+    for name in NEEDED_BY_DEEPSPEED:
+        if name not in content:
+            raise ConfigError(f'{line} needs "{name}": "auto"')
+    try:
+        settings = HfTrainerDeepSpeedConfig(content)
+        settings.trainer_config_process(args)
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"{line}: {first_line(error)}") from error
+    if settings.mismatches:
+        other = "; ".join(entry.removeprefix("- ") for entry in settings.mismatches)
+        raise ConfigError(f'{line} does not say what the config says: {other}: write "auto" there')
+    if settings.is_zero3() and not settings.get_value(f"zero_optimization.{GATHER}", False):
+        raise ConfigError(f"{line} needs zero_optimization.{GATHER}: true")
+
+
+def read_settings(config: Config, name: str) -> Mapping[str, Any]:
+    """The settings that ``train.NAME`` holds, or the JSON file that it names.
+
+    Raises:
+        ConfigError: that cannot be read, or holds no keys.
+    """
+    value = config.train.arguments[name]
+    line = f"{config.file}: train.{name}: {_named(value)}"
+    try:
+        content = json.loads(Path(value).read_text(encoding="utf-8")) if isinstance(value, str) else value
+    except OSError as error:
+        raise ConfigError(f"{line}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{line}: not readable as JSON: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{line}: must be a mapping of keys, got {type(content).__name__}")
+    return content
+
+
+def _named(settings: Any) -> str:
+    """A file by its path, settings that stand in the config itself by what they are."""
+    return settings if isinstance(settings, str) else "the mapping"
