@@ -6,8 +6,7 @@ The weights live in an ordinary Hugging Face LLaVA (``host``), whose own forward
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,11 @@ from llava_pdrop.types import PackedBatch
 Host: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """``loss`` is the SUM over label tokens (scalar tensor); ``labels`` their number; ``tokens`` and ``image_tokens``
-    the length of the stream and the image tokens in it, before any drop and after each one."""
+    the length of the stream and the image tokens in it, before any drop and after each one.
+
+    A tuple, because engines look for the tensors that leave a module in these, not in classes they do not know."""
 
     loss: Tensor
     labels: int

@@ -7,8 +7,10 @@ the projector, and the tower where it learns. `llava_pdrop.model.lora` merges it
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ from llava_pdrop.model.lora import ADAPTER, ADAPTERS, NON_LORA, PREFIX
 from llava_pdrop.model.precision import autocast_dtype
 from llava_pdrop.model.shards import open_tensors, remove_weights
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.model.zero3 import overwrite, own_tensors, whole_shape
-from llava_pdrop.train.optim import freeze
+from llava_pdrop.model.zero3 import gathered, overwrite, own_tensors, whole_shape
+from llava_pdrop.train.optim import freeze, part_of
 
 TARGETS = {
     "attention": (r"self_attn\.[qkvo]_proj",),
@@ -37,6 +39,9 @@ TARGETS = {
     "both": (r"self_attn\.[qkvo]_proj", r"mlp\.(?:gate|up|down)_proj"),
 }
 """``lora.target`` -> patterns of the modules in a decoder layer that get adapters."""
+
+SAMPLED = 4096
+"""Numbers of every weight, evenly spaced, that `fingerprint_of_base` looks at."""
 
 NAME_IN_PEFT = "default"
 """Peft's name for the only adapter of a model, which its files leave out."""
@@ -63,6 +68,7 @@ def adapt(model: PyramidLlava, config: Config, args: TrainingArguments) -> None:
     except re.error as error:
         raise ConfigError(f"{config.file}: lora.rank_pattern: {error.pattern!r} cannot be matched: {error}") from None
     freeze(model, config.model.trainable)
+    model.register_load_state_dict_post_hook(_miss_nothing_frozen)
     if half is not None and not args.deepspeed and not args.fsdp:
         halve_frozen(model, half)
 
@@ -146,6 +152,57 @@ def halve_frozen(model: nn.Module, half: torch.dtype) -> None:
 def is_adapted(host: nn.Module) -> bool:
     """Whether ``host`` has adapters."""
     return hasattr(host, "peft_config")
+
+
+# ---- the base, which no checkpoint holds ----
+
+
+@contextmanager
+def base_left_out(model: PyramidLlava) -> Iterator[None]:
+    """As long as it lasts, ``model.state_dict()`` is without the frozen weights of the decoder, and of a tower of which
+    nothing learns. That is what DeepSpeed and FSDP gather and write."""
+    learning = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved_whole = {"projector", *(learning - {"language_model"})}
+    base = [name for name in _frozen(model) if part_of(name) not in saved_whole]
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in base:
+            state.pop(prefix + name, None)
+
+    hook = model.register_state_dict_post_hook(drop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def fingerprint_of_base(model: PyramidLlava) -> str:
+    """A hash of the frozen weights, from a sample of each: another base shows, a single other number may not. Weights
+    that are quantised are not looked at, as GPUs of two kinds may round them differently. Every rank comes here (ZeRO-3
+    gathers).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not parameter.is_floating_point():
+            continue
+        with gathered(parameter):
+            weights = parameter.detach().flatten()
+            sample = weights[:: max(1, len(weights) // SAMPLED)].cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Names of the parameters that do not learn, of a shared one all its names."""
+    return {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+
+
+def _miss_nothing_frozen(model: nn.Module, keys: Any) -> None:
+    """Called behind ``model.load_state_dict``: frozen weights are there already; any other missing one stays an
+    error."""
+    frozen = _frozen(model)
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
 
 
 # ---- onto a disk and back ----

@@ -17,6 +17,13 @@ LINE_FORMAT = "step {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 """On a terminal, for tqdm, as in a file: without a bar, which would take the room of the numbers."""
 
 
+class Line(tqdm):
+    """Tqdm's line, which it would let run on into a second one: from the right, numbers fall away until it fits."""
+
+    def __str__(self) -> str:
+        return shortened(str(super().__str__()), self.ncols)
+
+
 class Progress(TrainerCallback):
     """On a terminal one changing line, elsewhere a line every half minute and at the last step; on the first rank."""
 
@@ -28,7 +35,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._first_step, self._began, self._printed = state.global_step, time.perf_counter(), -SECONDS_BETWEEN_LINES
         if state.is_world_process_zero and sys.stderr.isatty():
-            self.bar = tqdm(
+            self.bar = Line(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=LINE_FORMAT
             )
 
@@ -56,21 +63,31 @@ class Progress(TrainerCallback):
 
 
 def describe(logs: Mapping[str, Any]) -> str:
-    """The numbers of a log line as text, as far as they are there."""
+    """The numbers of a log line as text, as far as they are there, the most important ones first."""
     shown = (("loss", "loss {:.4f}"), ("learning_rate", "lr {:.1e}"), ("tokens_per_second", "{:,.0f} tokens/s"))
     pieces = [text.format(logs[name]) for name, text in shown if name in logs]
-    images = stages(logs, "image_tokens")
-    if images:
-        pieces.append(f"image tokens {'>'.join(f'{count:.0f}' for count in images)}")
-    if "mfu" in logs:
-        pieces.append(f"MFU {logs['mfu']:.1%}")
+    for name, title in (("mfu", "MFU"), ("data_wait_share", "data wait")):
+        if name in logs:
+            pieces.append(f"{title} {logs[name]:.1%}")
     for name, title in (("peak_cuda_mib", "GPU memory"), ("peak_rss_mib", "memory")):
         if name in logs:
             pieces.append(f"{title} {logs[name] / 1024:.1f} GiB")
             break
-    if "data_wait_share" in logs:
-        pieces.append(f"data wait {logs['data_wait_share']:.1%}")
+    images = stages(logs, "image_tokens")
+    if images:
+        pieces.append(f"image tokens {'>'.join(f'{count:.0f}' for count in images)}")
     return ", ".join(pieces)
+
+
+def shortened(line: str, columns: int | None) -> str:
+    """``line`` in less than ``columns`` (None: not known, as it is), so that no terminal breaks it: of its pieces, with
+    commas between them, as many as fit."""
+    if not columns:
+        return line
+    pieces = line.split(", ")
+    while len(pieces) > 1 and len(", ".join(pieces)) >= columns:
+        pieces.pop()
+    return ", ".join(pieces)[: columns - 1]
 
 
 def stages(row: Mapping[str, Any], name: str) -> list[float]:

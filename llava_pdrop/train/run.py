@@ -30,6 +30,7 @@ from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.checkpoint import PROJECTOR_FILE
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.arguments import first_line, learning_rates, training_arguments
+from llava_pdrop.train.check_arguments import check_arguments
 from llava_pdrop.train.checks import check_name, check_run, stage1_config
 from llava_pdrop.train.history import (
     checkpoint_to_resume,
@@ -45,6 +46,7 @@ from llava_pdrop.train.optim import freeze, trainable_table
 from llava_pdrop.train.preemption import Preempted
 from llava_pdrop.train.ranks import by_first_rank
 from llava_pdrop.train.trainer import PyramidTrainer
+from llava_pdrop.train.watchdog import SHARE_OF_TIMEOUT, Watchdog
 
 SKIPPED_FILE = "skipped.jsonl"
 """In ``output_dir``: the records that ``data.on_invalid: skip`` left out, and why."""
@@ -79,20 +81,44 @@ def train(config: Config) -> Path:
     console.rule(f"{config.name}  ->  {output}")
     if outdated:
         say(f"{config.name}: trained again, because the finished run in {output} had {outdated}")
+    check_arguments(config)  # of a run that was finished once, too
     args = training_arguments(config)
-    checkpoint = None if fresh else by_first_rank(lambda: checkpoint_to_resume(config, say))
-    if fresh:
+    watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
+    with watchdog.running():
+        complete = train_watched(config, args, watchdog, stamp, fresh)
+    release_memory()
+    if not complete:
+        raise Preempted
+    return output
+
+
+def train_watched(config: Config, args: TrainingArguments, watchdog: Watchdog, stamp: str, fresh: bool) -> bool:
+    """The part of `train` in which ranks wait for each other: each says where it is. Returns whether the run came to
+    its end, or was told to stop before.
+
+    Args:
+        watchdog: it runs already.
+        stamp: the `digest` under which the finished run will be known.
+        fresh: whether to start over, instead of going on from a checkpoint.
+    """
+    output, checkpoint = Path(config.output_dir), None
+    if not fresh:
+        with watchdog.led_by(args.process_index == 0, "looking for a checkpoint"):
+            checkpoint = by_first_rank(lambda: checkpoint_to_resume(config, say))
+    else:
         args.distributed_state.wait_for_everyone()  # every rank has looked at what is removed now
         if args.process_index == 0:
             clear(output)
     set_seed(config.seed)
+    watchdog.at("loading the model", limited=args.world_size > 1)
     parts = load_parts(config)
     model = build_model(config, parts)
     if config.lora is None:
         freeze(model, config.model.trainable)
     else:
         adapt(model, config, args)
-    with args.main_process_first(desc="counting tokens"):  # the others read what it leaves in the cache
+    with watchdog.led_by(args.local_process_index == 0, "counting tokens"), args.main_process_first():
+        # The others of a machine read what the first one leaves in the cache.
         dataset = build_dataset(config, parts)
     trainer = PyramidTrainer(
         model,
@@ -104,6 +130,7 @@ def train(config: Config) -> Path:
         config_yaml=to_yaml(config),
         skip_bad_samples=config.train.on_bad_sample == "skip",
         max_bad_samples=config.train.max_bad_samples,
+        watchdog=watchdog,
     )
     console.print(trainable_table(model, trainer.learning_rates))
     if checkpoint:
@@ -112,20 +139,19 @@ def train(config: Config) -> Path:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if result.global_step < trainer.state.max_steps:
         say(f"{config.name}: told to stop, saved after step {result.global_step}; the same command goes on from there")
-        raise Preempted
+        return False
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_finished()
-    if args.process_index == 0:
-        seconds = round(time.perf_counter() - start, 2)
-        from llava_pdrop.train.report import write_report  # imports matplotlib, which nothing else here needs
+    with watchdog.led_by(args.process_index == 0, "writing the report"):
+        if args.process_index == 0:
+            seconds = round(time.perf_counter() - start, 2)
+            from llava_pdrop.train.report import write_report  # imports matplotlib, which nothing else here needs
 
-        write_report(output, config.name)
-        mark_finished(config, stamp, {"steps": result.global_step, "seconds": seconds, "resumed_from": checkpoint})
+            write_report(output, config.name)
+            mark_finished(config, stamp, {"steps": result.global_step, "seconds": seconds, "resumed_from": checkpoint})
     trainer.accelerator.wait_for_everyone()  # no rank starts a next stage before the files of this one are complete
-    del trainer, model, parts, dataset
-    release_memory()
-    return output
+    return True
 
 
 def load_parts(config: Config) -> Parts:

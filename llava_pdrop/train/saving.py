@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import Trainer
 
 from llava_pdrop.train import checkpoints
 from llava_pdrop.train.checkpoints import STAGING, CheckpointError
+from llava_pdrop.train.lora import base_left_out, is_adapted
 from llava_pdrop.train.ranks import from_every_rank, number_of_ranks
 from llava_pdrop.train.watchdog import Watchdog
 
@@ -65,7 +68,8 @@ class SavingTrainer(Trainer):
         def writing() -> None:
             self._staging = staged.parent
             try:
-                super(SavingTrainer, self)._save_checkpoint(model, trial)
+                with self._without_base():
+                    super(SavingTrainer, self)._save_checkpoint(model, trial)
             finally:
                 self._staging = None
 
@@ -88,7 +92,8 @@ class SavingTrainer(Trainer):
         output = Path(self.args.output_dir)
 
         def saving() -> None:
-            self.save_model(str(output))
+            with self._without_base():
+                self.save_model(str(output))
 
         self._together(saving, True, output, self._bytes_of_weights())
 
@@ -123,6 +128,14 @@ class SavingTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(output / STAGING, ignore_errors=True)
             raise CheckpointError(problem) from failure
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """DeepSpeed writes the shards of the model here too: of a LoRA run without the frozen weights, for which the
+        Trainer asks only where the model is peft's own."""
+        if self.is_deepspeed_enabled and is_adapted(self._host()):
+            engine = self.model_wrapped
+            engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
@@ -163,7 +176,15 @@ class SavingTrainer(Trainer):
 
     def _saved_parameters(self) -> Iterable[nn.Parameter]:
         """Those whose values go into a checkpoint."""
-        return self.accelerator.unwrap_model(self.model).parameters()
+        host = self._host()
+        return [p for p in host.parameters() if p.requires_grad or not is_adapted(host)]
+
+    def _without_base(self) -> AbstractContextManager[None]:
+        """As long as it lasts, the state of the model is what is saved of it."""
+        return base_left_out(self.accelerator.unwrap_model(self.model)) if is_adapted(self._host()) else nullcontext()
+
+    def _host(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).host
 
     # ---- the log, across an interruption ----
 

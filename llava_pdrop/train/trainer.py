@@ -4,7 +4,7 @@ job. What differs is in this file: where batches come from, how the loss is norm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ from llava_pdrop.train.bad_samples import REPORT_FILE, BadSample, CheckedSamples
 from llava_pdrop.train.checkpoints import read_manifest
 from llava_pdrop.train.clock import StepClock
 from llava_pdrop.train.guard import StepGuard
-from llava_pdrop.train.lora import is_adapted, load_adapters, save_adapters
+from llava_pdrop.train.lora import fingerprint_of_base, is_adapted, load_adapters, save_adapters
 from llava_pdrop.train.metrics import MetricsFile, StepMeter
 from llava_pdrop.train.optim import parameter_groups, part_of
 from llava_pdrop.train.preemption import Preemption, outlive_signals
 from llava_pdrop.train.progress import Progress
 from llava_pdrop.train.saving import SavingTrainer
-from llava_pdrop.train.watchdog import SHARE_OF_TIMEOUT, Watchdog
+from llava_pdrop.train.watchdog import Watchdog
 from llava_pdrop.types import PackedBatch
 
 
@@ -59,6 +59,7 @@ class PyramidTrainer(SavingTrainer):
         config_yaml: resolved configuration, saved with every checkpoint.
         skip_bad_samples: whether up to ``max_bad_samples`` samples that cannot be loaded are replaced
             (`bad_samples.CheckedSamples`), instead of ending the run.
+        watchdog: is told where this rank is; it runs already. Default: nobody watches.
 
     Raises:
         ValueError: the plan was made for another number of ranks or accumulation steps.
@@ -77,6 +78,7 @@ class PyramidTrainer(SavingTrainer):
         config_yaml: str = "",
         skip_bad_samples: bool = False,
         max_bad_samples: int = 0,
+        watchdog: Watchdog | None = None,
     ) -> None:
         if (plan.world_size, plan.gradient_accumulation) != (args.world_size, args.gradient_accumulation_steps):
             raise ValueError(
@@ -96,12 +98,13 @@ class PyramidTrainer(SavingTrainer):
         self.samples = CheckedSamples(train_dataset, skip_bad_samples, max_bad_samples, output / REPORT_FILE)
         self.preemption = Preemption(output)
         self.guard = StepGuard(args.device, args.process_index, self.preemption)
-        self.watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
+        self.watchdog = watchdog or Watchdog(output, args.process_index, args.world_size, args.ddp_timeout)
         self.facts = {
             "world_size": args.world_size,
             "gradient_accumulation": args.gradient_accumulation_steps,
             "sharded": self.is_deepspeed_enabled or self.is_fsdp_enabled,
             "data_order": plan.fingerprint(),
+            "base": fingerprint_of_base(model) if is_adapted(model.host) else None,
         }
         for callback in (self.meter, MetricsFile(output), self.preemption):
             self.add_callback(callback)
@@ -113,15 +116,23 @@ class PyramidTrainer(SavingTrainer):
         """Trains to the end, or until a signal says stop (`preemption`).
 
         Raises:
-            ValueError: the checkpoint was written over other data, so its position in them means nothing.
+            ValueError: the checkpoint was written over other data, so its position in them means nothing; or on another
+                base of adapters.
         """
         manifest = read_manifest(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
-        if manifest is not None and manifest["data_order"] != self.facts["data_order"]:
+        manifest = {**self.facts, **(manifest or {})}
+        if manifest["base"] != self.facts["base"]:
+            raise ValueError(
+                f"{resume_from_checkpoint} has adapters for other weights: the files of the base model have changed "
+                "since; give them back, choose another output_dir, or start over with train.resume=never"
+            )
+        if manifest["data_order"] != self.facts["data_order"]:
             raise ValueError(
                 f"{resume_from_checkpoint} is a position in another order of batches: data, seed or batch sizes have "
                 "changed since; give them back, choose another output_dir, or start over with train.resume=never"
             )
-        with self.preemption.listening(), self.watchdog.running():
+        self.watchdog.at("preparing the training")
+        with self.preemption.listening():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     # ---- data ----
@@ -276,16 +287,10 @@ class PyramidTrainer(SavingTrainer):
         Hugging Face LLaVA directory, and only warn. (FSDP and DeepSpeed have files of their own; the latter does not
         come here.)"""
         if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with self._without_base():
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
         host, directory = self._host(), Path(resume_from_checkpoint)
         if is_adapted(host):
             return load_adapters(host, directory)
         tensors = rename(open_tensors(directory), HF_TO_HOST)
         load_strictly(host, in_memory(tensors, own_tensors(host)), resume_from_checkpoint)
-
-    def _saved_parameters(self) -> Iterable[nn.Parameter]:
-        parameters = super()._saved_parameters()
-        return [p for p in parameters if p.requires_grad] if is_adapted(self._host()) else parameters
-
-    def _host(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).host

@@ -6,6 +6,9 @@ compares the files, prints one line and raises an alarm, just before torch.distr
 whose fault it is. The alarm lets every other rank say at once what it knows; the stuck one shows its stack. No process
 ends before the others have spoken, because the end of one is an error of the network in all. It costs no
 communication; to be at a place is one assignment.
+
+Of a training this is everything from the search for a checkpoint to the report; of a single process, for which nobody
+waits while it loads the model and counts tokens, the training and its saves.
 """
 
 from __future__ import annotations
@@ -69,22 +72,36 @@ class Watchdog:
         self.interval = min(LONGEST_INTERVAL, timeout / 10)
         self.patience = max(PATIENCE, 3 * self.interval)
         self._place = Place(rank, 0, "starting", f"{socket.gethostname()}, process {os.getpid()}")
+        self._limited = True
         self._beat = 0
         self._still = 0.0
         self._began = 0.0  # by the clock of the file system; what is older there is of an earlier run
         self._write_failed = False
         self._stop = threading.Event()
 
-    def at(self, name: str) -> None:
-        """This rank is now at ``name``. Every rank calls this with the same names in the same order."""
+    def at(self, name: str, limited: bool = True) -> None:
+        """This rank is now at ``name``. Every rank calls this with the same names in the same order. It may stay there
+        for the timeout, or for as long as it takes where that is not ``limited``."""
+        self._limited = limited
         self._place = replace(self._place, number=self._place.number + 1, name=name)
+
+    @contextmanager
+    def led_by(self, first: bool, name: str) -> Iterator[None]:
+        """What one rank, the ``first``, does at ``name`` while the others wait: it is behind them until it is done.
+        With a single process nobody waits, and it may take any time."""
+        self.at(name, limited=self.ranks > 1)
+        if not first:
+            self.at(f"the end of {name}")
+        yield
+        if first:
+            self.at(f"the end of {name}")
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Watches as long as it lasts."""
         self._stop.clear()
         self._place = replace(self._place, left=False)
-        self.at("starting")
+        self.at("starting", limited=self.ranks > 1)
         if self.ranks > 1:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._write()
@@ -120,7 +137,7 @@ class Watchdog:
             now = time.monotonic()
             self._still += min(now - last, 2 * self.interval)
             last = now
-            if self._place.number != number:
+            if self._place.number != number or not self._limited:
                 number, self._still = self._place.number, 0.0
             self._write()
             if self._still > self.timeout or self._alarm():
@@ -221,9 +238,7 @@ def diagnose(own: Place, before: Sequence[Place], after: Sequence[Place], ranks:
         reasons = [f"all ranks have come to the same place ({own.name}), so what they do there together hangs"]
     if len(reasons) > NAMED:
         reasons[NAMED:] = [f"and {len(reasons) - NAMED} more"]
-    line = (
-        f"waiting at {own.name}: {'; '.join(reasons)}. Longer steps or saves than this need a larger train.ddp_timeout"
-    )
+    line = f"waiting at {own.name}: {'; '.join(reasons)}. What takes longer needs a larger train.ddp_timeout"
     # A rank ahead that is silent by now may have waited for this one: then its stack is wanted too.
     overtaken = any(place.number > own.number for place in others)
     return line, overtaken or (not behind and not silent and not missing)

@@ -38,7 +38,8 @@ class Fault:
     before it gets its name), ``kill_logging`` (in the middle of a line of metrics), ``sigterm``, ``sigusr1``,
     ``sigterm_all`` (data workers too), ``sleep`` (``seconds``, while the batch is fetched), ``full`` (the disk, while
     the checkpoint is written), ``nan`` (the loss of its last micro-batch), ``sleep_answering`` (before this rank's
-    question number ``step`` of an evaluation).
+    question number ``step`` of an evaluation). ``sleep_loading`` (the model), ``sleep_counting`` (tokens) and
+    ``sleep_reporting`` are outside of any step.
     """
 
     kind: str
@@ -120,7 +121,7 @@ def _rank(
 def _arm(fault: Fault) -> None:
     """Lets ``fault`` happen in this process."""
     from llava_pdrop.eval import runner
-    from llava_pdrop.train import checkpoints, guard, metrics, saving, trainer
+    from llava_pdrop.train import checkpoints, guard, metrics, report, run, saving, trainer
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -189,6 +190,13 @@ def _arm(fault: Fault) -> None:
 
         asked: list = []
         original_prompt, runner.prompt_sample = runner.prompt_sample, prompt_sample
+    elif fault.kind.startswith("sleep_"):
+        room, name = {
+            "sleep_loading": (run, "load_parts"),
+            "sleep_counting": (run, "build_dataset"),
+            "sleep_reporting": (report, "write_report"),
+        }[fault.kind]
+        setattr(room, name, lambda *args: time.sleep(fault.seconds))
     else:
         number = SIGNALS[fault.kind]
 

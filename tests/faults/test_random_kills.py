@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from llava_pdrop.config import load_config
+from llava_pdrop.model.checkpoint import PROJECTOR_FILE
+from llava_pdrop.model.lora import ADAPTER
 from llava_pdrop.train.checkpoints import newest_whole, step_of
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
@@ -34,6 +36,7 @@ ENGINES = [
     pytest.param(2, "fsdp2", False, id=f"fsdp2-seed{SEED}"),
     pytest.param(2, "zero2", False, id=f"zero2-seed{SEED}", marks=needs_deepspeed),
     pytest.param(2, "zero3", False, id=f"zero3-seed{SEED}", marks=needs_deepspeed),
+    pytest.param(2, "fsdp2", True, id=f"fsdp2_lora-seed{SEED}"),
     pytest.param(2, "zero2", True, id=f"zero2_lora-seed{SEED}", marks=needs_deepspeed),
     pytest.param(2, "zero3", True, id=f"zero3_lora-seed{SEED}", marks=needs_deepspeed),
 ]
@@ -104,6 +107,30 @@ def test_a_disk_that_is_full_for_one_rank_ends_sharded_runs_too(write_run, engin
     assert "GiB are free; the last whole checkpoint is" in ended.texts[rank]
     assert ended.codes[1 - rank] != 0
     assert [path.name for path in output_of(config).glob("checkpoint-*")] == [f"checkpoint-{SAVE_STEPS}"]
+
+
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3"))]
+)
+def test_sharded_checkpoints_of_adapters_are_without_the_base(write_run, engine):
+    """What they hold is enough to go on: see the kills above."""
+    config = write_run("run", 2, engine, True)
+    ended = run_ranks(config, f"train.max_steps={SAVE_STEPS}", ranks=2)
+    assert ended.codes == [0, 0], ended.texts
+    checkpoint = newest_whole(output_of(config), print)
+    if engine == "fsdp2":
+        states = [torch.load(checkpoint / "pytorch_model_fsdp.bin", weights_only=True)]
+    else:
+        files = sorted(checkpoint.glob("global_step*/*model_states.pt"))
+        loaded = [torch.load(file, weights_only=False) for file in files]
+        assert len(files) == (2 if engine == "zero3" else 1)  # under ZeRO-3 of each rank
+        assert all(state["frozen_param_fragments"] is None for state in loaded)
+        states = [state["module"] for state in loaded]
+    learning = {f"host.{name}" for name in load_file(checkpoint / PROJECTOR_FILE)}
+    for state in states:
+        assert {name for name in state if not ADAPTER.search(name)} == learning
+        assert sum(ADAPTER.search(name) is not None for name in state) == 2 * 7 * 4  # A and B, modules, layers
+    assert not any("unknown inputs or outputs" in text for text in ended.texts)  # ZeRO-3 knows what the model returns
 
 
 def output_of(config: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -23,9 +24,18 @@ from llava_pdrop.model.build import build_parts
 from llava_pdrop.model.lora import ADAPTER
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train.lora import adapt, attach_adapters, halve_frozen, load_adapters, quantise, save_adapters
+from llava_pdrop.train.lora import (
+    adapt,
+    attach_adapters,
+    base_left_out,
+    fingerprint_of_base,
+    halve_frozen,
+    load_adapters,
+    quantise,
+    save_adapters,
+)
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
-from llava_pdrop.train.optim import freeze, parameter_groups, trainable_table
+from llava_pdrop.train.optim import freeze, parameter_groups, part_of, trainable_table
 from llava_pdrop.train.run import train
 from llava_pdrop.types import PackedBatch
 from tests.tiny import ANYRES, LAYERS, PAD, PYRAMID, make_tiny_host, mixed_samples
@@ -359,6 +369,54 @@ def test_resuming_equals_never_having_stopped(lora_config):
     losses = [[row["loss"] for row in read_metrics(d / METRICS_FILE) if "loss" in row] for d in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
     assert json.loads((resumed / "run.json").read_text())["resumed_from"].endswith("checkpoint-2")
+
+
+@pytest.mark.parametrize("trainable", [LEARNING, ("language_model", "vision_tower")])
+def test_the_base_is_left_out_and_not_missed_and_nothing_else(lora_config, trainable):
+    config = load_config(lora_config(), [f"model.trainable=[{','.join(trainable)}]"])
+    model = untrained(config)
+    adapt(model, config, SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, fsdp=None, deepspeed=None))
+    whole = model.state_dict()
+    with base_left_out(model):
+        small = model.state_dict()
+    assert model.state_dict().keys() == whole.keys()
+    left = {name for name in small if not ADAPTER.search(name)}
+    parts = {"projector", *trainable} - {"language_model"}
+    assert left == {name for name in whole if "language_model" not in name and part_of(name) in parts}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} <= small.keys()
+    model.load_state_dict(small)
+    learning = next(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    with pytest.raises(RuntimeError, match=f"Missing key.*{learning}"):
+        model.load_state_dict({name: tensor for name, tensor in small.items() if name != learning})
+    with pytest.raises(RuntimeError, match="Unexpected key.*nobodys"):
+        model.load_state_dict({**small, "nobodys": torch.zeros(1)})
+
+
+def test_a_fingerprint_is_of_the_frozen_weights_alone():
+    model = adapted()
+    before = fingerprint_of_base(model)
+    assert fingerprint_of_base(adapted(replace(PLAIN, r=2), wide=False)) == before
+    with torch.no_grad():
+        model.host.model.multi_modal_projector.linear_1.weight.add_(1)
+        assert fingerprint_of_base(model) == before
+        model.host.model.language_model.layers[2].mlp.up_proj.base_layer.weight.mul_(1.01)
+    assert fingerprint_of_base(model) != before
+
+
+def test_adapters_of_another_base_do_not_go_on(lora_config, tmp_path):
+    """The weights are those of the files, and these can have changed since."""
+    base = tmp_path / "llm"
+    file = lora_config(train={**SAVING, "max_steps": 2})
+    shutil.copytree(load_config(file).model.language_model, base)
+    words = [f"model.language_model={base}"]
+    output = train(load_config(file, words))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"checkpoint-2 has adapters for other weights: the files of the base model"):
+        train(load_config(file, [*words, "train.max_steps=4"]))
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    train(load_config(file, [*words, "train.max_steps=4"]))
+    assert (output / "checkpoint-4").is_dir()
 
 
 def test_the_disk_needs_room_for_what_is_saved_only(lora_config, monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import io
+import fcntl
 import json
 import logging
+import os
+import struct
 import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from PIL import Image
 from llava_pdrop.config import ConfigError, load_config
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train import arguments, checks, progress, report, trainer
-from llava_pdrop.train.arguments import prepare_reporting, training_arguments
+from llava_pdrop.train.arguments import prepare_reporting
 from llava_pdrop.train.clock import PARTS, StepClock
 from llava_pdrop.train.metrics import METRICS_FILE, StepMeter, read_metrics
 from llava_pdrop.train.progress import Progress, describe
@@ -38,7 +40,7 @@ LOGS = {
 
 def test_the_line_says_what_is_known():
     assert describe(LOGS) == (
-        "loss 1.2346, lr 2.0e-05, 41,234 tokens/s, image tokens 576>288, MFU 41.2%, GPU memory 61.3 GiB, data wait 1.2%"
+        "loss 1.2346, lr 2.0e-05, 41,234 tokens/s, MFU 41.2%, data wait 1.2%, GPU memory 61.3 GiB, image tokens 576>288"
     )
     assert describe({"loss": 2.0, "peak_rss_mib": 512}) == "loss 2.0000, memory 0.5 GiB"
 
@@ -166,21 +168,41 @@ def test_metrics_of_a_run_that_logs_seldom_are_whole(tiny_config, capsys):
     assert "image tokens 16>8>4>2" in shown[1] and "data wait" in shown[1]
 
 
-def test_on_a_terminal_it_is_one_line(tiny_config, monkeypatch):
-    """Without a bar: 150 columns hold all of it."""
-    screen = io.StringIO()
-    monkeypatch.setattr(screen, "isatty", lambda: True)
-    monkeypatch.setattr(progress.sys, "stderr", screen)
-    monkeypatch.setattr(progress, "tqdm", functools.partial(progress.tqdm, ncols=150, mininterval=0, file=screen))
-    shown = Progress()
-    state = SimpleNamespace(global_step=0, max_steps=2, is_world_process_zero=True)
-    shown.on_train_begin(None, state, None)
-    for state.global_step in (1, 2):
-        shown.on_step_end(None, state, None)
-        shown.on_log(None, state, None, logs=LOGS)
-    shown.on_train_end(None, state, None)
-    last = screen.getvalue().split("\r")[-1].rstrip()
-    assert last == f"step 2/2, 00:00 left, {describe(LOGS)}"
+ON_SCREEN = {**LOGS, **{f"image_tokens_{i}": tokens for i, tokens in enumerate((2880.0, 1440.0, 720.0, 360.0))}}
+
+
+@pytest.mark.parametrize(
+    ("columns", "last"),
+    [
+        (30, ", 00:00 left"),
+        (60, ", lr 2.0e-05"),
+        (80, ", 41,234 tokens/s"),
+        (100, ", data wait 1.2%"),
+        (130, ", GPU memory 61.3 GiB"),
+        (160, ", image tokens 2880>1440>720>360"),
+    ],
+)
+def test_on_a_terminal_it_is_one_line_with_what_matters_first(monkeypatch, columns, last):
+    """Without a bar. What does not fit falls away in whole numbers, the least important ones first."""
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        shown = Progress()
+        state = SimpleNamespace(global_step=5195, max_steps=5197, is_world_process_zero=True)
+        shown.on_train_begin(None, state, None)
+        for state.global_step in (5196, 5197):
+            shown.on_step_end(None, state, None)
+            shown.on_log(None, state, None, logs=ON_SCREEN)
+        shown.on_train_end(None, state, None)
+        written = ""
+        while not written.endswith("\n"):  # a terminal hands on what it gets in pieces; the end of a run is a new line
+            written += os.read(screen, 65536).decode()
+    os.close(screen)
+    lines = written.rstrip("\r\n").split("\r")
+    assert max(len(line) for line in lines) < columns and "\n" not in written.rstrip("\r\n")
+    whole = f"step 5197/5197, 00:00 left, {describe(ON_SCREEN)}"
+    assert lines[-1].rstrip() == whole[: whole.index(last) + len(last)]
 
 
 def test_only_the_first_rank_shows_it(tiny_config):
@@ -338,7 +360,7 @@ def test_a_service_that_is_unknown_or_not_installed_is_one_line(tiny_config, mon
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     config = load_config(tiny_config(), ["train.report_to=wandb"])
     with pytest.raises(ConfigError, match=r"run\.yaml: train\.report_to: wandb is not installed: pip install wandb"):
-        training_arguments(config)
+        checks.check_reporting(config)
     for service, line in (("wanbd", "unknown service 'wanbd'.*wandb"), ("mlflow", "package of mlflow is not inst")):
         with pytest.raises(ConfigError, match=rf"run\.yaml: train\.report_to: .*{line}"):
-            training_arguments(load_config(tiny_config(), [f"train.report_to=[{service}]"]))
+            checks.check_reporting(load_config(tiny_config(), [f"train.report_to=[{service}]"]))

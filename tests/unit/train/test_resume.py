@@ -18,6 +18,7 @@ from llava_pdrop.config import load_config
 from llava_pdrop.train.checkpoints import step_of, what_is_torn
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.preemption import EXIT_CODE, NOTE_FILE
+from llava_pdrop.train.watchdog import DIRECTORY
 from tests.faults.processes import Fault, run_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -99,7 +100,7 @@ def test_a_signal_saves_after_the_step_and_ends_with_its_own_code(make_run, kind
     output = output_of(cut)
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-5"]
     assert json.loads((output / NOTE_FILE).read_text())["step"] == 5
-    assert not (output / "model.safetensors").exists()
+    assert not (output / "model.safetensors").exists() and not (output / DIRECTORY).exists()
     assert run_ranks(cut, ranks=ranks).codes == [0] * ranks
     assert not (output / NOTE_FILE).exists()
     assert_same_end(whole, cut)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -161,6 +162,42 @@ def test_a_sleeping_rank_ends_the_run_with_its_name(tiny_config, stuck):
     )
     assert "in get_batch_samples" in ended.texts[stuck]  # the stack of the rank that is stuck
     assert "in get_batch_samples" not in ended.texts[waiting]
+
+
+@pytest.mark.parametrize(("kind", "stuck", "place"), [
+    ("sleep_loading", 1, "loading the model"),
+    ("sleep_counting", 0, "counting tokens"),
+    ("sleep_reporting", 0, "writing the report"),
+])  # fmt: skip
+def test_a_rank_that_is_stuck_before_or_after_the_training_is_named_too(tiny_config, kind, stuck, place):
+    train = {"max_steps": 1, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "ddp_timeout": 15}
+    ended = run_ranks(tiny_config(train=train), ranks=2, fault=Fault(kind, 1, rank=stuck), limit=300)
+    assert ended.codes == [EXIT_CODE, EXIT_CODE], ended.texts
+    (line,) = [line for line in ended.texts[1 - stuck].splitlines() if "error: no progress for" in line]
+    assert re.search(rf"waiting at .*: rank {stuck} \([^)]+\), {place} has not arrived\.", line)
+    assert "in train_watched" in ended.texts[stuck]  # the stack of the rank that is stuck
+
+
+def test_a_single_process_may_load_and_count_for_as_long_as_it_takes(tmp_path, monkeypatch):
+    """Nobody waits for it, and a million records take long; in the training it is watched."""
+    ended = []
+    monkeypatch.setattr("llava_pdrop.train.watchdog.os._exit", ended.append)
+    watchdog, spoken = Watchdog(tmp_path, 0, 1, 0.1), threading.Event()
+    monkeypatch.setattr(watchdog, "_speak", spoken.set)
+    with watchdog.running():
+        assert not spoken.wait(0.5)
+        with watchdog.led_by(True, "counting tokens"):
+            assert not spoken.wait(0.5)
+        watchdog.at("training")
+        assert spoken.wait(300)
+
+
+def test_the_first_is_behind_until_it_is_done(tmp_path):
+    first, other = (Watchdog(tmp_path, rank, 2, 100) for rank in (0, 1))
+    with first.led_by(True, "counting"), other.led_by(False, "counting"):
+        assert (first._place.name, other._place.name) == ("counting", "the end of counting")
+        assert first._place.number < other._place.number
+    assert first._place.number == other._place.number and first._place.name == other._place.name
 
 
 def test_nothing_is_left_of_it(tiny_config):
