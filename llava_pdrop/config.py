@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from llava_pdrop.config_engines import with_engine
 from llava_pdrop.config_paths import check_paths, decoder_layers
 from llava_pdrop.config_schema import (
     CompareSection,
@@ -192,6 +193,7 @@ def _build(values: Any, path: Path) -> Config:
     train = values.get("train", {})
     arguments: dict[str, Any] = {}
     if isinstance(train, Mapping):
+        train = with_engine(train)
         own = {field.name for field in dataclasses.fields(TrainSection)} - {"arguments"}
         arguments = _training_arguments({key: value for key, value in train.items() if key not in own})
         values["train"] = {key: value for key, value in train.items() if key in own}
@@ -243,7 +245,7 @@ def _all_keys(unknown: str) -> list[str]:
         section = unknown.rsplit(".", 1)[0]
         return [f"{section}.{name}" for name in (*keys_of(Schedule), "single_drop")]
     arguments = [f"train.{name}" for name in _training_argument_hints() if name not in TRAINING_ARGUMENTS_SET_ELSEWHERE]
-    return [*keys_of(Config), *arguments]
+    return [*keys_of(Config), "train.engine", *arguments]
 
 
 @functools.cache

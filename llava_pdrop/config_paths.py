@@ -45,13 +45,15 @@ def check_paths(config: Config) -> None:
     else:
         need("data.prepare", config.data.prepare[0], "the script")
     need("data.index", config.data.index, "the clean index")
+    if config.data.index is not None and Path(config.data.index).is_dir():
+        raise ConfigError(f"{config.file}: data.index: {config.data.index} is a directory: name the file in it")
     deepspeed = config.train.arguments.get("deepspeed")
     if isinstance(deepspeed, str):
         need("train.deepspeed", deepspeed, "the DeepSpeed settings file")
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             f"{config.file}: train.deepspeed: the package deepspeed is not installed: "
-            "pip install -e '.[train]', or set train.deepspeed=null"
+            "pip install -e '.[train]', or train.engine=fsdp2 (ddp: nothing is cut up)"
         )
     if config.train.resume not in ("auto", "never"):
         need("train.resume", config.train.resume, "the checkpoint")

@@ -342,7 +342,7 @@ def test_no_flag_of_the_official_scripts_is_lost() -> None:
 
 
 def test_every_key_in_the_table_of_flags_is_one() -> None:
-    keys = set(keys_of(Config)) | {f"train.{name}" for name in TrainingArguments.__dataclass_fields__}
+    keys = {*keys_of(Config), "train.engine", *(f"train.{name}" for name in TrainingArguments.__dataclass_fields__)}
     for official, here in flag_table():
         for key in re.findall(r"`((?:model|data|train|lora|eval|pyramid_drop)\.(?!sh`)[a-z_0-9]+)", here):
             assert key in keys, f"{official}: {key}"

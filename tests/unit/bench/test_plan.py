@@ -130,7 +130,7 @@ def test_the_least_recomputation_fits_and_one_layer_less_does_not():
 def test_states_are_read_from_the_config(tmp_path):
     config = load_config(NEXT)
     assert states_of(config, 8) == States(zero=3, gpus=8, accumulate=True)
-    plain = states_of(load_config(NEXT, ["train.deepspeed=null", "train.bf16=false"]), 8)
+    plain = states_of(load_config(NEXT, ["train.engine=ddp", "train.bf16=false"]), 8)
     assert (plain.zero, plain.bytes, plain.optimizer) == (0, 4, 8.0)
 
 
@@ -179,7 +179,7 @@ def test_the_directory_of_a_run_stands_for_its_config(tmp_path, capsys):
         (["--memory-budget", "-5"], "--memory-budget must be more than 0 GiB, got -5"),
         (["--memory-budget", "nan"], "--memory-budget must be more than 0 GiB, got nan"),
         (["train.recompute_layers=99"], "train.recompute_layers must be at most 32"),
-        (["train.deepspeed=nowhere.json"], "train.deepspeed: nowhere.json cannot be read"),
+        (["train.engine=nowhere.json"], "train.deepspeed: nowhere.json cannot be read"),
     ],
 )
 def test_what_is_wrong_is_one_line(words, line, capsys):

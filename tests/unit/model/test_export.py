@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,3 +243,14 @@ def test_what_the_original_code_cannot_open_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the original LLaVA code has no qwen2 decoder, only llama, mistral"):
         convert(str(tmp_path / "qwen"), tmp_path / "out", "llava", vision_tower=str(TOWER))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen"]  # nothing half-written
+
+
+def test_what_has_no_room_is_named_and_not_kept(whole, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))  # bytes a file may have: as good as a full disk
+    try:
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/hf could not be written, and nothing of it is kept: "):
+            convert(str(whole), tmp_path / "hf", "llava-hf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == [whole.name]
