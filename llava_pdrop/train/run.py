@@ -70,7 +70,10 @@ def train(config: Config) -> Path:
     prepare_data(config)
     first = stage1_config(config)
     if first is not None:
-        config = replace(config, model=replace(config.model, projector=str(train(first) / PROJECTOR_FILE)))
+        projector = str(Path(first.output_dir) / PROJECTOR_FILE)
+        config = replace(config, model=replace(config.model, projector=projector))
+        why_outdated(config)  # raises before stage 1, not after it
+        train(first)
     output, stamp = Path(config.output_dir), digest(config)
     if is_finished(config, stamp):
         say(f"{config.name}: finished before with the same settings{made_elsewhere(config)}, using {output}")

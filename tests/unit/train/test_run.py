@@ -140,6 +140,16 @@ def test_stage_1_runs_first_and_hands_over_its_projector(tiny_config, tmp_path):
     assert all(torch.equal(handed[name], kept[name]) for name in handed)
 
 
+def test_a_finished_run_of_other_settings_is_refused_before_stage_1(tiny_config, tmp_path):
+    stage1 = tiny_config("stage1")
+    stage2 = tiny_config("stage2", pretrain=str(stage1))
+    train(load_config(stage2))
+    shutil.rmtree(tmp_path / "out/stage1")
+    with pytest.raises(ConfigError, match=r"stage2 holds a finished run with another train\.learning_rate: "):
+        train(load_config(stage2, ["train.learning_rate=0.5"]))
+    assert not (tmp_path / "out/stage1").exists()
+
+
 def test_stage_1_must_have_the_same_parts(tiny_config, tiny_files, tmp_path):
     shutil.copytree(tiny_files / "llm", tmp_path / "other")
     stage1 = tiny_config("stage1")
