@@ -16,7 +16,7 @@ from transformers.modeling_utils import set_zero3_state
 
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vlm import Host
-from llava_pdrop.model.zero3 import cut_up, gathered
+from llava_pdrop.model.zero3 import cut_up, overwrite
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 """model_type -> class of the host."""
@@ -66,13 +66,25 @@ def empty_host(config: Any, dtype: torch.dtype) -> Host:
     with no_init_weights(), cut_up():
         host = CLASSES[config.model_type]._from_config(config, dtype=dtype)
     host.tie_weights()
-    projector = host.model.multi_modal_projector
-    newline = getattr(host.model, "image_newline", None)
-    with gathered(*projector.parameters(), *(() if newline is None else (newline,))):
-        projector.apply(host._init_weights)  # on every rank, so that all draw the same numbers of the seed
-        if newline is not None:
-            newline.data.normal_(0.0, config.text_config.hidden_size**-0.5)
+    _initialise_projector(host)
     return host
+
+
+def _initialise_projector(host: Host) -> None:
+    """Projector and newline as Hugging Face initialises them. Every rank draws the same numbers of the seed, in float32
+    on the CPU: every engine starts from these, rounded to its precision. Drawn in place they would be others on a GPU,
+    and in half precision (torch 2.11) others and with 8 bits of randomness."""
+    projector = host.model.multi_modal_projector
+    with no_init_weights():
+        drawn = type(projector)(host.config)
+    drawn.apply(host._init_weights)
+    for own, values in zip(projector.parameters(), drawn.parameters(), strict=True):
+        overwrite(own, lambda values=values: values)
+    newline = getattr(host.model, "image_newline", None)
+    if newline is not None:
+        width = host.config.text_config.hidden_size
+        values = torch.empty(width).normal_(0.0, width**-0.5)
+        overwrite(newline, lambda: values)
 
 
 def meta_host(config: Any) -> Host:

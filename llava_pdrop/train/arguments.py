@@ -31,6 +31,17 @@ _set_here: dict[str, str] = {}
 """What `prepare_reporting` did for the run before in this process (stage 1, a vanilla model to compare with)."""
 
 
+class Arguments(TrainingArguments):
+    """`TrainingArguments` with a CPU that has no number. Several processes are given "cpu:0", which torch cannot read
+    a checkpoint to; transformers asks it for that before 5.23."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
 def given_arguments(config: Config) -> dict[str, Any]:
     """What `TrainingArguments` are made of: ours where nothing is said, the ``train:`` section, and what other sections
     decide. The library changes what it is given, so these are copies."""
@@ -64,7 +75,7 @@ def training_arguments(config: Config) -> TrainingArguments:
     try:
         if arguments.get("deepspeed"):
             prepare_deepspeed(on_cpu(config))
-        args = TrainingArguments(**arguments)
+        args = Arguments(**arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
     warn_of_locks(args)
