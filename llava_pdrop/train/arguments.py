@@ -33,7 +33,7 @@ _set_here: dict[str, str] = {}
 
 class Arguments(TrainingArguments):
     """`TrainingArguments` with a CPU that has no number. Several processes are given "cpu:0", which torch cannot read
-    a checkpoint to; transformers asks it for that before 5.23."""
+    a checkpoint to: transformers 5.17 asks for that, 5.23 does not."""
 
     @property
     def device(self) -> torch.device:
