@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from llava_pdrop.config_engines import with_engine
+from llava_pdrop.config_engines import with_engine, without_other_engine
 from llava_pdrop.config_paths import check_paths, decoder_layers
 from llava_pdrop.config_schema import (
     CompareSection,
@@ -122,7 +122,8 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str],
     merged: dict[str, Any] = {}
     for name, layer in layers:
         try:
-            merged = OmegaConf.to_container(OmegaConf.merge(merged, layer))  # type: ignore[assignment]
+            inherited = without_other_engine(merged, layer)
+            merged = OmegaConf.to_container(OmegaConf.merge(inherited, layer))  # type: ignore[assignment]
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise ConfigError(f"{name}: cannot be merged with what it inherits: {first_line(error)}") from None
     try:

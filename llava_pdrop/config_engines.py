@@ -21,6 +21,15 @@ ENGINES: dict[str, dict[str, Any]] = {
 SET_BY_ENGINE = ("deepspeed", "fsdp", "fsdp_config")
 
 
+def without_other_engine(inherited: Mapping[str, Any], layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``inherited`` less what the ``train.engine`` of ``layer`` takes the place of: a saved run, and a config that is
+    older than that key, say their engine by its training arguments."""
+    before, now = inherited.get("train"), layer.get("train")
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)) or now.get("engine") is None:
+        return inherited
+    return {**inherited, "train": {name: value for name, value in before.items() if name not in SET_BY_ENGINE}}
+
+
 def with_engine(train: Mapping[str, Any]) -> dict[str, Any]:
     """The ``train:`` section with its ``engine`` replaced by what that stands for: a name in `ENGINES`, or a file with
     settings for DeepSpeed (``*.json``).

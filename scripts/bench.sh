@@ -84,12 +84,11 @@ case "$what" in
     *)
         file="$(basename "$what")" directory="$(basename "$(cd "$(dirname "$what")" && pwd)")"
         name="$(printf '%s' "$directory-${file%.yaml}" | tr -c '[:alnum:]._-' -)"
-        config=("${what#"$ROOT"/}")
-        while [[ $# -gt 0 && "$1" != -* ]]; do
-            config+=("$1")
-            shift
+        config=("${what#"$ROOT"/}") options=()
+        for word in "$@"; do # both benches are of the same run, wherever its overrides stand
+            if [[ "$word" == *=* && "$word" != -* ]]; then config+=("$word"); else options+=("$word"); fi
         done
-        bench "$name/train" train "${config[@]}" "$@"
+        bench "$name/train" train "${config[@]}" ${options[@]+"${options[@]}"}
         bench "$name/prefill" prefill "${config[@]}"
         ;;
 esac

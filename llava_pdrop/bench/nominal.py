@@ -131,7 +131,8 @@ def checkpointing(config: Config) -> bool:
 
 
 def states_of(config: Config, gpus: int) -> States:
-    """Precision and ZeRO stage of ``config`` (its DeepSpeed settings; without them nothing is sharded).
+    """Precision and ZeRO stage of ``config`` (its DeepSpeed settings; FSDP shards as stage 3 does; without both nothing
+    is sharded).
 
     Raises:
         ConfigError: the file with these settings cannot be read.
@@ -145,7 +146,7 @@ def states_of(config: Config, gpus: int) -> States:
             raise ConfigError(f"{config.file}: train.deepspeed: {settings} cannot be read: {error}") from None
     half = bool(arguments.get("bf16") or arguments.get("fp16"))
     return States(
-        zero=settings.get("zero_optimization", {}).get("stage", 0),
+        zero=3 if arguments.get("fsdp") else settings.get("zero_optimization", {}).get("stage", 0),
         gpus=gpus,
         bytes=2 if half else 4,
         optimizer=12.0 if half else 8.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -176,7 +177,7 @@ def evaluate_config(config: Config) -> Result:
     The processes that a launcher has started share the questions; the first one prints and writes.
 
     Raises:
-        ConfigError: no questions are named, or there is no finished run.
+        ConfigError: no questions are named, or there is no finished run, or it lies where nothing can be written.
     """
     check_scorer(config)
     own = Path(config.file).name == RUN_FILE
@@ -185,6 +186,8 @@ def evaluate_config(config: Config) -> Result:
         inside = sorted(str(file.parent) for file in directory.glob("*/config.json"))
         remedy = f"name one of {', '.join(inside)}" if inside else "train it first"
         raise ConfigError(f"{config.file}: output_dir: {directory} holds no finished run: {remedy}")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"{config.file}: {directory} is to hold the answers and cannot be written to: copy it first")
     questions = load_questions(config)
     if not questions:
         raise ConfigError(f"{config.file}: data.eval: names no file with questions")

@@ -13,7 +13,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from llava_pdrop.config import Config
+from llava_pdrop.config import Config, ConfigError
+from llava_pdrop.train.arguments import first_line
 from llava_pdrop.train.history import number_of_processes
 from llava_pdrop.train.ranks import from_every_rank
 from llava_pdrop.train.watchdog import SHARE_OF_TIMEOUT, Watchdog
@@ -57,6 +58,9 @@ def team_of(config: Config, directory: Path) -> Iterator[Team]:
 
     Args:
         directory: where all of them can write.
+
+    Raises:
+        ConfigError: ``WORLD_SIZE`` says that there are others, and no launcher says where.
     """
     if number_of_processes() == 1:
         yield ALONE
@@ -65,7 +69,13 @@ def team_of(config: Config, directory: Path) -> Iterator[Team]:
     on_cpu = bool(asked.get("use_cpu")) or not torch.cuda.is_available()
     seconds = asked.get("ddp_timeout", TrainingArguments.ddp_timeout)
     backend = asked.get("ddp_backend") or ("gloo" if on_cpu else "nccl")
-    state = PartialState(cpu=on_cpu, backend=backend, timeout=timedelta(seconds=seconds))
+    try:
+        state = PartialState(cpu=on_cpu, backend=backend, timeout=timedelta(seconds=seconds))
+    except ValueError as error:
+        raise ConfigError(
+            f"{config.file}: WORLD_SIZE={number_of_processes()}, but the other processes cannot be found: "
+            f"{first_line(error)}: start them by scripts/eval.sh or torchrun, or unset WORLD_SIZE"
+        ) from error
     watchdog = Watchdog(directory, state.process_index, state.num_processes, SHARE_OF_TIMEOUT * seconds)
     with watchdog.running():
         yield Team(state.process_index, state.num_processes, watchdog.at)

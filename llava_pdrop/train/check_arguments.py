@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.utils import is_torch_tf32_available
 
 from llava_pdrop.config import Config, ConfigError
+from llava_pdrop.config_values import did_you_mean
 from llava_pdrop.train.arguments import first_line, given_arguments, recomputes_activations
 from llava_pdrop.train.history import number_of_processes
 
@@ -31,6 +33,17 @@ NEED_EVALUATION: dict[str, tuple[Any, ...]] = {
     "save_strategy": ("best",),
 }
 """Training argument -> its values that want the model evaluated between the steps."""
+
+NOT_DONE_HERE = {
+    "include_num_input_tokens_seen": "metrics.jsonl has the tokens of every step",
+    "label_smoothing_factor": "the loss is the cross entropy of the labels as they are",
+    "neftune_noise_alpha": "the embeddings are not the model's outermost, where the Trainer looks for them",
+    "use_liger_kernel": "its kernels are for whole Hugging Face models, and packed samples have their own",
+}
+"""Training argument that the Trainer can follow with other models only -> why not, or what there is instead."""
+
+OFF = (None, False, 0, "no")
+"""Values with which a training argument asks for nothing."""
 
 NEEDED_BY_DEEPSPEED = ("gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu")
 """What DeepSpeed replaces by values of its own where its settings leave it out."""
@@ -75,6 +88,9 @@ def check_arguments(config: Config) -> None:
             raise ConfigError(
                 f"{line}.{name}: {given[name]!r} needs a run that evaluates itself, none does: llava-pdrop eval does"
             )
+    for name, reason in NOT_DONE_HERE.items():
+        if given.get(name) not in OFF:
+            raise ConfigError(f"{line}.{name}: {given[name]!r} cannot be done here ({reason}): leave it away")
     check_engine(config)
     args = tried_arguments(config)
     if config.train.recompute_layers is not None and not recomputes_activations(args):
@@ -96,6 +112,11 @@ def check_engine(config: Config) -> None:
         )
     if given.get("tf32") and not is_torch_tf32_available():
         raise ConfigError(f"{line}.tf32 needs a GPU of NVIDIA's Ampere generation or later: train.tf32=null")
+    compiler, known = given.get("torch_compile_backend"), [name.lower() for name in DynamoBackend.list()]
+    if compiler is not None and str(compiler).lower() not in known:
+        raise ConfigError(
+            f"{line}.torch_compile_backend cannot be {compiler!r}: choose one of {known}{did_you_mean(compiler, known)}"
+        )
     if not given.get("fsdp"):
         return
     if given.get("deepspeed"):
@@ -148,7 +169,7 @@ def check_optimizer(config: Config, args: TrainingArguments) -> None:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         kind([group], **options)
         key = "lr_scheduler_type"
-        plain = torch.optim.SGD([group])
+        plain = torch.optim.SGD([group], lr=args.learning_rate)
         get_scheduler(args.lr_scheduler_type, plain, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     except LIBRARY_ERRORS as error:
         name = getattr(args, key).value
@@ -180,7 +201,7 @@ def check_deepspeed(config: Config, args: TriedArguments) -> None:
     if settings.mismatches:
         other = "; ".join(entry.removeprefix("- ") for entry in settings.mismatches)
         raise ConfigError(f'{line} does not say what the config says: {other}: write "auto" there')
-    if settings.is_zero3() and not settings.get_value(f"zero_optimization.{GATHER}", False):
+    if settings.is_zero3() and settings.get_value(f"zero_optimization.{GATHER}") is not True:
         raise ConfigError(f"{line} needs zero_optimization.{GATHER}: true")
 
 

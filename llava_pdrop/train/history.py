@@ -181,6 +181,8 @@ def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> 
     changed = _differences(checkpoint / RUN_FILE, config)
     if same_step:
         changed = [key for key in changed if key != "train.gradient_accumulation_steps"]
+    if config.lora is not None:  # its base may lie elsewhere by now: the trainer knows it by its weights
+        changed = [key for key in changed if key not in ("model.language_model", "model.path")]
     if changed:
         raise ValueError(
             f"{checkpoint} was written with another {', '.join(changed)}: give the settings back, choose another "

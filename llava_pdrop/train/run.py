@@ -32,6 +32,7 @@ from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.arguments import first_line, learning_rates, training_arguments
 from llava_pdrop.train.check_arguments import check_arguments
 from llava_pdrop.train.checks import check_name, check_run, stage1_config
+from llava_pdrop.train.engine import engine_for_one_run
 from llava_pdrop.train.history import (
     checkpoint_to_resume,
     clear,
@@ -85,10 +86,11 @@ def train(config: Config) -> Path:
     if outdated:
         say(f"{config.name}: trained again, because the finished run in {output} had {outdated}")
     check_arguments(config)  # of a run that was finished once, too
-    args = training_arguments(config)
-    watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
-    with watchdog.running():
-        complete = train_watched(config, args, watchdog, stamp, fresh)
+    with engine_for_one_run():
+        args = training_arguments(config)
+        watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
+        with watchdog.running():
+            complete = train_watched(config, args, watchdog, stamp, fresh)
     release_memory()
     if not complete:
         raise Preempted

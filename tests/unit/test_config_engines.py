@@ -51,6 +51,23 @@ def test_a_saved_run_says_it_once(tiny_config, tmp_path):
     assert engine_of(tmp_path / "saved.yaml") == ENGINES["zero2"]
 
 
+REPLACED = [("zero3", ENGINES["zero3"]), ("fsdp2", ENGINES["fsdp2"]), ("ddp", {}), ("null", ENGINES["zero2"])]
+
+
+@pytest.mark.parametrize(("engine", "found"), REPLACED)
+def test_a_name_replaces_an_inherited_engine_however_that_was_said(tiny_config, tmp_path, engine, found):
+    """In a config older than the key, and in a saved run, it stands as training arguments."""
+    older = tiny_config(train=ENGINES["zero2"])
+    assert engine_of(older, f"train.engine={engine}") == found
+    (tmp_path / "child.yaml").write_text(f"base: {older}\ntrain: {{engine: {engine}}}\n")
+    assert engine_of(tmp_path / "child.yaml") == found
+
+
+def test_one_file_says_its_engine_once(tiny_config):
+    with pytest.raises(ConfigError, match=r"run\.yaml: train\.deepspeed is said by train\.engine here \(zero3\)"):
+        engine_of(tiny_config(train={"engine": "zero3", **ENGINES["zero2"]}))
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

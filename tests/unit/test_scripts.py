@@ -293,6 +293,8 @@ def test_bench_of_a_config_measures_training_and_prefill(checkout: Checkout) -> 
         lines = checkout.called()
         assert benches(lines) == [f"train {given} --steps 3 {out}", f"prefill {given} {out}"]
         assert f"|{checkout.root}|-m llava_pdrop bench train" in "".join(lines)
+    assert checkout.run("bench.sh", str(config), "--steps", "3", *words[:2]).returncode == 0
+    assert benches(checkout.called())[1] == f"prefill {given} {out}"  # both of the same run
 
 
 def test_bench_of_a_config_is_one_process_in_every_world(checkout: Checkout, tmp_path: Path) -> None:

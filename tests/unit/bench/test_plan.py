@@ -130,6 +130,7 @@ def test_the_least_recomputation_fits_and_one_layer_less_does_not():
 def test_states_are_read_from_the_config(tmp_path):
     config = load_config(NEXT)
     assert states_of(config, 8) == States(zero=3, gpus=8, accumulate=True)
+    assert states_of(load_config(NEXT, ["train.engine=fsdp2"]), 8) == States(zero=3, gpus=8, accumulate=True)
     plain = states_of(load_config(NEXT, ["train.engine=ddp", "train.bf16=false"]), 8)
     assert (plain.zero, plain.bytes, plain.optimizer) == (0, 4, 8.0)
 

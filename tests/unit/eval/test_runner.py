@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -141,6 +142,16 @@ def test_eval_of_a_run_by_config_and_by_directory(tiny_config, capsys):
     assert vanilla.image_tokens == [16]
     assert "16 (no dropping; the checkpoint's own schedule has layers [1, 2, 3]" in capsys.readouterr().out
     assert len(load_questions(config)) == 4
+
+
+def test_a_run_that_cannot_keep_the_answers_is_said_first(tiny_config, monkeypatch):
+    """The tests may run as root, whom no permission stops."""
+    config = load_config(tiny_config())
+    output = train(config)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != output)
+    with pytest.raises(ConfigError, match=rf"{output} is to hold the answers and cannot be written to: copy it first"):
+        evaluate_config(config)
+    assert not (output / "predictions.jsonl").exists()
 
 
 def test_eval_of_a_directory_that_was_not_trained_here(tiny_config, tmp_path, capsys):

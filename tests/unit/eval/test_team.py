@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from accelerate.state import PartialState
 
-from llava_pdrop.config import RUN_FILE, Config, load_config
+from llava_pdrop.config import RUN_FILE, Config, ConfigError, load_config
 from llava_pdrop.eval.report import RESULTS_FILE
 from llava_pdrop.eval.runner import EVALUATION_FILE, PREDICTIONS_FILE, evaluate_config
 from llava_pdrop.eval.team import ALONE, Team, team_of
+from llava_pdrop.train.check_arguments import environment_kept
 from llava_pdrop.train.run import train
 from llava_pdrop.train.watchdog import DIRECTORY, EXIT_CODE
 from tests.faults.processes import Fault, run_ranks
@@ -38,6 +41,17 @@ def test_one_process_is_a_team_of_its_own(tiny_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with team_of(load_config(tiny_config()), Path("/nowhere")) as team:
         assert team is ALONE and team.first and team.gather("x") == ["x"]
+
+
+def test_others_without_a_launcher_are_one_line(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # of earlier tests in this process
+    line = r"run\.yaml: WORLD_SIZE=2, but .* cannot be found: .* or unset WORLD_SIZE"
+    with environment_kept():
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        os.environ["WORLD_SIZE"] = "2"
+        with pytest.raises(ConfigError, match=line), team_of(load_config(tiny_config()), tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("section", [DROP, LUCKY], ids=["attention", "random"])

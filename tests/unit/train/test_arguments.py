@@ -46,6 +46,14 @@ def complaint(file, *overrides: str) -> str:
         ("optim=adamw_torch_npu_fused", "optim: adamw_torch_npu_fused: Trainer failed to import FusedAdamW"),
         ("adam_beta1=2", "optim: adamw_torch_fused: Invalid beta parameter at index 0: 2"),
         ("fsdp=true", "fsdp shards the model over several processes, and this is one: launch more"),
+        ("neftune_noise_alpha=5", "neftune_noise_alpha: 5 cannot be done here (the embeddings are"),
+        ("label_smoothing_factor=0.1", "label_smoothing_factor: 0.1 cannot be done here (the loss is"),
+        ("use_liger_kernel=true", "use_liger_kernel: True cannot be done here ("),
+        ("include_num_input_tokens_seen=all", "include_num_input_tokens_seen: 'all' cannot be done here ("),
+        (
+            "torch_compile_backend=induktor",
+            "torch_compile_backend cannot be 'induktor': choose one of ['no', ",
+        ),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(tiny_config, override, line):
@@ -64,6 +72,23 @@ def test_a_setting_that_cannot_work_is_named(tiny_config, override, line):
 def test_what_transformers_refuses_is_one_line(tiny_config, override, line):
     said = complaint(tiny_config(), f"train.{override}")
     assert "run.yaml: train: " in said and line in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["torch_compile_backend=inductor"],
+        ["label_smoothing_factor=0", "include_num_input_tokens_seen=false"],
+        ["lr_scheduler_type=polynomial", "learning_rate=0.1", "lr_scheduler_kwargs={lr_end: 0.01}"],
+    ],
+)
+def test_settings_that_can_work_pass(tiny_config, words):
+    check_arguments(load_config(tiny_config(), [f"train.{word}" for word in words]))
+
+
+def test_a_rate_below_the_one_that_the_schedule_ends_with(tiny_config):
+    said = complaint(tiny_config(), "train.lr_scheduler_type=polynomial", "train.learning_rate=1e-8")
+    assert "lr_scheduler_type: polynomial: lr_end (1e-07) must be smaller than initial lr (1e-08)" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
@@ -190,6 +215,10 @@ def changed(tmp_path):
         ({"zero_optimization": {"stage": 7}}, ": zero_optimization.stage must be one of [0, 1, 2, 3], got 7"),
         (
             {"zero_optimization": {"stage": 3}},
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: true",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": "auto"}},
             "zero_optimization.stage3_gather_16bit_weights_on_model_save: true",
         ),
     ],

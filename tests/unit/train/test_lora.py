@@ -24,6 +24,7 @@ from llava_pdrop.model.build import build_parts
 from llava_pdrop.model.lora import ADAPTER
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.lora import (
     adapt,
     attach_adapters,
@@ -417,6 +418,20 @@ def test_adapters_of_another_base_do_not_go_on(lora_config, tmp_path):
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     train(load_config(file, [*words, "train.max_steps=4"]))
     assert (output / "checkpoint-4").is_dir()
+
+
+def test_a_base_that_was_moved_is_the_same_base(lora_config, tmp_path):
+    """What counts is its weights. The run was stopped before its end."""
+    file = lora_config(train={**SAVING, "max_steps": 4})
+    config = load_config(file)
+    reference = train(config)
+    losses = [row.get("loss") for row in read_metrics(reference / METRICS_FILE)]
+    shutil.rmtree(reference / "checkpoint-4")
+    (reference / FINISHED_FILE).unlink()
+    shutil.copytree(config.model.language_model, tmp_path / "moved")
+    output = train(load_config(file, [f"model.language_model={tmp_path / 'moved'}"]))
+    assert json.loads((output / FINISHED_FILE).read_text())["resumed_from"] == str(output / "checkpoint-2")
+    assert [row.get("loss") for row in read_metrics(output / METRICS_FILE)] == losses
 
 
 def test_the_disk_needs_room_for_what_is_saved_only(lora_config, monkeypatch):
