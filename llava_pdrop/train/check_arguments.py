@@ -35,14 +35,19 @@ NEED_EVALUATION: dict[str, tuple[Any, ...]] = {
 """Training argument -> its values that want the model evaluated between the steps."""
 
 NOT_DONE_HERE = {
+    "auto_find_batch_size": "the order of the batches is made before the first step",
+    "data_seed": "seed is that of the order of the data too",
+    "dataloader_drop_last": "every sample has its place in the order of the batches",
+    "group_by_length": "packed micro-batches have no padding, and data.tokens_per_batch evens out their length",
     "include_num_input_tokens_seen": "metrics.jsonl has the tokens of every step",
     "label_smoothing_factor": "the loss is the cross entropy of the labels as they are",
     "neftune_noise_alpha": "the embeddings are not the model's outermost, where the Trainer looks for them",
+    "train_sampling_strategy": "packed micro-batches have no padding, and data.tokens_per_batch evens out their length",
     "use_liger_kernel": "its kernels are for whole Hugging Face models, and packed samples have their own",
 }
-"""Training argument that the Trainer can follow with other models only -> why not, or what there is instead."""
+"""Training argument that is for other models or other data -> why, or what there is instead."""
 
-OFF = (None, False, 0, "no")
+OFF = (None, False, 0, "no", "random")
 """Values with which a training argument asks for nothing."""
 
 NEEDED_BY_DEEPSPEED = ("gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu")
@@ -95,6 +100,8 @@ def check_arguments(config: Config) -> None:
     args = tried_arguments(config)
     if config.train.recompute_layers is not None and not recomputes_activations(args):
         raise ConfigError(f"{line}.recompute_layers needs train.gradient_checkpointing=true")
+    if args.max_steps == 0:
+        raise ConfigError(f"{line}.max_steps must be above 0, or -1 (as many as train.num_train_epochs has), got 0")
     if args.save_strategy == "steps" and args.save_steps <= 0:
         raise ConfigError(f"{line}.save_steps must be above 0, got {args.save_steps:g}: save_strategy 'no' saves none")
     check_optimizer(config, args)

@@ -48,6 +48,11 @@ def complaint(file, *overrides: str) -> str:
         ("fsdp=true", "fsdp shards the model over several processes, and this is one: launch more"),
         ("neftune_noise_alpha=5", "neftune_noise_alpha: 5 cannot be done here (the embeddings are"),
         ("label_smoothing_factor=0.1", "label_smoothing_factor: 0.1 cannot be done here (the loss is"),
+        ("auto_find_batch_size=true", "auto_find_batch_size: True cannot be done here (the order of"),
+        ("data_seed=3", "data_seed: 3 cannot be done here (seed is"),
+        ("dataloader_drop_last=true", "dataloader_drop_last: True cannot be done here (every sample"),
+        ("train_sampling_strategy=group_by_length", "train_sampling_strategy: 'group_by_length' cannot be done here ("),
+        ("max_steps=0", "max_steps must be above 0, or -1 (as many as train.num_train_epochs has), got 0"),
         ("use_liger_kernel=true", "use_liger_kernel: True cannot be done here ("),
         ("include_num_input_tokens_seen=all", "include_num_input_tokens_seen: 'all' cannot be done here ("),
         (
@@ -78,6 +83,7 @@ def test_what_transformers_refuses_is_one_line(tiny_config, override, line):
     "words",
     [
         ["torch_compile_backend=inductor"],
+        ["max_steps=-1", "num_train_epochs=1", "train_sampling_strategy=random"],
         ["label_smoothing_factor=0", "include_num_input_tokens_seen=false"],
         ["lr_scheduler_type=polynomial", "learning_rate=0.1", "lr_scheduler_kwargs={lr_end: 0.01}"],
     ],
