@@ -8,9 +8,7 @@ the optimizer and the schedule of its learning rate on one number.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from transformers.utils import is_torch_tf32_available
 from llava_pdrop.config import Config, ConfigError
 from llava_pdrop.config_values import did_you_mean
 from llava_pdrop.train.arguments import first_line, given_arguments, recomputes_activations
+from llava_pdrop.train.engine import environment_kept
 from llava_pdrop.train.history import number_of_processes
 
 NEED_EVALUATION: dict[str, tuple[Any, ...]] = {
@@ -149,18 +148,6 @@ def tried_arguments(config: Config) -> TriedArguments:
             return TriedArguments(**arguments)
     except LIBRARY_ERRORS as error:
         raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
-
-
-@contextmanager
-def environment_kept() -> Iterator[None]:
-    """Takes back what is changed in the environment variables meanwhile."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def check_optimizer(config: Config, args: TrainingArguments) -> None:

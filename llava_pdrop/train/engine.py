@@ -18,15 +18,24 @@ leaves them there, and a later run would take them for its own."""
 def engine_for_one_run() -> Iterator[None]:
     """Takes back what the engine of a run changes in this process: environment variables, and the ZeRO-3 of models that
     are made."""
-    before = _variables()
+    with environment_kept(SET_BY_ENGINES):
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+
+
+@contextmanager
+def environment_kept(beginnings: tuple[str, ...] = ("",)) -> Iterator[None]:
+    """Takes back what is changed meanwhile in the environment variables that begin so (default: in all)."""
+
+    def variables() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith(beginnings)}
+
+    before = variables()
     try:
         yield
     finally:
-        for name in _variables().keys() - before.keys():
+        for name in variables().keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
-        unset_hf_deepspeed_config()
-
-
-def _variables() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(SET_BY_ENGINES)}

@@ -13,7 +13,7 @@ from llava_pdrop.config import RUN_FILE, Config, ConfigError, load_config
 from llava_pdrop.eval.report import RESULTS_FILE
 from llava_pdrop.eval.runner import EVALUATION_FILE, PREDICTIONS_FILE, evaluate_config
 from llava_pdrop.eval.team import ALONE, Team, team_of
-from llava_pdrop.train.check_arguments import environment_kept
+from llava_pdrop.train.engine import environment_kept
 from llava_pdrop.train.run import train
 from llava_pdrop.train.watchdog import DIRECTORY, EXIT_CODE
 from tests.faults.processes import Fault, run_ranks
