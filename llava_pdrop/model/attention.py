@@ -161,7 +161,8 @@ def attention_forward(
     if kwargs.get("dropout"):
         raise ValueError("packed attention has no dropout: set attention_dropout to 0 in the decoder's config.json")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return packed_attention(query[0], key[0], value[0], segments, scale, sliding_window)[None], None
+    query, key, value = (tensor.squeeze(0) for tensor in (query, key, value))  # [0] would zero-fill a gradient backward
+    return packed_attention(query, key, value, segments, scale, sliding_window)[None], None
 
 
 def register() -> None:

@@ -68,7 +68,7 @@ def run_decoder(
             use_cache=False,
             position_embeddings=rope,
             segments=stage.segments,
-        )[0]
+        ).squeeze(0)  # a view backward too, where [0] fills a tensor of zeros
     return decoder.norm(x_TD)
 
 

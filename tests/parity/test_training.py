@@ -231,6 +231,29 @@ def test_dropping_never_waits_for_the_device(geometry, ranker):
     assert found["dropping"] == found["vanilla"] == []
 
 
+@pytest.mark.parametrize("batch", ["ragged", "equal"])
+@pytest.mark.parametrize("schedule", [Schedule(), PYRAMID], ids=["vanilla", "dropping"])
+def test_no_gradient_is_laid_into_zeros(schedule, batch):
+    """``x[0]`` of a (1, ...) tensor would, backward, fill a tensor of its size with zeros and copy the gradient there:
+    four times a layer; squeezing is a view both ways."""
+    samples = mixed_samples() if batch == "ragged" else [make_sample(3, (28, 28), 5, "4", seed=seed) for seed in (1, 2)]
+    model = PyramidLlava(make_tiny_host("llama_gqa"), schedule).train()
+    names = graph_of(model(PackedBatch.pack(samples)).loss)
+    assert not {name for name in names if name.startswith("Select")}
+    assert "SqueezeBackward1" in names and "IndexSelectBackward0" in names  # the decoder is in it
+
+
+def graph_of(result: torch.Tensor) -> set[str]:
+    """The names of all operations that a backward pass from ``result`` runs."""
+    todo, seen = [result.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
 class CountCopies(TorchDispatchMode):
     """Counts tensors that go from the host to another device."""
 
