@@ -67,21 +67,21 @@ class Layout:
 
     def after_drop(self, kept: Sequence[int]) -> Layout:
         """The layout once every image is shortened to ``kept`` tokens."""
-        stops = [stop for _, stop in self.image_spans]
-        lost = np.concatenate([[0], np.cumsum([b - a - k for (a, b), k in zip(self.image_spans, kept)])]).astype(int)
+        starts, stops = np.array(self.image_spans, dtype=np.int64).reshape(-1, 2).T
+        lost = np.concatenate([[0], np.cumsum(stops - starts - np.asarray(kept, dtype=np.int64))])
 
-        def moved(position: int) -> int:
-            return position - int(lost[bisect_right(stops, position)])
+        def moved(positions: Sequence[int] | np.ndarray) -> np.ndarray:
+            """Every position less what the images that end before it have lost."""
+            positions = np.asarray(positions, dtype=np.int64)
+            return positions - lost[np.searchsorted(stops, positions, side="right")]
 
-        starts = [moved(start) for start, _ in self.image_spans]
-        ends = np.concatenate([[0], np.cumsum(self.seq_lens)])
-        new_ends = [moved(int(end)) for end in ends]
+        answers = iter(moved([start for sample in self.answer_starts for start in sample]).tolist())
         return replace(
             self,
-            seq_lens=np.diff(new_ends).tolist(),
-            image_spans=[(start, start + count) for start, count in zip(starts, kept)],
-            answer_starts=[[moved(p) for p in sample] for sample in self.answer_starts],
-            label_positions=[moved(p) for p in self.label_positions],
+            seq_lens=np.diff(moved(np.cumsum([0, *self.seq_lens]))).tolist(),
+            image_spans=[(start, start + count) for start, count in zip(moved(starts).tolist(), kept)],
+            answer_starts=[[next(answers) for _ in sample] for sample in self.answer_starts],
+            label_positions=moved(self.label_positions).tolist(),
         )
 
     @property

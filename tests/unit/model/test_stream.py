@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from itertools import chain, pairwise
+
 import pytest
 import torch
 
@@ -22,6 +25,42 @@ def test_text_positions_move_with_the_images_before_them():
     assert after.answer_starts == [[14], [34]]
     assert after.label_positions == [14, 15, 34]
     assert (after.tokens, after.image_tokens) == (35, 24)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_drop_moves_every_position_by_what_is_gone_before_it(seed):
+    """Against the plain definition: of all positions, those of the tokens that stay are counted."""
+    chance = random.Random(seed)
+    batch = random_batch(chance)
+    layout = Layout.of(batch)
+    for _ in range(3):
+        kept = [chance.randint(0, stop - start) for start, stop in layout.image_spans]
+        gone = {p for (start, stop), k in zip(layout.image_spans, kept) for p in range(start + k, stop)}
+        stays = [p not in gone for p in range(layout.tokens)]
+        place = [sum(stays[:p]) for p in range(layout.tokens + 1)]
+        after = layout.after_drop(kept)
+        ends = [sum(layout.seq_lens[:number]) for number in range(len(layout.seq_lens) + 1)]
+        assert after.seq_lens == [place[stop] - place[start] for start, stop in pairwise(ends)]
+        spans = [(place[start], place[start] + k) for (start, _), k in zip(layout.image_spans, kept)]
+        assert after.image_spans == spans
+        assert after.answer_starts == [[place[p] for p in sample] for sample in layout.answer_starts]
+        assert after.label_positions == [place[p] for p in layout.label_positions]
+        assert (after.image_totals, after.droppable) == (layout.image_totals, layout.droppable)
+        numbers = chain(after.seq_lens, after.label_positions, *after.answer_starts, *after.image_spans)
+        assert all(type(number) is int for number in numbers)  # and none is numpy's
+        layout = after
+
+
+def random_batch(chance: random.Random) -> PackedBatch:
+    """1 to 4 samples of up to 7 pieces: text, answers and pictures, also none of them, or one right behind another."""
+    samples = []
+    for number in range(chance.randint(1, 4)):
+        pieces = [
+            chance.choice([chance.randint(1, 9), str(chance.randint(1, 5)), (28, 28), (50, 20)])
+            for _ in range(chance.randint(0, 7))
+        ]
+        samples.append(make_sample(*pieces, geometry=ANYRES, seed=number))
+    return PackedBatch.pack(samples, query=chance.choice(["answers", "last"]))
 
 
 def test_budgets_are_taken_from_the_original_count():
