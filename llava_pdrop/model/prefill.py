@@ -19,7 +19,7 @@ from llava_pdrop.model.cache import PromptStages
 from llava_pdrop.model.decoder import Rope, project_instruction
 from llava_pdrop.model.pyramid_drop import RANKERS, keep_index
 from llava_pdrop.model.schedule import Schedule
-from llava_pdrop.model.stream import StreamPlan
+from llava_pdrop.model.stream import StreamPlan, send
 from llava_pdrop.model.vlm import geometry_of
 from llava_pdrop.types import PackedBatch
 
@@ -224,10 +224,10 @@ def _left_padded(lengths: list[int]) -> tuple[list[int], list[np.ndarray], int]:
 
 
 def _frames(stages: Sequence[tuple[list[int], list[np.ndarray], int]], device: torch.device) -> list[Frame]:
-    """A frame per stage, sent to the device at once: a copy between two layers would make the host wait for it."""
+    """A frame per stage, sent to the device at once."""
     indices = []
     for lengths, rows, _ in stages:
         indices += [np.concatenate(rows), np.cumsum(lengths) - 1]
-    sent = torch.from_numpy(np.concatenate(indices)).to(device).split([len(index) for index in indices])
+    sent = send([torch.from_numpy(index) for index in indices], device)
     shapes = [(len(lengths), columns) for lengths, _, columns in stages]
     return [Frame(row_T, last_B, shape) for row_T, last_B, shape in zip(sent[::2], sent[1::2], shapes)]

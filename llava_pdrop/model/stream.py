@@ -155,7 +155,7 @@ class StreamPlan:
             rows.append(np.asarray([start - 1 for sample in layout.answer_starts for start in sample]))
             if stage < len(schedule.layers):
                 rows += _candidate_rows(layout, layouts[0].kept(schedule, stage))
-        tensors = iter(_send([*text, *map(_index, rows)], device))
+        tensors = iter(send([*text, *map(_index, rows)], device))
 
         text_T, image_row, feature_row, label_L, predict_row = (next(tensors) for _ in range(5))
         stages = []
@@ -221,8 +221,8 @@ def _index(row: np.ndarray | Sequence[int]) -> Tensor:
     return torch.from_numpy(np.asarray(row, dtype=np.int64))
 
 
-def _send(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """All int64 ``rows`` as views of one tensor on ``device``: one copy, not one per row."""
+def send(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """All int64 ``rows`` as views of one tensor on ``device``: one copy, which the host does not wait for."""
     flat = torch.cat(rows)
     if device.type == "cuda":
         flat = flat.pin_memory()

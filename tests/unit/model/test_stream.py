@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from itertools import chain, pairwise
 
+import numpy as np
 import pytest
 import torch
 
+from llava_pdrop.model.prefill import Prefill
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import Layout, StreamPlan
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch, Sample
@@ -61,6 +63,27 @@ def random_batch(chance: random.Random) -> PackedBatch:
         ]
         samples.append(make_sample(*pieces, geometry=ANYRES, seed=number))
     return PackedBatch.pack(samples, query=chance.choice(["answers", "last"]))
+
+
+def test_indices_are_sent_from_pinned_memory_without_waiting(monkeypatch):
+    """In training and before a prefill: a copy from ordinary memory makes the host wait. (No GPU is needed to see what
+    would be asked of one.)"""
+    pinned, sent = [], []
+
+    def pin_memory(tensor):
+        pinned.append(tensor)
+        return tensor
+
+    def to(tensor, *arguments, **options):
+        if options:
+            sent.append((any(tensor is one for one in pinned), str(arguments[0]), options))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    image = np.array([[False, True, True, False], [False, False, True, True]])
+    Prefill.build(image, np.ones_like(image), None, None, Schedule((1,), (0.5,)), torch.device("cuda"))
+    assert sent == [(True, "cuda", {"non_blocking": True})] * 2  # the plan of the stream, and the frames
 
 
 def test_budgets_are_taken_from_the_original_count():
