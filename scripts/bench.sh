@@ -62,9 +62,6 @@ bench() {
     esac
 }
 
-# Batches differ in length: without this, blocks of a shorter one are of no use to a longer one.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
-
 SECONDS=0 # setting up does not count
 case "$what" in
     tiny)

@@ -23,6 +23,11 @@ fi
 # prototype on 2 cores from 3.8 to 2.2 seconds.
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
+# Batches differ in length: without this, blocks of GPU memory of a shorter one are of no use to a longer one. The first
+# name is the one that PyTorch prefers, so it must not be set beside a value that the user has given by the second.
+if [[ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}" ]]; then
+    export PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"
+fi
 # A thread of PyTorch's that waits for the others spins for a moment and then sleeps: on a busy machine endless spinning
 # takes the core from those it waits for, and would be counted as CPU time of the step.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"

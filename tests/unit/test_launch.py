@@ -31,6 +31,7 @@ SCRIPTS = {
 WORLD = (
     "NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE", "TORCHRUN_ARGS", "DRY_RUN",
     "CUDA_VISIBLE_DEVICES", "LLAVA_PDROP_VENV", "LLAVA_PDROP_PYTHON", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
 )  # fmt: skip
 
 
@@ -234,6 +235,17 @@ def test_dry_run_shows_the_environment(machine: Machine, script: str) -> None:
     *lines, command = machine.run(script, CONFIG, **env).stdout.splitlines()
     assert {"NCCL_DEBUG=INFO", "WANDB_MODE=offline", "MALLOC_MMAP_THRESHOLD_=8589934592"} <= set(lines)
     assert "secret" not in "".join(lines) and shlex.split(command)[0] == PYTHON
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_segments_of_gpu_memory_can_grow_unless_the_user_says_otherwise(machine: Machine, script: str) -> None:
+    def said(**env: str) -> list[str]:
+        return [line for line in machine.run(script, CONFIG, **env).stdout.splitlines() if "ALLOC_CONF" in line]
+
+    assert said() == ["PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        assert said(**{name: "max_split_size_mb:64"}) == [f"{name}=max_split_size_mb:64"]
+        assert said(**{name: ""}) == [f"{name}=''"]
 
 
 def test_dry_run_0_is_none(machine: Machine) -> None:

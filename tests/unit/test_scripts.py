@@ -21,12 +21,17 @@ printf '%s|%s|%s\\n' "$(basename "$0")" "$PWD" "$*" >>"$CALLS"
 case "$*" in
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     *"-m pip install"*torch) [[ -z "${BROKEN_PIP:-}" ]] || { echo "no such package" >&2; exit 1; } ;;
-    "-m llava_pdrop"*) printf '%s %s\\n' "$MALLOC_MMAP_THRESHOLD_" "$MALLOC_TRIM_THRESHOLD_" >>"$CALLS" ;;
+    "-m llava_pdrop"*)
+        printf '%s ' "$MALLOC_MMAP_THRESHOLD_" "$MALLOC_TRIM_THRESHOLD_" >>"$CALLS"
+        printf '%s\\n' "${PYTORCH_CUDA_ALLOC_CONF:-none}" >>"$CALLS" ;;
     *fcntl*) exec "$REAL_PYTHON" "$@" ;;
     *version_info*) exit "${TOO_OLD:-0}" ;;
     "-V") echo "Python 3.99" ;;
 esac
 """
+
+MEMORY = "8589934592 17179869184 expandable_segments:True"
+"""What it writes down of the memory settings it was started with."""
 
 
 class Checkout:
@@ -48,6 +53,8 @@ class Checkout:
             "MALLOC_TRIM_THRESHOLD_",
             "TORCHRUN_ARGS",
             "LLAVA_PDROP_PYTHON",
+            "PYTORCH_ALLOC_CONF",
+            "PYTORCH_CUDA_ALLOC_CONF",
         ):
             self.env.pop(name, None)
 
@@ -134,7 +141,7 @@ def test_finetune_passes_config_and_overrides(checkout: Checkout) -> None:
     assert done.returncode == 0, done.stderr
     call, memory = checkout.called()[-2:]
     assert call == f"python|{checkout.root}|-m llava_pdrop compare configs/x.yaml seed=1 pyramid_drop.layers=[1, 2]"
-    assert memory == "8589934592 17179869184"
+    assert memory == MEMORY
 
 
 def test_finetune_has_a_default_config(checkout: Checkout) -> None:
@@ -176,7 +183,9 @@ def test_tiny_configs_run_as_one_process_on_many_gpus(checkout: Checkout, tmp_pa
 
 
 def test_the_exit_status_of_the_program_is_the_scripts(checkout: Checkout) -> None:
-    checkout.python.write_text(FAKE_PYTHON.replace('"$MALLOC_TRIM_THRESHOLD_" >>"$CALLS" ;;', '"" ; exit 3 ;;'))
+    checkout.python.write_text(
+        FAKE_PYTHON.replace('"${PYTORCH_CUDA_ALLOC_CONF:-none}" >>"$CALLS" ;;', '"" ; exit 3 ;;')
+    )
     assert checkout.run("finetune_pdrop.sh").returncode == 3
 
 
@@ -209,7 +218,11 @@ def test_bench_is_tiny_by_default_and_sets_up_first(checkout: Checkout) -> None:
         "train --shape tiny --device cpu",
         "prefill --shape tiny --device cpu",
     ]
-    assert lines[-1] == "8589934592 17179869184"  # the memory settings of training
+    assert lines[-1] == MEMORY  # the settings of training
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        assert checkout.run("bench.sh", **{name: "max_split_size_mb:64"}).returncode == 0
+        own = "max_split_size_mb:64" if "CUDA" in name else "none"  # the one would hide the other from PyTorch
+        assert checkout.called()[-1] == MEMORY.replace("expandable_segments:True", own)
     assert checkout.run("bench.sh", "cpu").returncode == 0
     lines = checkout.called()
     (line,) = benches(lines)
