@@ -24,7 +24,7 @@ from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.flops import predicted_reduction
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.train.checks import check_run
-from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, steps_of
 from llava_pdrop.train.run import (
     build_dataset,
     build_plan,
@@ -48,8 +48,9 @@ console = Console()
 
 @dataclass(frozen=True)
 class Timing:
-    """A training run's median step, its first steps left out. ``device`` says which time counts: on a GPU the wall
-    time between CUDA events, on a CPU the time all cores were busy with it, which other programs hardly touch."""
+    """A training run's median step, its first steps left out (where a log line is of several steps, the median of the
+    lines, which are means). ``device`` says which time counts: on a GPU the wall time between CUDA events, on a CPU the
+    time all cores were busy with it, which other programs hardly touch."""
 
     wall: float
     cpu: float
@@ -158,19 +159,22 @@ def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
 
 
 def timing_of(file: Path) -> Timing | None:
-    """Medians of a ``metrics.jsonl``; a fifth of the steps, at most 10, count as warm-up. None where no step was logged
-    (``train.logging_steps`` above the number of steps) or the file is gone."""
+    """Medians of a ``metrics.jsonl``; a fifth of the steps, at most 10, count as warm-up, and with them the steps that
+    share a log line with one of them (``train.logging_steps``), if others are left. None where no step was logged or
+    the file is gone."""
     rows = [row for row in read_metrics(file) if "loss" in row] if file.is_file() else []
     if not rows:
         return None
-    steady = rows[min(10, len(rows) // 5) :]
+    steps = rows[-1]["step"]
+    warmup = min(10, steps // 5)
+    steady = [row for row, count in zip(rows, steps_of(rows)) if row["step"] - count >= warmup] or rows
     cuda = any("peak_cuda_mib" in row for row in rows)
     return Timing(
         wall=statistics.median(row["step_seconds"] for row in steady),
         cpu=statistics.median(row["step_cpu_seconds"] for row in steady),
         peak_mib=max(row["peak_cuda_mib" if cuda else "peak_rss_mib"] for row in rows),
         device="cuda" if cuda else "cpu",
-        steps=len(rows),
+        steps=steps,
     )
 
 

@@ -7,8 +7,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,12 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def steps_of(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """How many steps each of all log lines of a run is the mean of: those since the line before
+    (``train.logging_steps``, and at the end what is left)."""
+    return [step - before for before, step in pairwise([0, *(row["step"] for row in rows)])]
 
 
 def reset_peak_memory() -> None:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from llava_pdrop.style import STYLE
 from llava_pdrop.train.bad_samples import REPORT_FILE as BAD_SAMPLES_FILE
-from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, writing
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, steps_of, writing
 from llava_pdrop.train.progress import stages
 
 REPORT_FILE, PICTURE_FILE = "training.md", "training.png"
@@ -51,18 +51,19 @@ def write_report(directory: Path, name: str) -> Path | None:
 
 
 def time_split(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds a step of every part that was measured; with waiting for data and the rest it is all of the time."""
-    split = {}
+    """Mean seconds a step of every part that was measured; with waiting for data and the rest it is all of the time.
+    ``rows``: all log lines of a run, in each of which are means over its steps."""
+    split, steps = {}, steps_of(rows)
     for part in TITLES:
-        values = [row[f"{part}_seconds"] for row in rows if f"{part}_seconds" in row]
+        values = [(row[f"{part}_seconds"], count) for row, count in zip(rows, steps) if f"{part}_seconds" in row]
         if values:
-            split[part] = statistics.fmean(values)
+            split[part] = statistics.fmean(*zip(*values))
     return split
 
 
 def per_sample(rows: Sequence[dict[str, Any]], key: str) -> float:
-    """Mean of a number per sample over all samples; rows can have different numbers of them."""
-    samples = [row.get("samples", 1.0) for row in rows]
+    """Mean of a number per sample over all samples of a run; its log lines can have different numbers of them."""
+    samples = [row.get("samples", 1.0) * steps for row, steps in zip(rows, steps_of(rows))]
     return sum(row[key] * count for row, count in zip(rows, samples)) / sum(samples)
 
 

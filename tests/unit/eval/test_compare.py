@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llava_pdrop.config import ConfigError, load_config
-from llava_pdrop.eval.compare import compare
+from llava_pdrop.eval.compare import compare, timing_of
 
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
 FREE = {
@@ -55,6 +55,31 @@ def test_the_whole_job(finished):
         assert f"({picture})" in text
         with Image.open(file.parent / picture) as image:
             assert min(image.size) > 200
+
+
+def logged(directory, seconds: list[float], every: int):
+    """The ``metrics.jsonl`` of a run with these times of its steps, and a line for every so many."""
+    lines = []
+    for first in range(0, len(seconds), every):
+        part = seconds[first : first + every]
+        mean = sum(part) / len(part)
+        row = {"step": first + len(part), "loss": 1.0, "step_seconds": 2 * mean, "step_cpu_seconds": mean}
+        lines.append(json.dumps({**row, "peak_rss_mib": 100.0}))
+    file = directory / "metrics.jsonl"
+    file.write_text("\n".join([*lines, json.dumps({"step": len(seconds), "train_runtime": 9.0})]))
+    return file
+
+
+@pytest.mark.parametrize("every", [1, 5, 10])
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 4), (38, 7), (100, 10), (25, 5)])
+def test_times_are_those_of_steps_however_many_share_a_log_line(tmp_path, steps, warmup, every):
+    timing = timing_of(logged(tmp_path, [9.0] * warmup + [1.0] * (steps - warmup), every))
+    assert (timing.cpu, timing.wall, timing.steps) == (1.0, 2.0, steps)
+
+
+def test_times_of_a_run_with_a_single_log_line(tmp_path):
+    timing = timing_of(logged(tmp_path, [3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 10))
+    assert (timing.cpu, timing.steps) == (1.25, 8)
 
 
 def test_needs_something_to_compare(tiny_config):

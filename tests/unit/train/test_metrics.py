@@ -14,8 +14,16 @@ from llava_pdrop.model.vlm import Output
 from llava_pdrop.train.checkpoints import what_is_torn
 from llava_pdrop.train.clock import PARTS
 from llava_pdrop.train.history import FINISHED_FILE
-from llava_pdrop.train.metrics import METRICS_FILE, MetricsFile, StepMeter, peak_memory, read_metrics, reset_peak_memory
-from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE
+from llava_pdrop.train.metrics import (
+    METRICS_FILE,
+    MetricsFile,
+    StepMeter,
+    peak_memory,
+    read_metrics,
+    reset_peak_memory,
+    steps_of,
+)
+from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE, per_sample, time_split
 from llava_pdrop.train.run import train
 
 CPU = torch.device("cpu")
@@ -151,6 +159,31 @@ def test_the_last_step_is_logged_in_any_case(tmp_path):
         file.on_step_end(None, SimpleNamespace(global_step=step, max_steps=3), control)
         logged.append(control.should_log)
     assert logged == [False, False, True]
+
+
+def test_a_log_line_counts_for_as_many_steps_as_it_is_of(now):
+    """The report of a run that logs every 3rd of its 7 steps is that of one that logs every step."""
+
+    def rows_of(every: int) -> list[dict]:
+        meter, rows = StepMeter(CPU, SimpleNamespace(drain=lambda: {"backward": seconds["backward"]})), []
+        seconds = {"backward": 0.0}
+        for step in range(1, 8):
+            meter.on_step_begin(None, None, None)
+            meter.count(step, output([10 * step * step, 5 * step], [4 * step, step]))
+            now[0] += step
+            seconds["backward"] += step / 2
+            meter.on_step_end(None, None, None)
+            if step % every == 0 or step == 7:
+                rows.append({"step": step, **meter.drain()})
+                seconds["backward"] = 0.0
+        return rows
+
+    single, several = rows_of(1), rows_of(3)
+    assert steps_of(single) == [1] * 7 and steps_of(several) == [3, 3, 1]
+    for key in ("tokens_0", "tokens_1", "image_tokens_0"):
+        assert per_sample(several, key) == pytest.approx(per_sample(single, key))
+    assert time_split(several) == pytest.approx(time_split(single))
+    assert time_split(single) == pytest.approx({"backward": 2.0, "data": 0.0, "rest": 2.0})
 
 
 def test_peak_memory_sees_a_large_tensor():
