@@ -15,7 +15,7 @@ from typing import Any
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.schedule import Schedule
-from llava_pdrop.model.stream import Layout, layouts_of
+from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.types import PackedBatch
 
@@ -50,6 +50,7 @@ def step_flops(
     trainable: Collection[str] = ("projector", "language_model"),
     checkpointing: bool = False,
     recompute_layers: int | None = None,
+    seq_lens: Sequence[Sequence[int]] | None = None,
 ) -> StepFlops:
     """Operations of forward and backward of one micro-batch.
 
@@ -61,9 +62,12 @@ def step_flops(
             last product, whose result nobody needs again.
         recompute_layers: of the decoder's layers, only so many first ones run again (None: all of them); the tower's
             do whenever ``checkpointing`` says so.
+        seq_lens: the lengths of the samples at every stage, where a forward has told them (`vlm.Output`); None: they
+            are planned here.
     """
     text = config.text_config
-    layouts = layouts_of(batch, schedule)
+    stages = [layout.seq_lens for layout in layouts_of(batch, schedule)] if seq_lens is None else seq_lens
+    queries = [len(starts) for starts in batch.answer_starts]
     tiles = tiles_of(batch, geometry)
     backward = bool(trainable)
     repeated = text.num_hidden_layers if recompute_layers is None else recompute_layers
@@ -76,12 +80,12 @@ def step_flops(
     stage = 0
     for layer in range(text.num_hidden_layers):
         if layer in schedule.layers:
-            ranking += _ranking(text, layouts[stage], schedule)
+            ranking += _ranking(text, stages[stage], queries, schedule)
             stage += 1
-        layout = layouts[stage]
+        lengths = stages[stage]
         repeat = checkpointing and backward and layer < repeated
-        decoder += layout.tokens * (linear * linear_factor + (linear - last) * repeat)
-        pairs = sum(causal_pairs(length, window) for length in layout.seq_lens)
+        decoder += sum(lengths) * (linear * linear_factor + (linear - last) * repeat)
+        pairs = sum(causal_pairs(length, window) for length in lengths)
         attention += 4 * pairs * width * (1 + repeat + ATTENTION_BACKWARD * backward)
     return StepFlops(
         tower=_tower(config, tiles, "vision_tower" in trainable, checkpointing),
@@ -158,15 +162,15 @@ def _layer_linear(text: Any) -> tuple[int, int]:
     return 2 * text.hidden_size * projections + 3 * last, last
 
 
-def _ranking(text: Any, layout: Layout, schedule: Schedule) -> int:
-    """Operations of one ranking: keys of all tokens, queries of the query tokens, their products. No backward."""
+def _ranking(text: Any, lengths: Sequence[int], queries: Sequence[int], schedule: Schedule) -> int:
+    """Operations of one ranking of samples with so many tokens and so many query tokens: keys of all tokens, queries of
+    the query tokens, their products. No backward."""
     if RANKERS[schedule.ranker].projections is None:
         return 0
     size, heads = head_size(text), text.num_attention_heads
-    queries = [len(starts) for starts in layout.answer_starts]
-    keys = 2 * layout.tokens * text.hidden_size * key_value_heads(text) * size
+    keys = 2 * sum(lengths) * text.hidden_size * key_value_heads(text) * size
     rows = 2 * max(1, sum(queries)) * text.hidden_size * heads * size
-    scores = sum(2 * count * length * heads * size for count, length in zip(queries, layout.seq_lens))
+    scores = sum(2 * count * length * heads * size for count, length in zip(queries, lengths))
     return keys + rows + scores
 
 

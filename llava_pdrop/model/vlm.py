@@ -26,15 +26,20 @@ Host: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGenerat
 
 
 class Output(NamedTuple):
-    """``loss`` is the SUM over label tokens (scalar tensor); ``labels`` their number; ``tokens`` and ``image_tokens``
-    the length of the stream and the image tokens in it, before any drop and after each one.
+    """``loss`` is the SUM over label tokens (scalar tensor); ``labels`` their number; ``seq_lens`` and ``image_tokens``
+    the lengths of the samples and the image tokens of all of them, before any drop and after each one.
 
     A tuple, because engines look for the tensors that leave a module in these, not in classes they do not know."""
 
     loss: Tensor
     labels: int
-    tokens: list[int]
+    seq_lens: list[list[int]]
     image_tokens: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        """The length of the stream at every stage."""
+        return [sum(lengths) for lengths in self.seq_lens]
 
 
 class PyramidLlava(nn.Module):
@@ -88,8 +93,8 @@ class PyramidLlava(nn.Module):
         x_TD = self.embed(batch, plan)
         x_TD = run_decoder(self.host.model.language_model, x_TD, plan, self.schedule, trace)
         loss = label_loss(self.host.lm_head, x_TD, plan.predict_row, plan.label_L)
-        tokens = [stage.layout.tokens for stage in plan.stages]
-        return Output(loss, len(batch.label_positions), tokens, plan.image_tokens)
+        seq_lens = [stage.layout.seq_lens for stage in plan.stages]
+        return Output(loss, len(batch.label_positions), seq_lens, plan.image_tokens)
 
     def embed(self, batch: PackedBatch, plan: StreamPlan) -> Tensor:
         """The stream (T, D) that enters the decoder: text embeddings with image features at the placeholders."""

@@ -91,6 +91,7 @@ class PyramidTrainer(SavingTrainer):
         self.config_yaml = config_yaml
         self.clock = StepClock(model, args.device)
         self.meter = StepMeter(args.device, self.clock, peak_of(args))
+        self._planned: tuple[list[int] | None, list[list[int]]] = None, []  # seq_lens of a batch, and by stage
         self.trainable = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         output = Path(args.output_dir)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_checked)
@@ -195,6 +196,7 @@ class PyramidTrainer(SavingTrainer):
         self.clock.forward_begins()
         output: Output = model(inputs)
         self.clock.forward_ends()
+        self._planned = inputs.seq_lens, output.seq_lens
         if num_items_in_batch is None:
             num_items_in_batch = max(1, output.labels)
         loss = output.loss * (self.accelerator.num_processes / num_items_in_batch)
@@ -233,24 +235,20 @@ class PyramidTrainer(SavingTrainer):
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:
         """Operations of one micro-batch, forward and backward: the Trainer adds them up as ``total_flos``. What is done
-        twice to save memory counts there, and not for the MFU."""
-        self.meter.flops += self._operations(inputs, recomputing=False)
-        return self._operations(inputs, recomputes_activations(self.args))
+        twice to save memory counts there, and not for the MFU. How long the samples are at every stage, the forward of
+        this micro-batch has said, if it was the last one."""
+        of, planned = self._planned
+        seq_lens = planned if of is inputs.seq_lens else None
+        self.meter.flops += self._operations(inputs, False, seq_lens)
+        return self._operations(inputs, recomputes_activations(self.args), seq_lens)
 
-    def _operations(self, inputs: PackedBatch, recomputing: bool) -> float:
+    def _operations(self, inputs: PackedBatch, recomputing: bool, seq_lens: list[list[int]] | None) -> float:
         model = self.accelerator.unwrap_model(self.model)
         trainable = self.trainable
         if is_adapted(model.host):  # the gradient passes through the decoder as to a projector, not into its weights
             trainable = trainable - {"language_model"} | {"projector"}
-        return step_flops(
-            model.host.config,
-            inputs,
-            model.schedule,
-            model.geometry,
-            trainable,
-            recomputing,
-            model.recompute_layers,
-        ).total
+        options = (model.geometry, trainable, recomputing, model.recompute_layers, seq_lens)
+        return step_flops(model.host.config, inputs, model.schedule, *options).total
 
     def _total(self, numbers: list[float]) -> list[float]:
         if self.accelerator.num_processes == 1:

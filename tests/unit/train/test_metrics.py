@@ -33,7 +33,7 @@ SAID = r" could not be written: No space left on device; mend that \(make room .
 
 
 def output(tokens: list[int], image_tokens: list[int]) -> Output:
-    return Output(torch.zeros(()), 1, tokens, image_tokens)
+    return Output(torch.zeros(()), 1, [[count] for count in tokens], image_tokens)
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 
 from llava_pdrop.config import load_config
 from llava_pdrop.data.packing import BatchPlan
+from llava_pdrop.model import flops, stream
+from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.train.run import build_dataset, load_parts
@@ -99,6 +101,40 @@ def test_total_flos_are_the_counted_operations(make_trainer):
     expected = sum(trainer.floating_point_ops(batch) for batch in trainer.get_train_dataloader())
     trainer.train()
     assert trainer.state.total_flos == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_layouts_of_a_micro_batch_are_worked_out_once(make_trainer, monkeypatch, checkpointing):
+    """For its forward, its operations and those of the MFU; and the operations are those of a batch planned anew."""
+    trainer = make_trainer(2, 2, max_steps=3, gradient_checkpointing=checkpointing, logging_steps=3)
+    planned, sums = [], []
+    for module in (stream, flops):
+        monkeypatch.setattr(module, "layouts_of", lambda *given: planned.append(given) or layouts_of(*given))
+    training_step, drain = trainer.training_step, trainer.meter.drain
+
+    def counted_step(model, inputs, *rest):
+        result = training_step(model, inputs, *rest)
+        sums.append(trainer._operations(inputs, False, None))
+        planned.pop()
+        return result
+
+    monkeypatch.setattr(trainer, "training_step", counted_step)
+    monkeypatch.setattr(trainer.meter, "drain", lambda *given: sums.append(trainer.meter.flops) or drain(*given))
+    trainer.train()
+    assert len(planned) == 3 * 2 and {schedule for _, schedule in planned} == {trainer.model.schedule}
+    *micro_batches, counted = sums
+    assert len(micro_batches) == 3 * 2 and counted == pytest.approx(sum(micro_batches))
+    assert trainer.state.total_flos == pytest.approx(counted) or checkpointing
+    assert trainer.state.total_flos > 1.2 * counted or not checkpointing
+
+
+def test_operations_of_another_micro_batch_are_not_those_of_the_last_one(make_trainer):
+    trainer = make_trainer(2, 1, max_steps=1)
+    batches = list(trainer.get_train_dataloader())
+    expected = [trainer.floating_point_ops(batch) for batch in batches]
+    trainer.train()
+    assert len(set(expected)) > 1
+    assert [trainer.floating_point_ops(batch) for batch in batches] == expected
 
 
 def test_a_plan_for_another_number_of_ranks_is_refused(make_trainer):
