@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import DynamoBackend
-from transformers import Trainer, TrainingArguments, get_scheduler
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.models.llama import modeling_llama
 from transformers.utils import is_torch_tf32_available
 
 from llava_pdrop.config import Config, ConfigError
@@ -116,8 +119,7 @@ def check_engine(config: Config) -> None:
             f"{config.file}: {processes} processes were started, but without GPUs each of them would train alone: "
             "train.use_cpu=true makes one run of them"
         )
-    if given.get("tf32") and not is_torch_tf32_available():
-        raise ConfigError(f"{line}.tf32 needs a GPU of NVIDIA's Ampere generation or later: train.tf32=null")
+    check_tf32(config)
     compiler, known = given.get("torch_compile_backend"), [name.lower() for name in DynamoBackend.list()]
     if compiler is not None and str(compiler).lower() not in known:
         raise ConfigError(
@@ -134,6 +136,36 @@ def check_engine(config: Config) -> None:
         )
     if isinstance(given.get("fsdp_config"), str):
         read_settings(config, "fsdp_config")
+
+
+def check_tf32(config: Config) -> None:
+    """Raises `ConfigError` if the run asks for TF32 where there is none, or where positions would suffer from it."""
+    given, line = config.train.arguments, f"{config.file}: train"
+    if given.get("tf32") and not is_torch_tf32_available():
+        raise ConfigError(f"{line}.tf32 needs a GPU of NVIDIA's Ampere generation or later: train.tf32=null")
+    compiled = any(given.get(name) for name in NOT_TRIED if name.startswith("torch_compile"))
+    on_gpu = is_torch_tf32_available() and not given.get("use_cpu")
+    by_compiling = compiled and on_gpu and given.get("tf32") is None and (given.get("bf16") or not given.get("fp16"))
+    if not (given.get("tf32") or by_compiling) or not rotary_angles_are_a_product():
+        return
+    reason = (
+        f"transformers {transformers.__version__} makes the angles of rotary position embeddings by a matrix product, "
+        "in which TF32 rounds positions and frequencies to 11 bits"
+    )
+    if given.get("tf32"):
+        raise ConfigError(f"{line}.tf32 cannot be: {reason}: train.tf32=null, or transformers from 5.19 on")
+    raise ConfigError(
+        f"{line}.torch_compile allows TF32, which cannot be: {reason}: train.tf32=false, or transformers from 5.19 on"
+    )
+
+
+def rotary_angles_are_a_product() -> bool:
+    """Whether this transformers makes rotary angles by a matrix product (5.17 and 5.18 do) or number by number. Seen by
+    the operations of LLaMA's module, which the other decoders have copies of."""
+    rotary = modeling_llama.LlamaRotaryEmbedding(LlamaConfig(hidden_size=8, num_attention_heads=1))
+    with FlopCounterMode(display=False) as counter:
+        rotary(torch.zeros(1, 2, 8), torch.arange(2)[None])
+    return counter.get_total_flops() > 0  # it counts matrix products only
 
 
 def tried_arguments(config: Config) -> TriedArguments:

@@ -9,13 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from accelerate.state import PartialState
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from packaging.version import Version
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.llama import modeling_llama
 
 from llava_pdrop.config import ConfigError, load_config
+from llava_pdrop.train import check_arguments as check_arguments_module
 from llava_pdrop.train.arguments import given_arguments, warn_of_locks
-from llava_pdrop.train.check_arguments import check_arguments
+from llava_pdrop.train.check_arguments import (
+    check_arguments,
+    check_engine,
+    check_tf32,
+    rotary_angles_are_a_product,
+)
 from llava_pdrop.train.checks import check_run
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.run import train
@@ -100,6 +109,61 @@ def test_a_rate_below_the_one_that_the_schedule_ends_with(tiny_config):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
 def test_tf32_needs_a_gpu(tiny_config):
     assert "run.yaml: train.tf32 needs a GPU" in complaint(tiny_config(), "train.tf32=true")
+
+
+class RotaryByProduct(torch.nn.Module):
+    """As LLaMA's was until transformers 5.18."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.inv_freq = torch.ones(4)
+
+    def forward(self, x, position_ids):
+        freqs = (self.inv_freq[None, :, None] @ position_ids[:, None, :].float()).transpose(1, 2)
+        return freqs.cos(), freqs.sin()
+
+
+@pytest.fixture(params=[True, False], ids=["by product", "number by number"])
+def product(request, monkeypatch) -> bool:
+    """Whether rotary angles are a matrix product, on a machine whose GPU has TF32."""
+    monkeypatch.setattr(check_arguments_module, "is_torch_tf32_available", lambda: True)
+    if request.param:
+        monkeypatch.setattr(modeling_llama, "LlamaRotaryEmbedding", RotaryByProduct)
+    elif Version(transformers.__version__) < Version("5.19"):
+        pytest.skip("this transformers makes them by a product")
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "remedy"),
+    [
+        (["tf32=true"], "tf32 cannot be", "train.tf32=null"),
+        (["torch_compile=true", "use_cpu=false", "bf16=true"], "torch_compile allows TF32", "train.tf32=false"),
+        (["torch_compile_mode=default", "use_cpu=false"], "torch_compile allows TF32", "train.tf32=false"),
+    ],
+)
+def test_tf32_where_it_would_round_positions(tiny_config, product, words, key, remedy):
+    config = load_config(tiny_config(), [f"train.{word}" for word in words])
+    if not product:
+        return check_tf32(config)
+    with pytest.raises(ConfigError) as error:
+        check_engine(config)
+    said = str(error.value)
+    assert f"run.yaml: train.{key}" in said and "by a matrix product" in said and "\n" not in said
+    assert f"{remedy}, or transformers from 5.19 on" in said
+
+
+@pytest.mark.parametrize("words", [
+    ["tf32=false"], ["bf16=true", "use_cpu=false"], ["torch_compile=true"],
+    ["torch_compile=true", "use_cpu=false", "tf32=false"], ["torch_compile=true", "use_cpu=false", "fp16=true"],
+])  # fmt: skip
+def test_without_tf32_positions_are_safe(tiny_config, product, words):
+    check_tf32(load_config(tiny_config(), [f"train.{word}" for word in words]))
+
+
+def test_rotary_angles_of_this_transformers():
+    """It is looked at how they are made; this is the version from which on it is number by number."""
+    assert rotary_angles_are_a_product() == (Version(transformers.__version__) < Version("5.19"))
 
 
 def test_a_saving_step_must_come(tiny_config):
