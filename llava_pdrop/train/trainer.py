@@ -171,7 +171,7 @@ class PyramidTrainer(SavingTrainer):
         labels = sum(len(batch.label_positions) for batch in batches)
         if self.accelerator.num_processes == 1:
             return batches, max(1, labels)
-        count = torch.tensor(labels, device=device)
+        count = torch.full((), labels, device=device)  # filled there: a copy of a number would wait for the device
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
 
     def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:

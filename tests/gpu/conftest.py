@@ -43,6 +43,23 @@ def synchronising_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@contextmanager
+def synchronising_is_allowed() -> Iterator[None]:
+    """An exception inside of `synchronising_is_an_error`, which must be the mode here."""
+    assert torch.cuda.get_sync_debug_mode() == 2, "nothing is forbidden here"
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("error")
+
+
+@pytest.fixture
+def sync_allowed():
+    """The context manager `synchronising_is_allowed`."""
+    return synchronising_is_allowed
+
+
 @pytest.fixture
 def no_sync():
     """The context manager `synchronising_is_an_error`."""

@@ -10,16 +10,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
-from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.model.decoder import run_decoder
 from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train.trainer import PyramidTrainer
 from llava_pdrop.types import PackedBatch
+from tests.sync import make_trainer, train_forbidding_reads
 from tests.tiny import ANYRES, PYRAMID, make_sample, make_tiny_host, mixed_samples
 
 SCHEDULES = {"vanilla": Schedule(), "dropping": PYRAMID}
@@ -78,27 +76,17 @@ def test_decoder_with_every_ranker(no_sync, ranker):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_training_step_of_the_trainer(no_sync, schedule, tmp_path, monkeypatch):
-    """From the pinned batch of the loader to the gradients, the loss scaled by the labels of the whole step."""
-    samples = [sample for sample in mixed_samples(ANYRES) for _ in range(4)]
-    args = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, gradient_accumulation_steps=2, bf16=True, disable_tqdm=True,
-        report_to="none", save_strategy="no", logging_steps=1,
-    )  # fmt: skip
-    lengths = [len(sample.input_ids) for sample in samples]
-    plan = BatchPlan(lengths, gradient_accumulation=2, samples_per_batch=3, shuffle=False)
-    rates = {"language_model": 1e-3, "projector": 1e-3, "vision_tower": 1e-3}
-    trainer = PyramidTrainer(model_on_gpu(SCHEDULES[schedule]), args, samples, plan, rates)
-    step, guarded = trainer.training_step, []
+def test_training_step_of_the_trainer(no_sync, sync_allowed, schedule, tmp_path):
+    """From the pinned batch of the loader to the gradients, the loss scaled by the labels of the whole step. The guard
+    alone waits, once an optimizer step. (Without a GPU: tests/unit/train/test_guard.py.)"""
+    trainer = make_trainer(model_on_gpu(SCHEDULES[schedule]), tmp_path)
+    train_forbidding_reads(trainer, no_sync, sync_allowed)
 
-    def training_step(*arguments, **options):
-        if trainer.state.global_step == 0:
-            return step(*arguments, **options)
-        guarded.append(trainer.state.global_step)
-        with no_sync():
-            return step(*arguments, **options)
 
-    monkeypatch.setattr(trainer, "training_step", training_step)
-    trainer.train()
-    assert guarded == [1, 1, 2, 2]
-    assert all(row["loss"] > 0 for row in trainer.state.log_history if "loss" in row)
+def test_only_what_is_allowed_may_wait(no_sync, sync_allowed):
+    number = torch.ones(1, device="cuda")
+    with no_sync():
+        with sync_allowed():
+            assert number.item() == 1
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            number.item()

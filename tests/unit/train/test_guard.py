@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_pdrop.config import load_config
+from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.checkpoints import CheckpointError, all_checkpoints
 from llava_pdrop.train.guard import NotFiniteError, StepGuard
@@ -16,6 +18,8 @@ from llava_pdrop.train.preemption import Preemption
 from llava_pdrop.train.run import train
 from llava_pdrop.train.trainer import PyramidTrainer
 from tests.parity.test_training import CountSyncs
+from tests.sync import make_trainer, train_forbidding_reads
+from tests.tiny import ANYRES, PYRAMID, make_tiny_host
 
 CPU = torch.device("cpu")
 STEPS = {"max_steps": 3, "save_steps": 1, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True,
@@ -44,6 +48,32 @@ def test_watching_waits_for_nothing_and_checking_once(tmp_path):
     with CountSyncs() as counter:
         guard.check(1)
     assert counter.found.count("tolist") == 1 and set(counter.found) <= {"tolist", "aten._local_scalar_dense.default"}
+
+
+class CountOutside(CountSyncs):
+    """Counts apart what happens while it is `allowing` it."""
+
+    def __init__(self):
+        super().__init__()
+        self.allowed: list[list[str]] = []
+
+    @contextmanager
+    def allowing(self):
+        before = len(self.found)
+        yield
+        self.allowed.append(self.found[before:])
+        del self.found[before:]
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), PYRAMID], ids=["vanilla", "dropping"])
+def test_a_training_step_waits_for_the_device_in_the_guard_alone(tmp_path, schedule):
+    """What tests/gpu/test_sync.py asks a GPU, asked of operators and methods of tensors."""
+    counter = CountOutside()
+    model = PyramidLlava(make_tiny_host("llama_gqa", ANYRES), schedule).train()
+    train_forbidding_reads(make_trainer(model, tmp_path, use_cpu=True), lambda: counter, counter.allowing)
+    assert counter.found == []
+    assert [found.count("tolist") for found in counter.allowed] == [1, 1]
+    assert {name for found in counter.allowed for name in found} <= {"tolist", "aten._local_scalar_dense.default"}
 
 
 def test_the_step_is_not_made(tiny_config, monkeypatch):
