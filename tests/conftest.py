@@ -53,10 +53,12 @@ def _case_lines(cases: list[dict]) -> list[str]:
         here = [properties for properties in cases if properties["golden_end_to_end"] == wanted]
         names = {properties["golden_case"] for properties in here}
         flagged = {properties["golden_case"] for properties in here if properties["golden_flagged"]}
+        cut = {properties["golden_case"] for properties in here if properties["golden_cut_short"]}
         numbers = sum(properties["golden_numbers"] for properties in here)
         lines.append(
             f"{kind}: {len(names)} compared ({len(names - flagged)} with the official results, {len(flagged)} with our "
             f"own expectations), {numbers:,} numbers"
+            + (f"; {len(cut)} of them no further than their pixels, see the skipped tests" if cut else "")
         )
     return lines
 

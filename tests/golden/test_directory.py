@@ -9,10 +9,12 @@ import copy
 import json
 from pathlib import Path
 
+import PIL
 import pytest
 import torch
 
 from llava_pdrop.types import PackedBatch
+from tests.golden import test_cases, test_generation
 from tests.golden.cases import REPOSITORY, Case, case_files, directories
 from tests.golden.test_cases import check_official
 from tests.golden.test_models import model_directories
@@ -92,3 +94,20 @@ def spoilt(change, key: str = "") -> Case:
         sample[key] = change(sample[key])
     assert torch.is_tensor(case.tensors["train.token_nll"])
     return case
+
+
+@pytest.mark.parametrize("version", ["12.3.0", "13.0.0", "14.1.0"])
+def test_other_pixels_are_an_error_but_for_an_older_pillow(monkeypatch, version) -> None:
+    """Which is named, once what does not depend on pixels has been compared."""
+    monkeypatch.setattr(PIL, "__version__", version)
+    end_to_end, older = REFERENCE / "cases" / "e2e_l15_infer0.json", version.startswith("12")
+    expected = pytest.skip.Exception if older else pytest.fail.Exception
+    for test in (test_cases.test_case, test_generation.test_recomputation):
+        case = Case.load(end_to_end)
+        test(case)
+        case = Case.load(end_to_end)
+        case.info["images_summary"][0]["std"] += 1e-3
+        with pytest.raises(expected, match="100x60 has other pixels") as end:
+            test(case)
+        assert ("this is Pillow 12.3.0, which scales by other roundings than 13.0" in str(end.value)) == older
+        assert bool(case.compared) == (test is test_cases.test_case)

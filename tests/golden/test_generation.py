@@ -32,11 +32,13 @@ def case(request, record_property):
     record_property("golden_numbers", case.compared)
     record_property("golden_flagged", case.flagged)
     record_property("golden_end_to_end", case.data_file is not None)
+    record_property("golden_cut_short", case.cut_short)
 
 
 def test_generate(case: Case) -> None:
     """Cached decoding with per-layer cache lengths."""
     (sample,) = case.samples()
+    case.check_pixels([sample])
     steps: list[Step] = []
     tokens, logits = generate(case, sample, case.schedule, steps)
     if case.flagged:
@@ -60,6 +62,7 @@ def test_recomputation(case: Case) -> None:
     if case.flagged:
         pytest.skip("no official answer to recompute; test_generate holds it against our expectation")
     (sample,) = case.samples()
+    case.check_pixels([sample])
     answer = case.tensors["infer.generated"][0]
     model = PyramidLlava(case.parts().host, case.schedule, case.geometry())
     logits, plan = teacher_forced(model, sample, answer)
