@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measures training and inference: bash scripts/bench.sh [tiny|cpu|gpu] [arguments for every `bench train`]
 #                              or: bash scripts/bench.sh CONFIG [section.key=value ...] [arguments for `bench train`]
-# tiny takes under a minute; cpu is the shape small-cpu; gpu is the real shapes on one 80 GB GPU, under nine minutes.
+# tiny takes under a minute; cpu is the shape small-cpu; gpu is another word for scripts/gpu_check.sh, which measures the
+# real shapes on one 80 GB GPU in under ten minutes and takes arguments of its own.
 # CONFIG is the YAML file of a run, or its directory: what that run costs, without its weights and data, on the GPU where
 # there is one. Whatever the world, it is one process on one GPU: communication between GPUs is not in it. What a run
 # costs on all of them is in its metrics.jsonl after some steps (train.max_steps=20).
@@ -10,9 +11,9 @@
 # end, and the exit status is 1.
 #
 #   LLAVA_PDROP_PYTHON    a Python that has the project's packages already (torch with CUDA, say): see environment.sh
-#   BENCH_SECONDS         for all of them together; default: 530 for gpu, 1800 otherwise
+#   BENCH_SECONDS         for all of them together; default: 1800
 #   DRY_RUN=1             prints the commands and measures nothing
-#   BENCH_LIMIT           seconds for one; default: 180 for gpu (its last one: all that is left), 900 otherwise
+#   BENCH_LIMIT           seconds for one; default: 900
 set -euo pipefail
 
 what="${1:-tiny}"
@@ -20,7 +21,7 @@ what="${1:-tiny}"
 here="$(dirname "${BASH_SOURCE[0]}")" seconds="${BENCH_SECONDS:-1800}" limit="${BENCH_LIMIT:-900}"
 case "$what" in
     tiny | cpu) ;;
-    gpu) seconds="${BENCH_SECONDS:-530}" limit="${BENCH_LIMIT:-180}" ;;
+    gpu) exec bash "$here/gpu_check.sh" "$@" ;;
     *) # a path is meant from where the user stands, or else from the checkout
         if [[ "$what" != /* && -e "$what" ]]; then
             what="$PWD/$what"
@@ -69,15 +70,6 @@ case "$what" in
         bench tiny-prefill prefill --shape tiny --device cpu
         ;;
     cpu) bench cpu-train train --shape small-cpu --device cpu "$@" ;;
-    gpu) # the comparison of kernels and batches is the longest: what the goals are about comes before it
-        bench gpu-train-llava-next-7b-full train --shape llava-next-7b --images full --device cuda "$@"
-        bench gpu-train-llava15-7b train --shape llava15-7b --device cuda "$@"
-        bench gpu-train-llava-next-7b-p9 train --shape llava-next-7b-p9 --images full --device cuda "$@"
-        bench gpu-train-llava15-13b train --shape llava15-13b --device cuda "$@"
-        bench gpu-prefill prefill --shape llava-next-7b --new-tokens 16 --runs 4 --device cuda
-        limit="${BENCH_LIMIT:-$seconds}" # it writes its files after every comparison
-        bench gpu-train-llava-next-7b train --shape llava-next-7b --compare --device cuda "$@"
-        ;;
     *)
         file="$(basename "$what")" directory="$(basename "$(cd "$(dirname "$what")" && pwd)")"
         name="$(printf '%s' "$directory-${file%.yaml}" | tr -c '[:alnum:]._-' -)"

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+COMMIT = "LLAVA_PDROP_COMMIT"
+"""Environment variable that names the commit of a copy without its history."""
+
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:
     """Everything needed to run a bench again: device, versions, commit, date, command line and seed."""
@@ -22,6 +25,7 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "device_type": device.type,
+        "driver": driver() if cuda else None,
         "device_count": torch.cuda.device_count() if cuda else os.cpu_count(),
         "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1) if cuda else None,
         "threads": torch.get_num_threads(),
@@ -70,8 +74,19 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None where its tool is not there to tell."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.split()), None)
+
+
 def commit() -> str | None:
-    """The commit of the checkout this file lies in, marked where files were changed since; None outside of one."""
+    """The commit of the checkout this file lies in, marked where files were changed since. Outside of one (a copy on
+    another machine): what the environment variable `COMMIT` says, or None."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -81,7 +96,7 @@ def commit() -> str | None:
     try:
         head, dirty = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get(COMMIT)
     return head + (" with uncommitted changes" if dirty else "")
 
 

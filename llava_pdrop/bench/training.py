@@ -170,7 +170,7 @@ class Trainer:
         Raises:
             torch.OutOfMemoryError: it does not fit.
         """
-        self._take(arm)
+        self.take(arm)
         record = self.recorder
         record.clear()
         reset_peak_memory()
@@ -218,7 +218,8 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _take(self, arm: Arm) -> None:
+    def take(self, arm: Arm) -> None:
+        """Sets the model as ``arm`` wants it."""
         model = self.model
         model.schedule, model.backend, model.recompute_layers = arm.schedule, arm.backend, arm.recompute_layers
         if arm.recompute:

@@ -163,6 +163,21 @@ class Workload:
         )
         return replace(packed, pixels=self._pixels(packed.image_sizes, step, device))
 
+    def samples(self, count: int) -> list[Sample]:
+        """``count`` samples with normally distributed pixels on the CPU, as a data set would give them."""
+        rng = np.random.default_rng([self.seed, count, 2])
+        generator = torch.Generator().manual_seed(self.seed)
+        vocabulary, geometry = self.shape.text_config().vocab_size, self.shape.geometry
+        found = []
+        for number in range(count):
+            sample = self._sample(self._outline(rng), rng, vocabulary, str(number))
+            sizes = [image.size for image in sample.images]
+            tiles = [
+                torch.randn(geometry.num_tiles(s), 3, geometry.tile, geometry.tile, generator=generator) for s in sizes
+            ]
+            found.append(replace(sample, images=tuple(map(ImageInput, tiles, sizes))))
+        return found
+
     def longest(self, steps: int, samples: int | None = None) -> int:
         """Which of the first ``steps`` batches has the most tokens."""
 

@@ -194,20 +194,34 @@ def benches(lines: list[str]) -> list[str]:
     return [line.split("-m llava_pdrop bench ")[1] for line in lines if "-m llava_pdrop bench " in line]
 
 
-def test_bench_gpu_measures_every_shape_in_a_process_of_its_own(checkout: Checkout) -> None:
-    done = checkout.run("bench.sh", "gpu", "--steps", "3")
+def test_bench_gpu_is_a_word_for_the_gpu_check(checkout: Checkout) -> None:
+    python = str(checkout.python)
+    done = checkout.run("bench.sh", "gpu", "--stages", "env", cwd=checkout.root.parent, LLAVA_PDROP_PYTHON=python)
     assert done.returncode == 0, done.stderr
-    own = [line.split(" --out ") for line in benches(checkout.called())]
-    names = [file.removeprefix("playground/benchmarks/gpu-") for _, file in own]
-    assert dict(zip(names, (arguments for arguments, _ in own))) == {
-        "train-llava-next-7b-full": "train --shape llava-next-7b --images full --device cuda --steps 3",
-        "train-llava15-7b": "train --shape llava15-7b --device cuda --steps 3",
-        "train-llava-next-7b-p9": "train --shape llava-next-7b-p9 --images full --device cuda --steps 3",
-        "train-llava15-13b": "train --shape llava15-13b --device cuda --steps 3",
-        "prefill": "prefill --shape llava-next-7b --new-tokens 16 --runs 4 --device cuda",
-        "train-llava-next-7b": "train --shape llava-next-7b --compare --device cuda --steps 3",
-    }
-    assert names[-1] == "train-llava-next-7b"  # the longest, after all that the goals are about
+    name, directory, words = checkout.called()[-2].split("|")
+    assert (name, directory) == ("fake_python", str(checkout.root))
+    assert words == "-m llava_pdrop.bench.gpu --stages env"
+
+
+def test_the_gpu_check_makes_no_environment(checkout: Checkout) -> None:
+    """It takes the first Python that has what it needs, and its results go where the user stands."""
+    without_cuda = checkout.root.parent / "no_cuda"
+    without_cuda.write_text('#!/usr/bin/env bash\n[[ "$*" != *cuda* ]]\n')
+    without_cuda.chmod(0o755)
+    done = checkout.run("gpu_check.sh", LLAVA_PDROP_PYTHON=str(without_cuda))
+    assert done.returncode == 2 and done.stderr == (
+        f"error: none of {without_cuda} has a PyTorch that sees a CUDA device: name one with LLAVA_PDROP_PYTHON, or "
+        "rehearse with --device cpu\n"
+    )
+    assert checkout.run("gpu_check.sh", "--device", "cpu", LLAVA_PDROP_PYTHON=str(without_cuda)).returncode == 0
+    venv = checkout.root / ".venv" / "bin"
+    venv.mkdir(parents=True)
+    shutil.copy(checkout.python, venv / "python")
+    done = checkout.run("gpu_check.sh", "--out", "mine", "--seconds=9", cwd=checkout.root.parent)
+    assert done.returncode == 0, done.stderr
+    lines = checkout.called()
+    assert lines[-2].endswith(f"|-m llava_pdrop.bench.gpu --seconds=9 --out {checkout.root.parent}/mine")
+    assert not any("-m venv" in line or "pip" in line for line in lines)
 
 
 def test_bench_is_tiny_by_default_and_sets_up_first(checkout: Checkout) -> None:
@@ -240,31 +254,20 @@ def test_bench_with_a_python_that_is_there_already(checkout: Checkout) -> None:
 
 
 def test_a_bench_that_fails_or_hangs_does_not_stop_the_others(checkout: Checkout) -> None:
-    broken = '*"--shape llava15-7b "*) exit 3 ;; *"--shape llava-next-7b-p9"*) exec sleep 60 ;;'
-    checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', f'case "$*" in {broken}'))
-    done = checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python), BENCH_LIMIT="1")
-    assert done.returncode == 1 and len(benches(checkout.called())) == 6
-    assert done.stderr.splitlines() == [
-        "failed: gpu-train-llava15-7b: exit status 3",
-        "failed: gpu-train-llava-next-7b-p9: stopped after 1 seconds",
-    ]
+    for broken, expected in (
+        ("exit 3", "failed: tiny-train: exit status 3"),
+        ("exec sleep 60", "failed: tiny-train: stopped after 1 seconds"),
+    ):
+        checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', f'case "$*" in *"bench train "*) {broken} ;;'))
+        done = checkout.run("bench.sh", "tiny", LLAVA_PDROP_PYTHON=str(checkout.python), BENCH_LIMIT="1")
+        assert done.returncode == 1 and len(benches(checkout.called())) == 2
+        assert done.stderr.splitlines() == [expected]
 
 
 def test_an_interrupted_bench_is_the_last_one(checkout: Checkout) -> None:
     checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', 'case "$*" in *"bench train"*) exit 130 ;;'))
-    done = checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python))
+    done = checkout.run("bench.sh", "tiny", LLAVA_PDROP_PYTHON=str(checkout.python))
     assert done.returncode == 130 and len(benches(checkout.called())) == 1
-
-
-def test_the_comparison_has_all_the_time_that_is_left(checkout: Checkout) -> None:
-    """Stopping it after `BENCH_LIMIT` seconds by default would lose its last groups on every GPU."""
-    slow = '*"--compare"*) sleep 1.5; exit 0 ;;'
-    checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', f'case "$*" in {slow}'))
-    script = checkout.root / "scripts" / "bench.sh"
-    script.write_text(script.read_text().replace("BENCH_LIMIT:-180", "BENCH_LIMIT:-1"))
-    assert checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python)).returncode == 0
-    limited = checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python), BENCH_LIMIT="1")
-    assert limited.stderr == "failed: gpu-train-llava-next-7b: stopped after 1 seconds\n"
 
 
 def test_benches_that_no_time_is_left_for_are_listed(checkout: Checkout) -> None:
@@ -274,11 +277,11 @@ def test_benches_that_no_time_is_left_for_are_listed(checkout: Checkout) -> None
 
 
 def test_a_dry_run_shows_every_bench_and_measures_none(checkout: Checkout) -> None:
-    done = checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python), DRY_RUN="1")
+    done = checkout.run("bench.sh", "tiny", LLAVA_PDROP_PYTHON=str(checkout.python), DRY_RUN="1")
     shown = benches(done.stdout.splitlines())
     assert done.returncode == 0
-    assert checkout.run("bench.sh", "gpu", LLAVA_PDROP_PYTHON=str(checkout.python)).returncode == 0
-    assert [line.strip() for line in shown] == benches(checkout.called()) and len(shown) == 6
+    assert checkout.run("bench.sh", "tiny", LLAVA_PDROP_PYTHON=str(checkout.python)).returncode == 0
+    assert [line.strip() for line in shown] == benches(checkout.called()) and len(shown) == 2
 
 
 def test_an_unknown_bench_is_one_line(checkout: Checkout) -> None:

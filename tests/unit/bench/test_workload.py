@@ -103,3 +103,15 @@ def test_a_batch_of_text_has_no_pixels() -> None:
 def test_an_unknown_kind_of_images_is_said() -> None:
     with pytest.raises(ValueError, match="unknown images 'all'"):
         Workload(MIXED, "all")
+
+
+def test_samples_are_those_of_a_data_set() -> None:
+    workload = Workload(SHAPES["tiny"], seed=3)
+    samples = workload.samples(3)
+    (again, *_) = Workload(SHAPES["tiny"], seed=3).samples(3)
+    for sample in samples:
+        ((start, stop),) = sample.image_spans
+        assert stop - start == 180 and set(sample.input_ids[start:stop].tolist()) == {1022}
+        assert sample.images[0].pixels.shape == (5, 3, 84, 84) and (sample.labels >= 0).any()
+    torch.testing.assert_close(again.images[0].pixels, samples[0].images[0].pixels)
+    assert not torch.equal(samples[0].input_ids, samples[1].input_ids)

@@ -1,0 +1,169 @@
+"""Runs the stages in a process of their own, starts another one where that breaks, and keeps the results packed.
+
+The directory of a check receives ``summary.txt``, ``gpu_check.json`` (all stages, for ``playground/benchmarks/``) and
+``gpu_check.tar.gz``: the same, the files of every bench under the paths they have in the repository, and logs. They are
+written anew after every stage, so a machine that goes away takes one stage with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from llava_pdrop.bench.gpu.stages import STAGES, ends
+
+SUMMARY, REPORT, ARCHIVE = "summary.txt", "gpu_check.json", "gpu_check.tar.gz"
+
+GRACE = 15.0
+"""Seconds that a stage may go on after its time (in one long call of a library, say) before its process is ended."""
+
+PATIENCE = 60.0
+"""Seconds that a process may take before its first stage: imports, and the device's first answer."""
+
+MOST_BYTES = 15 * 2**20
+"""Of the archive. Traces are left out of one that would be larger."""
+
+PROCESS = (sys.executable, "-X", "faulthandler", "-m", "llava_pdrop.bench.gpu")
+"""What runs stages."""
+
+TRACES = ".trace.json.gz"
+
+
+def check(names: list[str], seconds: float, device: str, out: Path) -> int:
+    """Runs the stages ``names`` within ``seconds``; returns 0 if all of them found all that they need, else 1."""
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    clock = {name: started + end for name, end in ends(names, seconds).items()}
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as directory:
+        work = Path(directory)
+        (work / "stages").mkdir()
+        left = list(names)
+        while left:
+            status, now = _one_process(left, clock, device, work, out)
+            if now == "done":
+                break
+            if now is None:  # it did not come to its first stage: neither would another
+                _say(work, f"no stage could begin, the process ended with {_ending(status)}: {_last_line(work)}")
+                break
+            _mark_broken(work, now, status)
+            left = left[left.index(now) + 1 :]
+        return _finish(work, out, names)
+
+
+def _one_process(
+    names: list[str], clock: dict[str, float], device: str, work: Path, out: Path
+) -> tuple[int, str | None]:
+    """Runs as many of ``names`` as one process lives to; returns its exit status and the stage it was at (None: none
+    yet, ``done``: all are over)."""
+    current = work / "current"
+    current.unlink(missing_ok=True)
+    words = ["--child", str(work), "--stages", ",".join(names), "--device", device, "--ends", json.dumps(clock)]
+    with (work / "errors.txt").open("a") as errors:
+        process = subprocess.Popen([*PROCESS, *words], stderr=errors)
+        began, seen = time.time(), -1
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                now = current.read_text() if current.is_file() else ""
+                limit = clock.get(now, began + PATIENCE) + GRACE
+                if now != "done" and time.time() > limit:
+                    _end(process)
+                written = sum(1 for _ in (work / "stages").glob("*.json"))
+                if written != seen:
+                    seen = written
+                    _pack(work, out)
+        finally:
+            if process.poll() is None:  # Ctrl-C, or an error of this process
+                _end(process)
+    return process.returncode, current.read_text() if current.is_file() else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that does not come back: first by a signal at which it still says where it is."""
+    process.send_signal(signal.SIGABRT)
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _mark_broken(work: Path, name: str, status: int) -> None:
+    """The stage that a process did not survive. One that was over (the device broke after it) stays as it is."""
+    file = work / "stages" / f"{name}.json"
+    record = json.loads(file.read_text())
+    if record["status"] == "running":
+        record |= {"status": "broken", "error": f"its process ended with {_ending(status)}: {_last_line(work)}"}
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        _say(work, f"{name}: broken: {record['error']}")
+
+
+def _ending(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def _last_line(work: Path) -> str:
+    lines = (work / "errors.txt").read_text(errors="replace").strip().splitlines()
+    return lines[-1][:200] if lines else "it said nothing"
+
+
+def _say(work: Path, line: str) -> None:
+    print(line, flush=True)
+    with (work / SUMMARY).open("a", encoding="utf-8") as summary:
+        summary.write(line + "\n")
+
+
+def _finish(work: Path, out: Path, names: list[str]) -> int:
+    """Says what is missing, and packs the results."""
+    records = _records(work)
+    failed = []
+    for name in names:
+        record = records.get(name, {"status": "not run", "missing": list(STAGES[name].needs)})
+        if record["status"] != "done" or record["missing"]:
+            lacking = f", missing {', '.join(record['missing'])}" if record["missing"] else ""
+            failed.append(f"{name}: {record['status']}{lacking}")
+    for line in failed:
+        _say(work, f"NOT COMPLETE: {line}")
+    if not failed:
+        _say(work, f"complete: {', '.join(names)}")
+    files = _pack(work, out)
+    print(f"written: {', '.join(map(str, files))}")
+    return 1 if failed else 0
+
+
+def _records(work: Path) -> dict[str, dict[str, Any]]:
+    """Stage -> its record, in the order of the stages."""
+    files = {name: work / "stages" / f"{name}.json" for name in STAGES}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def _pack(work: Path, out: Path) -> list[Path]:
+    """Writes the results so far."""
+    report = {"bench": "gpu_check", "stages": _records(work)}
+    (work / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (work / SUMMARY).touch()
+    for name in (SUMMARY, REPORT):
+        (out / name).write_text((work / name).read_text(encoding="utf-8"), encoding="utf-8")
+    archive, partial = out / ARCHIVE, out / f"{ARCHIVE}.partial"
+    for with_traces in (True, False):
+        with tarfile.open(partial, "w:gz") as packed:
+            for path in sorted(work.rglob("*")):
+                if path.is_file() and (with_traces or not path.name.endswith(TRACES)) and not _is_for_us(path):
+                    packed.add(path, arcname=str(path.relative_to(work)))
+        if partial.stat().st_size <= MOST_BYTES:
+            break
+    os.replace(partial, archive)
+    return [out / SUMMARY, out / REPORT, archive]
+
+
+def _is_for_us(path: Path) -> bool:
+    """Whether a file is in the making, or scratch of a stage."""
+    return path.suffix == ".partial" or path.name == "current" or "scratch" in path.parts

@@ -1,0 +1,121 @@
+"""The stages of a GPU check, most valuable first: what each runs, how long it may take, and what it must find.
+
+Adding one is one entry in `STAGES` and a function that fills a `Check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_pdrop.bench.gpu.check import Check
+
+ARM = ("step_ms", "quartiles_ms", "mfu", "hfu", "peak_gib", "predicted_peak_gib", "tokens_per_second")
+"""What the README's tables say of each schedule of a training step."""
+
+TRAINING = (
+    *(f"{arm}.{key}" for arm in ("vanilla", "dropping") for key in ARM),
+    "dropping.ranking_share", "predicted", "realised", "realised_over_predicted", "realised_by_step", "samples",
+    "image_tokens",
+)  # fmt: skip
+
+PREFILL = ("vanilla_ms", "dropping_ms", "speedup", "speedup_predicted", "ranking_share", "decode_tokens_per_s")
+
+NULL_ON_CPU = frozenset(
+    {"predicted_peak_gib", "gpu", "driver", "cuda", "memory_gib", "busy_share", "copy_tb_per_s", "counted_by"}
+)
+"""Last words of keys that a rehearsal on a CPU may leave empty: the machine has no such thing."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        module: below `llava_pdrop.bench.gpu`. It is imported when the stage begins: one that cannot be costs one
+            stage.
+        seconds: what it may take. Stages share a schedule: what one leaves over, the next ones may use.
+        needs: dotted keys of its result that the README's tables are made of.
+        function: its function that is the stage; takes a `Check`.
+    """
+
+    module: str
+    seconds: int
+    needs: tuple[str, ...]
+    function: str = "run"
+
+    def load(self) -> Callable[[Check], None]:
+        """The function."""
+        return getattr(import_module(f"llava_pdrop.bench.gpu.{self.module}"), self.function)
+
+
+STAGES: dict[str, Stage] = {
+    "env": Stage(
+        "env", 45,
+        ("gpu", "driver", "cuda", "memory_gib", "torch", "transformers", "commit", "matmul_tflops", "linear_tflops",
+         "copy_tb_per_s", "rotary_error"),
+    ),
+    "tests": Stage("suite", 130, ("passed", "failed", "skipped", "failures")),
+    "next": Stage("measured", 100, TRAINING, "train_next"),
+    "inside": Stage(
+        "inside", 115,
+        ("synchronisations.vanilla", "synchronisations.dropping", "counted_by", "profile.vanilla.kinds_ms",
+         "profile.dropping.kinds_ms", "profile.vanilla.busy_share", "profile.dropping.busy_share", "remedies"),
+    ),
+    "prefill": Stage("measured", 60, tuple(f"batch_{n}.{key}" for n in (1, 8) for key in PREFILL), "prefill"),
+    "l15": Stage("measured", 45, TRAINING, "train_l15"),
+    "p9": Stage("measured", 55, TRAINING, "train_p9"),
+    "mixture": Stage("measured", 30, TRAINING, "train_mixture"),
+    "ranks": Stage("ranks", 240, ("gpus", "engines"), "run"),
+}  # fmt: skip
+"""Stages by name, in the order in which they run."""
+
+LATER = ("ranks",)
+"""Not among the stages of one call on one GPU: `ranks` needs several."""
+
+
+def chosen(words: str | None, device: str, gpus: int) -> list[str]:
+    """The stages that are asked for, in their order. By default all on a CPU (a rehearsal); on a GPU ``ranks`` only
+    where there are several.
+
+    Raises:
+        ValueError: one that there is not.
+    """
+    if words is None:
+        left_out = () if device == "cpu" else LATER[1:] if gpus > 1 else LATER
+        return [name for name in STAGES if name not in left_out]
+    asked = [word.strip() for word in words.split(",") if word.strip()]
+    unknown = [name for name in asked if name not in STAGES]
+    if unknown or not asked:
+        named = ", ".join(map(repr, unknown)) or "none"
+        raise ValueError(f"--stages: unknown stage {named}: choose from {','.join(STAGES)}")
+    return [name for name in STAGES if name in asked]
+
+
+def ends(names: Sequence[str], seconds: float) -> dict[str, float]:
+    """Seconds after the start by which each stage has to end: its own time and that of all before it, at most
+    ``seconds``."""
+    total, found = 0.0, {}
+    for name in names:
+        total += STAGES[name].seconds
+        found[name] = min(total, seconds)
+    return found
+
+
+def missing(stage: Stage, result: dict[str, Any], on_cpu: bool) -> list[str]:
+    """The keys that ``stage`` needs and ``result`` has not, or has as None."""
+    lacking = []
+    for key in stage.needs:
+        value: Any = result
+        for word in key.split("."):
+            value = value.get(word, _NOTHING) if isinstance(value, dict) else _NOTHING
+        nullable = on_cpu and key.rsplit(".", 1)[-1] in NULL_ON_CPU
+        if value is _NOTHING or (value is None and not nullable):
+            lacking.append(key)
+    return lacking
+
+
+_NOTHING = object()

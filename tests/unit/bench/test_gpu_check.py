@@ -1,0 +1,276 @@
+"""The GPU check, rehearsed on a CPU at the tiny shape, and what it does when stages fail, hang or die."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava_pdrop.bench.gpu import check, inside, runner, suite
+from llava_pdrop.bench.gpu.__main__ import SECONDS, main
+from llava_pdrop.bench.gpu.stages import LATER, STAGES, Stage, chosen, ends, missing
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (tmp_path / "stages").mkdir()
+    return tmp_path
+
+
+def records(work: Path) -> dict[str, dict[str, Any]]:
+    return {file.stem: json.loads(file.read_text()) for file in (work / "stages").glob("*.json")}
+
+
+def soon(names: list[str], seconds: float = 60.0) -> dict[str, float]:
+    return dict.fromkeys(names, time.time() + seconds)
+
+
+@pytest.mark.slow
+def test_the_rehearsal_finds_all_that_the_readme_needs(tmp_path: Path) -> None:
+    """Every stage, as on a GPU but at tiny shapes, by the command that is used there."""
+    env = {**os.environ, "LLAVA_PDROP_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LLAVA_PDROP_COMMIT": "abc"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--device", "cpu", "--seconds", "240", "--out", "found"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "found"
+    assert sorted(file.name for file in out.iterdir()) == ["gpu_check.json", "gpu_check.tar.gz", "summary.txt"]
+    report = json.loads((out / "gpu_check.json").read_text())["stages"]
+    assert list(report) == list(STAGES)
+    for name, record in report.items():
+        assert (record["status"], record["missing"], record["error"]) == ("done", [], None), name
+        assert record["environment"]["torch"] == torch.__version__ and record["environment"]["commit"], name
+    assert report["tests"]["result"]["skipped"] > 100 and report["tests"]["result"]["failures"] == []
+    engines = report["ranks"]["result"]["engines"]
+    for engine in ("zero2", "zero3", "fsdp2"):
+        assert engines[engine]["losses"] == pytest.approx(engines["ddp"]["losses"], abs=1e-4), engine
+        assert engines[engine]["scaling"] > 0
+    summary = (out / "summary.txt").read_text()
+    assert "complete: env, tests, next" in summary and "NOT COMPLETE" not in summary
+    with tarfile.open(out / "gpu_check.tar.gz") as packed:
+        names = set(packed.getnames())
+    assert {"gpu_check.json", "summary.txt", "logs/tests.log", "logs/inside-dropping.txt"} <= names
+    for stage, bench in (("next", "train"), ("l15", "train"), ("p9", "train"), ("prefill", "prefill")):
+        assert f"playground/benchmarks/gpu/{stage}/{bench}-tiny-cpu.json" in names
+
+
+def test_an_error_costs_one_stage(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Whichever it is, and also half-way; what it had found stays."""
+
+    def broken(given: check.Check) -> None:
+        given.put(found=given.name)
+        raise KeyError(f"planted in {given.name}")
+
+    monkeypatch.setattr(Stage, "load", lambda stage: broken)
+    assert check.run_stages(list(STAGES), soon(list(STAGES)), work, CPU) == 0
+    for name, record in records(work).items():
+        assert (record["status"], record["result"]) == ("failed", {"found": name})
+        assert record["error"] == f"KeyError: 'planted in {name}'" and record["missing"] == list(STAGES[name].needs)
+        assert "in broken" in (work / "logs" / f"{name}-error.txt").read_text()
+    assert len(records(work)) == len(STAGES) and (work / "current").read_text() == "done"
+    assert capsys.readouterr().out.count("failed in 0 s: KeyError") == len(STAGES)
+
+
+def test_a_module_that_does_not_import_costs_one_stage(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STAGES, "env", Stage("no_such_module", 45, ()))
+    monkeypatch.setitem(STAGES, "tests", Stage("stages", 45, (), "exit_now"))
+    assert check.run_stages(["env", "tests"], soon(["env", "tests"]), work, CPU) == 0
+    assert {name: record["error"].split(":")[0] for name, record in records(work).items()} == {
+        "env": "ModuleNotFoundError",
+        "tests": "AttributeError",
+    }
+
+
+def test_a_stage_ends_with_its_time(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stubborn(given: check.Check) -> None:
+        given.put(found=1)
+        try:
+            time.sleep(60)
+        except Exception:  # noqa: BLE001 - what a stage does about its errors must not keep it alive
+            time.sleep(60)
+
+    monkeypatch.setattr(Stage, "load", lambda stage: stubborn)
+    monkeypatch.setattr(check, "LEAST", 0.1)
+    began = time.time()
+    times = {"env": began + 1.0, "tests": began + 5.0, "next": began + 5.05}
+    assert check.run_stages(list(times), times, work, CPU) == 0
+    assert time.time() - began < 15
+    found = records(work)
+    assert {name: record["status"] for name, record in found.items()} == {
+        "env": "out of time", "tests": "out of time", "next": "not run",
+    }  # fmt: skip
+    assert found["env"]["result"] == {"found": 1} and found["next"]["error"] == "no time was left"
+
+
+def test_a_broken_device_ends_the_process(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stage, "load", lambda stage: lambda given: None)
+    monkeypatch.setattr(check, "works", lambda device: False)
+    assert check.run_stages(["env", "tests"], soon(["env", "tests"]), work, CPU) == check.BROKEN
+    assert list(records(work)) == ["env"]
+
+
+PLANTED = """
+import os, signal, sys, time
+from llava_pdrop.bench.gpu import check, runner
+from llava_pdrop.bench.gpu.__main__ import main
+from llava_pdrop.bench.gpu.stages import Stage
+
+def run(given):
+    given.put(found=os.getpid())
+    if given.name == "tests":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if given.name == "next":
+        check.works = lambda device: False  # as after an illegal access: done, but nothing works any more
+    if given.name == "inside":  # a call of a library that does not come back
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        time.sleep(60)
+
+Stage.load = lambda stage: run
+check.LEAST = 0.1
+sys.exit(main())
+"""
+
+
+def test_what_breaks_the_process_costs_one_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED)
+    monkeypatch.setattr(runner, "PROCESS", (sys.executable, str(script)))
+    monkeypatch.setattr(runner, "GRACE", 1.0)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(runner, "ends", lambda names, seconds: dict.fromkeys(names, 100.0) | {"inside": 20.0})
+    names = ["env", "tests", "next", "inside", "prefill"]
+    for name in names:
+        monkeypatch.setitem(STAGES, name, Stage("unused", 20, ()))
+    assert runner.check(names, 100.0, "cpu", tmp_path / "out") == 1
+    found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["stages"]
+    status = {name: record["status"] for name, record in found.items()}
+    assert status == {"env": "done", "tests": "broken", "next": "done", "inside": "broken", "prefill": "done"}
+    assert "signal 11" in found["tests"]["error"] and "signal 6" in found["inside"]["error"]
+    processes = [record["result"]["found"] for record in found.values()]
+    assert processes[0] == processes[1] and len(set(processes)) == 4  # each of three left the rest to another
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "NOT COMPLETE: tests: broken" in summary and "NOT COMPLETE: inside: broken" in summary
+
+
+def test_a_check_that_cannot_begin_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "PROCESS", (sys.executable, "-c", "raise SystemExit('no module named so')"))
+    assert runner.check(["env", "next"], 100.0, "cpu", tmp_path / "out") == 1
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "no stage could begin, the process ended with exit status 1: no module named so" in summary
+    assert summary.count("NOT COMPLETE") == 2
+
+
+def test_stages_and_their_time() -> None:
+    one_call = chosen(None, "cuda", gpus=1)
+    times = ends(one_call, SECONDS)
+    assert list(STAGES)[:3] == ["env", "tests", "next"] and times["next"] <= 280
+    assert times[one_call[-1]] <= 580 == SECONDS
+    assert set(STAGES) - set(one_call) == set(LATER)
+    assert ends(one_call, 100)["mixture"] == 100
+    assert chosen(None, "cuda", gpus=8)[-1] == "ranks" and chosen(None, "cpu", gpus=0) == list(STAGES)
+    assert chosen("ranks, env", "cuda", gpus=1) == ["env", "ranks"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stages", "env,nexst"], "unknown stage 'nexst': choose from env,tests,next"),
+        (["--stages", ","], "unknown stage none"),
+        (["--seconds", "0"], "--seconds must be more than 0, got 0"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_wrong_words_are_said(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--device", "cpu", *words])
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named() -> None:
+    stage = Stage("unused", 1, ("vanilla.mfu", "vanilla.predicted_peak_gib", "saved"))
+    result: dict[str, Any] = {"vanilla": {"mfu": None, "predicted_peak_gib": None}}
+    assert missing(stage, result, on_cpu=False) == ["vanilla.mfu", "vanilla.predicted_peak_gib", "saved"]
+    assert missing(stage, result, on_cpu=True) == ["vanilla.mfu", "saved"]
+    result = {"vanilla": {"mfu": 0.0, "predicted_peak_gib": 1.0}, "saved": 0}
+    assert missing(stage, result, on_cpu=False) == []
+
+
+def test_the_busy_share_and_the_gaps() -> None:
+    """Microseconds 0 to 10, 8 to 12 beside it, nothing until 20, then to 30."""
+    found = inside.busy([(20, 30, "late"), (0, 10, "first"), (8, 12, "beside"), (9, 9.5, "within")])
+    assert found["busy_share"] == pytest.approx(22 / 30, abs=1e-4)
+    assert found["gaps_us"] == [[8, "late"]] and found["kernels"] == 4 and found["wall_ms"] == 0.0
+    assert inside.busy([])["busy_share"] == 0.0
+
+
+def test_kernels_by_kind() -> None:
+    kernels = [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_TNT", 3.0),
+        ("void flash::flash_fwd_kernel<...>", 2.0),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>", 1.0),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<...>", 0.5),
+        ("vectorized_layer_norm_kernel", 0.25),
+        ("void at::native::reduce_kernel<512, 1, ...>", 0.125),
+        ("mystery", 0.0625),
+    ]
+    assert inside.by_kind(kernels) == {
+        "matrix products": 3.0, "attention": 2.0, "elementwise and copies": 1.5, "norms": 0.25, "reductions": 0.12,
+        "other": 0.06,
+    }  # fmt: skip
+
+
+def test_a_synchronisation_is_reported_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning like CUDA's, since a CPU has nothing to wait for."""
+    import warnings
+
+    from llava_pdrop.bench.shapes import SHAPES
+    from llava_pdrop.bench.training import Arm, Trainer
+    from llava_pdrop.bench.workload import Workload
+
+    shape = SHAPES["tiny"]
+    trainer = Trainer(shape, CPU, Workload(shape), "none")
+    batch = trainer.workload.batch(0, CPU, 1)
+    assert inside.synchronisations(trainer, Arm("vanilla"), batch) == []
+    monkeypatch.setattr(
+        trainer.model.host.lm_head, "forward",
+        lambda x, real=trainer.model.host.lm_head.forward: (
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1), real(x)
+        )[1],
+    )  # fmt: skip
+    (place,) = inside.synchronisations(trainer, Arm("vanilla"), batch)
+    assert place.startswith("test_gpu_check.py:") and place.endswith("called a synchronizing CUDA operation")
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_the_tests_are_counted(tmp_path: Path) -> None:
+    cases = tmp_path / "test_some.py"
+    cases.write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "@pytest.mark.skip(reason='no such thing')\n"
+        "def test_left_out(): pass\n"
+        "@pytest.fixture\n"
+        "def broken(): raise ValueError('in a fixture')\n"
+        "def test_error(broken): pass\n"
+    )
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(cases)]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    found = suite.counted(report)
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 2, 1)
+    assert any("test_bad" in line and "assert 1 == 2" in line for line in found["failures"])
+    assert any("test_error" in line and "in a fixture" in line for line in found["failures"])
+    assert found["reasons"] == {"no such thing": 1}
