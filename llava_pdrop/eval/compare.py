@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -20,6 +21,8 @@ from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.eval import report
 from llava_pdrop.eval.runner import Result, answer, check_scorer, load_questions
 from llava_pdrop.eval.team import team_of
+from llava_pdrop.eval.turns import Saving, saving
+from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.build import Parts, build_parts
 from llava_pdrop.model.flops import predicted_reduction
 from llava_pdrop.model.schedule import Schedule
@@ -40,7 +43,7 @@ from llava_pdrop.types import ImageInput, PackedBatch, Sample
 VANILLA, DROPPING = "vanilla", "pyramid_drop"
 """Subdirectories of ``output_dir`` and names of the two trained runs."""
 
-TABLE_WIDTH = 144
+TABLE_WIDTH = 160
 """Columns of the table where the output is no terminal (a log file), which has no width of its own."""
 
 console = Console()
@@ -65,15 +68,28 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``predicted`` and ``realised`` are shares of the vanilla step saved; ``timing`` is None
-    where nothing was trained."""
+    """One line of the table. ``predicted`` is the share of the vanilla step's operations saved, ``saving`` what was
+    saved of its time; ``timing`` is None where nothing was trained."""
 
     name: str
     schedule: Schedule
     result: Result | None
     timing: Timing | None = None
     predicted: float | None = None
-    realised: float | None = None
+    saving: Saving | None = None
+
+    @property
+    def realised(self) -> float | None:
+        return self.saving.realised if self.saving else None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What operations are counted of: the Hugging Face config, how pictures become tokens, the run's micro-batches."""
+
+    host: Any
+    geometry: ImageGeometry
+    batches: list[PackedBatch]
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,11 @@ def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
     if not team.first:
         return None
     examples = report.examples(config, parts, questions[: report.EXAMPLES], answer)
-    rows = _with_savings(config, rows, parts)
+    if VANILLA in runs:
+        counted = Counted(parts.host.config, parts.geometry, training_batches(config, parts))
+        del parts  # timing steps takes as much memory as training does
+        release_memory()
+        rows = _with_savings(config, rows, counted, runs[DROPPING])
     order = {name: place for place, name in enumerate([VANILLA, DROPPING])}
     rows.sort(key=lambda row: order.get(row.name, 2))
     losses = {name: _losses(directory / METRICS_FILE) for name, directory in runs.items()}
@@ -234,36 +254,42 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _realised(row: Row) -> str:
-    """The realised saving, and how much of the predicted one it is."""
-    if row.realised is None:
+    """The realised saving, its quartiles where there are any, and how much of the predicted one it is."""
+    if row.saving is None:
         return ""
-    return f"{row.realised:.1%}" + (f" ({row.realised / row.predicted:.2f}x)" if row.predicted else "")
+    inside = []
+    if row.saving.quartiles is not None:
+        inside.append(" to ".join(f"{100 * share:.1f}" for share in row.saving.quartiles))
+    if row.predicted:
+        inside.append(f"{row.saving.realised / row.predicted:.2f}x")
+    return f"{row.saving.realised:.1%}" + (f" ({'; '.join(inside)})" if inside else "")
 
 
 def _subrun(config: Config, name: str) -> Config:
     return replace(config, name=f"{config.name}/{name}", output_dir=str(Path(config.output_dir) / name))
 
 
-def _with_savings(config: Config, rows: list[Row], parts: Parts) -> list[Row]:
-    """Adds what the operation count predicts and what the steps of both runs show."""
-    before = next((row.timing for row in rows if row.name == VANILLA), None)
-    if before is None:
+def _with_savings(config: Config, rows: list[Row], counted: Counted, directory: Path) -> list[Row]:
+    """Adds to the row with dropping, whose run lies in ``directory``, what was saved of the vanilla step's time, and
+    what the operation count predicts for the same batches."""
+    before, after = (next((r.timing for r in rows if r.name == name), None) for name in (VANILLA, DROPPING))
+    if before is None or after is None:
         return rows
-    saved = predicted_reduction(
-        parts.host.config,
-        training_batches(config, parts),
+    args, batches = training_arguments(config), counted.batches
+    found = saving(directory, after.device, before.seconds, after.seconds)
+    if found.steps:
+        size = args.gradient_accumulation_steps
+        batches = [batch for step in found.steps for batch in batches[step * size : (step + 1) * size]]
+    predicted = predicted_reduction(
+        counted.host,
+        batches,
         config.schedule,
-        parts.geometry,
+        counted.geometry,
         learning(config),
-        recomputes_activations(training_arguments(config)),
+        recomputes_activations(args),
         config.train.recompute_layers,
     )
-    return [
-        replace(row, predicted=saved, realised=1 - row.timing.seconds / before.seconds)
-        if row.name == DROPPING and row.timing is not None
-        else row
-        for row in rows
-    ]
+    return [replace(r, predicted=predicted, saving=found) if r.name == DROPPING else r for r in rows]
 
 
 def _losses(file: Path) -> list[tuple[int, float]]:

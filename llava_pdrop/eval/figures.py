@@ -76,7 +76,7 @@ def step_times(rows: Sequence[Row]) -> plt.Figure:
         axes.barh(place, seconds, height=0.55, color=COLOURS[row.name])
         text = f"{seconds:.3g} s"
         if row.realised is not None:
-            text += f"   {-row.realised:+.0%}"
+            text += f"   {-row.realised:+.0%}{' taking turns' if row.saving.quartiles else ''}"
         axes.text(seconds * 0.985, place, text, va="center", ha="right", color="white", fontweight="bold")
         if row.predicted is not None and full is not None:
             mark = full * (1 - row.predicted)

@@ -114,9 +114,10 @@ def markdown(comparison: Comparison, rows: list[list[str]], pictures: dict[str, 
         f"(`{config.eval.scorer}`, {_questions(comparison)} questions); chance is what answering at random from "
         "the distribution of the gold answers would reach (the sum of their squared shares). "
         "A row `vanilla + x` is the vanilla model with dropping at inference only. Seconds per step are "
-        "medians without warm-up, fetching data left out; CPU seconds are the time all cores were busy. *Predicted* is "
-        "what the matrix products and attention of the very same batches save, text, tower, ranking and backward "
-        "included; the factor behind *realised* is realised over predicted.",
+        "medians of the two runs without warm-up, fetching data left out; CPU seconds are the time all cores were "
+        "busy. *Predicted* is what the matrix products and attention of the very same batches save, text, tower, "
+        "ranking and backward included; the factor behind *realised* is realised over predicted."
+        + "".join(f" {row.saving.describe()}" for row in comparison.rows if row.saving is not None),
         "",
     ]
     captions = {
@@ -167,7 +168,8 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
                 "eval_seconds": row.result.seconds,
             }
         entry |= {"timing": asdict(row.timing) if row.timing else None}
-        rows.append(entry | {"predicted": row.predicted, "realised": row.realised})
+        entry |= {"predicted": row.predicted, "realised": row.realised}
+        rows.append(entry | {"saving": asdict(row.saving) if row.saving else None})
     return {"name": comparison.config.name, "seed": comparison.config.seed, "rows": rows}
 
 

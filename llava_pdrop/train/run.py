@@ -116,12 +116,7 @@ def train_watched(config: Config, args: TrainingArguments, watchdog: Watchdog, s
             clear(output)
     set_seed(config.seed)
     watchdog.at("loading the model", limited=args.world_size > 1)
-    parts = load_parts(config)
-    model = build_model(config, parts)
-    if config.lora is None:
-        freeze(model, config.model.trainable)
-    else:
-        adapt(model, config, args)
+    parts, model = learning_model(config, args)
     with watchdog.led_by(args.local_process_index == 0, "counting tokens"), args.main_process_first():
         # The others of a machine read what the first one leaves in the cache.
         dataset = build_dataset(config, parts)
@@ -157,6 +152,17 @@ def train_watched(config: Config, args: TrainingArguments, watchdog: Watchdog, s
             mark_finished(config, stamp, {"steps": result.global_step, "seconds": seconds, "resumed_from": checkpoint})
     trainer.accelerator.wait_for_everyone()  # no rank starts a next stage before the files of this one are complete
     return True
+
+
+def learning_model(config: Config, args: TrainingArguments) -> tuple[Parts, PyramidLlava]:
+    """What the run starts from, and the training model around it, with what does not learn frozen."""
+    parts = load_parts(config)
+    model = build_model(config, parts)
+    if config.lora is None:
+        freeze(model, config.model.trainable)
+    else:
+        adapt(model, config, args)
+    return parts, model
 
 
 def load_parts(config: Config) -> Parts:

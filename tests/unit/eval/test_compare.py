@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 from PIL import Image
@@ -43,12 +44,16 @@ def test_the_whole_job(finished):
     assert rows["pyramid_drop"]["image_tokens"] == [16, 8, 4, 2]
     assert "16 → 8 → 4 → 2" in text and "16 → 8 → 4 → 2" in printed
 
-    timings = [rows[name]["timing"]["cpu"] for name in ("vanilla", "pyramid_drop")]
-    assert rows["pyramid_drop"]["realised"] == pytest.approx(1 - timings[1] / timings[0])
+    saving = rows["pyramid_drop"]["saving"]
+    assert rows["pyramid_drop"]["realised"] == saving["realised"] == statistics.median(saving["pairs"])
+    assert len(saving["pairs"]) == 3 and saving["steps"] == [0, 1, 2] and saving["on_cpu"]
+    assert "the two schedules took turns" in text and "over 3 pairs of steps" in text
+    assert rows["vanilla"]["saving"] is None
     assert 0 < rows["pyramid_drop"]["predicted"] < 1
     assert f"{rows['pyramid_drop']['predicted']:.1%}" in text
     ratio = rows["pyramid_drop"]["realised"] / rows["pyramid_drop"]["predicted"]
-    assert f"{rows['pyramid_drop']['realised']:.1%} ({ratio:.2f}x)" in text
+    low, high = (f"{100 * share:.1f}" for share in saving["quartiles"])
+    assert f"| {saving['realised']:.1%} ({low} to {high}; {ratio:.2f}x) |" in text
     assert rows["vanilla + random"]["timing"] is None
 
     for picture in ("loss.png", "step_time.png", "tokens.png"):
@@ -80,6 +85,24 @@ def test_times_are_those_of_steps_however_many_share_a_log_line(tmp_path, steps,
 def test_times_of_a_run_with_a_single_log_line(tmp_path):
     timing = timing_of(logged(tmp_path, [3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 10))
     assert (timing.cpu, timing.steps) == (1.25, 8)
+
+
+def test_a_run_of_several_processes_is_compared_by_its_own_steps(finished, tiny_config, capsys):
+    """Which of the two figures it is stands in the report and is said."""
+    file, _ = finished
+    for name in ("vanilla", "pyramid_drop"):
+        facts = json.loads((file.parent / name / "run.json").read_text())
+        (file.parent / name / "run.json").write_text(json.dumps({**facts, "processes": "2"}))
+    text = compare(load_config(tiny_config("job", pyramid_drop=DROP, compare={"training_free": FREE}))).read_text()
+    rows = {row["name"]: row for row in json.loads((file.parent / "results.json").read_text())["rows"]}
+    seconds = [rows[name]["timing"]["cpu"] for name in ("vanilla", "pyramid_drop")]
+    saving = rows["pyramid_drop"]["saving"]
+    assert saving["realised"] == pytest.approx(1 - seconds[1] / seconds[0])
+    assert saving["quartiles"] is None and not saving["pairs"]
+    reason = "turns are taken by a run of one process, and this one had 2, now 1"
+    assert f"trained one after the other, so it holds what else the machine did ({reason})" in text
+    assert f"the realised saving is that of the two runs, one after the other: {reason}" in capsys.readouterr().out
+    assert "took turns" not in text
 
 
 def test_needs_something_to_compare(tiny_config):

@@ -84,6 +84,8 @@ def test_comparison_by_two_processes(tiny_config):
     alone = evaluate_config(load_config(output / "pyramid_drop" / RUN_FILE))
     assert rows["pyramid_drop"]["accuracy"] == alone.accuracy
     assert rows["pyramid_drop"]["image_tokens"] == alone.image_tokens
+    saving = rows["pyramid_drop"]["saving"]
+    assert saving["quartiles"] is None and "this one had 2, now 2" in saving["reason"]
     assert "report: " in ended.texts[0] and "report: " not in ended.texts[1]
 
 
