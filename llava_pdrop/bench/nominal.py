@@ -16,9 +16,9 @@ from llava_pdrop.config import Config, ConfigError, ModelSection
 from llava_pdrop.config_paths import cached_config, is_hub_id, number, part_configs
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.hf_files import reading
-from llava_pdrop.model.memory import States
 from llava_pdrop.model.original_layout import original_geometry, refuse_unsupported, text_config_of
 from llava_pdrop.model.schedule import Schedule, paper_tflop
+from llava_pdrop.model.states import FLOAT, States
 from llava_pdrop.model.vlm import geometry_of
 from llava_pdrop.model.vocabulary import rows_with_specials
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
@@ -131,8 +131,7 @@ def checkpointing(config: Config) -> bool:
 
 
 def states_of(config: Config, gpus: int) -> States:
-    """Precision and ZeRO stage of ``config`` (its DeepSpeed settings; FSDP shards as stage 3 does; without both nothing
-    is sharded).
+    """Precision and engine of ``config``: its DeepSpeed settings, FSDP2, or neither: DDP, on one GPU nothing.
 
     Raises:
         ConfigError: the file with these settings cannot be read.
@@ -145,12 +144,30 @@ def states_of(config: Config, gpus: int) -> States:
         except (OSError, json.JSONDecodeError) as error:
             raise ConfigError(f"{config.file}: train.deepspeed: {settings} cannot be read: {error}") from None
     half = bool(arguments.get("bf16") or arguments.get("fp16"))
+    accumulate = arguments.get("gradient_accumulation_steps", 1) > 1
+    if not settings:  # float32 weights and AdamW on them
+        fsdp = bool(arguments.get("fsdp"))
+        return States(
+            zero=3 if fsdp else 0,
+            gpus=gpus,
+            bytes=2 if half else FLOAT,
+            optimizer=8.0,
+            accumulate=accumulate,
+            float32=True,
+            autocast=half and not fsdp,
+            buckets=FLOAT if gpus > 1 and not fsdp else 0.0,
+            layerwise=fsdp,
+        )
+    zero = settings.get("zero_optimization", {})
+    sections = {"optimizer": "offload_optimizer", "weights": "offload_param"}
+    offloaded = [place for place, name in sections.items() if (zero.get(name) or {}).get("device", "none") != "none"]
     return States(
-        zero=3 if arguments.get("fsdp") else settings.get("zero_optimization", {}).get("stage", 0),
+        zero=zero.get("stage", 0),
         gpus=gpus,
-        bytes=2 if half else 4,
+        bytes=2 if half else FLOAT,
         optimizer=12.0 if half else 8.0,
-        accumulate=arguments.get("gradient_accumulation_steps", 1) > 1,
+        accumulate=accumulate,
+        offloaded=tuple(offloaded),
     )
 
 

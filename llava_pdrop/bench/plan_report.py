@@ -233,8 +233,7 @@ def _operations(step: Step) -> Table:
 
 def _memory(report: Report) -> Table:
     states = report.states
-    where = f"ZeRO-{states.zero} on {states.gpus} GPUs" if states.zero else "nothing sharded"
-    table = _table(f"Predicted peak of one GPU in GiB by recomputed layers, {where}")
+    table = _table(f"Predicted peak of one GPU in GiB by recomputed layers, {states.label}")
     table.add_column("layers", no_wrap=True)
     table.add_column("")
     parts = ("weights", "gathered", "gradients", "optimizer", "activations", "total")

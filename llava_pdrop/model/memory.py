@@ -16,13 +16,17 @@ M intermediate size, H heads and G key/value heads of E numbers, b bytes a numbe
 
 A layer whose weights are frozen keeps no inputs of its products. The step is then walked through backwards: at every
 block live what the blocks before it hold, its own peak and, where they are not there from the start, the gradients made
-so far. Parameters under DeepSpeed take 16 bytes: bfloat16 weight and gradient, float32 master weight and two moments
-(Rajbhandari et al., ZeRO, arXiv 1910.02054, section 3.1); ZeRO-2 shards gradients and optimizer, ZeRO-3 weights too.
-The optimizer step holds a float32 copy of the gradients besides, but no activations.
+so far. The optimizer step holds a float32 copy of the gradients besides, but no activations. Where weights, gradients
+and optimizer live, and in which precision, is the engine's matter: `model.states`.
+
+Under autocast (DDP, one GPU) weights and the stream between layers are float32: what a norm returns before its weight
+and a layer's input then take 4TD, and each of q, k, v, gate and up keeps its own cast of the scaled norm, 10TD in all
+instead of 2bTD. Casts of weights that learn stay to the end of the forward, which is a moment of its own; a layer that
+is not recomputed keeps those of its weights, frozen ones too, for its backward.
 
 NOT in it: the CUDA context and cuBLAS workspaces, fragmentation, NCCL and DeepSpeed's reduce buckets, temporary copies
 of an AdamW that is not fused, workspaces of attention kernels, the ranking (a few TD in forward, far from the peak),
-weights cast by autocast, what `regions.compile_regions` saves.
+what `regions.compile_regions` saves.
 """
 
 from __future__ import annotations
@@ -34,49 +38,12 @@ from typing import Any
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.flops import head_size, key_value_heads, tiles_of
 from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.model.states import FLOAT, GATHERED, States
 from llava_pdrop.model.stream import Layout, layouts_of
 from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.types import PackedBatch
 
-FLOAT = 4
 GIB = 2**30
-
-GATHERED = 10**9
-"""Parameters that ZeRO-3 holds gathered at most: ``stage3_max_live_parameters`` of configs/deepspeed/zero3.json."""
-
-
-@dataclass(frozen=True)
-class States:
-    """Where parameters, their gradients and the optimizer live.
-
-    Attributes:
-        zero: DeepSpeed's ZeRO stage: 0 (nothing is sharded), 2 or 3.
-        gpus: over how many GPUs is sharded.
-        bytes: of a weight, a gradient and an activation: 2 (bfloat16) or 4 (float32).
-        optimizer: bytes of optimizer state for each trainable parameter, before sharding.
-        accumulate: gradients of an earlier micro-batch are there from the start of the step.
-
-    Raises:
-        ValueError: another ZeRO stage, or no GPU.
-    """
-
-    zero: int = 0
-    gpus: int = 1
-    bytes: int = 2
-    optimizer: float = 12.0
-    accumulate: bool = False
-
-    @property
-    def gradient_copy(self) -> float:
-        """Bytes a parameter for the gradient that the step of a mixed-precision optimizer makes in float32: as many as
-        for the master weight, which is one of its three numbers."""
-        return self.optimizer / 3 if self.bytes < FLOAT else 0.0
-
-    def __post_init__(self) -> None:
-        if self.zero not in (0, 2, 3):
-            raise ValueError(f"ZeRO stage {self.zero} is not modelled: choose 0, 2 or 3")
-        if self.gpus < 1:
-            raise ValueError(f"memory is predicted for at least 1 GPU, got {self.gpus}")
 
 
 @dataclass(frozen=True)
@@ -134,11 +101,13 @@ class Parameters:
 @dataclass(frozen=True)
 class Block:
     """A piece of the step in the order of the forward: bytes it ``held`` from its forward to its backward, the most
-    that live of it during its backward (``peak``), and how many of its parameters learn."""
+    that live of it during its backward (``peak``), how many of its parameters learn, and the bytes of their ``casts``
+    that autocast keeps to the end of the forward, besides what is held."""
 
     held: float
     peak: float
     learning: int
+    casts: float = 0.0
 
 
 def predicted_peak(
@@ -168,26 +137,73 @@ def predicted_peak(
     recomputed = range(config.text_config.num_hidden_layers)[:recompute_layers] if checkpointing else range(0)
     tiles = tiles_of(batch, geometry)
     blocks = [
-        *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, checkpointing, states.bytes),
-        _projector_block(config, counts, tiles * geometry.patches, trainable, states.bytes),
-        *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, recomputed, states.bytes),
+        *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, checkpointing, states),
+        _projector_block(config, counts, tiles * geometry.patches, trainable, states),
+        *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, recomputed, states),
     ]
-    shards = states.gpus if states.zero else 1
     total, learning = counts.total(config) + adapters, sum(block.learning for block in blocks)
     fixed = dict(
-        weights=states.bytes * total / (states.gpus if states.zero == 3 else 1),
-        optimizer=states.optimizer * learning / shards,
-        gathered=states.bytes * min(total, GATHERED) if states.zero == 3 else 0.0,
+        weights=_stored_weights(counts, total, learning, states, bool(adapters)),
+        optimizer=0.0 if states.offloaded else states.optimizer * learning / states.shards,
+        gathered=_gathered(config, counts, total, "language_model" in trainable and not adapters, states),
     )
-    moments, held, done = [], sum(block.held for block in blocks), 0
+    held = sum(block.held for block in blocks)
+    before = _gradients(states, learning, 0)
+    moments = [Memory(**fixed, gradients=before, activations=held + sum(block.casts for block in blocks))]
+    done = 0
     for block in reversed(blocks):
         held -= block.held
-        present = learning if states.zero or states.accumulate else done
-        moments.append(Memory(**fixed, gradients=states.bytes * present / shards, activations=held + block.peak))
+        gradients = _gradients(states, learning, done)
+        moments.append(Memory(**fixed, gradients=gradients, activations=held + block.peak))
         done += block.learning
-    step = (states.bytes + states.gradient_copy) * learning / shards
-    moments.append(Memory(**fixed, gradients=step, activations=0.0))
+    step = _gradients(states, learning, learning) + states.gradient_copy * learning / states.shards
+    moments.append(Memory(**fixed, gradients=0.0 if states.offloaded else step, activations=0.0))
     return max(moments, key=lambda moment: moment.total)
+
+
+def cpu_memory(config: Any, trainable: Collection[str], states: States, adapters: int = 0) -> float:
+    """Bytes in the memory of the CPU that an engine with offloading needs for each GPU; the arguments are those of
+    `predicted_peak`."""
+    counts, used = Parameters.of(config), used_tower_layers(config)
+    decoder = counts.embedding + config.text_config.num_hidden_layers * counts.layer + counts.head
+    learning = adapters or decoder * ("language_model" in trainable)
+    learning += counts.projector * ("projector" in trainable)
+    learning += (counts.tower_stem + used * counts.tower_layer) * ("vision_tower" in trainable)
+    return states.cpu_bytes(counts.total(config) + adapters, learning)
+
+
+def _stored_weights(counts: Parameters, total: int, learning: int, states: States, adapted: bool) -> float:
+    """On one GPU. Beside adapters, frozen linear maps are stored as autocast would cast them; all but the embedding
+    are such maps."""
+    if "weights" in states.offloaded:
+        return 0.0
+    whole = states.stored * total
+    if adapted and states.autocast:
+        whole -= (states.stored - states.bytes) * (total - learning - counts.embedding)
+    return whole / (states.gpus if states.zero == 3 else 1)
+
+
+def _gathered(config: Any, counts: Parameters, total: int, learns: bool, states: States) -> float:
+    """Weights that are whole on a GPU at the same time though they are stored in pieces. FSDP2: those outside of the
+    layers, of the layer that runs and of the one fetched meanwhile, and the gradients of a layer until reduced."""
+    if states.zero != 3:
+        return 0.0
+    if not states.layerwise:
+        return float(states.bytes * min(total, GATHERED))
+    decoder, tower = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
+    outside = total - decoder * counts.layer - tower * counts.tower_layer
+    return float(states.bytes * (outside + (2 + learns) * counts.layer))
+
+
+def _gradients(states: States, learning: int, done: int) -> float:
+    """On one GPU, where ``done`` of the ``learning`` parameters have had their backward."""
+    if states.offloaded:
+        return 0.0
+    if states.layerwise:  # shards are made as whole gradients go; these are there before only while accumulating
+        whole = states.bytes * (learning - done) * states.accumulate
+        return whole + states.stored * done / states.shards
+    present = learning if states.zero or states.accumulate else done
+    return states.stored * present / states.shards + states.buckets * learning
 
 
 def _decoder_blocks(
@@ -197,57 +213,66 @@ def _decoder_blocks(
     schedule: Schedule,
     trainable: Collection[str],
     recomputed: Collection[int],
-    size: int,
+    states: States,
 ) -> list[Block]:
     """Embedding, layers, last norm with the head and the loss."""
-    hidden, learns = text.hidden_size, "language_model" in trainable
-    blocks = [Block(0.0, size * layouts[0].tokens * hidden, counts.embedding * learns)]
-    stage = 0
+    hidden, learns, size, stream = text.hidden_size, "language_model" in trainable, states.bytes, states.stream
+    blocks = [Block(0.0, stream * layouts[0].tokens * hidden, counts.embedding * learns)]
+    stage, casts = 0, size * counts.layer * states.autocast
     for layer in range(text.num_hidden_layers):
         stage += layer in schedule.layers
         tokens = layouts[stage].tokens
-        rotary = 2 * size * tokens * head_size(text) if layer in (0, *schedule.layers) else 0
-        kept, extra = _layer_bytes(text, tokens, learns, size)
-        source = size * tokens * hidden if layer in recomputed else 0
-        blocks.append(Block((source or kept) + rotary, source + kept + extra + rotary, counts.layer * learns))
+        rotary = 2 * stream * tokens * head_size(text) if layer in (0, *schedule.layers) else 0
+        kept, extra = _layer_bytes(text, tokens, learns, states)
+        kept, again = kept + casts, layer in recomputed
+        source = stream * tokens * hidden if again else 0
+        held, peak = (source or kept) + rotary, source + kept + extra + rotary
+        blocks.append(Block(held, peak, counts.layer * learns, casts * again * learns))
     rows, last = len(layouts[0].label_positions), layouts[-1].tokens * hidden
-    kept = (FLOAT + size * learns) * last + size * rows * hidden * learns
+    kept = (FLOAT + stream * learns) * last + size * rows * hidden * learns
+    kept += size * hidden * text.vocab_size * states.autocast * bool(counts.head)
     logits = FLOAT * rows * text.vocab_size
     # the loss holds the most with its two gradients, the norm with six float32 tensors of the stream
     blocks.append(Block(kept + logits, max(kept + 3 * logits, 6 * FLOAT * last), counts.head * learns))
     return blocks
 
 
-def _layer_bytes(text: Any, tokens: int, learns: bool, size: int) -> tuple[float, float]:
+def _layer_bytes(text: Any, tokens: int, learns: bool, states: States) -> tuple[float, float]:
     """Of a decoder layer: bytes kept for backward, and what comes on top while its backward runs."""
-    hidden, mlp, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
-    norms = 2 * ((FLOAT + 2 * size * learns) * hidden + FLOAT)
+    hidden, mlp, heads, size = text.hidden_size, text.intermediate_size, text.num_attention_heads, states.bytes
+    norms = 2 * ((FLOAT + states.stream * learns) * hidden + FLOAT)
+    inputs = size * hidden * learns * (5 if states.autocast else 2)  # autocast casts for each of q, k, v, gate and up
     attention = 2 * size * (heads + key_value_heads(text)) * head_size(text) + FLOAT * heads
     gated = size * mlp * (3 + learns)
-    extra = size * (mlp * (2 + (not learns)) + hidden)
-    return tokens * (norms + attention + gated), tokens * extra
+    extra = size * mlp * (2 + (not learns)) + states.stream * hidden
+    return tokens * (norms + inputs + attention + gated), tokens * extra
 
 
-def _tower_blocks(config: Any, counts: Parameters, tiles: int, learns: bool, recompute: bool, size: int) -> list[Block]:
+def _tower_blocks(
+    config: Any, counts: Parameters, tiles: int, learns: bool, recompute: bool, states: States
+) -> list[Block]:
     """Nothing of a frozen tower stays. Of a trained one only the layers below ``vision_feature_layer`` learn."""
-    vision = config.vision_config
+    vision, size = config.vision_config, states.bytes
     width, mlp = vision.hidden_size, vision.intermediate_size
     pixels = tiles * 3 * vision.image_size**2
     if not learns:
         return [Block(FLOAT * pixels, FLOAT * pixels, 0)]
     tokens = tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    stem = (FLOAT + size) * pixels + size * tokens * width
-    source = size * tokens * width
-    kept = tokens * (size * (8 * width + 3 * mlp) + FLOAT * (vision.num_attention_heads + 4))
-    extra = tokens * size * (2 * mlp + width)
-    layer = Block(source if recompute else kept, kept + extra + source * recompute, counts.tower_layer)
+    source = states.stream * tokens * width
+    stem = (FLOAT + size) * pixels + source
+    casts = size * counts.tower_layer * states.autocast
+    norms = (2 * FLOAT + 4 * size if states.autocast else 4 * size) * width  # with what the products keep of them
+    kept = tokens * (norms + size * (4 * width + 3 * mlp) + FLOAT * (vision.num_attention_heads + 4)) + casts
+    extra = tokens * (size * 2 * mlp + states.stream * width)
+    held, peak = (source if recompute else kept), kept + extra + source * recompute
+    layer = Block(held, peak, counts.tower_layer, casts * recompute)
     norm_behind = 2 * width  # never used, so it does not learn
     return [Block(stem, stem + 2 * source, counts.tower_stem - norm_behind), *[layer] * used_tower_layers(config)]
 
 
-def _projector_block(config: Any, counts: Parameters, rows: int, trainable: Collection[str], size: int) -> Block:
-    width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+def _projector_block(config: Any, counts: Parameters, rows: int, trainable: Collection[str], states: States) -> Block:
+    width, hidden, size = config.vision_config.hidden_size, config.text_config.hidden_size, states.bytes
     learns = "projector" in trainable
     inner = size * rows * hidden * (learns or "vision_tower" in trainable)
     held = inner + size * rows * (width + hidden) * learns
-    return Block(held, held + 2 * size * rows * hidden, counts.projector * learns)
+    return Block(held, held + 2 * states.stream * rows * hidden, counts.projector * learns)

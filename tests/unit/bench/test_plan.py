@@ -130,9 +130,18 @@ def test_the_least_recomputation_fits_and_one_layer_less_does_not():
 def test_states_are_read_from_the_config(tmp_path):
     config = load_config(NEXT)
     assert states_of(config, 8) == States(zero=3, gpus=8, accumulate=True)
-    assert states_of(load_config(NEXT, ["train.engine=fsdp2"]), 8) == States(zero=3, gpus=8, accumulate=True)
-    plain = states_of(load_config(NEXT, ["train.engine=ddp", "train.bf16=false"]), 8)
-    assert (plain.zero, plain.bytes, plain.optimizer) == (0, 4, 8.0)
+
+    def of(*words: str, gpus: int = 8) -> States:
+        return states_of(load_config(NEXT, list(words)), gpus)
+
+    plain = States(gpus=8, optimizer=8, accumulate=True, float32=True)
+    assert of("train.engine=fsdp2") == replace(plain, zero=3, layerwise=True)
+    assert of("train.engine=ddp") == replace(plain, autocast=True, buckets=4)
+    assert of("train.engine=ddp", gpus=1) == replace(plain, gpus=1, autocast=True)  # nobody to send gradients to
+    assert of("train.engine=ddp", "train.bf16=false") == replace(plain, bytes=4, buckets=4)
+    assert of("train.engine=zero2_offload").offloaded == ("optimizer",)
+    whole = of("train.engine=zero3_offload", "train.gradient_accumulation_steps=1")
+    assert whole == States(zero=3, gpus=8, offloaded=("optimizer", "weights"))
 
 
 def test_yaml_can_be_pasted_into_a_config():

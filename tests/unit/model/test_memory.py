@@ -81,13 +81,20 @@ def batch_of(geometry: ImageGeometry, samples: int, size: tuple[int, int], text:
 
 
 def traced_step(
-    shape: Shape, batch: PackedBatch, schedule: Schedule, trainable: tuple[str, ...], recompute: bool, first: int | None
+    shape: Shape,
+    batch: PackedBatch,
+    schedule: Schedule,
+    trainable: tuple[str, ...],
+    recompute: bool,
+    first: int | None,
+    autocast: bool = False,
 ) -> Traced:
-    """Forward and backward of one step in bfloat16, on shapes alone."""
+    """Forward and backward of one step in bfloat16, on shapes alone; or in float32 weights under autocast, whose lists
+    of operations for the CPU and for CUDA agree in all that matters here."""
     live = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True):
         default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(torch.float32 if autocast else torch.bfloat16)
         try:
             host = make_host(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=32062)
         finally:
@@ -100,7 +107,9 @@ def traced_step(
             live.add(tensor)
         weights = live.now
         with live:
-            model(batch).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(batch).loss
+            loss.backward()
     return Traced(weights, live.peak, live.operations)
 
 
@@ -141,6 +150,44 @@ def test_peak_of_four_layers_at_the_real_widths(name, schedule, trainable, recom
     )
     assert predicted.weights == pytest.approx(traced.weights, rel=1e-4)  # buffers are not parameters
     assert predicted.total - predicted.weights == pytest.approx(traced.peak - traced.weights, rel=0.07)
+
+
+AUTOCAST = States(optimizer=0, float32=True, autocast=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "trainable", "recompute", "first"),
+    [
+        (Schedule(), DECODER, False, None),
+        (Schedule(), DECODER, True, None),
+        (Schedule(), DECODER, True, 2),
+        (DROP_4, ALL_PARTS, False, None),
+        (DROP_4, ALL_PARTS, True, None),
+        (Schedule(), ("projector",), False, None),
+        (Schedule(), ("projector",), True, None),
+    ],
+)
+def test_peak_of_four_layers_under_autocast(schedule, trainable, recompute, first):
+    shape = shape_with("llava-next-7b", layers=4)
+    batch = batch_of(shape.geometry, 4, (672, 672))
+    traced = traced_step(shape, batch, schedule, trainable, recompute, first, autocast=True)
+    predicted = predicted_peak(config_of(shape), batch, schedule, shape.geometry, trainable, recompute, first, AUTOCAST)
+    assert predicted.weights == pytest.approx(traced.weights, rel=1e-4)
+    assert predicted.total - predicted.weights == pytest.approx(traced.peak - traced.weights, rel=0.07)
+
+
+def test_the_whole_7b_under_autocast_holds_the_casts_of_all_weights():
+    """With everything recomputed its peak is the end of the forward: 2 bytes for each weight that learns."""
+    shape = SHAPES["llava-next-7b"]
+    config, batch = config_of(shape), batch_of(shape.geometry, 1, (672, 672))
+    traced = traced_step(shape, batch, PAPER, DECODER, recompute=True, first=None, autocast=True)
+    kept = replace(AUTOCAST, accumulate=True)
+    alone, later = (
+        predicted_peak(config, batch, PAPER, shape.geometry, DECODER, True, None, states) for states in (AUTOCAST, kept)
+    )
+    assert alone.total == pytest.approx(traced.peak, rel=0.03)
+    learning = later.gradients / 4
+    assert later.activations > 2 * (learning - 32064 * 4096)  # all but the embedding, which is not cast
 
 
 def test_one_more_layer_costs_exactly_what_it_says():
