@@ -13,8 +13,10 @@ from llava_pdrop.bench.plan_lora import adapter_flops, adapter_parameters, learn
 from llava_pdrop.bench.workload import FULL_TEXT_TOKENS, full_picture
 from llava_pdrop.config import Config
 from llava_pdrop.model.flops import StepFlops, step_flops
-from llava_pdrop.model.memory import GIB, Memory, States, predicted_peak
+from llava_pdrop.model.memory import GIB, Memory, predicted_peak
 from llava_pdrop.model.schedule import Schedule, Solution, image_tokens_by_stage, solve_budget
+from llava_pdrop.model.states import States
+from llava_pdrop.model.stream import layouts_of
 
 PICTURES = ((336, 336), (640, 480), (480, 640), (1280, 720), (1000, 1400), (2000, 500))
 """(width, height) of typical pictures: square, photographs, a screenshot, a page, a banner."""
@@ -172,13 +174,15 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
     batch = nominal_batch(model.geometry, config)
     adapters = sum(adapter_parameters(model.config.text_config, config.lora))
 
-    def peak(schedule: Schedule, count: int) -> Memory:
-        return predicted_peak(
-            model.config, batch, schedule, model.geometry, config.model.trainable, count > 0, count, states, adapters
-        )
+    def peaks(schedule: Schedule) -> list[Memory]:
+        options, layouts = (model.geometry, config.model.trainable), layouts_of(batch, schedule)
+        return [
+            predicted_peak(model.config, batch, schedule, *options, count > 0, count, states, adapters, layouts)
+            for count in recomputed
+        ]
 
     schedule = config.schedule.check(model.layers)
-    return [MemoryRow(count, peak(Schedule(), count), peak(schedule, count)) for count in recomputed]
+    return [MemoryRow(*row) for row in zip(recomputed, peaks(Schedule()), peaks(schedule))]
 
 
 def least_recomputed(config: Config, states: States, gib: float) -> tuple[int | None, int | None]:

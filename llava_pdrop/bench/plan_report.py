@@ -22,11 +22,14 @@ from llava_pdrop.bench.plan import (
     plan_memory,
     plan_step,
 )
+from llava_pdrop.bench.plan_advice import Advice
+from llava_pdrop.bench.plan_advice_report import advice_json, show_advice
 from llava_pdrop.bench.plan_lora import NOT_MODELLED, adapter_parameters
 from llava_pdrop.config import Config
 from llava_pdrop.model.flops import StepFlops
-from llava_pdrop.model.memory import GIB, Memory, States
+from llava_pdrop.model.memory import GIB, Memory
 from llava_pdrop.model.schedule import Schedule, Solution
+from llava_pdrop.model.states import States
 
 PAPER_7B = {
     (576, (), ()): "3.82",
@@ -54,7 +57,7 @@ WIDTH = 120
 class Report:
     """All that is printed. ``least``: decoder layers to recompute so that (vanilla, dropping) fit into ``budget`` GiB;
     ``fitting``: the step when each recomputes only those, None where one of them does not fit; ``adapters``: parameters
-    of LoRA adapters."""
+    of LoRA adapters; ``advice``: how to train on GPUs of a known size, where asked."""
 
     plan: Plan
     step: Step
@@ -65,6 +68,7 @@ class Report:
     fitting: Step | None
     solution: Solution | None = None
     adapters: int = 0
+    advice: Advice | None = None
 
 
 def make_report(config: Config, gpus: int = 8, budget: float = 80.0, solution: Solution | None = None) -> Report:
@@ -121,6 +125,7 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
                 for row in report.memory
             ],
         },
+        "advice": report.advice and advice_json(config, report.advice),
     }
 
 
@@ -161,6 +166,8 @@ def show(config: Config, report: Report) -> None:
         console.print(f"{report.budget:g} GiB with {RESERVE:.0%} left free, {name}: {answer}.", highlight=False)
     if report.fitting is not None:
         console.print(f"Step time with just that recomputation: {report.fitting.reduction:.1%} less.", highlight=False)
+    if report.advice is not None:
+        show_advice(console, config, report.advice)
 
 
 def paper_note(plan: Plan) -> str:

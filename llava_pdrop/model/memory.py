@@ -120,6 +120,7 @@ def predicted_peak(
     recompute_layers: int | None = None,
     states: States = States(),
     adapters: int = 0,
+    layouts: Sequence[Layout] | None = None,
 ) -> Memory:
     """The peak of forward, backward and a fused optimizer step of one micro-batch on one GPU.
 
@@ -130,10 +131,11 @@ def predicted_peak(
         recompute_layers: of the decoder's layers only so many first ones (None: all of them), as in `step_flops`.
         adapters: parameters of LoRA adapters, which learn instead of the decoder's own. What they keep for their
             backward, besides the inputs that full training keeps too, is not in it.
+        layouts: `layouts_of` the batch under ``schedule``, where that was called already.
     """
     counts, layers = Parameters.of(config), config.text_config.num_hidden_layers
     decoder = replace(counts, embedding=0, layer=adapters // layers, head=0) if adapters else counts
-    layouts = layouts_of(batch, schedule)
+    layouts = layouts_of(batch, schedule) if layouts is None else layouts
     recomputed = range(config.text_config.num_hidden_layers)[:recompute_layers] if checkpointing else range(0)
     tiles = tiles_of(batch, geometry)
     blocks = [
