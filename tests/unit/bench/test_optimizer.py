@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import SHAPES, make_model
+from tests.unit.model.test_memory import LiveBytes
 
 CPU = torch.device("cpu")
 
@@ -94,3 +95,18 @@ def test_gradients_are_clipped_together_as_in_training(dtype: torch.dtype, monke
 def test_a_wrong_name_is_said() -> None:
     with pytest.raises(ValueError, match="unknown --optimizer 'sgd'"):
         optimizer.choose("sgd", [], CPU)
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 0), (torch.bfloat16, 4)])
+def test_a_fused_step_makes_no_tensors_but_float32_gradients(monkeypatch, dtype, copies) -> None:
+    """On a GPU, where AdamW is fused: the peak of a step is what `model.memory` says, with nothing on top."""
+    original = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda masters, lr, **_: original(masters, lr=lr, fused=True))
+    weights = [nn.Parameter(torch.ones(100_000, dtype=dtype)) for _ in range(8)]
+    adamw = optimizer.MasterAdamW(weights)
+    for _ in range(2):  # the first step makes the moments
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        with LiveBytes() as live:
+            adamw.step()
+    assert live.peak == pytest.approx(copies * 800_000, rel=0.01, abs=1000)

@@ -39,14 +39,19 @@ def test_segmentwise_sdpa(groups, lengths, window):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [4, 2])
-def test_varlen_is_called_with_the_arguments_this_torch_knows(groups):
-    """Shapes only, on the meta device: the kernel itself needs a GPU (tests/gpu)."""
-    query = torch.empty(4, 12, 8, dtype=torch.bfloat16, device="meta")
-    key = torch.empty(groups, 12, 8, dtype=torch.bfloat16, device="meta")
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_varlen_is_called_with_the_arguments_this_torch_knows(groups, window):
+    """Shapes only, forward and backward, on the meta device: the kernel itself needs a GPU (tests/gpu)."""
+    query, key, value = (
+        torch.empty(heads, 12, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for heads in (4, groups, groups)
+    )
     offsets = torch.empty(3, dtype=torch.int32, device="meta")
-    out = packed_attention(query, key, key, Segments([5, 7], offsets, "varlen"), scaling=0.5)
+    out = packed_attention(query, key, value, Segments([5, 7], offsets, "varlen"), 0.5, window)
     assert out.shape == (12, 4, 8)
+    gradients = torch.autograd.grad(out, (query, key, value), torch.empty_like(out))
+    assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, value.shape]
 
 
 def segments_one_by_one(query_THE, key_TGE, value_TGE, offsets, longest, scale, window_size) -> Tensor:
