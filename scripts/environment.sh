@@ -2,6 +2,7 @@
 #
 #   LLAVA_PDROP_PYTHON    a Python that has the project's packages already: no environment is made
 #   LLAVA_PDROP_VENV      where the environment lies; default: .venv in the checkout
+#   CONSTRAINTS           the versions it is made with (see setup.sh)
 # shellcheck shell=bash
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -4,6 +4,8 @@
 #
 #   PYTHON              interpreter to use (3.11 or newer); default: the first one found
 #   LLAVA_PDROP_VENV    where the environment lies; default: .venv in the checkout
+#   CONSTRAINTS         file of versions, seen from here or from the checkout; default: what the environment was made with
+#                       before, else scripts/constraints.txt. For GPUs: CONSTRAINTS=scripts/constraints-cuda.txt
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -11,13 +13,27 @@ VENV="${LLAVA_PDROP_VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 EXTRAS="data,test"
 STAMP="$VENV/.llava_pdrop_stamp"
+CHOICE="$VENV/.llava_pdrop_constraints" # the scripts that come here later do not say it again
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
+if [[ -n "${CONSTRAINTS:-}" ]]; then
+    pins="$CONSTRAINTS"
+    if [[ "$pins" != /* && -f "$pins" ]]; then pins="$PWD/$pins"; fi
+elif [[ -f "$CHOICE" ]]; then
+    pins="$(cat "$CHOICE")"
+else
+    pins="scripts/constraints.txt"
+fi
+pins="${pins#"$ROOT"/}" # a file of the checkout is remembered by its place in it
+choice="$pins"
+[[ "$pins" == /* ]] || pins="$ROOT/$pins"
+[[ -f "$pins" ]] || fail "there is no file $pins: name one, such as CONSTRAINTS=scripts/constraints-cuda.txt"
+
 # What the environment depends on. The path is part of it: an environment does not survive being moved.
 fingerprint() {
-    { printf '%s\n' "$ROOT" "$EXTRAS"; cat "$ROOT/setup.py" "$ROOT/scripts/constraints.txt"; } | cksum
+    { printf '%s\n' "$ROOT" "$EXTRAS"; cat "$ROOT/setup.py" "$pins"; } | cksum
 }
 
 is_ready() { [[ -x "$VENV/bin/python" && -f "$STAMP" && "$(cat "$STAMP")" == "$(fingerprint)" ]]; }
@@ -70,7 +86,8 @@ if ! [[ -x "$VENV/bin/python" ]] || ! is_recent "$VENV/bin/python"; then
     step "virtual environment with $("$python" -V 2>&1) in $VENV" "$python" -m venv "$VENV"
 fi
 rm -f "$STAMP"
-pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$ROOT/scripts/constraints.txt")
+printf '%s\n' "$choice" >"$CHOICE"
+pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$pins")
 step "PyTorch" "${pip[@]}" torch
 cd "$ROOT"
 step "the project and what it needs" "${pip[@]}" -e ".[$EXTRAS]"

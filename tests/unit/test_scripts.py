@@ -6,12 +6,14 @@ The one thing it passes on to the real Python is the lock between two setups.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +57,8 @@ class Checkout:
             "LLAVA_PDROP_PYTHON",
             "PYTORCH_ALLOC_CONF",
             "PYTORCH_CUDA_ALLOC_CONF",
+            "LLAVA_PDROP_IMAGE",
+            "CONSTRAINTS",
         ):
             self.env.pop(name, None)
 
@@ -103,6 +107,38 @@ def test_setup_again_when_the_pins_change(checkout: Checkout) -> None:
 def test_setup_in_another_place(checkout: Checkout, tmp_path: Path) -> None:
     assert checkout.run("setup.sh", cwd=tmp_path, LLAVA_PDROP_VENV="elsewhere").returncode == 0
     assert (tmp_path / "elsewhere" / "bin" / "python").is_file() and not (checkout.root / ".venv").exists()
+
+
+def test_setup_with_other_constraints_keeps_to_them(checkout: Checkout, tmp_path: Path) -> None:
+    """The other scripts call setup.sh without a word about the file: that must not bring the CPU's torch back."""
+    pins = "scripts/constraints-cuda.txt"
+    assert checkout.run("setup.sh", cwd=tmp_path, CONSTRAINTS=pins).returncode == 0  # seen from the checkout
+    installs = [line for line in checkout.called() if "pip install" in line]
+    assert len(installs) == 2 and all(f"-c {checkout.root}/{pins} " in line for line in installs)
+    for again in ({}, {"CONSTRAINTS": pins}, {"CONSTRAINTS": str(checkout.root / pins)}):
+        assert checkout.run("setup.sh", **again).returncode == 0
+        assert checkout.called() == []
+    with (checkout.root / pins).open("a") as file:
+        file.write("rich==15.0.0\n")
+    assert checkout.run("setup.sh").returncode == 0
+    installs = [line for line in checkout.called() if "pip install" in line]
+    assert len(installs) == 2 and all(f"-c {checkout.root}/{pins} " in line for line in installs)
+    assert checkout.run("setup.sh", CONSTRAINTS="scripts/constraints.txt").returncode == 0
+    installs = [line for line in checkout.called() if "pip install" in line]
+    assert len(installs) == 2 and all(f"-c {checkout.root}/scripts/constraints.txt " in line for line in installs)
+
+
+def test_constraints_from_where_the_user_stands(checkout: Checkout, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("torch==2.11.0\n")
+    assert checkout.run("setup.sh", cwd=tmp_path, CONSTRAINTS="mine.txt").returncode == 0
+    assert f"-c {tmp_path}/mine.txt torch" in "".join(checkout.called())
+    assert checkout.run("setup.sh").returncode == 0 and checkout.called() == []  # from anywhere else, too
+    (tmp_path / "mine.txt").unlink()
+    done = checkout.run("setup.sh")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: there is no file {tmp_path}/mine.txt: name one")
+    done = checkout.run("setup.sh", CONSTRAINTS="scripts/constraints-gpu.txt")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"there is no file {checkout.root}/scripts/constraints-gpu.txt: name one" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -348,3 +384,71 @@ def test_scripts_and_ci_are_strict_and_executable() -> None:
         assert os.access(script, os.X_OK), f"{script} is not executable"
         subprocess.run(["bash", "-n", str(script)], check=True)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def requirements(name: str) -> dict[str, Requirement]:
+    """Package -> its line in a file of versions."""
+    lines = (ROOT / "scripts" / name).read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert len({entry.name for entry in found}) == len(found)
+    return {entry.name: entry for entry in found}
+
+
+def test_the_constraints_for_gpus_are_the_tested_ones_with_another_torch() -> None:
+    tested, cuda = requirements("constraints.txt"), requirements("constraints-cuda.txt")
+    for name, entry in tested.items():
+        if name != "torch":
+            assert cuda[name].specifier == entry.specifier, name
+    assert set(cuda) - set(tested) == {"bitsandbytes", "triton"}
+    for name in set(cuda) - set(tested):
+        assert [clause.operator for clause in cuda[name].specifier] == ["=="], name
+    (pin,) = tested["torch"].specifier
+    torch = cuda["torch"].specifier
+    assert pin.version in torch and f"{pin.version}+cu130" in torch and f"{pin.version}+cpu" not in torch
+
+
+def sections(file: Path) -> dict[str, str]:
+    """Section of an Apptainer definition -> its lines; "" is what stands before the first one."""
+    parts = re.split(r"^%(\w+)\n", file.read_text(), flags=re.MULTILINE)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2]))}
+
+
+def test_the_container_names_files_that_exist_and_says_what_was_not_tried() -> None:
+    parts = sections(ROOT / "scripts" / "container.def")
+    assert {"files", "post", "environment", "test", "runscript"} <= set(parts)
+    assert "NOT BUILT AND NOT RUN" in parts[""] and "Bootstrap: docker\nFrom: nvidia/cuda:" in parts[""]
+    copied = dict(line.split() for line in parts["files"].splitlines() if line.strip())
+    assert {"setup.py", "README.md", "llava_pdrop", "scripts"} == set(copied)  # what setup.sh and setup.py read
+    for source, target in copied.items():
+        assert (ROOT / source).exists() and target == f"/opt/llava_pdrop/{source}"
+    named = re.findall(r"/opt/llava_pdrop/([\w./-]+)", "".join(parts[name] for name in ("post", "test", "runscript")))
+    assert named and all((ROOT / name).is_file() for name in named)
+    for name in ("post", "environment", "test", "runscript"):
+        subprocess.run(["sh", "-n"], input=parts[name], text=True, check=True)
+    assert parts["environment"].count("LLAVA_PDROP_PYTHON=/opt/venv/bin/python") == 1
+    assert "LLAVA_PDROP_VENV=/opt/venv " in parts["post"]
+
+
+def test_the_python_of_the_container(checkout: Checkout, tmp_path: Path) -> None:
+    """Launchers outside, Python inside, in the directory that the script went to."""
+    (tmp_path / "bin").mkdir()
+    apptainer = tmp_path / "bin" / "apptainer"
+    apptainer.write_text('#!/usr/bin/env bash\nprintf "%s|" "$PWD" "$@" >>"$CALLS"\n')
+    apptainer.chmod(0o755)
+    inside = {"LLAVA_PDROP_PYTHON": "scripts/container_python.sh", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    done = checkout.run("finetune_pdrop.sh", "c.yaml", "pyramid_drop.layers=[1, 2]", **inside)
+    assert done.returncode == 2 and done.stderr.startswith("error: LLAVA_PDROP_IMAGE does not say which image")
+    inside["LLAVA_PDROP_IMAGE"] = str(tmp_path / "image.sif")
+    done = checkout.run("finetune_pdrop.sh", "c.yaml", **inside)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "image.sif does not exist" in done.stderr
+    (tmp_path / "image.sif").touch()
+    assert checkout.run("finetune_pdrop.sh", "c.yaml", "pyramid_drop.layers=[1, 2]", **inside).returncode == 0
+    here = str(checkout.root)
+    assert checkout.called() == [
+        f"{here}|exec|--nv|--bind|{here}|--pwd|{here}|{tmp_path}/image.sif|/opt/venv/bin/python|"
+        "-m|llava_pdrop|compare|c.yaml|pyramid_drop.layers=[1, 2]|"
+    ]
+    assert not (checkout.root / ".venv").exists()
+    if shutil.which("apptainer") is None:
+        done = checkout.run("finetune_pdrop.sh", **{**inside, "PATH": os.environ["PATH"]})
+        assert done.returncode == 2 and done.stderr.startswith("error: apptainer is not installed here")

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The Python of the image that container.def makes, for LLAVA_PDROP_PYTHON: launchers (Slurm, torchrun by hand) stay
+# outside, and every training process is inside. Not run yet: no Apptainer was at hand.
+#
+#   LLAVA_PDROP_IMAGE    the image, on a disk that all nodes see
+#   APPTAINER_BIND       what the processes must see besides the checkout and the home directory, e.g. /data
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+IMAGE="${LLAVA_PDROP_IMAGE:-}"
+
+fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+command -v apptainer >/dev/null || fail "apptainer is not installed here (on many clusters: module load apptainer)"
+[[ -n "$IMAGE" ]] || fail "LLAVA_PDROP_IMAGE does not say which image: apptainer build IMAGE.sif scripts/container.def"
+[[ -e "$IMAGE" ]] || fail "LLAVA_PDROP_IMAGE=$IMAGE does not exist: apptainer build $IMAGE scripts/container.def"
+exec apptainer exec --nv --bind "$ROOT" --pwd "$PWD" "$IMAGE" /opt/venv/bin/python "$@"
