@@ -10,10 +10,26 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
+from tests import restarts
+
 torch.set_num_threads(1)
 
 
+def pytest_configure(config) -> None:
+    restarts.begin(config)
+
+
+def pytest_unconfigure(config) -> None:
+    restarts.end(config)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
+    """What was started once more, and how many golden entries were compared."""
+    restarts.report(terminalreporter)
+    golden_summary(terminalreporter)
+
+
+def golden_summary(terminalreporter) -> None:
     """How many golden entries of each kind were compared, none included. (Here because xdist's controller reads no
     other conftest.)"""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]

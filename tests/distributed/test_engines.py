@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from llava_pdrop.train.run import train
 from tests.distributed.program import visits_of
 from tests.engines import FSDP2, HAS_DEEPSPEED, deepspeed_arguments, needs_deepspeed
 from tests.faults.processes import run_ranks
+from tests.restarts import once_more
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -121,11 +123,25 @@ def write_run(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return write
 
 
+SIGNAL_11 = "Signal 11 (SIGSEGV) received by PID"
+"""What torchrun says of a process that ended so."""
+
+
 def launch(files: list[Path]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "tests.distributed.program", *map(str, files)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+
+    def start() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+        )
+
+    def start_over() -> None:
+        for file in files:
+            shutil.rmtree(load_config(file).output_dir, ignore_errors=True)
+
+    done = once_more(start, lambda done: SIGNAL_11 in done.stdout + done.stderr, lambda done: done.stderr, start_over)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
 
 

@@ -6,16 +6,21 @@ The processes are forked from a server that has imported everything once, so tha
 from __future__ import annotations
 
 import errno
+import faulthandler
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
+
+from tests.restarts import once_more
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -65,7 +70,29 @@ def run_ranks(
     command: str = "train",
 ) -> Ended:
     """Runs ``command`` with ``config`` in so many processes and waits for their end; a killed one takes the others with
-    it, as a launcher does."""
+    it, as a launcher does. Several to which nothing happens, one of which ends by signal 11, start once more
+    (`tests.restarts`), from what was in the directory of ``config`` before."""
+    arguments = (config, overrides, ranks, fault, limit, command)
+    if fault is not None or ranks == 1:
+        return _run_once(*arguments)
+    with TemporaryDirectory() as saved:
+        before = shutil.copytree(config.parent, Path(saved) / "before", symlinks=True)
+
+        def restore() -> None:
+            shutil.rmtree(config.parent)
+            shutil.copytree(before, config.parent, symlinks=True)
+
+        return once_more(
+            lambda: _run_once(*arguments),
+            lambda ended: -signal.SIGSEGV in ended.codes,
+            lambda ended: ended.texts[ended.codes.index(-signal.SIGSEGV)],
+            restore,
+        )
+
+
+def _run_once(
+    config: Path, overrides: tuple[str, ...], ranks: int, fault: Fault | None, limit: float, command: str
+) -> Ended:
     port = _free_port()
     outputs = [config.with_suffix(f".rank{rank}.txt") for rank in range(ranks)]
     processes = [
@@ -102,6 +129,7 @@ def _rank(
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    faulthandler.enable(sys.stderr)  # where all threads were, should it end by signal 11
     if ranks > 1:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ.update({name: str(value) for name, value in world.items()})
