@@ -59,14 +59,16 @@ def test_the_advice_fits_and_one_step_less_does_not(gpus, gib):
         assert setting is not None and setting.samples * setting.accumulation * gpus == 128
         room = (1 - RESERVE) * gib * GIB
         assert setting.total == total(config, arm, setting, gpus, setting.recomputed) <= room
-        if setting.recomputed:
-            assert total(config, arm, setting, gpus, setting.recomputed - 1) > room
-        for more in (n for n in (2, 4, 8, 16, 32, 64, 128) if n > setting.samples and 128 // gpus % n == 0):
-            larger = Setting(setting.engine, more, 128 // gpus // more, 0, 0, 0)
+        share = 128 // gpus
+        for samples in (n for n in (1, 2, 4, 8, 16) if setting.recomputed and share % n == 0):
+            other = Setting(setting.engine, samples, share // samples, 0, 0, 0)
+            assert total(config, arm, other, gpus, setting.recomputed - 1) > room, samples
+        for more in (n for n in (2, 4, 8, 16, 32, 64, 128) if n > setting.samples and share % n == 0):
+            larger = Setting(setting.engine, more, share // more, 0, 0, 0)
             assert total(config, arm, larger, gpus, setting.recomputed) > room
         for engine in ORDER[: ORDER.index(setting.engine)]:  # the most frugal way of every preferred engine
             if engine != "fsdp2" or gpus > 1:
-                one = Setting(engine, 1, 128 // gpus, 0, 0, 0)
+                one = Setting(engine, 1, share, 0, 0, 0)
                 assert total(config, arm, one, gpus, 32) > room, engine
 
 
