@@ -49,7 +49,7 @@ def chosen(advice: Advice, name: str) -> Setting:
     return arm.setting
 
 
-@pytest.mark.parametrize(("gpus", "gib"), [(8, 80), (8, 40), (8, 24), (1, 80), (4, 16), (2, 6)])
+@pytest.mark.parametrize(("gpus", "gib"), [(8, 80), (8, 24), (1, 80), (2, 6)])
 def test_the_advice_fits_and_one_step_less_does_not(gpus, gib):
     config = load_config(NEXT)
     advice = advise(config, gpus, gib)
@@ -123,8 +123,10 @@ def test_a_small_shape_by_hand():
     assert chosen(does_not, "vanilla").engine != "ddp"
 
 
-@pytest.mark.parametrize(("path", "gpus", "gib"), [(NEXT, 8, 80), (NEXT, 8, 24), (VANILLA, 4, 40), (LORA, 1, 24)])
-@pytest.mark.parametrize("by_tokens", [False, True])
+@pytest.mark.parametrize(
+    ("path", "gpus", "gib", "by_tokens"),
+    [(NEXT, 8, 80, False), (NEXT, 8, 24, True), (VANILLA, 4, 40, False), (LORA, 1, 24, False)],
+)
 def test_the_line_can_be_pasted(path, gpus, gib, by_tokens):
     words = ["data.samples_per_batch=null", "data.tokens_per_batch=14000"] if by_tokens else []
     config = load_config(path, words)
