@@ -10,6 +10,7 @@ Training pages use scans 0..1399 only and evaluation pages scans 1415..1796 only
 so the evaluation digits come from other hands than those trained on.
 
     python data/prepare/forms.py --out DIR [--seed 0] [--grid 16] [--train N] [--eval N] [--pretrain N] [--turns 8]
+        [--workers 1]
 
 writes to DIR (image paths in the JSON files are relative to DIR):
     pretrain.json   stage 1: all fields of a page as short questions ("Field K" -> "7")
@@ -26,6 +27,7 @@ import functools
 import json
 import string
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,8 +199,17 @@ def make_record(page: Page, rng: np.random.Generator, name: str, question: str, 
     return {"id": name, "image": f"images/{name}.png", "conversations": conversations}
 
 
-def prepare(out: Path, seed: int, grid: int, counts: dict[str, int], turns: int) -> bool:
-    """Writes the data set into ``out``; returns False if it was there already."""
+def write_page(number: int, out: Path, seed: int, split: str, grid: int, question: str, turns: int) -> dict:
+    """Draws page ``number`` of a split into a file and returns its record."""
+    page, picture, rng = make_page(seed, split, number, grid)
+    record = make_record(page, rng, f"{split}_{number:05d}", question, turns)
+    Image.fromarray(picture).save(out / record["image"], compress_level=1)
+    return record
+
+
+def prepare(out: Path, seed: int, grid: int, counts: dict[str, int], turns: int, workers: int = 1) -> bool:
+    """Writes the data set into ``out``, the same with any number of ``workers`` (processes); returns False if it was
+    there already."""
     manifest = {"format": FORMAT_VERSION, "seed": seed, "grid": grid, "turns": turns, "counts": counts}
     path = out / "manifest.json"
     if path.is_file() and json.loads(path.read_text()) == manifest:
@@ -210,12 +221,15 @@ def prepare(out: Path, seed: int, grid: int, counts: dict[str, int], turns: int)
             stale.unlink()
     text = {"pretrain": (SHORT_QUESTION, len(LETTERS)), "train": (QUESTION, turns), "eval": (QUESTION, 1)}
     for split, count in counts.items():
-        records = []
-        for number in range(count):
-            page, picture, rng = make_page(seed, split, number, grid)
-            record = make_record(page, rng, f"{split}_{number:05d}", *text[split])
-            Image.fromarray(picture).save(out / record["image"], compress_level=1)
-            records.append(record)
+        question, asked = text[split]
+        write = functools.partial(
+            write_page, out=out, seed=seed, split=split, grid=grid, question=question, turns=asked
+        )
+        if workers > 1:
+            with ProcessPoolExecutor(workers) as pool:
+                records = list(pool.map(write, range(count), chunksize=16))
+        else:
+            records = [write(number) for number in range(count)]
         (out / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
     path.write_text(json.dumps(manifest, indent=1) + "\n")
     return True
@@ -231,7 +245,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=1920, metavar="N", help="pages for stage 2")
     parser.add_argument("--eval", type=int, default=500, metavar="N", help="held-out pages")
     parser.add_argument("--turns", type=int, default=8, help="questions per training page")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     args = parser.parse_args(arguments)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: at least one process has to draw")
     if not 11 <= args.grid <= 64:
         parser.error(f"--grid {args.grid}: 26 fields need at least 11 tiles per side, at most 64 are possible")
     if not 1 <= args.turns <= len(LETTERS):
@@ -240,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("the seed and the numbers of pages cannot be negative")
     counts = {"pretrain": args.pretrain, "train": args.train, "eval": args.eval}
     try:
-        made = prepare(args.out, args.seed, args.grid, counts, args.turns)
+        made = prepare(args.out, args.seed, args.grid, counts, args.turns, args.workers)
     except OSError as error:
         sys.exit(f"{args.out}: cannot be written ({error.strerror})")
     what = ", ".join(f"{count} {split}" for split, count in counts.items())

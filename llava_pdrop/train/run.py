@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import subprocess
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from llava_pdrop.config import Config, ConfigError, to_yaml
 from llava_pdrop.data.clean_index import CleanIndex
@@ -43,6 +40,7 @@ from llava_pdrop.train.history import (
     why_outdated,
 )
 from llava_pdrop.train.lora import adapt
+from llava_pdrop.train.metrics import release_memory
 from llava_pdrop.train.optim import freeze, trainable_table
 from llava_pdrop.train.preemption import Preempted
 from llava_pdrop.train.ranks import by_first_rank
@@ -58,10 +56,11 @@ _prepared: set[tuple[str, ...]] = set()
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
-def train(config: Config) -> Path:
+def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Runs ``config`` to its end and returns ``output_dir``: an ordinary Hugging Face LLaVA directory (of a LoRA run
     the adapters instead of the weights) with ``projector.safetensors``, ``metrics.jsonl``, ``training.md`` and the
     resolved configuration. A run that is complete already, with the same settings and files, is left as it is.
+    ``callbacks`` are asked in this run, not in its stage 1.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: something named in the config is missing or impossible.
@@ -90,14 +89,21 @@ def train(config: Config) -> Path:
         args = training_arguments(config)
         watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
         with watchdog.running():
-            complete = train_watched(config, args, watchdog, stamp, fresh)
+            complete = train_watched(config, args, watchdog, stamp, fresh, callbacks)
     release_memory()
     if not complete:
         raise Preempted
     return output
 
 
-def train_watched(config: Config, args: TrainingArguments, watchdog: Watchdog, stamp: str, fresh: bool) -> bool:
+def train_watched(
+    config: Config,
+    args: TrainingArguments,
+    watchdog: Watchdog,
+    stamp: str,
+    fresh: bool,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> bool:
     """The part of `train` in which ranks wait for each other: each says where it is. Returns whether the run came to
     its end, or was told to stop before.
 
@@ -132,6 +138,8 @@ def train_watched(config: Config, args: TrainingArguments, watchdog: Watchdog, s
         max_bad_samples=config.train.max_bad_samples,
         watchdog=watchdog,
     )
+    for callback in callbacks:
+        trainer.add_callback(callback)
     console.print(trainable_table(model, trainer.learning_rates))
     if checkpoint:
         console.print(f"resuming from {checkpoint}")
@@ -285,13 +293,3 @@ def prepare_data(config: Config) -> None:
 def say(line: str) -> None:
     """Prints a line that must stay one line, and is no markup, on the first rank."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def release_memory() -> None:
-    """Gives freed memory back to the system, so that the peak of the next run in this process is its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with suppress(AttributeError, OSError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)

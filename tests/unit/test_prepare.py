@@ -60,7 +60,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_forms_seed_reproduces_bytes(pages: Path, tmp_path: Path) -> None:
     forms.prepare(tmp_path / "same", seed=3, grid=16, counts=SMALL, turns=8)
     forms.prepare(tmp_path / "other", seed=4, grid=16, counts=SMALL, turns=8)
-    assert files(tmp_path / "same") == files(pages)
+    forms.prepare(tmp_path / "shared", seed=3, grid=16, counts=SMALL, turns=8, workers=2)
+    assert files(tmp_path / "same") == files(tmp_path / "shared") == files(pages)
     other = files(tmp_path / "other")
     assert other.keys() == files(pages).keys()
     assert all(other[name] != content for name, content in files(pages).items())

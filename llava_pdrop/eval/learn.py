@@ -1,0 +1,211 @@
+"""Does it learn? The embedded task from a decoder that is grown on the spot, every schedule trained and evaluated.
+
+Nothing is downloaded: the decoder of ``data/tiny`` becomes a larger one (`model.grow`), and the pages are drawn.
+What is left to learn: pages longer than that decoder has seen, pictures it has never read, and the noise it got.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
+
+from llava_pdrop.bench.report import environment
+from llava_pdrop.config import Config, ConfigError, load_config
+from llava_pdrop.eval.benchmarks import Question
+from llava_pdrop.eval.compare import DROPPING, VANILLA, timing_of
+from llava_pdrop.eval.runner import Result, answer, load_questions
+from llava_pdrop.model.build import Parts, build_parts
+from llava_pdrop.model.grow import grow_decoder, grow_projector
+from llava_pdrop.train.checkpoints import newest_whole
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, release_memory
+from llava_pdrop.train.preemption import Preempted
+from llava_pdrop.train.run import load_parts, prepare_data, say, train
+
+SHIPPED = Path("data/tiny")
+"""Where the small decoder and projector lie, below the checkout, in which the program is started."""
+
+NOISE = 0.3
+"""Of the grown matrices, relative to their standard deviation."""
+
+RESULTS_FILE = "learn.json"
+
+START_QUESTIONS = 100
+"""Questions that are answered before the training."""
+
+TRAINING_SHARE = 0.8
+"""Of an arm's time; the rest is for loading and evaluating."""
+
+
+class Deadline(TrainerCallback):
+    """Ends a training behind the step that passes a time (of `time.monotonic`), and has it saved."""
+
+    def __init__(self, at: float) -> None:
+        self.at, self.passed = at, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() > self.at and state.global_step < state.max_steps:
+            self.passed = control.should_save = control.should_training_stop = True
+
+
+def learn(out: Path, device: str, config: Path, seconds: float, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains vanilla, PyramidDrop and every schedule of ``compare.training_free`` from the same start on the same
+    batches, and evaluates each as it was trained.
+
+    Args:
+        out: directory for everything that is made; ``learn.json`` in it is written anew after every arm.
+        device: ``cuda`` or ``cpu``.
+        config: the YAML; its ``model.reference_shape`` says how large the decoder gets.
+        seconds: for everything together. An arm that would take more than its share ends early, and the later ones make
+            as many steps as it has made.
+        overrides: ``section.key=value`` as on the command line.
+
+    Returns:
+        What is in ``learn.json``: ``config``, ``device``, ``seconds`` (taken), ``environment`` (versions, device name),
+        ``decoder_parameters``, and ``arms``: name -> ``schedule``, ``start_accuracy``, ``accuracy``, ``chance``,
+        ``questions``, ``standard_error`` (of the accuracy), ``image_tokens`` (per stage), ``steps``,
+        ``seconds_per_step`` (median; CUDA events, or CPU seconds), ``wall_seconds_per_step``, ``peak_mib``, ``losses``
+        (per step), ``stopped_early``, ``train_seconds``, ``eval_seconds``. Of an arm that failed: ``error``.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: the config cannot be run, or there is no such device.
+    """
+    began = time.monotonic()
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: this machine has no CUDA GPU: take cpu")
+    base = out / "base"
+    places = [f"output_dir={out}", f"model.language_model={base}/language_model"]
+    places += [f"model.projector={base}/projector.safetensors", f"train.use_cpu={str(device == 'cpu').lower()}"]
+    run = load_config(config, [*overrides, *places])
+    grow_base(run, base)
+    prepare_data(run)
+    arms = arms_of(run)
+    found: dict[str, Any] = {
+        "config": str(config),
+        "device": device,
+        "environment": environment(torch.device(device), run.seed),
+        "decoder_parameters": sum(t.numel() for t in load_file(base / "language_model/model.safetensors").values()),
+        "arms": {},
+    }
+    for place, (name, arm) in enumerate(arms.items()):
+        share = (seconds - (time.monotonic() - began)) / (len(arms) - place)
+        try:
+            found["arms"][name] = entry = train_arm(arm, share)
+            if entry["stopped_early"]:
+                arms.update({key: with_steps(other, entry["steps"]) for key, other in arms.items()})
+        except Exception as error:  # noqa: BLE001  whatever it is, it must not take the other arms with it
+            found["arms"][name] = {"error": f"{type(error).__name__}: {error}"}
+        release_memory()
+        found["seconds"] = time.monotonic() - began
+        (out / RESULTS_FILE).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def grow_base(run: Config, base: Path) -> None:
+    """Writes decoder and projector that all arms start from.
+
+    Raises:
+        ConfigError: the config has no ``model.reference_shape``, or one that the shipped decoder cannot grow to.
+    """
+    if run.model.reference_shape is None:
+        raise ConfigError(f"{run.file}: model.reference_shape is not set: it says how large the decoder gets")
+    if not (SHIPPED / "language_model").is_dir():
+        raise FileNotFoundError(f"{SHIPPED}/language_model does not exist here: start in the checkout")
+    shape = run.model.reference_shape.language_model
+    small = LlamaForCausalLM.from_pretrained(SHIPPED / "language_model", dtype=torch.float32)
+    try:
+        decoder = grow_decoder(small, shape["num_hidden_layers"], shape["hidden_size"], NOISE, run.seed)
+    except ValueError as error:
+        raise ConfigError(f"{run.file}: model.reference_shape.language_model: {error}") from None
+    decoder.save_pretrained(base / "language_model")
+    AutoTokenizer.from_pretrained(SHIPPED / "language_model").save_pretrained(base / "language_model")
+    ways = shape["hidden_size"] // small.config.hidden_size
+    projector = grow_projector(load_file(SHIPPED / "projector/model.safetensors"), ways)
+    save_file(projector, base / "projector.safetensors", metadata={"format": "pt"})
+
+
+def arms_of(run: Config) -> dict[str, Config]:
+    """Name -> run: vanilla (unless ``compare.vanilla`` is false), the schedule of ``run``, and those of
+    ``compare.training_free``; each in its directory."""
+    assert run.model.reference_shape is not None
+    layers = run.model.reference_shape.language_model["num_hidden_layers"]
+    schedules = {DROPPING: run.pyramid_drop, **run.training_free(layers)}
+    if run.compare.vanilla:
+        schedules = {VANILLA: None, **schedules}
+    once = replace(run.train, resume="never")
+    return {
+        name: replace(
+            run,
+            name=f"{run.name}/{name}",
+            output_dir=str(Path(run.output_dir) / name),
+            pyramid_drop=schedule,
+            train=once,
+        )
+        for name, schedule in schedules.items()
+    }
+
+
+def with_steps(run: Config, steps: int) -> Config:
+    """``run`` with another number of steps."""
+    return replace(run, train=replace(run.train, arguments={**run.train.arguments, "max_steps": steps}))
+
+
+def train_arm(run: Config, seconds: float) -> dict[str, Any]:
+    """Trains and evaluates one arm within about ``seconds``.
+
+    Raises:
+        ValueError, RuntimeError, OSError: whatever keeps it from that.
+        Preempted: a signal said stop.
+    """
+    began = time.monotonic()
+    questions = load_questions(run)
+    start = score(run, load_parts(run), questions[:START_QUESTIONS])
+    release_memory()
+    deadline, trained = Deadline(began + TRAINING_SHARE * seconds), time.monotonic()
+    directory = Path(run.output_dir)
+    try:
+        train(run, callbacks=[deadline])
+        weights = directory
+    except Preempted:
+        saved = newest_whole(directory, say)
+        if not deadline.passed or saved is None:
+            raise
+        weights = saved
+    trained, evaluated = time.monotonic() - trained, time.monotonic()
+    release_memory()
+    result = score(run, build_parts(path=str(weights)), questions)
+    rows = [row for row in read_metrics(directory / METRICS_FILE) if "loss" in row]
+    timing = timing_of(directory / METRICS_FILE)
+    assert timing is not None, "every step is logged"
+    return {
+        "schedule": run.schedule.to_dict(),
+        "start_accuracy": start.accuracy,
+        "accuracy": result.accuracy,
+        "chance": result.chance,
+        "questions": len(result.predictions),
+        "standard_error": math.sqrt(result.accuracy * (1 - result.accuracy) / len(result.predictions)),
+        "image_tokens": result.image_tokens,
+        "steps": rows[-1]["step"],
+        "seconds_per_step": timing.seconds,
+        "wall_seconds_per_step": timing.wall,
+        "peak_mib": timing.peak_mib,
+        "losses": [row["loss"] for row in rows],
+        "stopped_early": deadline.passed,
+        "train_seconds": trained,
+        "eval_seconds": time.monotonic() - evaluated,
+    }
+
+
+def score(run: Config, parts: Parts, questions: Sequence[Question]) -> Result:
+    """Answers ``questions`` with the schedule of ``run``."""
+    return answer(run, parts, questions, run.schedule, None)
