@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "model": {"types", "geometry", "model"},
     "train": {"types", "geometry", "style", "config", "data", "model", "train"},
     "eval": {"types", "geometry", "style", "config", "data", "model", "train", "eval", "bench"},
-    "bench": {"types", "geometry", "style", "config", "data", "model", "train", "bench"},
+    "bench": {"types", "geometry", "style", "config", "data", "model", "train", "bench", "eval.learn"},
     "ablate": {"types", "geometry", "style", "config", "data", "model", "train", "eval", "bench", "ablate"},
     "convert": {"types", "geometry", "model"},
     "doctor": {"types", "geometry", "config", "data", "model", "bench", "train"},

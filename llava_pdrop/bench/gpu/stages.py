@@ -24,6 +24,8 @@ TRAINING = (
 
 PREFILL = ("vanilla_ms", "dropping_ms", "speedup", "speedup_predicted", "ranking_share", "decode_tokens_per_s")
 
+LEARN = ("accuracy", "standard_error", "seconds_per_step", "image_tokens")
+
 NULL_ON_CPU = frozenset(
     {"predicted_peak_gib", "gpu", "driver", "cuda", "memory_gib", "busy_share", "copy_tb_per_s", "counted_by"}
 )
@@ -70,16 +72,21 @@ STAGES: dict[str, Stage] = {
     "p9": Stage("measured", 55, TRAINING, "train_p9"),
     "mixture": Stage("measured", 30, TRAINING, "train_mixture"),
     "ranks": Stage("ranks", 240, ("gpus", "engines"), "run"),
+    "learn": Stage(
+        "learning", 240,
+        (*(f"arms.{arm}.{key}" for arm in ("vanilla", "pyramid_drop", "random", "fastv") for key in LEARN), "chance",
+         "questions"),
+    ),
 }  # fmt: skip
 """Stages by name, in the order in which they run."""
 
-LATER = ("ranks",)
-"""Not among the stages of one call on one GPU: `ranks` needs several."""
+LATER = ("ranks", "learn")
+"""Not among the stages of one call on one GPU: `ranks` needs several, `learn` has a call of its own."""
 
 
 def chosen(words: str | None, device: str, gpus: int) -> list[str]:
-    """The stages that are asked for, in their order. By default all on a CPU (a rehearsal); on a GPU ``ranks`` only
-    where there are several.
+    """The stages that are asked for, in their order. By default all on a CPU (a rehearsal); on a GPU all but ``learn``,
+    and ``ranks`` where there are several.
 
     Raises:
         ValueError: one that there is not.

@@ -58,6 +58,9 @@ def test_the_rehearsal_finds_all_that_the_readme_needs(tmp_path: Path) -> None:
     for engine in ("zero2", "zero3", "fsdp2"):
         assert engines[engine]["losses"] == pytest.approx(engines["ddp"]["losses"], abs=1e-4), engine
         assert engines[engine]["scaling"] > 0
+    arms = report["learn"]["result"]["arms"]
+    assert {name: arm["steps"] for name, arm in arms.items()} == dict.fromkeys(arms, 2)
+    assert arms["pyramid_drop"]["image_tokens"] == [256, 128, 64, 32] and arms["vanilla"]["image_tokens"] == [256]
     summary = (out / "summary.txt").read_text()
     assert "complete: env, tests, next" in summary and "NOT COMPLETE" not in summary
     with tarfile.open(out / "gpu_check.tar.gz") as packed:
@@ -181,7 +184,7 @@ def test_stages_and_their_time() -> None:
     assert set(STAGES) - set(one_call) == set(LATER)
     assert ends(one_call, 100)["mixture"] == 100
     assert chosen(None, "cuda", gpus=8)[-1] == "ranks" and chosen(None, "cpu", gpus=0) == list(STAGES)
-    assert chosen("ranks, env", "cuda", gpus=1) == ["env", "ranks"]
+    assert chosen("learn, env", "cuda", gpus=1) == ["env", "learn"]
 
 
 @pytest.mark.parametrize(
