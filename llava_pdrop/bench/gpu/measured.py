@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.bench.command import add_train_arguments, run_train
+from llava_pdrop.bench.command import run_train
 from llava_pdrop.bench.gpu.check import Check
-from llava_pdrop.bench.inference import add_prefill_arguments, run_prefill
+from llava_pdrop.bench.inference import run_prefill
 
 MIB_IN_GIB = 1024
 
@@ -37,12 +37,10 @@ def train_mixture(check: Check) -> None:
 
 def prefill(check: Check) -> None:
     """LLaVA-NeXT-7B, prompts of 2,880 image tokens, one at a time and eight at once."""
-    shape, tokens, runs = ("tiny", "100", "1") if check.rehearsal else ("llava-next-7b", "2880", "6")
-    words = ["--shape", shape, "--image-tokens", tokens, "--batch", "1", "8", "--new-tokens", "8", "--runs", runs]
-    parser = argparse.ArgumentParser()
-    add_prefill_arguments(parser)
+    shape, tokens, runs = ("tiny", 100, 1) if check.rehearsal else ("llava-next-7b", 2880, 6)
+    counts = {"image_tokens": [tokens], "batch": [1, 8], "new_tokens": 8, "runs": runs}
     with _output(check):
-        run_prefill(parser.parse_args([*words, *_where(check)]))
+        run_prefill(argparse.Namespace(**_common(check, shape), **counts, attention="sdpa"))
     report = _report(check.benchmarks, "prefill")
     for batch in (1, 8):
         found = {entry["method"]: entry for entry in report["results"] if entry["batch"] == batch}
@@ -72,11 +70,19 @@ def prefill_row(vanilla: dict[str, Any], dropping: dict[str, Any]) -> dict[str, 
 def _train(check: Check, shape: str, images: str, steps: int, warmup: int) -> None:
     if check.rehearsal:
         shape, images, steps, warmup = "tiny", "mixture", 1, 1
-    words = ["--shape", shape, "--images", images, "--steps", str(steps), "--warmup", str(warmup)]
-    parser = argparse.ArgumentParser()
-    add_train_arguments(parser)
+    options: dict[str, Any] = {
+        "schedule": [],
+        "samples": None,
+        "optimizer": "auto",
+        "recompute": None,
+        "compare": False,
+    }
     with _output(check):
-        run_train(parser.parse_args([*words, *_where(check)]))
+        run_train(
+            argparse.Namespace(
+                **_common(check, shape), **options, images=images, steps=steps, warmup=warmup, attention=None
+            )
+        )
     check.put(shape=shape, images=images, **training_row(_report(check.benchmarks, "train")))
     found = check.result
     for arm in ("vanilla", "dropping"):
@@ -119,8 +125,9 @@ def _arm(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _where(check: Check) -> list[str]:
-    return ["--device", check.device.type, "--out", str(check.benchmarks)]
+def _common(check: Check, shape: str) -> dict[str, Any]:
+    """Arguments of both benches."""
+    return {"shape": shape, "overrides": [], "seed": 0, "device": check.device.type, "out": check.benchmarks}
 
 
 def _output(check: Check) -> contextlib.redirect_stdout[Any]:

@@ -15,14 +15,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from llava_pdrop.bench.gpu.check import Check, stage_file
-
-if TYPE_CHECKING:
-    from llava_pdrop.bench.shapes import Shape
+from llava_pdrop.bench.shapes import SHAPES, Shape, make_model
+from llava_pdrop.bench.workload import Workload
+from llava_pdrop.config import load_config
+from llava_pdrop.data.packing import BatchPlan
+from llava_pdrop.train.arguments import learning_rates, training_arguments
+from llava_pdrop.train.engine import engine_for_one_run
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
+from llava_pdrop.train.optim import freeze
+from llava_pdrop.train.trainer import PyramidTrainer
 
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 """Engines in the order in which they are measured, see ``train.engine``."""
@@ -110,15 +116,6 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
     Raises:
         ValueError, ImportError, RuntimeError: the engine is not installed, or its memory does not suffice.
     """
-    from llava_pdrop.bench.shapes import SHAPES, make_model
-    from llava_pdrop.config import load_config
-    from llava_pdrop.data.packing import BatchPlan
-    from llava_pdrop.train.arguments import learning_rates, training_arguments
-    from llava_pdrop.train.engine import engine_for_one_run
-    from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
-    from llava_pdrop.train.optim import freeze
-    from llava_pdrop.train.trainer import PyramidTrainer
-
     shape = SHAPES["tiny" if rehearsal else "llava-next-7b"]
     if engine == "ddp" and not rehearsal:
         shape = replace(shape, trainable=("projector",))
@@ -167,8 +164,6 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
 
 def _samples(shape: Shape, world_size: int, rehearsal: bool) -> Any:
     """Samples of every step, each with pixels; all ranks make the same ones."""
-    from llava_pdrop.bench.workload import Workload
-
     work = Workload(shape, "mixture" if rehearsal else "full")
     return work.samples(shape.samples * world_size * STEPS)
 
