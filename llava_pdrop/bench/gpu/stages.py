@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from llava_pdrop.bench.gpu.check import Check
+from typing import Any
 
 ARM = ("step_ms", "quartiles_ms", "mfu", "hfu", "peak_gib", "predicted_peak_gib", "tokens_per_second")
 """What the README's tables say of each schedule of a training step."""
@@ -49,8 +46,8 @@ class Stage:
     needs: tuple[str, ...]
     function: str = "run"
 
-    def load(self) -> Callable[[Check], None]:
-        """The function."""
+    def load(self) -> Callable[[Any], None]:
+        """The function, which takes a `check.Check`."""
         return getattr(import_module(f"llava_pdrop.bench.gpu.{self.module}"), self.function)
 
 
