@@ -39,7 +39,8 @@ class Turn:
 
 class ImageSource(Protocol):
     """Where the bytes of a picture lie. A `pathlib.Path` is one; pictures inside tar shards and tables are others
-    (`llava_pdrop.data.sources`). Its text (``str``) names it in error messages; equal sources are one picture."""
+    (`llava_pdrop.data.readers.pictures`). Its text (``str``) names it in error messages; equal sources are one
+    picture."""
 
     def open(self, mode: Literal["rb"], /) -> BinaryIO:
         """The bytes as a file that can seek; whoever opens it closes it.

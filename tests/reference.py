@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch, Sample
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from llava_pdrop.checkpoint.hosts import make_host
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.build import make_host
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.vlm import Host
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, Sample
 
 LAYERS, VOCABULARY, IMAGE = 6, 100, 99

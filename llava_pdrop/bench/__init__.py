@@ -1,1 +1,1 @@
-"""Figures about a run: what a schedule costs and saves."""
+"""What a training step and a prompt take, measured with random weights."""

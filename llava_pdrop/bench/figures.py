@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from llava_pdrop.style import STYLE
+from llava_pdrop.report.style import STYLE
 
 PIECES = {
     "tower": ("tower forward", "#3E5C76"),
@@ -22,7 +22,7 @@ PIECES = {
     "tower_backward": ("tower backward", "#9A5B3C"),
     "optimizer": ("optimizer", "#8AB17D"),
 }
-"""Part of a step (`timing.PARTS`) -> what it is called and its colour."""
+"""Part of a step (`clock.PIECES`) -> what it is called and its colour."""
 
 
 def step_bars(report: dict[str, Any], file: Path) -> None:

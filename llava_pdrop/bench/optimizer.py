@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from llava_pdrop.model.memory import States
+from llava_pdrop.cost.states import States
 
 CHOICES = ("auto", "adamw", "sharded", "none")
 
@@ -90,7 +90,7 @@ def extra_bytes(kind: str, parameters: list[nn.Parameter]) -> float:
 
 
 def states(kind: str, dtype: torch.dtype) -> States:
-    """What `model.memory` has to know of a definite choice. Gradients are whole with ``sharded`` too: on one GPU there
+    """What `cost.memory` has to know of a definite choice. Gradients are whole with ``sharded`` too: on one GPU there
     is nobody to send the rest to."""
     mixed = dtype in (torch.float16, torch.bfloat16)
     share = {"adamw": 1.0, "sharded": 1 / SHARDS, "none": 0.0}[kind]

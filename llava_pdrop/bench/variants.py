@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_pdrop.bench.training import Arm, Measured, Trainer, measure
+from llava_pdrop.bench.train_step import Arm, Measured, Trainer, measure
 from llava_pdrop.model.attention import BACKENDS
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
 
 STEPS, WARMUP = 3, 1

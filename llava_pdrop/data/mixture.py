@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from llava_pdrop.config_values import ConfigError, Problem, convert_fields, did_you_mean, keys_of, nearest_key
+from llava_pdrop.config.values import convert_fields, keys_of, nearest_key
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.records import Part, Records
+from llava_pdrop.errors import ConfigError, Problem, did_you_mean
 
 SUFFIXES = (".yaml", ".yml")
 """A data file with one of these is a mixture."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from llava_pdrop.data.readers import Entry, open_entries
-from llava_pdrop.data.record_error import RecordError
+from llava_pdrop.errors import RecordError
 from llava_pdrop.types import IMAGE_MARKER, ImageSource, Record, Turn
 
 ROLES: dict[str, Literal["human", "gpt"]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_pdrop.data.images import image_size
-from llava_pdrop.data.records import RecordError, Records
+from llava_pdrop.data.records import Records
+from llava_pdrop.errors import RecordError
 from llava_pdrop.types import ImageSource, Record
 
 BLOCK = 512

@@ -36,7 +36,7 @@ from llava_pdrop.data.labels import (
     expand_slots,
     token_counts,
 )
-from llava_pdrop.data.records import RecordError
+from llava_pdrop.errors import RecordError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER, ImageInput, Record, Sample
 

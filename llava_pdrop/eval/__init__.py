@@ -1,1 +1,1 @@
-"""Evaluation by generation (`runner.py`), and the comparison of runs (`compare.py`, `report.py`)."""
+"""Evaluation by generation: questions, answers, scores. Read `evaluate.py` first."""

@@ -13,9 +13,10 @@ from llava_pdrop.data.conversation import Template
 from llava_pdrop.data.images import load_image, preprocess
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.eval.benchmarks import Question
+from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.generate.prefill import Step
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.plugin import Step, attach, detach
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import Sample
 
 

@@ -1,6 +1,6 @@
 """Does it learn? The embedded task from a decoder that is grown on the spot, every schedule trained and evaluated.
 
-Nothing is downloaded: the decoder of ``data/tiny`` becomes a larger one (`model.grow`), and the pages are drawn.
+Nothing is downloaded: the decoder of ``data/tiny`` becomes a larger one (`checkpoint.grow`), and the pages are drawn.
 What is left to learn: pages longer than that decoder has seen, pictures it has never read, and the noise it got.
 """
 
@@ -18,16 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
-from llava_pdrop.bench.report import environment
-from llava_pdrop.config import Config, ConfigError, load_config
+from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.grow import grow_decoder, grow_projector
+from llava_pdrop.config.load import load_config
+from llava_pdrop.config.schema import Config
+from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.benchmarks import Question
-from llava_pdrop.eval.compare import DROPPING, VANILLA, timing_of
-from llava_pdrop.eval.runner import Result, answer, load_questions
-from llava_pdrop.model.build import Parts, build_parts
-from llava_pdrop.model.grow import grow_decoder, grow_projector
+from llava_pdrop.eval.evaluate import DROPPING, VANILLA, Result, answer, load_questions
+from llava_pdrop.report.environment import environment
+from llava_pdrop.runtime.device import release_memory
+from llava_pdrop.runtime.preemption import Preempted
 from llava_pdrop.train.checkpoints import newest_whole
-from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, release_memory
-from llava_pdrop.train.preemption import Preempted
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, timing_of
 from llava_pdrop.train.run import load_parts, prepare_data, say, train
 
 SHIPPED = Path("data/tiny")

@@ -13,11 +13,11 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from llava_pdrop.config import Config, ConfigError
+from llava_pdrop.config.schema import Config
+from llava_pdrop.errors import ConfigError
+from llava_pdrop.runtime.ranks import from_every_rank, number_of_processes
+from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.arguments import first_line
-from llava_pdrop.train.history import number_of_processes
-from llava_pdrop.train.ranks import from_every_rank
-from llava_pdrop.train.watchdog import SHARE_OF_TIMEOUT, Watchdog
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ ALONE = Team()
 @contextmanager
 def team_of(config: Config, directory: Path) -> Iterator[Team]:
     """The processes of this program, each on its GPU, or on the CPU where there is none or ``train.use_cpu`` says so.
-    One that is stuck is named after 0.9 of ``train.ddp_timeout`` (`train.watchdog`).
+    One that is stuck is named after 0.9 of ``train.ddp_timeout`` (`runtime.watchdog`).
 
     Args:
         directory: where all of them can write.

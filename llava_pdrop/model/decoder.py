@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from llava_pdrop.model.pyramid_drop import RANKERS, Instruction, keep_index
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import Stage, StreamPlan
+from llava_pdrop.schedule import Schedule
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each (1, T, E)."""

@@ -7,8 +7,8 @@ Two steps, both free of device synchronisation because the host knows every coun
 1. a *ranker* gives each token of the stream a score (`RANKERS`; adding one is one entry);
 2. `keep_index` turns the scores into the stream positions that survive.
 
-The training loop (`decoder.py`) and the plug-in for Hugging Face's ``generate`` (`plugin.py`) both call this file.
-Shape letters: see `llava_pdrop/types.py`. What the official code does in every corner: golden/README section 4.
+The training loop (`decoder.py`) and the plug-in for Hugging Face's ``generate`` (`generate/plugin.py`) both call this
+file. Shape letters: see `llava_pdrop/types.py`. What the official code does in every corner: golden/README section 4.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.attention import Segments
 from llava_pdrop.model.pyramid_drop import Candidates
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
 

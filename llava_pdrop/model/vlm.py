@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model import attention
 from llava_pdrop.model.decoder import Drop, run_decoder
-from llava_pdrop.model.loss import label_loss
 from llava_pdrop.model.pyramid_drop import RANKERS
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import dummy_pixels, image_features
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
 Host: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
@@ -157,3 +157,14 @@ def geometry_of(config: Any) -> ImageGeometry:
         pinpoints=tuple((width, height) for height, width in config.image_grid_pinpoints),
         rounding=getattr(config, "image_rounding", "original"),
     )
+
+
+# The language-model loss, computed where a label is and nowhere else.
+
+
+def label_loss(lm_head: nn.Module, x_TD: Tensor, predict_row: Tensor, label_L: Tensor) -> Tensor:
+    """Sum over the labels (L,) of the cross entropy, in float32, of the tokens before them (rows ``predict_row`` of
+    ``x_TD``). Divide by the number of label tokens of the whole optimizer step: a mean here would weigh a token by the
+    length of the micro-batch it happens to be in. No labels give 0 with a gradient of 0."""
+    logits_LV = lm_head(x_TD.index_select(0, predict_row))
+    return F.cross_entropy(logits_LV.float(), label_L, reduction="sum")

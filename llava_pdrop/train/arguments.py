@@ -17,9 +17,9 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
-from llava_pdrop.config import Config, ConfigError
-from llava_pdrop.model.hardware import peak_flops
-from llava_pdrop.model.precision import has_fast_bfloat16
+from llava_pdrop.config.schema import Config
+from llava_pdrop.errors import ConfigError
+from llava_pdrop.runtime.device import has_fast_bfloat16, peak_flops
 
 DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
 """Training arguments where a config says nothing: a line of metrics per step, no outside service, and a loss that is

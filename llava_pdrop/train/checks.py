@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from accelerate.utils import DynamoBackend
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.models.llama import modeling_llama
+from transformers.utils import is_torch_tf32_available
 
-from llava_pdrop.config import Config, ConfigError, check_paths, load_config
-from llava_pdrop.config_paths import number, part_configs, pretrain_words
-from llava_pdrop.config_values import did_you_mean
+from llava_pdrop.config.load import load_config
+from llava_pdrop.config.paths import check_name, check_paths, number, part_configs, pretrain_words
+from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
-from llava_pdrop.train.check_arguments import check_arguments
+from llava_pdrop.errors import ConfigError, did_you_mean
+from llava_pdrop.runtime.ranks import environment_kept, number_of_processes
+from llava_pdrop.train.arguments import first_line, given_arguments, recomputes_activations
 from llava_pdrop.train.history import FINISHED_FILE
 
 
@@ -83,15 +94,6 @@ def check_reporting(config: Config) -> None:
             raise ConfigError(f"{key} the package of {service} is not installed")
 
 
-def check_name(config: Config, key: str, name: str, known: Iterable[str]) -> None:
-    """Raises `ConfigError` if ``name``, the value of ``key``, is none of ``known``."""
-    known = sorted(known)
-    if name not in known:
-        raise ConfigError(
-            f"{config.file}: unknown {key} {name!r}: choose one of {known}{did_you_mean(name, known, cutoff=0.3)}"
-        )
-
-
 def stage1_config(config: Config) -> Config | None:
     """The config that ``pretrain`` names, with its overrides; None where the run has no stage 1.
 
@@ -119,3 +121,237 @@ def _part(config: Config, key: str) -> str | int | None:
         return config.model.image_size or (number(tower, "image_size") if tower else None)
     part = config.model.path or getattr(config.model, key)
     return os.path.normpath(part) if part else None
+
+
+# Mistakes in the ``train:`` section, found before anything is trained: those of stage 2 too, which begins hours later.
+#
+# Names, types and lists of values are looked at when a config is read (`llava_pdrop.config.load`). The rest is tried
+# out by the libraries themselves, where nothing can depend on it: `TrainingArguments` without a device or a process
+# group, and the optimizer and the schedule of its learning rate on one number.
+
+NEED_EVALUATION: dict[str, tuple[Any, ...]] = {
+    "eval_strategy": ("steps", "epoch"),
+    "eval_on_start": (True,),
+    "load_best_model_at_end": (True,),
+    "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
+    "save_strategy": ("best",),
+}
+"""Training argument -> its values that want the model evaluated between the steps."""
+
+NOT_DONE_HERE = {
+    "auto_find_batch_size": "the order of the batches is made before the first step",
+    "data_seed": "seed is that of the order of the data too",
+    "dataloader_drop_last": "every sample has its place in the order of the batches",
+    "group_by_length": "packed micro-batches have no padding, and data.tokens_per_batch evens out their length",
+    "include_num_input_tokens_seen": "metrics.jsonl has the tokens of every step",
+    "label_smoothing_factor": "the loss is the cross entropy of the labels as they are",
+    "neftune_noise_alpha": "the embeddings are not the model's outermost, where the Trainer looks for them",
+    "train_sampling_strategy": "packed micro-batches have no padding, and data.tokens_per_batch evens out their length",
+    "use_liger_kernel": "its kernels are for whole Hugging Face models, and packed samples have their own",
+}
+"""Training argument that is for other models or other data -> why, or what there is instead."""
+
+OFF = (None, False, 0, "no", "random")
+"""Values with which a training argument asks for nothing."""
+
+NEEDED_BY_DEEPSPEED = ("gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu")
+"""What DeepSpeed replaces by values of its own where its settings leave it out."""
+
+NOT_DEEPSPEEDS = {"optimizer": "train.optim", "scheduler": "train.lr_scheduler_type"}
+"""Section of DeepSpeed's settings that would take the place of ours, and with it the learning rates of the parts."""
+
+NOT_TRIED = ("deepspeed", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")
+"""Training arguments that change the process they are read in."""
+
+LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError, RuntimeError)
+"""What the libraries raise at settings that they do not take."""
+
+ZERO_STAGES = (0, 1, 2, 3)
+
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+
+class TriedArguments(TrainingArguments):
+    """`TrainingArguments` that only look at their values: no device is taken, no other process is waited for."""
+
+    @property
+    def device(self) -> torch.device:
+        """None is looked for."""
+        return torch.device("cpu")
+
+    @property
+    def world_size(self) -> int:
+        """As the launcher says."""
+        return number_of_processes()
+
+
+def check_arguments(config: Config) -> None:
+    """Raises at the first setting in ``train:`` with which the run would fail, or would silently not be what it says.
+
+    Raises:
+        ConfigError: one line with file, key and remedy.
+    """
+    given, line = config.train.arguments, f"{config.file}: train"
+    for name, values in NEED_EVALUATION.items():
+        if given.get(name) in values:
+            raise ConfigError(
+                f"{line}.{name}: {given[name]!r} needs a run that evaluates itself, none does: llava-pdrop eval does"
+            )
+    for name, reason in NOT_DONE_HERE.items():
+        if given.get(name) not in OFF:
+            raise ConfigError(f"{line}.{name}: {given[name]!r} cannot be done here ({reason}): leave it away")
+    check_engine(config)
+    args = tried_arguments(config)
+    if config.train.recompute_layers is not None and not recomputes_activations(args):
+        raise ConfigError(f"{line}.recompute_layers needs train.gradient_checkpointing=true")
+    if args.max_steps == 0:
+        raise ConfigError(f"{line}.max_steps must be above 0, or -1 (as many as train.num_train_epochs has), got 0")
+    if args.save_strategy == "steps" and args.save_steps <= 0:
+        raise ConfigError(f"{line}.save_steps must be above 0, got {args.save_steps:g}: save_strategy 'no' saves none")
+    check_optimizer(config, args)
+    if given.get("deepspeed"):
+        check_deepspeed(config, args)
+
+
+def check_engine(config: Config) -> None:
+    """Raises `ConfigError` if the machine, or the way the run was launched, is not what ``train:`` needs."""
+    given, line, processes = config.train.arguments, f"{config.file}: train", number_of_processes()
+    if processes > 1 and not given.get("use_cpu") and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"{config.file}: {processes} processes were started, but without GPUs each of them would train alone: "
+            "train.use_cpu=true makes one run of them"
+        )
+    check_tf32(config)
+    compiler, known = given.get("torch_compile_backend"), [name.lower() for name in DynamoBackend.list()]
+    if compiler is not None and str(compiler).lower() not in known:
+        raise ConfigError(
+            f"{line}.torch_compile_backend cannot be {compiler!r}: choose one of {known}{did_you_mean(compiler, known)}"
+        )
+    if not given.get("fsdp"):
+        return
+    if given.get("deepspeed"):
+        raise ConfigError(f"{line}.fsdp and train.deepspeed exclude each other: say it by train.engine alone")
+    if processes == 1:
+        raise ConfigError(
+            f"{line}.fsdp shards the model over several processes, and this is one: launch more (scripts/README.md), "
+            "or train.engine=ddp"
+        )
+    if isinstance(given.get("fsdp_config"), str):
+        read_settings(config, "fsdp_config")
+
+
+def check_tf32(config: Config) -> None:
+    """Raises `ConfigError` if the run asks for TF32 where there is none, or where positions would suffer from it."""
+    given, line = config.train.arguments, f"{config.file}: train"
+    if given.get("tf32") and not is_torch_tf32_available():
+        raise ConfigError(f"{line}.tf32 needs a GPU of NVIDIA's Ampere generation or later: train.tf32=null")
+    compiled = any(given.get(name) for name in NOT_TRIED if name.startswith("torch_compile"))
+    on_gpu = is_torch_tf32_available() and not given.get("use_cpu")
+    by_compiling = compiled and on_gpu and given.get("tf32") is None and (given.get("bf16") or not given.get("fp16"))
+    if not (given.get("tf32") or by_compiling) or not rotary_angles_are_a_product():
+        return
+    reason = (
+        f"transformers {transformers.__version__} makes the angles of rotary position embeddings by a matrix product, "
+        "in which TF32 rounds positions and frequencies to 11 bits"
+    )
+    if given.get("tf32"):
+        raise ConfigError(f"{line}.tf32 cannot be: {reason}: train.tf32=null, or transformers from 5.19 on")
+    raise ConfigError(
+        f"{line}.torch_compile allows TF32, which cannot be: {reason}: train.tf32=false, or transformers from 5.19 on"
+    )
+
+
+def rotary_angles_are_a_product() -> bool:
+    """Whether this transformers makes rotary angles by a matrix product (5.17 and 5.18 do) or number by number. Seen by
+    the operations of LLaMA's module, which the other decoders have copies of."""
+    rotary = modeling_llama.LlamaRotaryEmbedding(LlamaConfig(hidden_size=8, num_attention_heads=1))
+    with FlopCounterMode(display=False) as counter:
+        rotary(torch.zeros(1, 2, 8), torch.arange(2)[None])
+    return counter.get_total_flops() > 0  # it counts matrix products only
+
+
+def tried_arguments(config: Config) -> TriedArguments:
+    """The training arguments as far as they are values.
+
+    Raises:
+        ConfigError: transformers refuses them.
+    """
+    arguments = {name: value for name, value in given_arguments(config).items() if name not in NOT_TRIED}
+    try:
+        with environment_kept():
+            return TriedArguments(**arguments)
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
+
+
+def check_optimizer(config: Config, args: TrainingArguments) -> None:
+    """Raises `ConfigError` if the optimizer or the schedule of its learning rate cannot be made: a package is not
+    installed, ``optim_args`` or ``lr_scheduler_kwargs`` do not fit it."""
+    group = {
+        "params": [torch.zeros(1, requires_grad=True)],
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+    }
+    key = "optim"
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind([group], **options)
+        key = "lr_scheduler_type"
+        plain = torch.optim.SGD([group], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, plain, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except LIBRARY_ERRORS as error:
+        name = getattr(args, key).value
+        raise ConfigError(f"{config.file}: train.{key}: {name}: {first_line(error)}") from error
+
+
+def check_deepspeed(config: Config, args: TriedArguments) -> None:
+    """Raises `ConfigError` if the settings for DeepSpeed cannot be read, do not say what the run says, or leave the
+    weights of ZeRO-3 in pieces where they are saved, after the last step."""
+    content = read_settings(config, "deepspeed")
+    line = f"{config.file}: train.deepspeed: {_named(config.train.arguments['deepspeed'])}"
+    for section in ("bf16", "fp16", "zero_optimization"):
+        if not isinstance(content.get(section, {}), Mapping):
+            raise ConfigError(f"{line}: its {section!r} must be a mapping of keys, got {content[section]!r}")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage not in ZERO_STAGES:
+        raise ConfigError(f"{line}: zero_optimization.stage must be one of {list(ZERO_STAGES)}, got {stage!r}")
+    for section, key in NOT_DEEPSPEEDS.items():
+        if section in content:
+            raise ConfigError(f"{line}: its {section!r} would replace that of the run: remove it, and set {key}")
+    for name in NEEDED_BY_DEEPSPEED:
+        if name not in content:
+            raise ConfigError(f'{line} needs "{name}": "auto"')
+    try:
+        settings = HfTrainerDeepSpeedConfig(content)
+        settings.trainer_config_process(args)
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"{line}: {first_line(error)}") from error
+    if settings.mismatches:
+        other = "; ".join(entry.removeprefix("- ") for entry in settings.mismatches)
+        raise ConfigError(f'{line} does not say what the config says: {other}: write "auto" there')
+    if settings.is_zero3() and settings.get_value(f"zero_optimization.{GATHER}") is not True:
+        raise ConfigError(f"{line} needs zero_optimization.{GATHER}: true")
+
+
+def read_settings(config: Config, name: str) -> Mapping[str, Any]:
+    """The settings that ``train.NAME`` holds, or the JSON file that it names.
+
+    Raises:
+        ConfigError: that cannot be read, or holds no keys.
+    """
+    value = config.train.arguments[name]
+    line = f"{config.file}: train.{name}: {_named(value)}"
+    try:
+        content = json.loads(Path(value).read_text(encoding="utf-8")) if isinstance(value, str) else value
+    except OSError as error:
+        raise ConfigError(f"{line}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{line}: not readable as JSON: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{line}: must be a mapping of keys, got {type(content).__name__}")
+    return content
+
+
+def _named(settings: Any) -> str:
+    """A file by its path, settings that stand in the config itself by what they are."""
+    return settings if isinstance(settings, str) else "the mapping"

@@ -14,8 +14,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from llava_pdrop.config import RUN_FILE, Config, ConfigError, to_yaml
+from llava_pdrop.config.load import RUN_FILE, to_yaml
+from llava_pdrop.config.schema import Config
 from llava_pdrop.data.mixture import data_files
+from llava_pdrop.errors import ConfigError
+from llava_pdrop.runtime.ranks import number_of_processes
 from llava_pdrop.train.bad_samples import REPORT_FILE
 from llava_pdrop.train.checkpoints import STAGING, all_checkpoints, newest_whole, read_manifest, what_is_torn
 from llava_pdrop.train.metrics import writing
@@ -219,11 +222,6 @@ def _check_processes(checkpoint: Path, config: Config, say: Callable[[str], None
         "rankers draw other numbers, so the results are close to those of the first run, not equal"
     )
     return True
-
-
-def number_of_processes() -> int:
-    """Processes of this run, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _differences(file: Path, config: Config, arguments: Sequence[str] = MAY_CHANGE_ON_RESUME) -> list[str]:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
-import resource
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from llava_pdrop.model.vlm import Output
-from llava_pdrop.train.clock import PARTS, StepClock
+from llava_pdrop.runtime.clock import PARTS, StepClock
+from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
 
 METRICS_FILE = "metrics.jsonl"
-MIB = 2**20
-STATUS = Path("/proc/self/status")
-CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class StepMeter(TrainerCallback):
@@ -201,43 +199,132 @@ def steps_of(rows: Sequence[dict[str, Any]]) -> list[int]:
     return [step - before for before, step in pairwise([0, *(row["step"] for row in rows)])]
 
 
-def reset_peak_memory() -> None:
-    """Lets `peak_memory` start from now, where the system can (Linux; not in every container)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        CLEAR_REFS.write_text("5")
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Highest memory in MiB since `reset_peak_memory`: resident memory of this process and, where ``device`` is a GPU,
-    of CUDA's allocator."""
-    peaks = {"peak_rss_mib": _peak_rss() / MIB}
-    if device.type == "cuda":
-        peaks["peak_cuda_mib"] = torch.cuda.max_memory_allocated(device) / MIB
-    return peaks
-
-
-def release_memory() -> None:
-    """Gives freed memory back to the system, so that the peak of the next run in this process is its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with suppress(AttributeError, OSError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def _peak_rss() -> int:
-    try:
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _plus(left: list[int], right: list[int]) -> list[int]:
     return [a + b for a, b in zip(left, right, strict=True)] if left else list(right)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A training run's median step, its first steps left out (where a log line is of several steps, the median of the
+    lines, which are means). ``device`` says which time counts: on a GPU the wall time between CUDA events, on a CPU the
+    time all cores were busy with it, which other programs hardly touch."""
+
+    wall: float
+    cpu: float
+    peak_mib: float
+    device: str
+    steps: int
+
+    @property
+    def seconds(self) -> float:
+        return self.wall if self.device == "cuda" else self.cpu
+
+
+def timing_of(file: Path) -> Timing | None:
+    """Medians of a ``metrics.jsonl``; a fifth of the steps, at most 10, count as warm-up, and with them the steps that
+    share a log line with one of them (``train.logging_steps``), if others are left. None where no step was logged or
+    the file is gone."""
+    rows = [row for row in read_metrics(file) if "loss" in row] if file.is_file() else []
+    if not rows:
+        return None
+    steps = rows[-1]["step"]
+    warmup = min(10, steps // 5)
+    steady = [row for row, count in zip(rows, steps_of(rows)) if row["step"] - count >= warmup] or rows
+    cuda = any("peak_cuda_mib" in row for row in rows)
+    return Timing(
+        wall=statistics.median(row["step_seconds"] for row in steady),
+        cpu=statistics.median(row["step_cpu_seconds"] for row in steady),
+        peak_mib=max(row["peak_cuda_mib" if cuda else "peak_rss_mib"] for row in rows),
+        device="cuda" if cuda else "cpu",
+        steps=steps,
+    )
+
+
+# The one line a run shows while it runs.
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Of a run whose output goes to a file, where a line cannot be overwritten."""
+
+LINE_FORMAT = "step {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+"""On a terminal, for tqdm, as in a file: without a bar, which would take the room of the numbers."""
+
+
+class Line(tqdm):
+    """Tqdm's line, which it would let run on into a second one: from the right, numbers fall away until it fits."""
+
+    def __str__(self) -> str:
+        return shortened(str(super().__str__()), self.ncols)
+
+
+class Progress(TrainerCallback):
+    """On a terminal one changing line, elsewhere a line every half minute and at the last step; on the first rank."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.text = ""
+        self._first_step, self._began, self._printed = 0, 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_step, self._began, self._printed = state.global_step, time.perf_counter(), -SECONDS_BETWEEN_LINES
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = Line(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=LINE_FORMAT
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        self.text = describe(logs)
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.text)
+        elif now - self._printed >= SECONDS_BETWEEN_LINES or state.global_step >= state.max_steps:
+            self._printed = now
+            done, left = state.global_step - self._first_step, state.max_steps - state.global_step
+            eta = tqdm.format_interval((now - self._began) / max(1, done) * left)
+            print(f"step {state.global_step}/{state.max_steps}, {eta} left, {self.text}", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def describe(logs: Mapping[str, Any]) -> str:
+    """The numbers of a log line as text, as far as they are there, the most important ones first."""
+    shown = (("loss", "loss {:.4f}"), ("learning_rate", "lr {:.1e}"), ("tokens_per_second", "{:,.0f} tokens/s"))
+    pieces = [text.format(logs[name]) for name, text in shown if name in logs]
+    for name, title in (("mfu", "MFU"), ("data_wait_share", "data wait")):
+        if name in logs:
+            pieces.append(f"{title} {logs[name]:.1%}")
+    for name, title in (("peak_cuda_mib", "GPU memory"), ("peak_rss_mib", "memory")):
+        if name in logs:
+            pieces.append(f"{title} {logs[name] / 1024:.1f} GiB")
+            break
+    images = stages(logs, "image_tokens")
+    if images:
+        pieces.append(f"image tokens {'>'.join(f'{count:.0f}' for count in images)}")
+    return ", ".join(pieces)
+
+
+def shortened(line: str, columns: int | None) -> str:
+    """``line`` in less than ``columns`` (None: not known, as it is), so that no terminal breaks it: of its pieces, with
+    commas between them, as many as fit."""
+    if not columns:
+        return line
+    pieces = line.split(", ")
+    while len(pieces) > 1 and len(", ".join(pieces)) >= columns:
+        pieces.pop()
+    return ", ".join(pieces)[: columns - 1]
+
+
+def stages(row: Mapping[str, Any], name: str) -> list[float]:
+    """``NAME_0``, ``NAME_1``, ... of a log line: before any drop, after the first one, ..."""
+    values: list[float] = []
+    while f"{name}_{len(values)}" in row:
+        values.append(row[f"{name}_{len(values)}"])
+    return values

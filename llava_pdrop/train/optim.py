@@ -11,7 +11,8 @@ from rich.table import Table
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from llava_pdrop.model.lora import ADAPTER
+from llava_pdrop.checkpoint.lora import ADAPTER
+from llava_pdrop.model.vision import used_tower_layers
 
 PARTS: dict[str, tuple[str, ...]] = {
     "language_model": ("model.language_model.", "lm_head."),
@@ -61,12 +62,6 @@ def freeze(model: nn.Module, trainable: Collection[str]) -> None:
         part = part_of(name)
         fixed = _is_unused(name, used) or (adapted and part == "language_model" and not ADAPTER.search(name))
         parameter.requires_grad_(part in trainable and not fixed)
-
-
-def used_tower_layers(config: Any) -> int:
-    """How many of the tower's layers, from the first one, lead to the features that are used."""
-    layer = config.vision_feature_layer
-    return config.vision_config.num_hidden_layers + 1 + layer if layer < 0 else layer
 
 
 def _is_unused(name: str, used: int) -> bool:

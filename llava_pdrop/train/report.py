@@ -13,10 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from llava_pdrop.style import STYLE
+from llava_pdrop.report.style import STYLE
 from llava_pdrop.train.bad_samples import REPORT_FILE as BAD_SAMPLES_FILE
-from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, steps_of, writing
-from llava_pdrop.train.progress import stages
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, stages, steps_of, writing
 
 REPORT_FILE, PICTURE_FILE = "training.md", "training.png"
 

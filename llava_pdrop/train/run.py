@@ -15,7 +15,11 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from llava_pdrop.config import Config, ConfigError, to_yaml
+from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.load import PROJECTOR_FILE
+from llava_pdrop.config.load import to_yaml
+from llava_pdrop.config.paths import check_name
+from llava_pdrop.config.schema import Config
 from llava_pdrop.data.clean_index import CleanIndex
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
@@ -23,13 +27,15 @@ from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.model.build import Parts, build_parts
-from llava_pdrop.model.checkpoint import PROJECTOR_FILE
+from llava_pdrop.errors import ConfigError
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.runtime.device import release_memory
+from llava_pdrop.runtime.preemption import Preempted
+from llava_pdrop.runtime.ranks import by_first_rank, engine_for_one_run
+from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
+from llava_pdrop.train.adapters import adapt
 from llava_pdrop.train.arguments import first_line, learning_rates, training_arguments
-from llava_pdrop.train.check_arguments import check_arguments
-from llava_pdrop.train.checks import check_name, check_run, stage1_config
-from llava_pdrop.train.engine import engine_for_one_run
+from llava_pdrop.train.checks import check_arguments, check_run, stage1_config
 from llava_pdrop.train.history import (
     checkpoint_to_resume,
     clear,
@@ -39,13 +45,8 @@ from llava_pdrop.train.history import (
     mark_finished,
     why_outdated,
 )
-from llava_pdrop.train.lora import adapt
-from llava_pdrop.train.metrics import release_memory
 from llava_pdrop.train.optim import freeze, trainable_table
-from llava_pdrop.train.preemption import Preempted
-from llava_pdrop.train.ranks import by_first_rank
 from llava_pdrop.train.trainer import PyramidTrainer
-from llava_pdrop.train.watchdog import SHARE_OF_TIMEOUT, Watchdog
 
 SKIPPED_FILE = "skipped.jsonl"
 """In ``output_dir``: the records that ``data.on_invalid: skip`` left out, and why."""
@@ -64,7 +65,7 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: something named in the config is missing or impossible.
-        Preempted: a signal said stop (see `llava_pdrop.train.preemption`).
+        Preempted: a signal said stop (see `llava_pdrop.runtime.preemption`).
     """
     check_run(config)
     prepare_data(config)

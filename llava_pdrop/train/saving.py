@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 
+from llava_pdrop.runtime.ranks import from_every_rank, number_of_ranks
+from llava_pdrop.runtime.watchdog import Watchdog
 from llava_pdrop.train import checkpoints
+from llava_pdrop.train.adapters import base_left_out, is_adapted
 from llava_pdrop.train.checkpoints import STAGING, CheckpointError
-from llava_pdrop.train.lora import base_left_out, is_adapted
-from llava_pdrop.train.ranks import from_every_rank, number_of_ranks
-from llava_pdrop.train.watchdog import Watchdog
 
 LOG_STATE = "log_state_{rank}.pt"
 """In a checkpoint: the loss a rank has summed up since the last line of the log."""

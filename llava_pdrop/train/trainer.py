@@ -10,34 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import nested_gather
 
-from llava_pdrop.config import RUN_FILE
+from llava_pdrop.checkpoint.layouts import HF_TO_HOST, in_memory, rename
+from llava_pdrop.checkpoint.load import load_strictly, save_pretrained, save_projector
+from llava_pdrop.checkpoint.lora import ADAPTER_CONFIG
+from llava_pdrop.checkpoint.shards import open_tensors
+from llava_pdrop.checkpoint.zero3 import own_tensors
+from llava_pdrop.config.load import RUN_FILE
+from llava_pdrop.cost.flops import step_flops
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
-from llava_pdrop.model.checkpoint import load_strictly, save_pretrained, save_projector
-from llava_pdrop.model.flops import step_flops
-from llava_pdrop.model.layouts import HF_TO_HOST, in_memory, rename
-from llava_pdrop.model.lora import ADAPTER_CONFIG
-from llava_pdrop.model.shards import open_tensors
 from llava_pdrop.model.vlm import Output, PyramidLlava
-from llava_pdrop.model.zero3 import own_tensors
+from llava_pdrop.runtime.clock import StepClock
+from llava_pdrop.runtime.preemption import Preemption, outlive_signals
+from llava_pdrop.runtime.ranks import from_every_rank, number_of_ranks
+from llava_pdrop.runtime.watchdog import Watchdog
+from llava_pdrop.train.adapters import fingerprint_of_base, is_adapted, load_adapters, save_adapters
 from llava_pdrop.train.arguments import peak_of, recomputes_activations
 from llava_pdrop.train.bad_samples import REPORT_FILE, BadSample, CheckedSamples, collate_checked
 from llava_pdrop.train.checkpoints import read_manifest
-from llava_pdrop.train.clock import StepClock
-from llava_pdrop.train.guard import StepGuard
-from llava_pdrop.train.lora import fingerprint_of_base, is_adapted, load_adapters, save_adapters
-from llava_pdrop.train.metrics import MetricsFile, StepMeter
+from llava_pdrop.train.metrics import MetricsFile, Progress, StepMeter
 from llava_pdrop.train.optim import parameter_groups, part_of
-from llava_pdrop.train.preemption import Preemption, outlive_signals
-from llava_pdrop.train.progress import Progress
 from llava_pdrop.train.saving import SavingTrainer
-from llava_pdrop.train.watchdog import Watchdog
 from llava_pdrop.types import PackedBatch
 
 
@@ -292,3 +291,70 @@ class PyramidTrainer(SavingTrainer):
             return load_adapters(host, directory)
         tensors = rename(open_tensors(directory), HF_TO_HOST)
         load_strictly(host, in_memory(tensors, own_tensors(host)), resume_from_checkpoint)
+
+
+# What is looked at once in every optimizer step, before its last backward pass: is every loss a number, and was any
+# rank told to stop?
+#
+# The answer needs one all-reduce of a few numbers and makes the host wait for the device once per optimizer step,
+# between the last forward and the last backward. It cannot come later: DeepSpeed takes its optimizer step within the
+# last backward. Micro-batches before the last one are never waited for. The wait costs what the host could have queued
+# ahead, the first kernels of one backward pass; a run that logs every step (the default) waits at its end anyway.
+
+
+class NotFiniteError(ValueError):
+    """A loss is NaN or infinite."""
+
+
+class StepGuard:
+    """Collects the losses of a step's micro-batches on the device, and looks at them together.
+
+    Args:
+        device: of the losses.
+        rank: of this process.
+        preemption: is told what the ranks agree on.
+    """
+
+    def __init__(self, device: torch.device, rank: int, preemption: Preemption) -> None:
+        self.device, self.rank, self.preemption = device, rank, preemption
+        self._losses: list[Tensor] = []
+        self._samples: list[list[str]] = []
+
+    def watch(self, loss: Tensor, sample_ids: list[str]) -> None:
+        """Notes the loss (scalar) of a micro-batch; waits for nothing."""
+        self._losses.append(loss.detach().float())
+        self._samples.append(sample_ids)
+
+    def check(self, step: int) -> None:
+        """Looks at all losses since the last call, on all ranks together.
+
+        Args:
+            step: number of the optimizer step that is about to be made, from 1.
+
+        Raises:
+            NotFiniteError: some loss is no number; on every rank, naming rank, micro-batch and samples.
+        """
+        ranks = number_of_ranks()
+        flags = torch.zeros(ranks + 1, device=self.device)
+        flags[self.rank] = (~torch.stack(self._losses).isfinite()).any()
+        flags[ranks] = float(self.preemption.received is not None)
+        if ranks > 1:
+            distributed.all_reduce(flags)
+        *failed, signals = flags.tolist()
+        self.preemption.agreed = signals > 0
+        losses, samples = self._losses, self._samples
+        self._losses, self._samples = [], []
+        if any(failed):
+            lines = from_every_rank(self._describe(losses, samples))
+            raise NotFiniteError(
+                f"step {step} is not made, its loss is not a number: {'; '.join(line for line in lines if line)}; look "
+                "at these samples, lower train.learning_rate, or give train.max_grad_norm; the last checkpoint is sound"
+            )
+
+    def _describe(self, losses: list[Tensor], samples: list[list[str]]) -> str:
+        found = [
+            f"rank {self.rank}, micro-batch {number} of {len(losses)}, loss {loss:g}, samples {', '.join(ids)}"
+            for number, (loss, ids) in enumerate(zip(torch.stack(losses).tolist(), samples), 1)
+            if loss != loss or loss in (float("inf"), float("-inf"))
+        ]
+        return "; ".join(found)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from llava_pdrop.config import load_config
+from llava_pdrop.config.load import load_config
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train import arguments, run
 

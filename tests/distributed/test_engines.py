@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from llava_pdrop.config import load_config
-from llava_pdrop.model.build import build_parts
-from llava_pdrop.model.checkpoint import PROJECTOR_FILE
+from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.checkpoint.load import PROJECTOR_FILE
+from llava_pdrop.config.load import load_config
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.run import train
 from tests.distributed.program import visits_of

@@ -24,7 +24,7 @@ from tests.restarts import once_more
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tests.faults.processes", "llava_pdrop.train.run", "llava_pdrop.eval.runner", "deepspeed"]
+    ["tests.faults.processes", "llava_pdrop.train.run", "llava_pdrop.eval.evaluate", "deepspeed"]
 )
 
 SIGNALS = {
@@ -148,8 +148,8 @@ def _rank(
 
 def _arm(fault: Fault) -> None:
     """Lets ``fault`` happen in this process."""
-    from llava_pdrop.eval import runner
-    from llava_pdrop.train import checkpoints, guard, metrics, report, run, saving, trainer
+    from llava_pdrop.eval import evaluate
+    from llava_pdrop.train import checkpoints, metrics, report, run, saving, trainer
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -197,7 +197,7 @@ def _arm(fault: Fault) -> None:
             return original_watch(self, loss * float("nan") if len(watched) == fault.step else loss, sample_ids)
 
         watched: list = []
-        original_watch, guard.StepGuard.watch = guard.StepGuard.watch, watch
+        original_watch, trainer.StepGuard.watch = trainer.StepGuard.watch, watch
     elif fault.kind == "sleep":
 
         def sleep(iterator, count):
@@ -217,7 +217,7 @@ def _arm(fault: Fault) -> None:
             return original_prompt(*args)
 
         asked: list = []
-        original_prompt, runner.prompt_sample = runner.prompt_sample, prompt_sample
+        original_prompt, evaluate.prompt_sample = evaluate.prompt_sample, prompt_sample
     elif fault.kind.startswith("sleep_"):
         room, name = {
             "sleep_loading": (run, "load_parts"),

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_pdrop.config import load_config
-from llava_pdrop.model.checkpoint import PROJECTOR_FILE
-from llava_pdrop.model.lora import ADAPTER
+from llava_pdrop.checkpoint.load import PROJECTOR_FILE
+from llava_pdrop.checkpoint.lora import ADAPTER
+from llava_pdrop.config.load import load_config
 from llava_pdrop.train.checkpoints import newest_whole, step_of
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics

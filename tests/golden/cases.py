@@ -17,6 +17,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llava_pdrop.checkpoint.build import Parts, build_parts
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.images import load_image, preprocess
@@ -24,8 +25,7 @@ from llava_pdrop.data.labels import IMAGE_SLOT, expand_slots
 from llava_pdrop.data.records import read_records
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.build import Parts, build_parts
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, Record, Sample, Turn
 
 REPOSITORY = Path(__file__).parents[2]

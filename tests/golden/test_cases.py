@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_pdrop.model.checkpoint import ORIGINAL_TO_HOST, rename
+from llava_pdrop.checkpoint.layouts import ORIGINAL_TO_HOST, rename
 from llava_pdrop.model.decoder import Drop
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import image_features
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch, Sample
 from tests.golden.cases import Case, case_files
 from tests.golden.expectations import DEFAULT, NOT_COMPARED, REASONS

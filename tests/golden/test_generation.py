@@ -11,11 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llava_pdrop.model.plugin import Step, attach, detach
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.generate.prefill import Step
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import pack_by_geometry
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch, Sample
 from tests.golden.cases import Case, case_files
 from tests.golden.expectations import DEFAULT, REASONS

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from llava_pdrop.convert import convert
-from llava_pdrop.model.build import Parts, build_parts
-from llava_pdrop.model.layouts import CANONICAL, OBSOLETE
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.convert import convert
+from llava_pdrop.checkpoint.layouts import CANONICAL, OBSOLETE
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 from tests.golden.cases import Case, case_files, directories
 

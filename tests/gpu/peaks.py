@@ -1,4 +1,4 @@
-"""What CUDA's allocator holds beside the bytes that `llava_pdrop.model.memory` predicts."""
+"""What CUDA's allocator holds beside the bytes that `llava_pdrop.cost.memory` predicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 TOLERANCE = 0.1
 """Of the prediction, for what the allocator rounds up and leaves between its blocks. At the shapes of these tests the
-prediction is within 3 % of the tensors of a step (tests/unit/model/test_memory.py)."""
+prediction is within 3 % of the tensors of a step (tests/unit/cost/test_memory.py)."""
 
 
 def cublas_workspaces() -> int:

@@ -10,13 +10,12 @@ import torch
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import variants
-from llava_pdrop.bench.inference_measure import TEXT_TOKENS, Prompt, generate
-from llava_pdrop.bench.inference_report import Case
+from llava_pdrop.bench.prefill import TEXT_TOKENS, Case, Prompt, generate
 from llava_pdrop.bench.shapes import SHAPES, make_model
-from llava_pdrop.bench.timing import REGIONS, parts_of
-from llava_pdrop.bench.training import MIB, Arm, Trainer, measure
+from llava_pdrop.bench.train_step import MIB, Arm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
-from llava_pdrop.model.hardware import device_named
+from llava_pdrop.runtime.clock import REGIONS, parts_of
+from llava_pdrop.runtime.device import device_named
 from tests.gpu.peaks import assert_predicted, cublas_workspaces
 
 HALF_BILLION = replace(

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from llava_pdrop.model.plugin import attach
+from llava_pdrop.generate.plugin import attach
 from tests.parity.generation import ONE, TWO, answers, inputs, make_host, rows_of_all_kinds, run
 from tests.tiny import ANYRES, PAD, PYRAMID, make_sample
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_pdrop.config_schema import LoraSection
-from llava_pdrop.model.lora import ADAPTER
+from llava_pdrop.checkpoint.lora import ADAPTER
+from llava_pdrop.config.schema import LoraSection
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train.lora import attach_adapters, halve_frozen
+from llava_pdrop.train.adapters import attach_adapters, halve_frozen
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.types import PackedBatch
 from tests.tiny import ANYRES, PYRAMID, make_tiny_host, mixed_samples

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from llava_pdrop.checkpoint.hosts import make_host
+from llava_pdrop.cost.memory import predicted_peak
+from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.build import make_host
-from llava_pdrop.model.memory import States, predicted_peak
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 from tests.gpu.peaks import assert_predicted, cublas_workspaces
 from tests.tiny import IMAGE, make_sample

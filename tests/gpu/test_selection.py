@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llava_pdrop.model.pyramid_drop import keep_index
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 from tests.tiny import PAD
 

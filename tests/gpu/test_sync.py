@@ -13,9 +13,9 @@ import torch
 
 from llava_pdrop.model.decoder import run_decoder
 from llava_pdrop.model.pyramid_drop import RANKERS
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 from tests.sync import make_trainer, train_forbidding_reads
 from tests.tiny import ANYRES, PYRAMID, make_sample, make_tiny_host, mixed_samples

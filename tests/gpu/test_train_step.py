@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 from tests.tiny import ANYRES, PYRAMID, make_tiny_host, mixed_samples
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from llava_pdrop.generate.plugin import detach
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model import attention
-from llava_pdrop.model.plugin import detach
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.vlm import Host, PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch, Sample
 from tests.tiny import PAD, make_sample, make_tiny_host
 

@@ -18,13 +18,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.checkpoint.load import load_strictly, save_pretrained, save_projector
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import load_image, preprocess
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.model.build import build_parts
-from llava_pdrop.model.checkpoint import load_strictly, save_pretrained, save_projector
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch, Record, Turn
 from tests.golden.cases import directories
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llava_pdrop.generate.cache import cached_tokens
+from llava_pdrop.generate.plugin import attach
 from llava_pdrop.model import attention
-from llava_pdrop.model.cache import cached_tokens
-from llava_pdrop.model.plugin import attach
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.schedule import Schedule
 from tests.parity.generation import (
     DECODERS,
     NEW,

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_pdrop.config_schema import LoraSection
-from llava_pdrop.model.lora import ADAPTER
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.checkpoint.lora import ADAPTER
+from llava_pdrop.config.schema import LoraSection
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train.lora import attach_adapters
+from llava_pdrop.schedule import Schedule
+from llava_pdrop.train.adapters import attach_adapters
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
 from tests.tiny import DECODERS, make_sample, make_tiny_host

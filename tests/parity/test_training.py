@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_pdrop.model.pyramid_drop import RANKERS
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
 from tests.reference import slow_reference
 from tests.tiny import ANYRES, DECODERS, IMAGE, LAYERS, PAD, PYRAMID, make_sample, make_tiny_host, mixed_samples

@@ -98,7 +98,7 @@ assert not (is_datasets_available() or is_sentencepiece_available() or is_wandb_
 PROGRAMS = """
 from pathlib import Path
 from llava_pdrop.__main__ import main
-from llava_pdrop.config import load_config
+from llava_pdrop.config.load import load_config
 import llava_pdrop.train.run
 
 out = Path({out!r})

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from llava_pdrop.config import load_config
-from llava_pdrop.config_paths import number, part_configs
+from llava_pdrop.checkpoint.hosts import make_host
+from llava_pdrop.config.load import load_config
+from llava_pdrop.config.paths import number, part_configs
+from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.build import make_host
-from llava_pdrop.model.schedule import paper_tflop
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava, geometry_of
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample

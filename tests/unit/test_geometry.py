@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_pdrop.config import ConfigError, load_config
+from llava_pdrop.config.load import load_config
+from llava_pdrop.errors import ConfigError
 from llava_pdrop.geometry import NEWLINE, PAPER_PINPOINTS_5_TILES, PINPOINTS, PINPOINTS_9_TILES, ImageGeometry
 
 ROOT = Path(__file__).parents[2]

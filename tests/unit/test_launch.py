@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from llava_pdrop.config import Config
-from llava_pdrop.config_values import keys_of
+from llava_pdrop.config.schema import Config
+from llava_pdrop.config.values import keys_of
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/llava15_7b/finetune_pdrop.yaml"

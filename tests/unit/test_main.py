@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from llava_pdrop import __main__ as cli
-from llava_pdrop.bench.plan import make_plan
-from llava_pdrop.config import ConfigError, load_config
+from llava_pdrop.config.load import load_config
+from llava_pdrop.cost.plan import make_plan
+from llava_pdrop.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FULL_SIZE = "configs/llava15_7b/finetune_pdrop.yaml"

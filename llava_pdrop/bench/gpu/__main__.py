@@ -32,7 +32,7 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.child:
         from llava_pdrop.bench.gpu.check import run_stages
-        from llava_pdrop.model.hardware import device_named
+        from llava_pdrop.runtime.device import device_named
 
         return run_stages(args.stages.split(","), args.ends, args.child, device_named(args.device))
     seconds = SECONDS if args.seconds is None else args.seconds

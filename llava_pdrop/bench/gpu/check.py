@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from llava_pdrop.bench.gpu.stages import STAGES, Stage, missing
-from llava_pdrop.bench.report import environment
+from llava_pdrop.report.environment import environment
 
 BROKEN = 75
 """Exit status of a process whose CUDA context no longer works."""

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llava_pdrop.bench.gpu.check import Check
-from llava_pdrop.bench.report import commit, driver, package_version
+from llava_pdrop.report.environment import commit, driver, package_version
 
 PACKAGES = (
     "transformers", "accelerate", "peft", "tokenizers", "triton", "numpy", "pillow", "omegaconf", "pytest", "datasets",

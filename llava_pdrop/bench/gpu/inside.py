@@ -18,7 +18,7 @@ from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.gpu.remedies import RemedyArm, RemedyTrainer, try_remedies
 from llava_pdrop.bench.gpu.runner import TRACES
 from llava_pdrop.bench.shapes import SHAPES
-from llava_pdrop.bench.training import Arm, Trainer
+from llava_pdrop.bench.train_step import Arm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.types import PackedBatch
 

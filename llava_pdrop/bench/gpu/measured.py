@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.bench.command import run_train
 from llava_pdrop.bench.gpu.check import Check
-from llava_pdrop.bench.inference import run_prefill
+from llava_pdrop.bench.run import run_prefill, run_train
 
 MIB_IN_GIB = 1024
 

@@ -22,10 +22,10 @@ import torch
 from llava_pdrop.bench.gpu.check import Check, stage_file
 from llava_pdrop.bench.shapes import SHAPES, Shape, make_model
 from llava_pdrop.bench.workload import Workload
-from llava_pdrop.config import load_config
+from llava_pdrop.config.load import load_config
 from llava_pdrop.data.packing import BatchPlan
+from llava_pdrop.runtime.ranks import engine_for_one_run
 from llava_pdrop.train.arguments import learning_rates, training_arguments
-from llava_pdrop.train.engine import engine_for_one_run
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.train.trainer import PyramidTrainer

@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama import modeling_llama
 
 from llava_pdrop.bench.gpu.check import Check
-from llava_pdrop.bench.timing import Seconds, replaced
-from llava_pdrop.bench.training import Arm, Measured, Trainer, measure
-from llava_pdrop.model.hardware import peak_flops
+from llava_pdrop.bench.train_step import Arm, Measured, Trainer, measure
 from llava_pdrop.model.vlm import Output, PyramidLlava
+from llava_pdrop.runtime.clock import Seconds, replaced
+from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.types import PackedBatch
 
 Switch = Callable[[PyramidLlava], AbstractContextManager[Any]]

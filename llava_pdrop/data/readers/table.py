@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.data.record_error import RecordError
-from llava_pdrop.data.sources import TableCell, is_list, pictures_of
+from llava_pdrop.data.readers.pictures import TableCell, is_list, pictures_of
+from llava_pdrop.errors import RecordError
 
 TEXT_COLUMNS = ("id", "conversations")
 IMAGE_COLUMNS = ("image", "images")

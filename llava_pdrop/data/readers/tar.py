@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_pdrop.data.record_error import RecordError
-from llava_pdrop.data.sources import FileSlice
+from llava_pdrop.data.readers.pictures import FileSlice
+from llava_pdrop.errors import RecordError
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 """Suffixes of pictures; members with other suffixes than these and ``json`` are left alone."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_pdrop.data.record_error import RecordError
+from llava_pdrop.errors import RecordError
 
 BLOCK = 1 << 22
 """Bytes read at a time when a JSON list is taken apart."""

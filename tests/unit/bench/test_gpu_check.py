@@ -240,7 +240,7 @@ def test_a_synchronisation_is_reported_with_its_place(monkeypatch: pytest.Monkey
     import warnings
 
     from llava_pdrop.bench.shapes import SHAPES
-    from llava_pdrop.bench.training import Arm, Trainer
+    from llava_pdrop.bench.train_step import Arm, Trainer
     from llava_pdrop.bench.workload import Workload
 
     shape = SHAPES["tiny"]

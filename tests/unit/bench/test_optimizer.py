@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import SHAPES, make_model
-from tests.unit.model.test_memory import LiveBytes
+from tests.unit.cost.test_memory import LiveBytes
 
 CPU = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def test_a_wrong_name_is_said() -> None:
 
 @pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 0), (torch.bfloat16, 4)])
 def test_a_fused_step_makes_no_tensors_but_float32_gradients(monkeypatch, dtype, copies) -> None:
-    """On a GPU, where AdamW is fused: the peak of a step is what `model.memory` says, with nothing on top."""
+    """On a GPU, where AdamW is fused: the peak of a step is what `cost.memory` says, with nothing on top."""
     original = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda masters, lr, **_: original(masters, lr=lr, fused=True))
     weights = [nn.Parameter(torch.ones(100_000, dtype=dtype)) for _ in range(8)]

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from llava_pdrop.bench.shapes import SHAPES
-from llava_pdrop.bench.workload import FULL_TEXT_TOKENS, LLAVA_15, OPEN_LLAVA_NEXT, Workload, full_picture
+from llava_pdrop.bench.workload import Workload
+from llava_pdrop.cost.mixtures import LLAVA_15, OPEN_LLAVA_NEXT
+from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, full_picture
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
 
 CPU = torch.device("cpu")

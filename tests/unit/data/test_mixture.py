@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_pdrop.config_values import ConfigError
 from llava_pdrop.data.mixture import data_files, read_data
+from llava_pdrop.errors import ConfigError
 
 
 @pytest.fixture

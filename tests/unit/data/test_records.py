@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_pdrop.data.readers import READERS, text
-from llava_pdrop.data.records import RecordError, Records, read_records
+from llava_pdrop.data.records import Records, read_records
+from llava_pdrop.errors import RecordError
 from llava_pdrop.types import Turn
 
 ASK = {"from": "human", "value": "<image>\nWhat is it?"}

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 import llava_pdrop.data.tokens as module
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.labels import IMAGE_SLOT, encode_pieces, expand_slots
-from llava_pdrop.data.records import RecordError
 from llava_pdrop.data.tokens import Encoder
+from llava_pdrop.errors import RecordError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, Record, Turn
 

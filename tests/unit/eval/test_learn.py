@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_pdrop.config import ConfigError, load_config
+from llava_pdrop.config.load import load_config
+from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval import learn as module
 from llava_pdrop.eval.learn import arms_of, learn
 

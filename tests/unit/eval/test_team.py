@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from accelerate.state import PartialState
 
-from llava_pdrop.config import RUN_FILE, Config, ConfigError, load_config
-from llava_pdrop.eval.report import RESULTS_FILE
-from llava_pdrop.eval.runner import EVALUATION_FILE, PREDICTIONS_FILE, evaluate_config
+from llava_pdrop.compare.report import RESULTS_FILE
+from llava_pdrop.config.load import RUN_FILE, load_config
+from llava_pdrop.config.schema import Config
+from llava_pdrop.errors import ConfigError
+from llava_pdrop.eval.evaluate import EVALUATION_FILE, PREDICTIONS_FILE, evaluate_config
 from llava_pdrop.eval.team import ALONE, Team, team_of
-from llava_pdrop.train.engine import environment_kept
+from llava_pdrop.runtime.ranks import environment_kept
+from llava_pdrop.runtime.watchdog import DIRECTORY, EXIT_CODE
 from llava_pdrop.train.run import train
-from llava_pdrop.train.watchdog import DIRECTORY, EXIT_CODE
 from tests.faults.processes import Fault, run_ranks
 
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.checkpoint.load import save_pretrained
+from llava_pdrop.checkpoint.original import original_geometry
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.build import build_parts, original_geometry
-from llava_pdrop.model.checkpoint import save_pretrained
 from llava_pdrop.model.pyramid_drop import Instruction, attention_score
-from llava_pdrop.model.schedule import Schedule
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch, Sample
 from tests.parity.test_export import sources  # noqa: F401
 from tests.tiny import PAD, PYRAMID, make_sample, make_tiny_host

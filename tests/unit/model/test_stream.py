@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from llava_pdrop.model.prefill import Prefill
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.generate.prefill import Prefill
 from llava_pdrop.model.stream import Layout, StreamPlan
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch, Sample
 from tests.tiny import ANYRES, PAD, make_sample, mixed_samples
 

@@ -16,16 +16,11 @@ from packaging.version import Version
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llama import modeling_llama
 
-from llava_pdrop.config import ConfigError, load_config
-from llava_pdrop.train import check_arguments as check_arguments_module
+from llava_pdrop.config.load import load_config
+from llava_pdrop.errors import ConfigError
+from llava_pdrop.train import checks as check_arguments_module
 from llava_pdrop.train.arguments import given_arguments, warn_of_locks
-from llava_pdrop.train.check_arguments import (
-    check_arguments,
-    check_engine,
-    check_tf32,
-    rotary_angles_are_a_product,
-)
-from llava_pdrop.train.checks import check_run
+from llava_pdrop.train.checks import check_arguments, check_engine, check_run, check_tf32, rotary_angles_are_a_product
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.run import train
 from tests.engines import CONFIGS, deepspeed_arguments, needs_deepspeed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_pdrop.config import load_config
+from llava_pdrop.config.load import load_config
 from llava_pdrop.train import run
 from llava_pdrop.train.bad_samples import REPORT_FILE, BadSample, CheckedSamples, collate_checked
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_pdrop.config import ConfigError, load_config
+from llava_pdrop.config.load import load_config
+from llava_pdrop.errors import ConfigError
 from llava_pdrop.train.history import digest
 from llava_pdrop.train.run import build_dataset, load_parts
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from llava_pdrop.config import load_config
+from llava_pdrop.config.load import load_config
 from llava_pdrop.train import checkpoints, saving
 from llava_pdrop.train.checkpoints import (
     MANIFEST,

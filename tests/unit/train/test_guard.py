@@ -9,14 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_pdrop.config import load_config
-from llava_pdrop.model.schedule import Schedule
+from llava_pdrop.config.load import load_config
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.runtime.preemption import Preemption
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.checkpoints import CheckpointError, all_checkpoints
-from llava_pdrop.train.guard import NotFiniteError, StepGuard
-from llava_pdrop.train.preemption import Preemption
 from llava_pdrop.train.run import train
-from llava_pdrop.train.trainer import PyramidTrainer
+from llava_pdrop.train.trainer import NotFiniteError, PyramidTrainer, StepGuard
 from tests.parity.test_training import CountSyncs
 from tests.sync import make_trainer, train_forbidding_reads
 from tests.tiny import ANYRES, PYRAMID, make_tiny_host

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_pdrop.config import load_config
+from llava_pdrop.config.load import load_config
 from llava_pdrop.train import history
 from llava_pdrop.train.history import FINISHED_FILE, digest, is_finished, mark_finished, why_outdated
 

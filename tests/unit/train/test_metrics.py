@@ -9,20 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_pdrop.config import load_config
+from llava_pdrop.config.load import load_config
 from llava_pdrop.model.vlm import Output
+from llava_pdrop.runtime.clock import PARTS
+from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
 from llava_pdrop.train.checkpoints import what_is_torn
-from llava_pdrop.train.clock import PARTS
 from llava_pdrop.train.history import FINISHED_FILE
-from llava_pdrop.train.metrics import (
-    METRICS_FILE,
-    MetricsFile,
-    StepMeter,
-    peak_memory,
-    read_metrics,
-    reset_peak_memory,
-    steps_of,
-)
+from llava_pdrop.train.metrics import METRICS_FILE, MetricsFile, StepMeter, read_metrics, steps_of
 from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE, per_sample, time_split
 from llava_pdrop.train.run import train
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen3Config
 
+from llava_pdrop.checkpoint.hosts import make_host
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.build import make_host
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.optim import PARTS, freeze, parameter_groups, part_of, trainable_table
 from llava_pdrop.types import ImageInput, PackedBatch, Sample

@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_pdrop.config import ConfigError, load_config
+from llava_pdrop.config.load import load_config
+from llava_pdrop.errors import ConfigError
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train import arguments, checks, progress, report, trainer
+from llava_pdrop.runtime.clock import PARTS, StepClock
+from llava_pdrop.train import arguments, checks, metrics, report, trainer
 from llava_pdrop.train.arguments import prepare_reporting
-from llava_pdrop.train.clock import PARTS, StepClock
-from llava_pdrop.train.metrics import METRICS_FILE, StepMeter, read_metrics
-from llava_pdrop.train.progress import Progress, describe
+from llava_pdrop.train.metrics import METRICS_FILE, Progress, StepMeter, describe, read_metrics
 from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE, TITLES, time_split, write_report
 from llava_pdrop.train.run import train
 from llava_pdrop.types import PackedBatch
@@ -47,7 +47,7 @@ def test_the_line_says_what_is_known():
 
 def test_into_a_file_go_few_lines_with_the_time_left(capsys, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     shown = Progress()
     state = SimpleNamespace(global_step=10, max_steps=50, is_world_process_zero=True)  # resumed at 10
     shown.on_train_begin(None, state, None)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from llava_pdrop.config import Config, ConfigError, DataSection, ModelSection, TrainSection
-from llava_pdrop.train.check_arguments import check_arguments
+from llava_pdrop.config.schema import Config, DataSection, ModelSection, TrainSection
+from llava_pdrop.errors import ConfigError
+from llava_pdrop.train.checks import check_arguments
 
 
 def config(tmp_path, **arguments) -> Config:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_pdrop.config import load_config
+from llava_pdrop.config.load import load_config
+from llava_pdrop.runtime.preemption import EXIT_CODE, NOTE_FILE
+from llava_pdrop.runtime.watchdog import DIRECTORY
 from llava_pdrop.train.checkpoints import step_of, what_is_torn
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
-from llava_pdrop.train.preemption import EXIT_CODE, NOTE_FILE
-from llava_pdrop.train.watchdog import DIRECTORY
 from tests.faults.processes import Fault, run_ranks
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava_pdrop.config import RUN_FILE, ConfigError, load_config
+from llava_pdrop.config.load import RUN_FILE, load_config
+from llava_pdrop.errors import ConfigError
 from llava_pdrop.train.checks import stage1_config
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.run import train

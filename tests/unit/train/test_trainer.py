@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from llava_pdrop.config import load_config
+from llava_pdrop.config.load import load_config
+from llava_pdrop.cost import flops
 from llava_pdrop.data.packing import BatchPlan
-from llava_pdrop.model import flops, stream
+from llava_pdrop.model import stream
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.optim import freeze

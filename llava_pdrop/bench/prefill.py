@@ -1,0 +1,218 @@
+"""Hugging Face's ``generate``, timed: prefill and decoding, vanilla and with a schedule attached.
+
+What is measured is what a user gets: the Hugging Face model, `attach`, greedy ``generate`` with its default cache. The
+pictures go through tower and projector before the clock starts, and that is timed apart; so every number of image
+tokens can be measured on every shape. Methods take turns run by run, so that a machine that slows down slows down all.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from llava_pdrop.bench.shapes import Shape
+from llava_pdrop.generate.cache import cache_bytes
+from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.generate.prefill import Prefill
+from llava_pdrop.model.vision import image_features
+from llava_pdrop.runtime.clock import Mark, Span
+from llava_pdrop.schedule import Schedule
+
+WARM_UP = 2
+"""Runs of every method that are not counted: kernels are chosen and memory is reserved in them."""
+
+TEXT_TOKENS = (35, 25)
+"""Text tokens before and after the picture: LLaVA's system prompt, and a short question with its marks."""
+
+FASTV = Schedule((2,), (0.5,), "fastv")
+"""FastV as its paper has it (arXiv 2403.06764): after layer K=2 the R=50% least attended image tokens go."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One ``generate``: time until the first logits, of which ranking; time from there to the end of the answer.
+
+    ``answers`` are the new tokens (B, new) as lists; ``cache_bytes`` what the cache holds at the end, ``peak_bytes``
+    the most memory the device had allocated (None on a CPU).
+    """
+
+    prefill: Span
+    ranking: Span
+    decode: Span
+    answers: list[list[int]]
+    cache_bytes: int
+    peak_bytes: int | None
+
+
+@dataclass
+class Watch:
+    """Marks of one ``generate``: start and end of its first forward, and of every ranking."""
+
+    device: torch.device
+    prefill: list[Mark] = field(default_factory=list)
+    rankings: list[tuple[Mark, Mark]] = field(default_factory=list)
+
+    @contextmanager
+    def watching(self, host: nn.Module) -> Iterator[None]:
+        """Takes the marks while it is open."""
+        rank = Prefill.rank
+
+        def timed_rank(*args: Any) -> Tensor:
+            start = Mark.now(self.device)
+            index_K = rank(*args)
+            self.rankings.append((start, Mark.now(self.device)))
+            return index_K
+
+        def mark_first(*_: Any) -> None:
+            if len(self.prefill) < 2:
+                self.prefill.append(Mark.now(self.device))
+
+        hooks = [host.register_forward_pre_hook(mark_first), host.register_forward_hook(mark_first)]
+        Prefill.rank = timed_rank  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Prefill.rank = rank  # type: ignore[method-assign]
+            for hook in hooks:
+                hook.remove()
+
+
+def measure(
+    host: nn.Module,
+    case: Case,
+    methods: dict[str, Schedule],
+    shape: Shape,
+    runs: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[list[Span], dict[str, list[Run]]]:
+    """Times of the tower, and the counted runs of every method that fits into memory."""
+    tower: list[Span] = []
+    counted: dict[str, list[Run]] = {method: [] for method in methods}
+    tiles = -(-case.image_tokens // shape.geometry.patches)
+    side = shape.geometry.tile
+    try:
+        pixels = torch.randn(case.batch * tiles, 3, side, side, device=device)
+        for turn in range(WARM_UP + runs):
+            start = Mark.now(device)
+            prompt = Prompt.make(host, case, pixels, seed)
+            stop = Mark.now(device)
+            _synchronize(device)
+            if turn >= WARM_UP:
+                tower.append(start.until(stop))
+    except torch.OutOfMemoryError:
+        return [], {}
+    for turn in range(WARM_UP + runs):
+        for method in list(counted):
+            try:
+                run = generate(host, prompt, methods[method], case.new_tokens, device)
+            except torch.OutOfMemoryError:
+                del counted[method]
+            else:
+                if turn >= WARM_UP:
+                    counted[method].append(run)
+            if method not in counted:
+                _free(device)  # not in the handler: the error still holds the tensors of its frames there
+    return tower, counted
+
+
+def generate(host: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int, device: torch.device) -> Run:
+    """One timed ``generate``; the host is left as it was. An empty schedule is the plain Hugging Face model."""
+    watch = Watch(device)
+    if schedule.layers:
+        attach(host, schedule)
+    try:
+        with watch.watching(host), prompt.inputs(host) as inputs:
+            _synchronize(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            output = host.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
+            end = Mark.now(device)
+            _synchronize(device)
+    finally:
+        detach(host)
+    start, first = watch.prefill
+    rankings = [begin.until(stop) for begin, stop in watch.rankings]
+    return Run(
+        prefill=start.until(first),
+        ranking=Span(
+            sum(span.seconds for span in rankings),
+            None if start.event else sum(span.cost for span in rankings),
+        ),
+        decode=first.until(end),
+        answers=output.sequences[:, prompt.input_ids.shape[1] :].tolist(),
+        cache_bytes=cache_bytes(output.past_key_values),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# Prompts of the inference bench: random text around the features of random pictures.
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of prompts of one length, with the features of their pictures: what ``generate`` is given."""
+
+    input_ids: Tensor
+    features: list[Tensor]
+
+    @staticmethod
+    def make(host: nn.Module, case: Case, pixels: Tensor, seed: int) -> Prompt:
+        """Random text around one picture per prompt, which goes through the tower here.
+
+        Args:
+            pixels: (prompts * tiles, 3, height, width), enough tiles for the image tokens of ``case``.
+        """
+        image, device = host.config.image_token_id, pixels.device
+        before, after = case.text_tokens
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, image, (case.batch, before + case.image_tokens + after), generator=generator)
+        ids[:, before : before + case.image_tokens] = image
+        with torch.inference_mode():
+            features = image_features(host, pixels).unflatten(0, (case.batch, -1))[:, : case.image_tokens]
+        return Prompt(ids.to(device), list(features))
+
+    @contextmanager
+    def inputs(self, host: nn.Module) -> Iterator[dict[str, Any]]:
+        """Keyword arguments of ``generate``, for as long as it is open."""
+        encoded = BaseModelOutputWithPooling(pooler_output=list(self.features))
+        given = {"input_ids": self.input_ids, "attention_mask": torch.ones_like(self.input_ids)}
+        if "mm_encoder_outputs" in inspect.signature(host.forward).parameters:
+            yield {**given, "mm_encoder_outputs": {"image": encoded}}
+            return
+        # transformers 5.17 takes pixels only: it is given empty ones, and finds the features where it would make them.
+        host.model.get_image_features = lambda *_, **__: encoded
+        try:
+            yield {**given, "pixel_values": self.features[0].new_empty(len(self.features), 0)}
+        finally:
+            del host.model.get_image_features
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the bench: ``batch`` prompts with ``image_tokens`` each between ``text_tokens`` (before, after),
+    answered with ``new_tokens``."""
+
+    batch: int
+    image_tokens: int
+    text_tokens: tuple[int, int]
+    new_tokens: int

@@ -1,0 +1,148 @@
+"""What the benches do with their arguments: measure, print a table, write the files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava_pdrop.schedule import Schedule
+
+TILES = (1, 5, 9)
+"""Tiles of a picture whose tokens are measured by default: 576, 2,880 and 5,184 image tokens of a 336-pixel tower."""
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Measures, prints the table, and writes JSON, Markdown and PNG.
+
+    Raises:
+        ValueError: an argument that is not possible, a config that cannot be measured, or out of memory.
+    """
+    check_counts(args, steps=1, warmup=0, samples=1, seed=0)
+    from llava_pdrop.bench import train_report, variants
+    from llava_pdrop.bench.shapes import chosen_shape
+    from llava_pdrop.bench.train_step import Arm, Trainer, measure
+    from llava_pdrop.bench.workload import Workload
+    from llava_pdrop.model.attention import check_backend
+    from llava_pdrop.report.environment import check_out, file_name
+    from llava_pdrop.runtime.device import device_label, device_named
+
+    device = device_named(args.device)
+    name, shape = chosen_shape(args.shape, args.overrides, device.type == "cuda")
+    attention = args.attention or shape.attention
+    check_backend(attention)
+    check_out(args.out)
+    schedules = read_schedules(args.schedule, shape.text["num_hidden_layers"])
+    if not schedules and shape.schedule.layers:
+        schedules = {"PyramidDrop": shape.schedule}
+    recompute = shape.recompute if args.recompute is None else args.recompute
+    common = Arm(
+        "", recompute=recompute, recompute_layers=shape.recompute_layers, backend=attention, samples=args.samples
+    )
+    arms = variants.arms_of(schedules, common)
+    trainer = Trainer(shape, device, Workload(shape, args.images, args.seed), args.optimizer)
+    results = measure(trainer, arms, args.steps, args.warmup)
+    options = {key: getattr(args, key) for key in ("steps", "warmup", "samples", "optimizer")}
+    options |= {"attention": attention, "recompute": recompute}
+    report = train_report.training_report(trainer, name, results, options)
+    stem = args.out / file_name("train", name, device_label(device))
+    files = train_report.write(report, stem)
+    for group in variants.compare(trainer, arms[:2]) if args.compare else ():
+        train_report.add_comparison(report, group)
+        train_report.write(report, stem)  # a time limit that ends the run costs one group, not all of it
+    train_report.show(report)
+    print(f"written: {', '.join(str(file) for file in files)}")
+
+
+def read_schedules(files: Sequence[Path], layers: int) -> dict[str, Schedule]:
+    """File name without ending -> schedule, of YAML files that are runs with a ``pyramid_drop`` section or the section
+    itself.
+
+    Raises:
+        ValueError: a file that is neither, a schedule that does not fit ``layers``, or two files of one name.
+    """
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    from llava_pdrop.config.load import load_config
+    from llava_pdrop.config.values import build_schedule
+    from llava_pdrop.errors import Problem
+
+    found: dict[str, Schedule] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"--schedule: there is no file {file}")
+        if file.stem in found or file.stem == "vanilla":
+            raise ValueError(f"--schedule: {file}: the name {file.stem!r} is taken: rename the file")
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(file))
+        except YAMLError as error:
+            raise ValueError(f"--schedule: {file} is no YAML: {' '.join(str(error).split())}") from None
+        if isinstance(content, dict) and "layers" in content:
+            try:
+                schedule = build_schedule(content)
+            except Problem as problem:
+                raise ValueError(f"{file}: {problem}") from None
+        else:
+            section = load_config(file).pyramid_drop
+            if section is None:
+                raise ValueError(f"--schedule: {file}: no pyramid_drop section: add it, or name another file")
+            schedule = section
+        try:
+            found[file.stem] = schedule.check(layers)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    return found
+
+
+def check_counts(args: argparse.Namespace, **least: int) -> None:
+    """Numbers of the command line against the least that each may be; lists by their smallest entry.
+
+    Raises:
+        ValueError: one is too small, or the seed is more than generators take.
+    """
+    for name, bound in least.items():
+        given = getattr(args, name)
+        value = min(given) if isinstance(given, list) else given
+        if value is not None and value < bound:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed must be less than 2**32, got {args.seed}")
+
+
+def run_prefill(args: argparse.Namespace) -> None:
+    """Measures, prints a table, and writes JSON, Markdown and PNG.
+
+    Raises:
+        ValueError: a shape, device or attention that is not there, a config that cannot be measured, or a count that
+            is too small.
+    """
+    check_counts(args, batch=1, image_tokens=1, new_tokens=2, runs=1, seed=0)
+    from llava_pdrop.bench.prefill import TEXT_TOKENS
+    from llava_pdrop.bench.prefill_report import bench_prefill, show, write
+    from llava_pdrop.bench.shapes import chosen_shape
+    from llava_pdrop.cost.nominal import full_picture, paper_tokens
+    from llava_pdrop.report.environment import check_out, file_name
+    from llava_pdrop.runtime.device import device_label, device_named
+
+    check_out(args.out)
+    device = device_named(args.device)
+    name, shape = chosen_shape(args.shape, args.overrides, device.type == "cuda")
+    geometry = shape.geometry
+    own = [paper_tokens(geometry, full_picture(geometry))] if args.overrides else None
+    image_tokens = args.image_tokens or own or [tiles * geometry.patches for tiles in TILES]
+    room = shape.text_config().max_position_embeddings - sum(TEXT_TOKENS)
+    if args.new_tokens >= room:
+        raise ValueError(f"--new-tokens must be less than {room}: the decoder has no positions for more")
+    if max(image_tokens) > room - args.new_tokens:
+        raise ValueError(
+            f"--image-tokens must be at most {room - args.new_tokens}: the decoder has no positions for more"
+        )
+    report = bench_prefill(
+        name, shape, device, args.batch, image_tokens, args.new_tokens, args.runs, args.seed, args.attention
+    )
+    show(report)
+    files = write(report, args.out, file_name("prefill", name, device_label(device)))
+    print(f"written: {', '.join(str(file) for file in files)}")

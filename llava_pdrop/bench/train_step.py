@@ -1,0 +1,319 @@
+"""The training bench: one model, whose schedules take turns on the same batches.
+
+Read `measure` first. An `Arm` is one way to do a step; all arms of a measurement alternate, so that whatever the
+machine does meanwhile hits them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava_pdrop.bench import optimizer
+from llava_pdrop.bench.shapes import Shape, make_model
+from llava_pdrop.bench.workload import Workload
+from llava_pdrop.cost.flops import stage_flops, step_flops
+from llava_pdrop.cost.memory import predicted_peak
+from llava_pdrop.model import vlm
+from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.model.vlm import Output, PyramidLlava, label_loss
+from llava_pdrop.runtime.clock import (
+    REGIONS,
+    STAGE,
+    Recorder,
+    Seconds,
+    instrumented,
+    no_garbage_collection,
+    replaced,
+    timed,
+)
+from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
+from llava_pdrop.schedule import Schedule
+from llava_pdrop.train.optim import freeze
+from llava_pdrop.types import IGNORE_INDEX, PackedBatch
+
+MIB = 2**20
+
+
+def full_logits_loss(lm_head: nn.Module, x_TD: Tensor, predict_row: Tensor, label_L: Tensor) -> Tensor:
+    """`label_loss` by way of the logits of every token that is left, those without a label being ignored."""
+    label_T = torch.full((len(x_TD),), IGNORE_INDEX, device=x_TD.device).scatter(0, predict_row, label_L)
+    return F.cross_entropy(lm_head(x_TD).float(), label_T, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to do a training step.
+
+    Attributes:
+        name: under which it is reported.
+        schedule: of its drops; empty: vanilla.
+        recompute: activation checkpointing, of the tower too where it learns.
+        recompute_layers: of the decoder's layers, only so many first ones (None: all).
+        backend: attention kernel, one of `attention.BACKENDS`.
+        samples: of a micro-batch (None: the shape's).
+        prepare: changes the batch before the step, outside of the measured time.
+        full_logits: `full_logits_loss` stands in for `label_loss`.
+        compiled: fused norms and MLPs (`compile_regions`).
+    """
+
+    name: str
+    schedule: Schedule = Schedule()
+    recompute: bool = False
+    recompute_layers: int | None = None
+    backend: str = "auto"
+    samples: int | None = None
+    prepare: Callable[[PackedBatch], PackedBatch] | None = None
+    full_logits: bool = False
+    compiled: bool = False
+
+
+@dataclass
+class Measured:
+    """What the counted steps of an arm took. Every list has an entry per step.
+
+    Attributes:
+        seconds: by region (`clock.REGIONS`): on CUDA between events, on the CPU the time its cores were busy.
+        wall: the same by the clock on the wall; empty on CUDA, where the seconds are such already.
+        stage_seconds, stage_flops: of the decoder layers' forward, for every stage.
+        peak_mib: highest memory during the step: CUDA's allocator, or resident memory of the process.
+        predicted_peak_mib: of CUDA's allocator, by `cost.memory`; empty on the CPU.
+        tokens: of the samples, without padding; ``stage_tokens`` and ``image_tokens``: of the stream at every stage.
+        model_flops: operations that the samples ask for: no recomputation, padding or logits that nobody needs;
+            ``hardware_flops``: operations that were done (`cost.flops`).
+        error: why there are fewer steps than asked for.
+    """
+
+    arm: Arm
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REGIONS})
+    wall: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REGIONS})
+    stage_seconds: list[list[float]] = field(default_factory=list)
+    stage_flops: list[list[float]] = field(default_factory=list)
+    peak_mib: list[float] = field(default_factory=list)
+    predicted_peak_mib: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    stage_tokens: list[list[int]] = field(default_factory=list)
+    image_tokens: list[list[int]] = field(default_factory=list)
+    model_flops: list[float] = field(default_factory=list)
+    hardware_flops: list[float] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over the steps; tokens before any drop."""
+        return median(tokens / taken for tokens, taken in zip(self.tokens, self.seconds["step"]))
+
+    @property
+    def typical_seconds(self) -> float:
+        """What all counted steps take at their median speed: the median of seconds per operation, by their operations.
+        Batches differ in length, so that neither a median of their seconds nor a sum that one interruption may spoil
+        would do."""
+        speed = median(taken / count for taken, count in zip(self.seconds["step"], self.hardware_flops))
+        return speed * sum(self.hardware_flops)
+
+    def add(self, output: Output, loss: float, times: dict[str, Seconds], peak: float, cuda: bool) -> None:
+        """Appends one step."""
+        for name in REGIONS:
+            self.seconds[name].append(times[name].wall if cuda else times[name].cpu)
+            if not cuda:
+                self.wall[name].append(times[name].wall)
+        stages = [times[f"{STAGE} {stage}"] for stage in range(len(self.arm.schedule.layers) + 1)]
+        self.stage_seconds.append([taken.wall if cuda else taken.cpu for taken in stages])
+        self.losses.append(loss)
+        self.peak_mib.append(peak)
+        self.stage_tokens.append(output.tokens)
+        self.image_tokens.append(output.image_tokens)
+
+
+class Trainer:
+    """A model with its optimizer, ready to do any arm's step.
+
+    Args:
+        kind: one of `optimizer.CHOICES`; `kind` then says what ``auto`` came to.
+
+    Raises:
+        ValueError: an unknown ``kind``, or the weights do not fit.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, workload: Workload, kind: str = "auto") -> None:
+        self.shape, self.device, self.workload = shape, device, workload
+        self.dtype = torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        try:
+            self.model: PyramidLlava = make_model(shape, device, self.dtype, seed=workload.seed).train()
+            freeze(self.model, shape.trainable)
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.kind = optimizer.choose(kind, parameters, device)
+            self.optimizer = optimizer.make(self.kind, parameters)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory on {device}: weights and optimizer of this shape do not fit: try --optimizer none or a "
+                "smaller --shape"
+            ) from error
+        self.recorder = Recorder(device)
+        self._has_programs = False
+
+    def step(self, arm: Arm, batch: PackedBatch) -> tuple[Output, float, dict[str, Seconds], float]:
+        """One step of ``arm``: output, loss per label token, seconds by region, peak memory in MiB.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit.
+        """
+        self.take(arm)
+        record = self.recorder
+        record.clear()
+        reset_peak_memory()
+        loss_of = timed(record, "head", full_logits_loss if arm.full_logits else label_loss)
+        with self._programs_of(arm), replaced(vlm, "label_loss", loss_of), record.region("step"):
+            with record.region("forward"):
+                output = self.model(batch)
+                loss = output.loss / max(1, output.labels)
+            with record.region("backward"):
+                loss.backward()
+                record.stop("tower_backward")
+            with record.region("optimizer"):
+                if self.optimizer is not None:
+                    self.optimizer.step()
+        times = record.read()
+        memory = peak_memory(self.device)
+        self.model.zero_grad(set_to_none=True)
+        return output, float(loss.detach()), times, memory.get("peak_cuda_mib", memory["peak_rss_mib"])
+
+    def model_flops(self, arm: Arm, batch: PackedBatch) -> float:
+        """Operations that a step of ``arm`` on ``batch`` cannot do without."""
+        shape = self.shape
+        return step_flops(self.model.host.config, batch, arm.schedule, shape.geometry, shape.trainable).total
+
+    def hardware_flops(self, arm: Arm, batch: PackedBatch) -> float:
+        """Operations that it does, recomputation and logits without a label included."""
+        options = (self.shape.geometry, self.shape.trainable, arm.recompute, arm.recompute_layers)
+        count = step_flops(self.model.host.config, batch, arm.schedule, *options)
+        if arm.full_logits:
+            rows = layouts_of(batch, arm.schedule)[-1].tokens
+            count = replace(count, head=count.head * rows / len(batch.label_positions))
+        return count.total
+
+    def predicted_peak_mib(self, arm: Arm, batch: PackedBatch) -> float:
+        """The peak that ``llava-pdrop plan`` would predict with this optimizer: label-only logits, nothing fused."""
+        options = (self.shape.geometry, self.shape.trainable, arm.recompute, arm.recompute_layers)
+        states = optimizer.states(self.kind, self.dtype)
+        return predicted_peak(self.model.host.config, batch, arm.schedule, *options, states).total / MIB
+
+    def recover(self) -> None:
+        """Gives back what a step that ran out of memory has left behind."""
+        self.recorder.clear()
+        self.model.zero_grad(set_to_none=True)
+        gc.collect()  # the error's traceback holds activations, and the collector is off
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def take(self, arm: Arm) -> None:
+        """Sets the model as ``arm`` wants it."""
+        model = self.model
+        model.schedule, model.backend, model.recompute_layers = arm.schedule, arm.backend, arm.recompute_layers
+        if arm.recompute:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        elif hasattr(model.host, "activation_checkpointing_disable"):
+            model.host.activation_checkpointing_disable()
+        else:  # transformers before 5.20
+            model.host.gradient_checkpointing_disable()
+        if arm.compiled and not self._has_programs:
+            compile_regions(model.host.model.language_model)
+            self._has_programs = True
+
+    def _programs_of(self, arm: Arm) -> AbstractContextManager:
+        """Compiled regions run as they are written while an arm wants them so."""
+        if not self._has_programs:
+            return nullcontext()
+        return torch.compiler.set_stance("default" if arm.compiled else "force_eager")
+
+
+def measure(trainer: Trainer, arms: Sequence[Arm], steps: int, warmup: int, patient: bool = False) -> list[Measured]:
+    """``steps`` counted steps of every arm, all arms on the same batches one after the other, the first changing from
+    step to step. The first warm-up step takes the longest batch, so that the allocator has seen it.
+
+    Args:
+        patient: an arm that runs out of memory is left out from there on, and its result says so.
+
+    Raises:
+        ValueError: out of memory (one line that says what to lower).
+    """
+    results = [Measured(arm) for arm in arms]
+    longest = trainer.workload.longest(steps, arms[0].samples)
+    order = [longest, *range(warmup - 1)][:warmup] + list(range(steps))
+    with instrumented(trainer.model, trainer.recorder), no_garbage_collection():
+        for place, number in enumerate(order):
+            turn = place % len(results)
+            for result in [*results[turn:], *results[:turn]]:
+                if result.error is None:
+                    _one_step(trainer, result, number, counted=place >= warmup, patient=patient)
+    return results
+
+
+def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, patient: bool) -> None:
+    arm = result.arm
+    try:
+        with out_of_memory_is_one_line(trainer, arm):
+            samples = trainer.workload.batch(number, trainer.device, arm.samples)
+            batch = arm.prepare(samples) if arm.prepare else samples
+            taken = trainer.step(arm, batch)
+    except ValueError as error:
+        if not (patient and isinstance(error.__cause__, torch.OutOfMemoryError)):
+            raise
+        result.error = "out of memory"
+    if result.error:
+        trainer.recover()  # here, since the error has to be gone
+    elif counted:
+        cuda = trainer.device.type == "cuda"
+        result.add(*taken, cuda=cuda)
+        result.tokens.append(sum(samples.seq_lens))
+        result.model_flops.append(trainer.model_flops(arm, samples))
+        result.hardware_flops.append(trainer.hardware_flops(arm, batch))
+        result.stage_flops.append(stage_flops(trainer.model.host.config, batch, arm.schedule))
+        if cuda and not (arm.full_logits or arm.compiled):
+            result.predicted_peak_mib.append(trainer.predicted_peak_mib(arm, batch))
+
+
+@contextmanager
+def out_of_memory_is_one_line(trainer: Trainer, arm: Arm) -> Iterator[None]:
+    """Turns CUDA's report into a line that says what to lower.
+
+    Raises:
+        ValueError: instead of `torch.OutOfMemoryError`, which is its cause.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        hints = ["a smaller --samples", *(["--recompute"] if not arm.recompute else [])]
+        hints += {"adamw": ["--optimizer sharded"], "sharded": ["--optimizer none"]}.get(trainer.kind, [])
+        raise ValueError(f"out of memory on {trainer.device} in {arm.name}: try {' or '.join(hints)}") from error
+
+
+# Fused element-wise work around the matrix products of a decoder, by torch.compile: a variant of the bench.
+
+
+def compile_regions(decoder: nn.Module, **options: Any) -> None:
+    """Compiles, in place, the norms and the gated MLP of every layer of ``decoder``.
+
+    Around their products each becomes one or two fused kernels, where eager mode reads and writes the stream once per
+    operation. Names and parameters stay as they are; hooks of modules inside an MLP may not fire (layers share one
+    program), so this is for the bench and not for DeepSpeed. The number of tokens is a symbol from the start and layers
+    of one kind share a program, so streams of all lengths compile a handful of programs at the first step. The last
+    norm is left out: it runs once per step, on the shortest stream.
+
+    Args:
+        options: of `torch.compile` (``backend``).
+    """
+    for layer in decoder.layers:
+        for region in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            region.compile(dynamic=True, **options)

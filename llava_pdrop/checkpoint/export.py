@@ -1,0 +1,167 @@
+"""Opened checkpoints onto a disk: canonical llava-hf, and the original LLaVA layout. No model is built for it, and at
+most one shard is in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_pdrop.checkpoint.build import make_image_processor, make_processor
+from llava_pdrop.checkpoint.hf_files import complete_tokenizer, write_config, write_image_processor, write_processor
+from llava_pdrop.checkpoint.layouts import EMBEDDINGS, HOST_TO_HF, HOST_TO_ORIGINAL, TOWER, rename
+from llava_pdrop.checkpoint.load import cut_rows
+from llava_pdrop.checkpoint.open import Source, beside, open_tower
+from llava_pdrop.checkpoint.original import SECTION, dtype_of, original_config
+from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, read_json, write_json, write_shards
+from llava_pdrop.checkpoint.vocabulary import PAD_TOKEN, original_rows
+from llava_pdrop.types import IMAGE_MARKER
+
+CLIP_L_336 = "openai/clip-vit-large-patch14-336"
+"""The tower of all published LLaVA-1.5 and LLaVA-NeXT models, assumed where a checkpoint of its shape names none."""
+
+VICUNA_CHAT = (
+    "{%- macro flat(content) -%}"
+    "{%- if content is string -%}{{ content }}{%- else -%}"
+    "{%- for part in content if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}"
+    "{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
+    "{%- endif -%}{%- endmacro -%}"
+    "{%- if messages[0]['role'] == 'system' -%}{{ flat(messages[0]['content']) + ' ' }}{%- else -%}"
+    "{{ 'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user\\'s questions. ' }}{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{ 'USER: ' + flat(message['content']) + ' ' }}"
+    "{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' + flat(message['content']) + '</s>' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
+)
+"""Chat template of `conv_templates["v1"]` in the original code."""
+
+
+def save_llava_hf(
+    source: Source, directory: Path, dtype: torch.dtype | None = None, shard_size: str = SHARD_SIZE
+) -> None:
+    """Writes ``source`` as a Hugging Face LLaVA, with the key and field names that transformers 4, transformers 5 and
+    vLLM read.
+
+    Args:
+        dtype: precision of all weights; None: each as it is stored.
+    """
+    tensors = _prepared(source, source.tensors, dtype)
+    write_shards(directory, rename(tensors, HOST_TO_HF), shard_size)
+    write_config(source.config, directory, dtype_of(tensors))
+    source.generation.save_pretrained(directory)
+    if source.tokenizer is None:
+        write_image_processor(make_image_processor(source.image_processor, source.geometry), directory)
+    else:
+        processor = make_processor(source.tokenizer, source.image_processor, source.geometry)
+        if source.tokenizer.chat_template is None and is_vicuna(source.config):
+            processor.chat_template = VICUNA_CHAT
+        write_processor(processor, directory)
+
+
+def is_vicuna(config: Any) -> bool:
+    """Whether a host was an original LLaVA on LLaMA's 32000 tokens: LLaVA-1.5, LLaVA-NeXT-Vicuna and what was trained
+    like them, which all talk by the template ``v1``."""
+    section = getattr(config, SECTION, None) or {}
+    return (
+        "tune_mm_mlp_adapter" in section and section["vocab_size"] == 32000 and config.text_config.model_type == "llama"
+    )
+
+
+def save_original(
+    source: Source,
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    vision_tower: str | None = None,
+    shard_size: str = SHARD_SIZE,
+) -> None:
+    """Writes ``source`` as the original LLaVA code reads it: without the rows and tokens that Hugging Face's layout
+    adds, the vision tower inside.
+
+    Args:
+        dtype: precision of all weights; None: each as it is stored.
+        vision_tower: ``mm_vision_tower``, the CLIP directory or hub id that the original code will open for the tower's
+            shape and its image processor; default: what the checkpoint was made from.
+
+    Raises:
+        ValueError: the original code has no such model, or no vision tower is known.
+    """
+    tower = vision_tower or tower_name(source.config)
+    if tower is None:
+        raise ValueError(f"{source.origin}: does not say which CLIP its vision tower is: name it (--vision-tower DIR)")
+    rows = original_rows(source.config, source.tokenizer)
+    tensors = _prepared(source, cut_rows(source.tensors, rows), dtype)
+    recorded = (getattr(source.config, SECTION, None) or {}).get("unfreeze_mm_vision_tower")
+    config = original_config(
+        source.config,
+        source.geometry,
+        source.schedule,
+        rows,
+        tower,
+        bool(recorded) or not is_that_tower(tensors, tower, Path(source.origin)),
+        dtype_of(tensors),
+    )
+    write_shards(directory, rename(tensors, HOST_TO_ORIGINAL), shard_size)
+    write_json(directory / "config.json", config)
+    ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(directory / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    if source.tokenizer is not None:
+        write_original_tokenizer(source.tokenizer, directory)
+
+
+def _prepared(source: Source, tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Stored]:
+    """The weights in ``dtype``, a head that is the embedding left out, under names without ``vision_model.``."""
+    tied = source.config.tie_word_embeddings
+    return {name: t.to(dtype) for name, t in tensors.items() if not (tied and name == EMBEDDINGS[1])}
+
+
+def tower_name(config: Any) -> str | None:
+    """The CLIP directory or hub id that a host's tower comes from, None if nothing says so."""
+    recorded = (getattr(config, SECTION, None) or {}).get("mm_vision_tower")
+    vision = config.vision_config
+    shape = (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size)
+    return recorded or (CLIP_L_336 if shape == (1024, 24, 336, 14) else None)
+
+
+def is_that_tower(tensors: Mapping[str, Stored], tower: str, origin: Path) -> bool:
+    """Whether the tower among ``tensors`` is, bit by bit, the one that lies at ``tower``: then it was not trained. A
+    tower that is not at hand counts as another one, since the weights inside are right in any case."""
+    try:
+        _, theirs = open_tower(beside(origin, tower))
+    except FileNotFoundError:
+        return False
+    plain = {name.replace(f"{TOWER}vision_model.", TOWER): tensor for name, tensor in tensors.items()}
+    ours = {name: tensor for name, tensor in plain.items() if name.startswith(TOWER)}
+    return ours.keys() == theirs.keys() and all(
+        tensor.shape == theirs[name].shape and torch.equal(tensor.read(), theirs[name].to(tensor.dtype).read())
+        for name, tensor in ours.items()
+    )
+
+
+def write_original_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Writes ``tokenizer`` without ``<image>`` and ``<pad>``. Where it was padded with ``<pad>``, unk is the pad token
+    again, as the original training sets it."""
+    tokenizer.save_pretrained(directory)
+    complete_tokenizer(tokenizer, directory)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    ours = {IMAGE_MARKER, PAD_TOKEN} if tokenizer.pad_token == PAD_TOKEN else {IMAGE_MARKER}
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in ours]
+        content["padding"] = None
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    fields = read_json(directory / "tokenizer_config.json")
+    decoder = fields["added_tokens_decoder"]
+    fields["added_tokens_decoder"] = {i: token for i, token in decoder.items() if token["content"] not in ours}
+    fields["additional_special_tokens"] = [t for t in fields["additional_special_tokens"] if t not in ours]
+    fields.pop("processor_class", None)
+    if fields.get("pad_token") in ours:
+        fields["pad_token"] = tokenizer.unk_token or tokenizer.eos_token
+    write_json(directory / "tokenizer_config.json", fields)
+    named = ("bos_token", "eos_token", "unk_token", "pad_token")
+    write_json(directory / "special_tokens_map.json", {name: fields[name] for name in named if fields.get(name)})

@@ -1,0 +1,117 @@
+"""LoRA runs, of the original code and of ours: small matrices of peft, merged into the weights of their base model.
+
+Merging is done tensor by tensor while weights are read (peft needs the whole model in memory, under its own names). The
+arithmetic is that of peft's ``LoraLayer.merge``, which a test compares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llava_pdrop.checkpoint.load import PROJECTOR_FILE
+from llava_pdrop.checkpoint.shards import Stored, open_tensors, read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA = "non_lora_trainables.safetensors"
+WHOLE = ("non_lora_trainables.bin", NON_LORA, PROJECTOR_FILE)
+"""Files of a LoRA run with whole tensors, in place of the base's own: the first one the original code's, then ours."""
+
+ADAPTER = re.compile(r"\.lora_[AB]\.")
+"""What the name of every parameter of an adapter holds, and no other."""
+
+PREFIX = "base_model.model."
+"""What peft puts before the names of a model's parameters."""
+
+LORA = re.compile(r"^(.+)\.lora_(A|B)(?:\.default)?\.weight$")
+
+PLAIN = {
+    "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
+    "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
+}  # fmt: skip
+"""Settings of adapter_config.json that must be as they are by default (an empty list counts as None)."""
+
+
+def is_lora(directory: Path) -> bool:
+    """Whether ``directory`` holds a LoRA run."""
+    return (directory / ADAPTER_CONFIG).is_file()
+
+
+def named_base(directory: Path) -> str | None:
+    """The base model that the adapter was trained on, as its config names it."""
+    return read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+
+
+def merged(base: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
+    """The weights of ``base`` with the LoRA run in ``directory`` merged in, and its whole tensors in place of the
+    base's own of those names. The names are the original ones for a run of the original code, the host's for ours.
+
+    Raises:
+        FileNotFoundError: no adapter file. ValueError: a kind of adapter that is not supported, a matrix without its
+            partner, one for a weight that the base does not have, or of a wrong shape.
+    """
+    config = read_json(directory / ADAPTER_CONFIG)
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise ValueError(f"{directory / ADAPTER_CONFIG}: {key} must be a number above 0, got {config.get(key)!r}")
+    for key, value in PLAIN.items():
+        if (config.get(key, value) or None) != (value or None):
+            raise ValueError(f"{directory / ADAPTER_CONFIG}: {key} {config[key]!r} is not supported, only {value!r}")
+    file = next((directory / name for name in ADAPTERS if (directory / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{directory}: holds neither {ADAPTERS[0]} nor {ADAPTERS[1]}")
+    tensors = dict(base)
+    for name in WHOLE:
+        if (directory / name).is_file():
+            tensors |= _plain_names(open_tensors(directory / name))
+    pairs: dict[str, dict[str, Stored]] = {}
+    for name, tensor in _plain_names(open_tensors(file)).items():
+        match = LORA.match(name)
+        if match is None:
+            raise ValueError(f"{file}: unexpected: {name}: not a matrix of plain LoRA")
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    problems = []
+    for module, pair in sorted(pairs.items()):
+        weight = tensors.get(f"{module}.weight")
+        if weight is None or len(pair) < 2:
+            problems.append(f"{module} has no {'weight in the base model' if weight is None else 'partner matrix'}")
+        elif pair["A"].shape[0] != pair["B"].shape[1] or weight.shape != (pair["B"].shape[0], pair["A"].shape[1]):
+            problems.append(f"{module} {pair['B'].shape} x {pair['A'].shape} for a weight {weight.shape}")
+        else:
+            tensors[f"{module}.weight"] = _merge(weight, pair["A"], pair["B"], _scaling(config, module))
+    if problems:
+        raise ValueError(f"{file} does not fit the base model; " + "; ".join(problems))
+    return tensors
+
+
+def _merge(weight: Stored, down: Stored, up: Stored, scaling: float) -> Stored:
+    def change(weight_OI: Tensor) -> Tensor:
+        delta_OI = (up.read().float() @ down.read().float()) * scaling
+        return weight_OI + delta_OI.to(weight_OI.dtype)
+
+    return weight.map(change)
+
+
+def _scaling(config: Mapping[str, Any], module: str) -> float:
+    """lora_alpha / r, by module where the config says so, or / sqrt(r) for rank-stabilised LoRA."""
+    rank = by_pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def by_pattern(table: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The entry of peft's ``rank_pattern`` or ``alpha_pattern`` that fits the name of a module."""
+    for pattern, value in (table or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _plain_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Without the names of peft's and DeepSpeed's wrappers around the model."""
+    return {re.sub(r"^(module\.)?(base_model\.model\.)?", "", name): tensor for name, tensor in tensors.items()}

@@ -1,0 +1,352 @@
+"""Opens checkpoints of every layout without reading their weights: config, tensors under host names, tokenizer.
+
+What comes out, a `Source`, is what `build.py` loads into a model and `export.py` writes in another layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, GenerationConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava_pdrop.checkpoint import lora
+from llava_pdrop.checkpoint.hf_files import reading
+from llava_pdrop.checkpoint.hosts import make_config, meta_host
+from llava_pdrop.checkpoint.layouts import (
+    HF_TO_HOST,
+    ORIGINAL_TO_HOST,
+    TEXT_HALF,
+    TOWER,
+    TOWER_TO_HOST,
+    Table,
+    in_memory,
+    is_projector,
+    rename,
+)
+from llava_pdrop.checkpoint.load import check_fit, check_shapes, mean_rows
+from llava_pdrop.checkpoint.original import (
+    SECTION,
+    carried,
+    original_geometry,
+    original_schedule,
+    refuse_unsupported,
+    text_config_of,
+    written_schedule,
+)
+from llava_pdrop.checkpoint.shards import Stored, open_tensors, read_json, resolve, weight_files
+from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_specials
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.vision import load_image_processor, used_tower_layers
+from llava_pdrop.model.vlm import geometry_of
+from llava_pdrop.schedule import Schedule
+
+PROJECTOR_ONLY = "mm_projector.bin"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A LLaVA that is opened, not loaded.
+
+    Attributes:
+        origin: where it lies, for messages.
+        config: of the Hugging Face host.
+        tensors: its weights under host names, the rows for new tokens included. Checked against ``config`` key by key.
+        schedule: the one it was trained with, None where nothing says so.
+        tokenizer: None where none lies there.
+        generation: what ``generate`` uses if nothing is said.
+    """
+
+    origin: str
+    config: Any
+    tensors: dict[str, Stored]
+    geometry: ImageGeometry
+    schedule: Schedule | None
+    tokenizer: Any | None
+    image_processor: CLIPImageProcessorPil
+    generation: GenerationConfig
+
+    def checked(self, fresh: bool = False) -> Source:
+        """Itself, if its tensors are those of the model; ``fresh``: its projector is yet to be made.
+
+        Raises:
+            ValueError: lists every missing, unexpected and mis-shaped key; or the tower has no such feature layer.
+        """
+        vision, used = self.config.vision_config, used_tower_layers(self.config)
+        if not 0 <= used <= vision.num_hidden_layers:
+            number = f"vision_feature_layer (mm_vision_select_layer) {self.config.vision_feature_layer}"
+            raise ValueError(f"{self.origin}: {number}: the tower has {vision.num_hidden_layers} layers")
+        host = meta_host(self.config)
+        own = host.state_dict()
+        tensors = in_memory(self.tensors, own)
+        made = {name: Stored.of(tensor) for name, tensor in own.items() if fresh and is_projector(name)}
+        check_fit(host, tensors | made, self.origin)
+        return replace(self, tensors=tensors)
+
+
+def open_llava(
+    source: str, base: str | None = None, vision_tower: str | None = None, pad_vocabulary: bool = True
+) -> Source:
+    """A LLaVA of the original or of Hugging Face's layout.
+
+    Args:
+        base: the model under a LoRA run or a projector-only directory; default: what the adapter's config names.
+        vision_tower: instead of the directory or hub id that an original config names.
+        pad_vocabulary: give an original LLaVA rows for ``<image>`` and ``<pad>``.
+
+    Raises:
+        FileNotFoundError: a directory or file that does not exist. ValueError: weights that do not fit, or a kind of
+            model that is not supported.
+    """
+    directory = resolve(source)
+    fields = read_json(directory / "config.json")
+    if "mm_vision_tower" in fields:
+        return _open_original(directory, fields, base, vision_tower, pad_vocabulary)
+    if lora.is_lora(directory):
+        return _open_adapters(directory, fields, base, vision_tower)
+    if base is not None or vision_tower is not None:
+        raise ValueError(f"{source}: is whole, so that it takes neither another base model nor another vision tower")
+    if fields.get("model_type") not in ("llava", "llava_next"):
+        raise ValueError(
+            f"{source}: model_type {fields.get('model_type')!r} is neither llava nor llava_next, and config.json has "
+            "no mm_vision_tower as the original layout has"
+        )
+    return _open_hf(directory, fields)
+
+
+def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vision_tower: str | None) -> Source:
+    """A LoRA run of ours: config and tokenizer are its own, its adapters are merged into the model that it was trained
+    on, a whole LLaVA or a raw LLM and a CLIP tower."""
+    base = base or lora.named_base(directory)
+    if base is None:
+        raise ValueError(f"{directory}: holds only a LoRA run: name the model under it (convert: --base DIR)")
+    under = read_json(resolve(base) / "config.json")
+    if "text_config" in under or "mm_vision_tower" in under:
+        tensors = open_llava(base, vision_tower=vision_tower if "mm_vision_tower" in under else None).tensors
+    else:
+        tower = vision_tower or fields[SECTION]["mm_vision_tower"]
+        tensors = open_parts(base, tower, {}, fields["vision_config"]["image_size"]).tensors
+    return _open_hf(directory, fields, lora.merged(tensors, directory))
+
+
+def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored] | None = None) -> Source:
+    """``tensors``: weights under host names that are not, as they are, in ``directory``."""
+    with reading(directory / "config.json"):
+        config = AutoConfig.from_pretrained(directory)
+    tower = config.vision_config.model_type
+    if tower not in ("clip_vision_model", "clip"):
+        raise ValueError(f"{directory}/config.json: a {tower!r} vision tower is not supported, only CLIP's")
+    if fields.get("quantization_config"):
+        raise ValueError(f"{directory}/config.json: quantised weights are not supported: take the float ones")
+    if "tie_word_embeddings" not in fields:  # transformers 4 asked the decoder's config
+        config.tie_word_embeddings = bool(getattr(config.text_config, "tie_word_embeddings", False))
+    section = getattr(config, "pyramid_drop", None)
+    with reading(directory / "config.json"):
+        geometry = geometry_of(config)
+        schedule = None if section is None else written_schedule(section).check(config.text_config.num_hidden_layers)
+    return Source(
+        str(directory),
+        config,
+        _named(directory, HF_TO_HOST) if tensors is None else tensors,
+        geometry,
+        schedule,
+        _tokenizer(directory),
+        _image_processor(directory, geometry.tile),
+        _generation(directory, config.text_config, None),
+    ).checked()
+
+
+def _open_original(
+    directory: Path, fields: dict[str, Any], base: str | None, vision_tower: str | None, pad: bool
+) -> Source:
+    """The layout of `liuhaotian/llava-v1.5-7b`: a LLaMA config with ``mm_*`` fields, the tower inside or beside."""
+    refuse_unsupported(fields, str(directory))
+    tensors, home = _original_tensors(directory, base)
+    tensors = rename(tensors, ORIGINAL_TO_HOST)
+    tower_source = vision_tower or beside(directory, fields["mm_vision_tower"])
+    try:
+        vision, beside_tensors = open_tower(tower_source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{directory}/config.json: mm_vision_tower: {error}; name a copy of it (convert: --vision-tower DIR)"
+        ) from None
+    with reading(directory / "config.json"):
+        geometry = original_geometry(fields, vision)
+        text = text_config_of(fields)
+        schedule = original_schedule(fields)
+        if schedule is not None:
+            schedule.check(text.num_hidden_layers)
+    inside = {name for name in tensors if name.startswith(TOWER)}
+    if not fields.get("unfreeze_mm_vision_tower") or not inside:  # golden/README 4.13: a frozen tower is CLIP's own
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in inside} | beside_tensors
+    if geometry.aspect == "pad":
+        tensors.pop("model.image_newline", None)
+    rows = text.vocab_size
+    tokenizer = _tokenizer(directory, text) or (_tokenizer(home, text) if home != directory else None)
+    image_token_id = rows if tokenizer is None else add_special_tokens(tokenizer, rows)
+    text.vocab_size = rows_with_specials(rows, tokenizer) if pad else rows
+    config = make_config(text, vision, geometry, image_token_id, fields.get("mm_vision_select_layer", -2))
+    setattr(config, SECTION, carried(fields))
+    if schedule is not None:
+        config.pyramid_drop = schedule.to_dict()
+    return Source(
+        str(directory),
+        config,
+        mean_rows(tensors, rows, text.vocab_size),
+        geometry,
+        schedule,
+        tokenizer,
+        _image_processor(resolve(tower_source), geometry.tile),
+        _generation(directory, text, tokenizer),
+    ).checked()
+
+
+def _original_tensors(directory: Path, base: str | None) -> tuple[dict[str, Stored], Path]:
+    """The weights of an original directory under their original names, and the directory of the decoder: a whole
+    model, a LoRA run on a base, or a projector on a base."""
+    if not lora.is_lora(directory) and weight_files(directory):
+        if base is not None:
+            raise ValueError(f"{directory}: is whole, so that it takes no base model")
+        return open_tensors(directory), directory
+    base = base or (lora.named_base(directory) if lora.is_lora(directory) else None)
+    projector = directory / PROJECTOR_ONLY
+    kind = "a LoRA run" if lora.is_lora(directory) else "a projector" if projector.is_file() else None
+    if kind is None:
+        raise FileNotFoundError(
+            f"{directory}: holds no model*.safetensors, pytorch_model*.bin, adapter or {PROJECTOR_ONLY}"
+        )
+    if base is None:
+        raise ValueError(f"{directory}: holds only {kind}: name the model under it (convert: --base DIR)")
+    home = resolve(base)
+    if "text_config" in read_json(home / "config.json"):
+        raise ValueError(f"{base}: the base model must be an LLM or an original LLaVA, not a llava-hf directory")
+    tensors = open_tensors(home)
+    if lora.is_lora(directory):
+        return lora.merged(tensors, directory), home
+    return tensors | open_tensors(projector), home
+
+
+def open_parts(
+    language_model: str, vision_tower: str, geometry_options: dict[str, Any], image_size: int | None = None
+) -> Source:
+    """A raw LLM and a raw CLIP tower, to be joined by a projector that is not there yet.
+
+    Args:
+        geometry_options: ``aspect``, ``merge``, ``pinpoints`` and ``rounding`` of `ImageGeometry`.
+        image_size: side of a tile in pixels if not the tower's own (its position embeddings are interpolated).
+    """
+    vision, tower = open_tower(vision_tower, image_size)
+    geometry = ImageGeometry(vision.image_size, vision.patch_size, **geometry_options)
+    home = resolve(language_model)
+    with reading(home / "config.json"):
+        text = AutoConfig.from_pretrained(home)
+    rows = text.vocab_size
+    tokenizer = _tokenizer(home)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{home}: has no tokenizer*: copy it from where the language model comes from")
+    image_token_id = add_special_tokens(tokenizer, rows)
+    text.vocab_size = rows_with_specials(rows, tokenizer)
+    if text.pad_token_id is None:
+        text.pad_token_id = tokenizer.pad_token_id
+    config = make_config(text, vision, geometry, image_token_id)
+    setattr(config, SECTION, {"mm_vision_tower": vision_tower, "vocab_size": rows})
+    tensors = mean_rows(_named(home, ORIGINAL_TO_HOST), rows, text.vocab_size)
+    return Source(
+        language_model,
+        config,
+        tensors | tower,
+        geometry,
+        None,
+        tokenizer,
+        _image_processor(resolve(vision_tower), vision.image_size),
+        _generation(home, text, tokenizer),
+    ).checked(fresh=True)
+
+
+def _named(directory: Path, table: Table) -> dict[str, Stored]:
+    """The tensors of ``directory`` under host names."""
+    tensors = open_tensors(directory)
+    with reading(directory):
+        return rename(tensors, table)
+
+
+def _tokenizer(directory: Path, text: Any | None = None) -> Any | None:
+    """``text``: config of the decoder, where config.json is the original layout's, which transformers warns of."""
+    if not any(directory.glob("tokenizer*")):
+        return None
+    with reading(directory / "tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(directory, **({} if text is None else {"config": text}))
+
+
+def _image_processor(directory: Path, tile: int) -> CLIPImageProcessorPil:
+    file = directory / "preprocessor_config.json"
+    if not file.is_file() and not (directory / "processor_config.json").is_file():  # transformers 5 writes the latter
+        raise FileNotFoundError(f"{file}: no such file: copy it from where the model comes from")
+    with reading(file):
+        return load_image_processor(str(directory), tile)
+
+
+def _generation(directory: Path, text: Any, tokenizer: Any | None) -> GenerationConfig:
+    """The checkpoint's own token ids for ``generate``. Sampling settings are left out: some published ones contradict
+    each other, and transformers then refuses to save them."""
+    file = directory / "generation_config.json"
+    fields = read_json(file) if file.is_file() else {}
+    ids = {name: fields.get(name, getattr(text, name, None)) for name in ("bos_token_id", "eos_token_id")}
+    pad = fields.get("pad_token_id") if tokenizer is None else tokenizer.pad_token_id
+    return GenerationConfig(**ids, pad_token_id=pad)
+
+
+# Opens CLIP vision towers without reading their weights.
+
+
+def open_tower(source: str, image_size: int | None = None) -> tuple[CLIPVisionConfig, dict[str, Stored]]:
+    """A CLIP vision tower, alone or as a half of CLIP: its config, and its tensors under host names.
+
+    Args:
+        image_size: side of a picture in pixels if not its own (position embeddings are interpolated, bicubic).
+
+    Raises:
+        ValueError: not CLIP, or keys that are missing, unexpected or mis-shaped.
+    """
+    directory = resolve(source)
+    kind = read_json(directory / "config.json").get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise ValueError(f"{source}: a {kind!r} vision tower is not supported, only CLIP's")
+    with reading(directory / "config.json"):
+        config = CLIPVisionConfig.from_pretrained(directory)
+    stored = {name: tensor for name, tensor in open_tensors(directory).items() if not TEXT_HALF.match(name)}
+    tensors = rename(stored, TOWER_TO_HOST)
+    with torch.device("meta"):
+        own = rename(CLIPVisionModel(config).state_dict(), TOWER_TO_HOST)
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    check_shapes(wanted, found, f"{source} does not fit a CLIP tower")
+    if image_size not in (None, config.image_size):
+        name = f"{TOWER}embeddings.position_embedding.weight"
+        side = image_size // config.patch_size
+        shape = (side**2 + 1, config.hidden_size)
+        tensors[name] = tensors[name].map(lambda old_PD: _interpolate(old_PD, side), shape)
+        config.image_size = image_size
+    return config, tensors
+
+
+def _interpolate(position_PD: Tensor, side: int) -> Tensor:
+    """Position embeddings (class token first) for a grid of ``side`` x ``side`` patches."""
+    token_1D, grid_PD = position_PD[:1], position_PD[1:]
+    old = int(len(grid_PD) ** 0.5)
+    grid_1Dhw = grid_PD.float().T.reshape(1, -1, old, old)
+    grid_1Dhw = F.interpolate(grid_1Dhw, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([token_1D, grid_1Dhw.flatten(2)[0].T.to(position_PD.dtype)])
+
+
+def beside(directory: Path, tower: str) -> str:
+    """The tower named in an original config: as it stands, or relative to the checkpoint or one of its parents."""
+    for parent in (Path(), directory, *directory.resolve().parents[:3]):
+        if (parent / tower).is_dir():
+            return str(parent / tower)
+    return tower

@@ -1,0 +1,32 @@
+"""Arguments of ``llava-pdrop ablate``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("config", metavar="ABLATION", help="YAML file: a config and the variants of it")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to every variant")
+    parser.add_argument("--plan", action="store_true", help="check and show the variants, and start nothing")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    from llava_pdrop.compare.variants import load_ablation
+
+    ablation = load_ablation(args.config, args.overrides)
+    from llava_pdrop.compare.ablate import ablate, plan
+    from llava_pdrop.compare.ablate_report import show, write
+
+    rows = plan(ablation)
+    if os.environ.get("RANK", "0") == "0":
+        show(ablation, rows, f"{ablation.name}: by operation count")
+    if args.plan:
+        return
+    measured = ablate(ablation, rows)
+    if measured is not None:
+        show(ablation, measured, ablation.name)
+        print(f"report: {write(ablation, measured)}")

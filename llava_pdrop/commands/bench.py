@@ -1,0 +1,87 @@
+"""``llava-pdrop bench train`` and ``llava-pdrop bench prefill``: their arguments, and what runs them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llava_pdrop.bench.run import run_prefill, run_train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes. (No import of torch: this also runs for ``--help``.)"""
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, summary, add in (
+        ("train", "a training step, vanilla beside dropping", add_train_arguments),
+        ("prefill", "prompt and answer at inference", add_prefill_arguments),
+    ):
+        own = kinds.add_parser(
+            name,
+            help=summary,
+            description=f"Measures {summary}, with random weights and made-up batches, on one device.",
+        )
+        add(own)
+        own.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs one bench."""
+    {"train": run_train, "prefill": run_prefill}[args.what](args)
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``bench train``."""
+    add_shape_arguments(parser)
+    parser.add_argument(
+        "--schedule", nargs="+", type=Path, default=[], metavar="FILE",
+        help="YAML with a pyramid_drop section, or a bare schedule, measured beside vanilla (default: as CONFIG or the "
+        "shape)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="counted steps of every schedule")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them")
+    parser.add_argument("--samples", type=int, metavar="N", help="of a micro-batch (default: as CONFIG or the shape)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, lengths and pictures")
+    parser.add_argument("--images", default="mixture", help="mixture (drawn as in training) or full (every tile used)")
+    parser.add_argument("--optimizer", default="auto", help="auto (what fits), adamw, sharded (one of 8) or none")
+    parser.add_argument(
+        "--recompute", action=argparse.BooleanOptionalAction,
+        help="activation checkpointing (default: as CONFIG or the shape)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attention", metavar="BACKEND", help="auto, sdpa, varlen or flash_attn (default: as CONFIG, else auto)"
+    )
+    parser.add_argument("--compare", action="store_true", help="also measure every choice against its alternative")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where the three files go")
+
+
+OUT = Path("playground/benchmarks")
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured: CONFIG with its overrides, or ``--shape``. (One list of words: argparse would lose a CONFIG
+    that follows an option.)"""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="CONFIG",
+        help="the YAML file of a run, or its directory, and section.key=value to change it: what is measured is its "
+        "model, without weights and data",
+    )  # fmt: skip
+    parser.add_argument("--shape", help="a model shape instead (default: llava-next-7b on CUDA, else tiny)")
+
+
+def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes. (No import of torch: this also runs for ``--help``.)"""
+    add_shape_arguments(parser)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="prompts at once")
+    parser.add_argument(
+        "--image-tokens", type=int, nargs="+", metavar="N",
+        help="per prompt (default: those of CONFIG's largest picture, or of 1, 5 and 9 tiles)",
+    )  # fmt: skip
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens of every answer")
+    parser.add_argument("--runs", type=int, default=10, metavar="N", help="counted runs of every method")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and pictures")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument("--attention", default="sdpa", help="attn_implementation of the Hugging Face model")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where the three files go")

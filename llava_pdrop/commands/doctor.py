@@ -1,0 +1,107 @@
+"""Arguments of ``llava-pdrop doctor``: is this data set fit to train on, and what will that cost?
+
+Exit status: 0 training would start and use every record; 1 there are records that it refuses; 2 a user's error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+REPORT, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the directory of a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument("--eval", action="store_true", help="check data.eval too")
+    parser.add_argument("--out", metavar="DIR", help="where the report goes (default: OUTPUT_DIR/doctor)")
+    parser.add_argument("--decode", action="store_true", help="read images in full, not only their headers")
+    parser.add_argument("--no-tokens", action="store_true", help="do not count tokens, so that no tokenizer is needed")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer to count with (default: that of the model)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: number of CPUs, at most 16)")
+    parser.add_argument(
+        "--listed", type=int, default=1000, metavar="N", help="problems listed per kind (default: 1000)"
+    )
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("--measured", metavar="PATH", help="run directory or bench JSON that hours are predicted from")
+    rate.add_argument("--tflops-per-second", type=float, metavar="X", help="or the operations per second of a GPU")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command.
+
+    Raises:
+        SystemExit: with status 1, after the report is written, if training would refuse a record.
+    """
+    from llava_pdrop.config.load import RUN_FILE, load_config
+    from llava_pdrop.config.paths import check_name
+    from llava_pdrop.cost.nominal import geometry_of_config, make_encoder
+    from llava_pdrop.data.clean_index import CleanIndex
+    from llava_pdrop.data.conversation import TEMPLATES
+    from llava_pdrop.data.mixture import read_data
+    from llava_pdrop.data.records import read_records
+    from llava_pdrop.doctor.cost import predict
+    from llava_pdrop.doctor.examine import examine_set, verdict, what_training_does
+    from llava_pdrop.doctor.report import describe, draw, to_markdown
+
+    path = Path(args.config)
+    config = load_config(path / RUN_FILE if path.is_dir() else path, args.overrides)
+    check_name(config, "model.template", config.model.template, TEMPLATES)
+    out = Path(args.out) if args.out else Path(config.output_dir) / "doctor"
+    encoder = None if args.no_tokens else make_encoder(config, args.tokenizer)
+    geometry = encoder.geometry if encoder else geometry_of_config(config, needed=False)
+    workers = min(os.cpu_count() or 1, 16) if args.workers is None else args.workers
+    if workers < 0 or args.listed < 0:
+        raise ValueError("--workers and --listed count something: give 0 or more")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: the report needs a directory, and this is a file; give another --out")
+
+    section = config.data
+    if section.prepare is not None:
+        from llava_pdrop.train.run import prepare_data
+
+        prepare_data(config)
+    sets = {"train": read_data(section.train, section.image_root, section.format, config.seed)}
+    if args.eval:
+        if section.eval is None:
+            raise ValueError(f"{config.file}: data.eval names nothing to check; leave --eval out")
+        sets["eval"] = read_records(section.eval, section.image_root, check=False)  # no mixture, as in evaluation
+    out.mkdir(parents=True, exist_ok=True)
+    found = {name: examine_set(config, name, records, encoder, args, workers) for name, records in sets.items()}
+    data: dict[str, Any] = {}
+    for name, findings in found.items():
+        limit = section.max_length if name == "train" else None
+        data[name] = describe(findings, getattr(section, name), limit)
+        data[name]["figures"] = draw(findings, name, limit, out)
+    CleanIndex.of(section.train, sets["train"], found["train"].clean).write(out / INDEX)
+    training = what_training_does(config, data["train"])
+    measured = Path(args.measured) if args.measured else None
+    report = {
+        "name": config.name,
+        "config": config.file,
+        "verdict": verdict(data, training, args.no_tokens, out / INDEX),
+        "training": training,
+        "clean_index": INDEX,
+        "data": data,
+        "cost": predict(config, found["train"], encoder, geometry, measured, args.tflops_per_second),
+    }
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / TEXT).write_text(to_markdown(report), encoding="utf-8", errors="backslashreplace")
+    _show(report, out)
+    if any(entry["usable"] < entry["records"] for entry in data.values()):
+        raise SystemExit(1)
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    """The gist, for the terminal."""
+    for name, found in report["data"].items():
+        print(f"data.{name}: {found['usable']:,} of {found['records']:,} records can be used")
+        for entry in found["problems"].values():
+            print(f"  {entry['records']:>9,}  {entry['summary']}" + ("" if entry["refused"] else " (taken)"))
+    print(report["verdict"])
+    print(f"report: {out / TEXT}, {out / REPORT}, {out / INDEX}")

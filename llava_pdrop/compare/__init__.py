@@ -1,0 +1,2 @@
+"""Runs side by side: with and without dropping (`compare.py`), variants of a config (`ablate.py`), finished runs
+(`runs.py`)."""

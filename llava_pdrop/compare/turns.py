@@ -1,0 +1,230 @@
+"""What dropping saves, timed with the two schedules taking turns: a few steps of the finished runs once more, with one
+model and one optimizer, every batch with and without drops.
+
+Runs that were trained one after the other compare what the machine did at two different times. Here whatever it does
+meanwhile hits both alike. A step is that of `PyramidTrainer`, and its seconds are those that go into ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from llava_pdrop.checkpoint.shards import read_json
+from llava_pdrop.config.load import RUN_FILE, load_config
+from llava_pdrop.config.schema import Config
+from llava_pdrop.data.packing import BatchPlan
+from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.runtime.clock import no_garbage_collection, quartiles
+from llava_pdrop.runtime.device import release_memory
+from llava_pdrop.runtime.preemption import Preempted
+from llava_pdrop.runtime.ranks import engine_for_one_run, number_of_processes
+from llava_pdrop.schedule import Schedule
+from llava_pdrop.train.arguments import first_line, on_cpu, training_arguments
+from llava_pdrop.train.history import FINISHED_FILE
+from llava_pdrop.train.optim import PARTS
+from llava_pdrop.train.run import build_dataset, build_plan, learning_model, say
+from llava_pdrop.train.trainer import PyramidTrainer
+
+PAIRS, WARMUP = 10, 2
+"""Steps of each schedule that are counted, and those before them that are not."""
+
+QUIET = {
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+    "logging_first_step": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "push_to_hub": False,
+    "disable_tqdm": True,
+}
+"""Training arguments that differ from the run's: its steps are seen one by one, and leave nothing behind."""
+
+IMPOSSIBLE = (RuntimeError, ValueError, OSError, MemoryError)
+"""What keeps steps from being timed: memory that is short (of a GPU or not), files that are gone since."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The share of the vanilla step's time that dropping saves.
+
+    Attributes:
+        realised: where turns were taken the median over the pairs of steps, else by the medians of the two runs.
+        quartiles: first and third over the pairs; None where no turns were taken.
+        pairs: what every pair of steps saved.
+        steps: of the run, whose batches were timed: optimizer steps of its first epoch from 0 on.
+        on_cpu: by CPU seconds of one thread, otherwise between CUDA events.
+        reason: why no turns were taken.
+    """
+
+    realised: float
+    quartiles: tuple[float, float] | None = None
+    pairs: tuple[float, ...] = ()
+    steps: tuple[int, ...] = ()
+    on_cpu: bool = True
+    reason: str | None = None
+
+    def describe(self) -> str:
+        """A sentence for the report: which of the two it is."""
+        if self.quartiles is None:
+            return (
+                "*Realised* compares the median steps of the two runs, which were trained one after the other, so it "
+                f"holds what else the machine did ({self.reason})."
+            )
+        clock = "CPU seconds of one thread" if self.on_cpu else "seconds between CUDA events"
+        return (
+            f"*Realised* is the median over {len(self.pairs)} pairs of steps, in brackets the first and third "
+            "quartile: after training, the two schedules took turns on the same batches with one model and one "
+            f"optimizer ({clock}). *Predicted* is of these batches."
+        )
+
+
+def saving_of_pairs(
+    vanilla: Sequence[float], dropping: Sequence[float], steps: Sequence[int], on_cpu: bool = True
+) -> Saving:
+    """What pairs of steps on the same batches, ``vanilla`` and ``dropping`` seconds, have saved."""
+    pairs = [1 - after / before for before, after in zip(vanilla, dropping, strict=True)]
+    first, median, third = quartiles(pairs)
+    return Saving(median, (first, third), tuple(pairs), tuple(steps), on_cpu)
+
+
+def saving(directory: Path, device: str, before: float, after: float) -> Saving:
+    """What the steps of the run in ``directory`` save: timed by turns where that can be, else by what the runs took.
+
+    Args:
+        directory: of the finished run with dropping, trained on ``device`` (``cpu`` or ``cuda``).
+        before, after: seconds of the median step, without and with dropping, of the runs.
+    """
+    reason = why_no_turns(directory, device)
+    if reason is None:
+        say(f"timing: vanilla and PyramidDrop take turns, {PAIRS} steps each")
+        try:
+            return take_turns(load_config(directory / RUN_FILE))
+        except IMPOSSIBLE as error:
+            reason = f"taking turns was not possible: {first_line(error)}"
+        finally:
+            release_memory()
+    say(f"the realised saving is that of the two runs, one after the other: {reason}")
+    return Saving(1 - after / before, reason=reason)
+
+
+def why_no_turns(directory: Path, device: str) -> str | None:
+    """Why steps cannot be timed here as they were made in the run; None where they can."""
+    trained, now = int(read_json(directory / FINISHED_FILE).get("processes", 1)), number_of_processes()
+    if max(trained, now) > 1:
+        return f"turns are taken by a run of one process, and this one had {trained}, now {now}"
+    here = "cpu" if on_cpu(load_config(directory / RUN_FILE)) else "cuda"
+    return None if here == device else f"the runs were trained on {device}, and this machine would take {here}"
+
+
+def take_turns(config: Config, pairs: int = PAIRS, warmup: int = WARMUP) -> Saving:
+    """Times the first ``pairs`` steps of the run ``config`` (all of its first epoch where that is shorter) with and
+    without its schedule.
+
+    Everything is as in the run (what learns, precision, recomputation, kernels, optimizer and clipping, batches with
+    their pixels, accumulation) but the learning rate, which is 0: the optimizer does its work and the weights stay as
+    they are. Nothing is written where the run lies. The first warm-up step takes the longest batches, so that the
+    allocator has seen them; which schedule comes first changes from step to step. On a CPU there is one thread (see
+    `one_thread`).
+
+    Raises:
+        ValueError, RuntimeError, OSError, MemoryError: it cannot be done here.
+        Preempted: a signal said stop.
+    """
+    with tempfile.TemporaryDirectory() as scratch, engine_for_one_run():
+        arguments = {**config.train.arguments, **QUIET}
+        config = replace(config, output_dir=scratch, train=replace(config.train, arguments=arguments))
+        args = training_arguments(config)
+        set_seed(config.seed)
+        parts, model = learning_model(config, args)
+        dataset = build_dataset(config, parts)
+        plan = build_plan(config, dataset, args)
+        available = plan.steps if args.max_steps <= 0 else min(plan.steps, args.max_steps)
+        counted = tuple(range(min(pairs, available)))
+        order = [*([longest_step(plan, counted), *counted] * warmup)[:warmup], *counted]
+        args.max_steps = 2 * len(order)
+        turns = Turns(model, (Schedule(), config.schedule))
+        trainer = PyramidTrainer(
+            model,
+            args,
+            dataset,
+            Twice(**_fields(plan), order=tuple(order)),
+            dict.fromkeys(PARTS, 0.0),
+            skip_bad_samples=config.train.on_bad_sample == "skip",
+            max_bad_samples=config.train.max_bad_samples,
+        )
+        trainer.add_callback(turns)
+        with no_garbage_collection(), one_thread():
+            result = trainer.train()
+        if result.global_step < args.max_steps:
+            raise Preempted
+    cpu = args.device.type == "cpu"
+    key = "step_cpu_seconds" if cpu else "step_seconds"
+    seconds = [row[key] for row in trainer.state.log_history if "loss" in row]
+    vanilla, dropping = ([seconds[step] for step in turns.taken[arm][warmup:]] for arm in (0, 1))
+    return saving_of_pairs(vanilla, dropping, counted, cpu)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for the operators of a CPU. Several wait for each other at the end of every operator, and what they
+    wait counts as CPU time and grows with what else the machine does: on two busy cores the saving of the embedded
+    default came out at half of what it is on idle ones."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def longest_step(plan: BatchPlan, steps: Sequence[int]) -> int:
+    """Which of ``steps`` has the longest micro-batch."""
+    size, batches = plan.gradient_accumulation, plan.micro_batches(0)
+
+    def tokens(step: int) -> int:
+        return max(sum(plan.lengths[i] for i in batch) for batch in batches[step * size : (step + 1) * size])
+
+    return max(steps, key=tokens)
+
+
+@dataclass(frozen=True)
+class Twice(BatchPlan):
+    """The micro-batches of the steps ``order`` of a plan's first epoch, every step twice in a row."""
+
+    order: tuple[int, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return 2 * len(self.order)
+
+    def micro_batches(self, epoch: int, rank: int = 0) -> list[list[int]]:
+        """The same in every epoch."""
+        size, batches = self.gradient_accumulation, super().micro_batches(0, rank)
+        return [batch for step in self.order for _ in range(2) for batch in batches[step * size : (step + 1) * size]]
+
+
+@dataclass
+class Turns(TrainerCallback):
+    """Gives ``model`` the schedule whose turn it is; ``taken`` has the steps that each of them made."""
+
+    model: PyramidLlava
+    schedules: tuple[Schedule, Schedule]
+    taken: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pair, place = divmod(state.global_step, 2)
+        arm = (pair + place) % 2
+        self.model.schedule = self.schedules[arm]
+        self.taken[arm].append(state.global_step)
+
+
+def _fields(plan: BatchPlan) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in BatchPlan.__dataclass_fields__}

@@ -1,0 +1,1 @@
+"""A run as YAML: `load` reads it, `schema` says which keys there are."""

@@ -1,0 +1,1 @@
+"""What a run costs, predicted without weights: operations, memory, the paper's formula."""

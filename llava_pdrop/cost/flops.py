@@ -1,0 +1,199 @@
+"""Floating-point operations of one training step, counted from the layout of its batch.
+
+Everything that is a matrix product is counted, for text and image tokens alike: tower, projector, every decoder layer
+at the length its stage leaves, causal attention, the ranking, and the head on the label rows. One multiply-accumulate
+is two operations, as in `torch.utils.flop_counter`. Element-wise work, the optimizer and data loading are not counted.
+The paper's own figure (image tokens only) is `llava_pdrop.cost.paper.paper_tflop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.model.vision import used_tower_layers
+from llava_pdrop.schedule import Schedule
+from llava_pdrop.types import PackedBatch
+
+ATTENTION_BACKWARD = 2.5
+"""Backward of attention relative to its forward: fused kernels compute the scores once more (5 products for 2)."""
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of a step by where they happen; forward and backward together."""
+
+    tower: float
+    projector: float
+    decoder: float
+    attention: float
+    ranking: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, entry.name) for entry in fields(self))
+
+    def __add__(self, other: StepFlops) -> StepFlops:
+        return StepFlops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def step_flops(
+    config: Any,
+    batch: PackedBatch,
+    schedule: Schedule,
+    geometry: ImageGeometry,
+    trainable: Collection[str] = ("projector", "language_model"),
+    checkpointing: bool = False,
+    recompute_layers: int | None = None,
+    seq_lens: Sequence[Sequence[int]] | None = None,
+) -> StepFlops:
+    """Operations of forward and backward of one micro-batch.
+
+    Args:
+        config: of the Hugging Face LLaVA (``text_config``, ``vision_config``, ``vision_feature_layer``).
+        trainable: which of projector, language_model and vision_tower learn (empty: forward only). The gradient
+            passes through a frozen decoder to what learns before it.
+        checkpointing: activation checkpointing, which runs every layer's forward once more in backward, up to the
+            last product, whose result nobody needs again.
+        recompute_layers: of the decoder's layers, only so many first ones run again (None: all of them); the tower's
+            do whenever ``checkpointing`` says so.
+        seq_lens: the lengths of the samples at every stage, where a forward has told them (`vlm.Output`); None: they
+            are planned here.
+    """
+    text = config.text_config
+    stages = [layout.seq_lens for layout in layouts_of(batch, schedule)] if seq_lens is None else seq_lens
+    queries = [len(starts) for starts in batch.answer_starts]
+    tiles = tiles_of(batch, geometry)
+    backward = bool(trainable)
+    repeated = text.num_hidden_layers if recompute_layers is None else recompute_layers
+    linear_factor = 1.0 + backward + ("language_model" in trainable)
+    width = text.num_attention_heads * head_size(text)
+    window = _window(text)
+
+    linear, last = _layer_linear(text)
+    decoder = attention = ranking = 0.0
+    stage = 0
+    for layer in range(text.num_hidden_layers):
+        if layer in schedule.layers:
+            ranking += _ranking(text, stages[stage], queries, schedule)
+            stage += 1
+        lengths = stages[stage]
+        repeat = checkpointing and backward and layer < repeated
+        decoder += sum(lengths) * (linear * linear_factor + (linear - last) * repeat)
+        pairs = sum(causal_pairs(length, window) for length in lengths)
+        attention += 4 * pairs * width * (1 + repeat + ATTENTION_BACKWARD * backward)
+    return StepFlops(
+        tower=_tower(config, tiles, "vision_tower" in trainable, checkpointing),
+        projector=_projector(config, tiles * geometry.patches, trainable),
+        decoder=decoder,
+        attention=attention,
+        ranking=ranking,
+        head=2 * len(batch.label_positions) * text.hidden_size * text.vocab_size * linear_factor,
+    )
+
+
+def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule) -> list[float]:
+    """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
+    text = config.text_config
+    linear, width = _layer_linear(text)[0], text.num_attention_heads * head_size(text)
+    edges = (0, *schedule.layers, text.num_hidden_layers)
+    return [
+        float(
+            (stop - first)
+            * (layout.tokens * linear + 4 * width * sum(causal_pairs(n, _window(text)) for n in layout.seq_lens))
+        )
+        for first, stop, layout in zip(edges, edges[1:], layouts_of(batch, schedule))
+    ]
+
+
+def predicted_reduction(
+    config: Any,
+    batches: Sequence[PackedBatch],
+    schedule: Schedule,
+    geometry: ImageGeometry,
+    trainable: Collection[str],
+    checkpointing: bool = False,
+    recompute_layers: int | None = None,
+) -> float:
+    """Share of a vanilla step's operations that ``schedule`` saves on ``batches``, between 0 and 1."""
+    options = (geometry, trainable, checkpointing, recompute_layers)
+
+    def operations(chosen: Schedule) -> float:
+        return sum(step_flops(config, batch, chosen, *options).total for batch in batches)
+
+    return 1 - operations(schedule) / operations(Schedule())
+
+
+def tiles_of(batch: PackedBatch, geometry: ImageGeometry) -> int:
+    """Tiles that go through the tower: a text-only batch sends one dummy."""
+    return sum(geometry.num_tiles(size) for size in batch.image_sizes) or 1
+
+
+def head_size(text: Any) -> int:
+    """Numbers in an attention head of a decoder's config."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def key_value_heads(text: Any) -> int:
+    """Heads that keys and values of a decoder's config have; fewer than the queries' under GQA."""
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def causal_pairs(length: int, window: int | None = None) -> int:
+    """(query, key) pairs of causal attention over ``length`` tokens, each seeing at most ``window``."""
+    reach = min(length, window or length)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def _window(text: Any) -> int | None:
+    return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+
+
+def _layer_linear(text: Any) -> tuple[int, int]:
+    """Operations per token of one decoder layer's linear maps (q, k, v, o and the three of the gated MLP), and of the
+    last of them."""
+    projections = 2 * (text.num_attention_heads + key_value_heads(text)) * head_size(text)
+    last = 2 * text.hidden_size * text.intermediate_size
+    return 2 * text.hidden_size * projections + 3 * last, last
+
+
+def _ranking(text: Any, lengths: Sequence[int], queries: Sequence[int], schedule: Schedule) -> int:
+    """Operations of one ranking of samples with so many tokens and so many query tokens: keys of all tokens, queries of
+    the query tokens, their products. No backward."""
+    if RANKERS[schedule.ranker].projections is None:
+        return 0
+    size, heads = head_size(text), text.num_attention_heads
+    keys = 2 * sum(lengths) * text.hidden_size * key_value_heads(text) * size
+    rows = 2 * max(1, sum(queries)) * text.hidden_size * heads * size
+    scores = sum(2 * count * length * heads * size for count, length in zip(queries, lengths))
+    return keys + rows + scores
+
+
+def _tower(config: Any, tiles: int, trainable: bool, checkpointing: bool) -> float:
+    """Only the layers that lead to ``vision_feature_layer`` run."""
+    vision = config.vision_config
+    width, used = vision.hidden_size, used_tower_layers(config)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    tokens = tiles * (patches + 1)
+    embedding = 2 * tiles * patches * 3 * vision.patch_size**2 * width
+    linear = 2 * tokens * width * (4 * width + 2 * vision.intermediate_size)
+    attention = 4 * tokens * (patches + 1) * width
+    forward = embedding + used * (linear + attention)
+    if not trainable:
+        return forward
+    last = 2 * tokens * width * vision.intermediate_size
+    again = linear - last + attention if checkpointing else 0
+    return forward + embedding + used * (2 * linear + ATTENTION_BACKWARD * attention + again)
+
+
+def _projector(config: Any, rows: int, trainable: Collection[str]) -> float:
+    """Two linear maps. The gradient goes into the first one's input only where the tower learns."""
+    width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+    first, second = 2 * rows * width * hidden, 2 * rows * hidden * hidden
+    learns, below = "projector" in trainable, "vision_tower" in trainable
+    return first * (1 + learns + below) + second * (1 + learns + (learns or below))

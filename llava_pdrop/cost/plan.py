@@ -1,0 +1,202 @@
+"""What a config's schedule does to image tokens, operations and memory, before anything is trained.
+
+Numbers only: no weights, no pixels. `plan_command` prints them, `nominal` says what a config's model and batch are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llava_pdrop.config.schema import Config
+from llava_pdrop.cost.flops import StepFlops, step_flops
+from llava_pdrop.cost.lora import adapter_flops, adapter_parameters, learning
+from llava_pdrop.cost.memory import GIB, Memory, predicted_peak
+from llava_pdrop.cost.nominal import (
+    FULL_TEXT_TOKENS,
+    checkpointing,
+    full_picture,
+    model_of,
+    nominal_batch,
+    paper_tokens,
+    recomputed_layers,
+)
+from llava_pdrop.cost.paper import Solution, solve_budget
+from llava_pdrop.cost.states import States
+from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.schedule import Schedule, image_tokens_by_stage
+
+PICTURES = ((336, 336), (640, 480), (480, 640), (1280, 720), (1000, 1400), (2000, 500))
+"""(width, height) of typical pictures: square, photographs, a screenshot, a page, a banner."""
+
+RESERVE = 0.1
+"""Share of a GPU's memory that is left for what the prediction does not contain (see `cost.memory`)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture: tokens before any drop and after each one, and the paper's TFLOP without and with the schedule."""
+
+    size: tuple[int, int]
+    tokens: list[int]
+    vanilla: float
+    dropping: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers ``first`` to ``last`` and the image tokens that enter each of them, of a picture that fills the canvas."""
+
+    first: int
+    last: int
+    image_tokens: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``rows`` has one entry per picture, ``stages`` one per stage of the ``picture`` that fills the canvas;
+    ``average`` is the mean share of image tokens over the ``layers``, ``average_tokens`` their mean number.
+    ``paper`` is the picture as the paper counts it: all patches of all tiles, nothing cut off, no newlines.
+    """
+
+    schedule: Schedule
+    layers: int
+    average: float
+    average_tokens: float
+    rows: list[Row]
+    picture: tuple[int, int]
+    stages: list[Stage]
+    paper: Row
+
+
+@dataclass(frozen=True)
+class Step:
+    """Operations of one micro-batch of a training step: ``samples`` samples of ``text_tokens`` text tokens and a
+    picture that fills the canvas."""
+
+    samples: int
+    text_tokens: int
+    vanilla: StepFlops
+    dropping: StepFlops
+
+    @property
+    def reduction(self) -> float:
+        """Share of the operations that is saved: the prediction for the time of a step."""
+        return 1 - self.dropping.total / self.vanilla.total
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak of the same step on one GPU with the first ``recomputed`` decoder layers recomputed in backward."""
+
+    recomputed: int
+    vanilla: Memory
+    dropping: Memory
+
+
+def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = PICTURES) -> Plan:
+    """Token counts and costs of ``config`` for ``pictures`` (width, height), from config.json numbers alone.
+
+    Raises:
+        ConfigError: neither config.json nor ``model.reference_shape`` gives the numbers.
+    """
+    model = model_of(config)
+    schedule = config.schedule.check(model.layers)
+
+    def row(size: tuple[int, int], n: int) -> Row:
+        return Row(size, image_tokens_by_stage([n], schedule), model.tflop(n), model.tflop(n, schedule))
+
+    full = full_picture(model.geometry)
+    n = model.geometry.num_tokens(full)
+    edges = (0, *schedule.layers, model.layers)
+    stages = [
+        Stage(first, stop - 1, tokens, tokens / n)
+        for first, stop, tokens in zip(edges, edges[1:], image_tokens_by_stage([n], schedule))
+    ]
+    return Plan(
+        schedule=schedule,
+        layers=model.layers,
+        average=schedule.average_ratio(model.layers),
+        average_tokens=model.average_tokens(n, schedule),
+        rows=[row(size, model.geometry.num_tokens(size)) for size in pictures],
+        picture=full,
+        stages=stages,
+        paper=row(full, paper_tokens(model.geometry, full)),
+    )
+
+
+def solve(config: Config, average_tokens: float | None = None, tflop: float | None = None) -> Solution:
+    """The schedule that gives a picture which fills the canvas that many image tokens, averaged over the layers, or
+    that many TFLOP as the paper counts. Layers, ranker and positions are the config's where it has a schedule.
+
+    Raises:
+        ValueError: no schedule does that, or not exactly one of the two is given.
+    """
+    if (average_tokens is None) == (tflop is None):
+        raise ValueError("give either --average-tokens or --tflops")
+    model = model_of(config)
+    full = full_picture(model.geometry)
+    if average_tokens is not None:
+        n = model.geometry.num_tokens(full)
+        return solve_budget(
+            lambda schedule: model.average_tokens(n, schedule), average_tokens, n, model.layers, config.schedule
+        )
+    assert tflop is not None
+    n = paper_tokens(model.geometry, full)
+    return solve_budget(lambda schedule: model.tflop(n, schedule), tflop, n, model.layers, config.schedule)
+
+
+def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Step:
+    """Operations of a micro-batch of ``config``: forward, backward and recomputation.
+
+    Args:
+        recomputed: decoder layers that (vanilla, dropping) recompute; default: what the config says, for both.
+
+    Raises:
+        ConfigError: the config recomputes more layers than there are.
+    """
+    model = model_of(config)
+    batch = nominal_batch(model.geometry, config)
+    wanted = (checkpointing(config), recomputed_layers(config, model.layers))
+
+    def operations(schedule: Schedule, again: bool, count: int | None) -> StepFlops:
+        flops = step_flops(model.config, batch, schedule, model.geometry, learning(config), again, count)
+        repeated = 0 if not again else model.layers if count is None else count
+        adapters = adapter_flops(model.config.text_config, config.lora, batch, schedule, repeated)
+        return replace(flops, decoder=flops.decoder + adapters)
+
+    vanilla, dropping = [wanted, wanted] if recomputed is None else [(count > 0, count) for count in recomputed]
+    return Step(
+        samples=len(batch.seq_lens),
+        text_tokens=FULL_TEXT_TOKENS,
+        vanilla=operations(Schedule(), *vanilla),
+        dropping=operations(config.schedule.check(model.layers), *dropping),
+    )
+
+
+def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> list[MemoryRow]:
+    """The peak of a micro-batch of ``config`` for each number of recomputed decoder layers (a trainable tower's layers
+    are recomputed with the first of them)."""
+    model = model_of(config)
+    batch = nominal_batch(model.geometry, config)
+    adapters = sum(adapter_parameters(model.config.text_config, config.lora))
+
+    def peaks(schedule: Schedule) -> list[Memory]:
+        options, layouts = (model.geometry, config.model.trainable), layouts_of(batch, schedule)
+        return [
+            predicted_peak(model.config, batch, schedule, *options, count > 0, count, states, adapters, layouts)
+            for count in recomputed
+        ]
+
+    schedule = config.schedule.check(model.layers)
+    return [MemoryRow(*row) for row in zip(recomputed, peaks(Schedule()), peaks(schedule))]
+
+
+def least_recomputed(config: Config, states: States, gib: float) -> tuple[int | None, int | None]:
+    """The fewest decoder layers to recompute so that (vanilla, dropping) leave `RESERVE` of ``gib`` GiB free; None
+    where not even all of them are enough."""
+    rows = plan_memory(config, range(model_of(config).layers + 1), states)
+    room = gib * GIB * (1 - RESERVE)
+    vanilla = next((row.recomputed for row in rows if row.vanilla.total <= room), None)
+    return vanilla, next((row.recomputed for row in rows if row.dropping.total <= room), None)

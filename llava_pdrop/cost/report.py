@@ -1,0 +1,335 @@
+"""What ``llava-pdrop plan CONFIG`` prints, as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from llava_pdrop.config.schema import Config
+from llava_pdrop.cost.advice import PEAKS, Advice, overrides, what_lacks
+from llava_pdrop.cost.flops import StepFlops
+from llava_pdrop.cost.lora import NOT_MODELLED, adapter_parameters
+from llava_pdrop.cost.memory import GIB, Memory
+from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, checkpointing, model_of, states_of
+from llava_pdrop.cost.paper import Solution
+from llava_pdrop.cost.plan import RESERVE, MemoryRow, Plan, Step, least_recomputed, make_plan, plan_memory, plan_step
+from llava_pdrop.cost.states import States
+from llava_pdrop.schedule import Schedule
+
+PAPER_7B = {
+    (576, (), ()): "3.82",
+    (576, (8, 16, 24), (0.5, 0.25, 0.125)): "1.78",
+    (576, (8, 16, 24), (0.4, 0.16, 0.064)): "1.54",
+    (576, (8, 16, 24), (0.6, 0.36, 0.216)): "2.06",
+    (576, (10, 20), (0.5, 0.25)): "2.13",
+    (576, (6, 12, 18, 24), (0.5, 0.25, 0.125, 0.0625)): "1.38",
+    (576, (2,), (0.5,)): "2.01",
+    (2880, (), ()): "20.8",
+    (2880, (8, 16, 24), (0.5, 0.25, 0.125)): "9.46",
+    (2880, (8, 16, 24), (0.4, 0.16, 0.064)): "8.22",
+    (2880, (8, 16, 24), (0.6, 0.36, 0.216)): "11.0",
+    (5184, (), ()): "40.6",
+    (5184, (8, 16, 24), (0.5, 0.25, 0.125)): "18.1",
+}
+"""TFLOP as printed in Tables 3, 5, 7 and 9 of arXiv 2410.17247: (image tokens, layers, ratios) of a 7B decoder."""
+
+
+WIDTH = 120
+"""Columns where the output is no terminal (a log file), which has no width of its own."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is printed. ``least``: decoder layers to recompute so that (vanilla, dropping) fit into ``budget`` GiB;
+    ``fitting``: the step when each recomputes only those, None where one of them does not fit; ``adapters``: parameters
+    of LoRA adapters; ``advice``: how to train on GPUs of a known size, where asked."""
+
+    plan: Plan
+    step: Step
+    states: States
+    memory: list[MemoryRow]
+    budget: float
+    least: tuple[int | None, int | None]
+    fitting: Step | None
+    solution: Solution | None = None
+    adapters: int = 0
+    advice: Advice | None = None
+
+
+def make_report(config: Config, gpus: int = 8, budget: float = 80.0, solution: Solution | None = None) -> Report:
+    """Works everything out."""
+    plan, states = make_plan(config), states_of(config, gpus)
+    first_stage = plan.schedule.layers[:1]
+    memory = plan_memory(config, sorted({0, *first_stage, plan.layers}), states)
+    vanilla, dropping = least = least_recomputed(config, states, budget)
+    fitting = None if vanilla is None or dropping is None else plan_step(config, (vanilla, dropping))
+    adapters = sum(adapter_parameters(model_of(config).config.text_config, config.lora))
+    return Report(plan, plan_step(config), states, memory, budget, least, fitting, solution, adapters)
+
+
+def to_json(config: Config, report: Report) -> dict[str, Any]:
+    """The report for machines: bytes, operations, and shares between 0 and 1."""
+    plan, step = report.plan, report.step
+
+    def flops(entry: StepFlops) -> dict[str, float]:
+        return {**asdict(entry), "total": entry.total}
+
+    def memory(entry: Memory) -> dict[str, float]:
+        return {**asdict(entry), "total": entry.total}
+
+    return {
+        "config": config.name,
+        "pyramid_drop": plan.schedule.to_dict(),
+        "budget": None
+        if report.solution is None
+        else {key: value for key, value in asdict(report.solution).items() if key != "schedule"},
+        "layers": plan.layers,
+        "picture": plan.picture,
+        "stages": [asdict(stage) for stage in plan.stages],
+        "average_tokens": plan.average_tokens,
+        "average_share": plan.average,
+        "tflop_paper_formula": [asdict(row) for row in plan.rows],
+        "paper": {**asdict(plan.paper), "note": paper_note(plan)},
+        "step": {
+            "samples": step.samples,
+            "text_tokens": step.text_tokens,
+            "recomputation": checkpointing(config),
+            "vanilla_flop": flops(step.vanilla),
+            "dropping_flop": flops(step.dropping),
+            "predicted_reduction": step.reduction,
+        },
+        "lora": {"adapter_parameters": report.adapters, "not_modelled": NOT_MODELLED} if report.adapters else None,
+        "memory": {
+            "zero": report.states.zero,
+            "gpus": report.states.gpus,
+            "budget_gib": report.budget,
+            "least_recomputed_layers": {"vanilla": report.least[0], "dropping": report.least[1]},
+            "predicted_reduction_at_least_recomputation": report.fitting and report.fitting.reduction,
+            "peaks": [
+                {"recomputed_layers": row.recomputed, "vanilla": memory(row.vanilla), "dropping": memory(row.dropping)}
+                for row in report.memory
+            ],
+        },
+        "advice": report.advice and advice_json(config, report.advice),
+    }
+
+
+def show(config: Config, report: Report) -> None:
+    """Prints the report as tables."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    plan = report.plan
+    if report.solution is not None:
+        console.print(report.solution.reason, highlight=False, soft_wrap=True)
+        print(schedule_yaml(plan.schedule))
+    console.print(_stages(plan))
+    console.print(_pictures(config, plan))
+    console.print(
+        f"Average over {plan.layers} layers: {plan.average_tokens:.1f} image tokens, {plan.average:.1%} of all. "
+        "TFLOP by the paper's formula: 1e12 multiply-accumulates of image tokens in the decoder, forward; text, tower "
+        "and head are not in it.",
+        style="dim",
+    )
+    console.print(paper_note(plan), highlight=False)
+    console.print(_operations(report.step))
+    again = "with the config's recomputation" if checkpointing(config) else "without recomputation"
+    console.print(
+        f"{report.step.samples} samples, each {report.step.text_tokens} text tokens and a full picture, {again}. "
+        f"Predicted step time: {report.step.reduction:.1%} less.",
+        highlight=False,
+    )
+    console.print(_memory(report))
+    if report.adapters:
+        line = f"{report.adapters / 1e6:.1f} M parameters of adapters learn. Not modelled: {NOT_MODELLED}."
+        console.print(line, highlight=False)
+    console.print(
+        "Not in it: CUDA context, fragmentation, NCCL and reduce buckets (llava_pdrop/cost/memory.py).", style="dim"
+    )
+    for name, count in zip(("vanilla", "dropping"), report.least):
+        answer = "does not fit" if count is None else f"recompute {count} of {plan.layers} decoder layers"
+        console.print(f"{report.budget:g} GiB with {RESERVE:.0%} left free, {name}: {answer}.", highlight=False)
+    if report.fitting is not None:
+        console.print(f"Step time with just that recomputation: {report.fitting.reduction:.1%} less.", highlight=False)
+    if report.advice is not None:
+        show_advice(console, config, report.advice)
+
+
+def paper_note(plan: Plan) -> str:
+    """The cost of the picture as the paper counts its tokens, and what the paper's tables print for it."""
+    paper = plan.paper
+    line = (
+        f"As the paper counts ({paper.tokens[0]} image tokens, no newlines): {paper.vanilla:#.3g} TFLOP vanilla, "
+        f"{paper.dropping:#.3g} with this schedule"
+    )
+    ratios = tuple(round(ratio, 6) for ratio in plan.schedule.ratios)
+    printed = PAPER_7B.get((paper.tokens[0], plan.schedule.layers, ratios)) if plan.layers == 32 else None
+    if printed is None:
+        return line + "; no row of its tables."
+    if printed == f"{paper.dropping:#.3g}":
+        return line + ", as in its tables."
+    return line + f"; its table prints {printed}, which its own formula does not give."
+
+
+def schedule_yaml(schedule: Schedule) -> str:
+    """The ``pyramid_drop`` section of a config, without what is the default."""
+    default = Schedule().to_dict()
+    section = {k: v for k, v in schedule.to_dict().items() if k in ("layers", "ratios") or v != default[k]}
+    lines = (
+        f"  {key}: {yaml.safe_dump(value, default_flow_style=True, width=1000).split(chr(10))[0]}"
+        for key, value in section.items()
+    )
+    return "\n".join(["pyramid_drop:", *lines])
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+
+
+def _stages(plan: Plan) -> Table:
+    width, height = plan.picture
+    table = _table(f"Full picture, {width}x{height}")
+    for title in ("layers", "image tokens", "share"):
+        table.add_column(title, justify="right")
+    for stage in plan.stages:
+        table.add_row(f"{stage.first}-{stage.last}", str(stage.image_tokens), f"{stage.share:.1%}")
+    return table
+
+
+def _pictures(config: Config, plan: Plan) -> Table:
+    table = _table(f"{config.name}: image tokens of one picture")
+    table.add_column("picture", no_wrap=True)
+    for stage in plan.stages:
+        table.add_column(f"layers {stage.first}-{stage.last}", justify="right")
+    for title in ("TFLOP vanilla", "TFLOP dropping", "saved"):
+        table.add_column(title, justify="right")
+    same = len({tuple(row.tokens) for row in plan.rows}) == 1
+    for row in plan.rows[:1] if same else plan.rows:
+        saved = 1 - row.dropping / row.vanilla
+        costs = (f"{row.vanilla:#.3g}", f"{row.dropping:#.3g}", f"{saved:.1%}")
+        table.add_row("any size" if same else f"{row.size[0]}x{row.size[1]}", *map(str, row.tokens), *costs)
+    return table
+
+
+def _operations(step: Step) -> Table:
+    table = _table("Operations of a training step's micro-batch")
+    table.add_column("TFLOP (2 per multiply-accumulate)")
+    for title in ("vanilla", "dropping", "saved"):
+        table.add_column(title, justify="right")
+    for name in (*(field.name for field in fields(StepFlops)), "total"):
+        vanilla, dropping = getattr(step.vanilla, name), getattr(step.dropping, name)
+        saved = f"{1 - dropping / vanilla:.1%}" if vanilla else "-"
+        table.add_row(name, f"{vanilla / 1e12:,.2f}", f"{dropping / 1e12:,.2f}", saved)
+    return table
+
+
+def _memory(report: Report) -> Table:
+    states = report.states
+    table = _table(f"Predicted peak of one GPU in GiB by recomputed layers, {states.label}")
+    table.add_column("layers", no_wrap=True)
+    table.add_column("")
+    parts = ("weights", "gathered", "gradients", "optimizer", "activations", "total")
+    for title in parts:
+        table.add_column(title, justify="right")
+    for row in report.memory:
+        for name, memory in (("vanilla", row.vanilla), ("dropping", row.dropping)):
+            values: Sequence[str] = [f"{getattr(memory, part) / GIB:.1f}" for part in parts]
+            table.add_row(_count(row.recomputed, report.plan.layers) if name == "vanilla" else "", name, *values)
+    return table
+
+
+def _count(recomputed: int, layers: int) -> str:
+    return {0: "none", layers: "all"}.get(recomputed, f"0-{recomputed - 1}")
+
+
+# What ``llava-pdrop plan CONFIG --gpus 8x80`` says besides, as a table and as JSON.
+
+NOT_MEASURED = "Arithmetic on counted bytes and operations: nothing here has been measured on a GPU."
+
+
+def advice_json(config: Config, advice: Advice) -> dict[str, Any]:
+    """The advice for machines: bytes, operations, seconds."""
+    arms = {}
+    for arm in advice.arms:
+        arms[arm.name] = {
+            "setting": arm.setting and asdict(arm.setting),
+            "overrides": overrides(config, arm) or None,
+            "why_not": None if arm.setting else what_lacks(advice, arm, config),
+            "missing_bytes": 0.0 if arm.setting else arm.least.total - advice.room,
+            "flop_per_sample": arm.flops,
+            "seconds_per_1000_samples": {name: advice.seconds(arm, peak, 1000) for name, peak in PEAKS.items()},
+            "hours": advice.length.samples
+            and {name: advice.seconds(arm, peak, advice.length.samples) / 3600 for name, peak in PEAKS.items()},
+        }
+        if arm.setting is None:
+            arms[arm.name] |= {"seconds_per_1000_samples": None, "hours": None}
+    return {
+        "gpus": advice.gpus,
+        "gib": advice.gib,
+        "reserve": RESERVE,
+        "global_batch": advice.batch,
+        "mfu": advice.mfu,
+        "peak_flops": PEAKS,
+        "run": asdict(advice.length),
+        "note": NOT_MEASURED,
+        "arms": arms,
+    }
+
+
+def show_advice(console: Console, config: Config, advice: Advice) -> None:
+    """Prints the advice."""
+    whole = advice.length.samples
+    unit = "s/1,000" if whole is None else "hours"
+    table = Table(title=f"Advice for {_gpus(advice)}", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for title in ("", "engine"):
+        table.add_column(title, no_wrap=True)
+    heads = ("samples", "accumulated", "recomputed", "GiB per GPU", "GiB of CPUs")
+    for title in (*heads, *(f"{unit}, {name}" for name in PEAKS)):
+        table.add_column(title, justify="right")
+    for arm in advice.arms:
+        setting = arm.setting
+        if setting is None:
+            table.add_row(arm.name, "none fits")
+            continue
+        seconds = [advice.seconds(arm, peak, 1000 if whole is None else whole) for peak in PEAKS.values()]
+        table.add_row(
+            arm.name,
+            setting.engine,
+            *map(str, (setting.samples, setting.accumulation, setting.recomputed)),
+            f"{setting.total / GIB:.1f}",
+            f"{setting.cpu * advice.gpus / GIB:.0f}" if setting.cpu else "-",
+            *(f"{taken if whole is None else taken / 3600:.3g}" for taken in seconds),
+        )
+    console.print(table)
+    for arm in advice.arms:
+        line = f"{arm.name}: {overrides(config, arm)}" if arm.setting else what_lacks(advice, arm, config)
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(
+        f"Global batch {advice.batch}: {advice.told}. {RESERVE:.0%} of the memory stays free. Preferred: the engine "
+        "whose GPUs wait least for each other, then the fewest recomputed layers, then the largest micro-batch "
+        "(llava_pdrop/cost/advice.py).",
+        highlight=False,
+    )
+    run = (
+        f"{whole:,.0f} samples"
+        if whole is not None
+        else "Seconds per 1,000 samples, since the length of the run is not known"
+    )
+    rates = ", ".join(f"{name}: {peak / 1e12:g}" for name, peak in PEAKS.items())
+    console.print(
+        f"{run}: {advice.length.source}. Each is taken for a full picture and {FULL_TEXT_TOKENS} text tokens. Time is "
+        f"that of {_gpus(advice)} at an assumed MFU of {advice.mfu:g} (--mfu) of their peak in TFLOP/s ({rates}). "
+        "Recomputed operations come on top at the same rate; communication and waiting for data are not in it.",
+        highlight=False,
+    )
+    console.print(NOT_MEASURED, highlight=False)
+
+
+def _gpus(advice: Advice) -> str:
+    return f"{advice.gpus} GPU{'s' if advice.gpus > 1 else ''} of {advice.gib:g} GiB"

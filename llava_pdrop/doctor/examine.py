@@ -1,0 +1,268 @@
+"""The check of a whole data set before training: one parallel pass, then what only shows when all is seen (duplicates).
+
+Kept per record are a few numbers, of its pictures a few more; texts and pictures stay where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from llava_pdrop.config.schema import Config
+from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.records import Records
+from llava_pdrop.data.tokens import Encoder
+from llava_pdrop.doctor.checks import KINDS, UNKNOWN, Block, Blocks, Checks, Problem
+from llava_pdrop.doctor.images import same_content
+
+LISTED = 1000
+"""Problems of one kind that are kept with their words; all are counted."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The distinct pictures of a data set, by what they are called.
+
+    ``places``: (m, 2) record and number in it where each is shown first. ``sizes``: (m, 2) width and height, 0 where
+    unknown. ``bytes``: (m,) of the file, -1 where unreadable. ``shown``: (m,) how often.
+    """
+
+    places: np.ndarray
+    sizes: np.ndarray
+    bytes: np.ndarray
+    modes: list[str]
+    shown: np.ndarray
+
+    @property
+    def readable(self) -> np.ndarray:
+        """(m,) bool."""
+        return self.sizes[:, 0] > 0
+
+
+@dataclass
+class Findings:
+    """What the pass found about ``records``, each of which stands in a mixture once.
+
+    Attributes:
+        checks: what was looked at.
+        which: (N,) for every record of an epoch, its number among ``records``.
+        found: (n, kinds) bool, whether a record has a problem of each of `KINDS`.
+        lengths: (n, 2) int32 tokens before and after truncation, or `UNKNOWN`.
+        counts: (n,) pictures of every record; ``shown``: (all of these, 2) their (width, height), 0 where unknown.
+        problems: of each kind the first ones.
+        unknown_keys: key -> records that have it.
+        same_images: groups of names of files with the same content, the first ones of ``duplicates`` files.
+    """
+
+    records: Records
+    checks: Checks
+    which: np.ndarray
+    found: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+    shown: np.ndarray
+    pictures: Pictures
+    problems: dict[str, list[Problem]]
+    unknown_keys: Counter[str]
+    duplicates: int = 0
+    same_images: list[list[str]] = field(default_factory=list)
+
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """(n,) bool: training takes the record. Where no tokens were counted, as far as one can tell without."""
+        kinds = list(KINDS)
+        refused = [kinds.index(kind) for kind in self.checks.refused()]
+        return np.asarray(~self.found[:, refused].any(axis=1))
+
+    @property
+    def clean(self) -> np.ndarray:
+        """Indices of the usable records of an epoch, ascending."""
+        return np.flatnonzero(self.usable[self.which])
+
+    def count(self, kind: str) -> int:
+        """Records with such a problem."""
+        return int(self.found[:, list(KINDS).index(kind)].sum())
+
+
+def examine(
+    records: Records, checks: Checks, workers: int = 0, listed: int = LISTED, progress: bool | None = None
+) -> Findings:
+    """Goes through all ``records`` and all their pictures.
+
+    Args:
+        workers: processes beside this one; 0: this one does all. The result is the same.
+        listed: problems of one kind that are kept with their words.
+        progress: show a bar; None: on terminals only.
+    """
+    first, which = _distinct(records.rows)
+    distinct = records.take(first)
+    total = _Total(listed)
+    off = None if progress is None else not progress
+    blocks: Iterable[Block] = DataLoader(
+        Blocks(distinct, checks), batch_size=None, num_workers=workers, collate_fn=_as_it_is
+    )
+    with tqdm(total=len(distinct), desc="checking records", unit=" records", unit_scale=True, disable=off) as bar:
+        for block in blocks:
+            total.add(block)
+            bar.update(len(block.ids))
+    findings = total.findings(distinct, checks, which)
+    _mark_duplicate_ids(findings, np.concatenate(total.ids), listed)
+    with tqdm(desc="comparing images", unit=" files", unit_scale=True, disable=off) as bar:
+        _mark_duplicate_images(findings, workers, listed, bar)
+    for kind, problems in findings.problems.items():  # so far they count distinct records
+        own = [replace(problem, index=int(first[problem.index])) for problem in problems]
+        findings.problems[kind] = sorted(own, key=lambda problem: problem.index)
+    return findings
+
+
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each record of an epoch stands first (ascending), and for every one which of those it is."""
+    keys = rows[:, 0].astype(np.int64) << 32 | rows[:, 1]
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[which]
+
+
+@dataclass
+class _Total:
+    """Adds blocks up."""
+
+    listed: int
+    ids: list[np.ndarray] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    problems: dict[str, list[Problem]] = field(default_factory=lambda: defaultdict(list))
+    found: list[np.ndarray] = field(default_factory=list)
+    keys: Counter[str] = field(default_factory=Counter)
+
+    def add(self, block: Block) -> None:
+        kinds = {kind: number for number, kind in enumerate(KINDS)}
+        found = [(problem.index, kinds[problem.kind]) for problem in block.problems]
+        self.found.append(np.array(found, dtype=np.int64).reshape(-1, 2))
+        for problem in block.problems:
+            if len(self.problems[problem.kind]) < self.listed:
+                self.problems[problem.kind].append(problem)
+        self.keys += block.keys
+        self.ids.append(block.ids)
+        self.blocks.append(block._replace(problems=[], keys=Counter()))
+
+    def findings(self, records: Records, checks: Checks, which: np.ndarray) -> Findings:
+        places, names, shapes = (
+            np.concatenate([getattr(block, name) for block in self.blocks]) for name in ("places", "names", "shapes")
+        )
+        modes = [mode for block in self.blocks for mode in block.modes]
+        found = np.zeros((len(records), len(KINDS)), bool)
+        found[tuple(np.concatenate(self.found).T)] = True
+        _, first, shown = np.unique(names, return_index=True, return_counts=True)
+        order = np.argsort(first)
+        first, shown = first[order], shown[order]
+        pictures = Pictures(places[first], shapes[first, :2], shapes[first, 2], [modes[i] for i in first], shown)
+        return Findings(
+            records=records,
+            checks=checks,
+            which=which,
+            found=found,
+            lengths=np.concatenate([block.lengths for block in self.blocks]),
+            counts=np.bincount(places[:, 0], minlength=len(records)),
+            shown=shapes[:, :2],
+            pictures=pictures,
+            problems=dict(self.problems),
+            unknown_keys=self.keys,
+        )
+
+
+def _mark_duplicate_ids(findings: Findings, ids: np.ndarray, listed: int) -> None:
+    """Every record whose id an earlier one has."""
+    _, first, which = np.unique(ids, return_index=True, return_inverse=True)
+    again = np.flatnonzero((first[which] != np.arange(len(ids))) & (ids != 0))
+    findings.found[again, list(KINDS).index("duplicate_id")] = True
+    for number in again[:listed].tolist():
+        record, earlier = findings.records[number], findings.records[int(first[which[number]])]
+        _list(findings, Problem(number, record.origin, record.id, "duplicate_id", f"also the id of {earlier.origin}"))
+
+
+def _mark_duplicate_images(findings: Findings, workers: int, listed: int, bar: Any) -> None:
+    """Every record that shows a picture whose content stands in a file met earlier, too."""
+    pictures = findings.pictures
+    sizes = np.where(pictures.readable, pictures.bytes, UNKNOWN)
+    groups = same_content(findings.records, pictures.places, sizes, workers, bar.update)
+    for group in groups:
+        owners = [(number, *pictures.places[number].tolist()) for number in group]
+        for _, record, _ in owners[1:]:
+            findings.found[record, list(KINDS).index("duplicate_image")] = True
+        findings.duplicates += len(group) - 1
+        if len(findings.problems.get("duplicate_image", ())) >= listed:
+            continue
+        read = [(record, findings.records[record], place) for _, record, place in owners[: listed + 1]]
+        names = [str(record.images[place]) for _, record, place in read]
+        findings.same_images.append(names)
+        for (number, record, _), name in zip(read[1:], names[1:]):
+            reason = f"{name}: same content as {names[0]}"
+            _list(findings, Problem(number, record.origin, record.id, "duplicate_image", reason, name))
+
+
+def _list(findings: Findings, problem: Problem) -> None:
+    findings.problems.setdefault(problem.kind, []).append(problem)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def examine_set(
+    config: Config, name: str, records: Any, encoder: Encoder | None, args: argparse.Namespace, workers: int
+) -> Findings:
+    """Evaluation never shortens, so its data have no limit, and it needs the answer to the last question."""
+
+    budget = config.data.tokens_per_batch
+    if name == "eval" and encoder is not None:
+        encoder, budget = replace(encoder, max_length=None), None
+    template = TEMPLATES[config.model.template]
+    checks = Checks(template, encoder, config.data.truncation, args.decode, budget, scored=name == "eval")
+    return examine(records, checks, workers, args.listed)
+
+
+def what_training_does(config: Config, train: dict[str, Any]) -> dict[str, Any]:
+    """What training would do with ``data.train``. It skips what is over the budget of a micro-batch in no case."""
+    left_out = train["records"] - train["usable"]
+    share = left_out / train["records"]
+    skips = config.data.on_invalid == "skip" and share <= config.data.max_invalid and train["usable"] > 0
+    skips = skips and "over_budget" not in train["problems"]
+    return {
+        "on_invalid": config.data.on_invalid,
+        "max_invalid": config.data.max_invalid,
+        "refused_records": left_out,
+        "refused_share": share,
+        "would_start": not left_out or skips,
+        "would_use_every_record": not left_out,
+    }
+
+
+def verdict(data: dict[str, Any], training: dict[str, Any], no_tokens: bool, index: Path) -> str:
+    known = " (tokens were not counted, so records may still be too long)" if no_tokens else ""
+    train, lines = data["train"], []
+    if training["would_use_every_record"]:
+        lines.append(f"Training would start and use every record{known}.")
+    else:
+        setting = f"data.on_invalid: {training['on_invalid']}"
+        if training["on_invalid"] == "skip":
+            setting += f", data.max_invalid: {training['max_invalid']:g}"
+        starts = "would start without them" if training["would_start"] else "would not start"
+        rest = f"; data.index={index} trains on the other {train['usable']:,}" if train["usable"] else ""
+        lines.append(
+            f"{training['refused_records']:,} of {train['records']:,} records cannot be used{known}. "
+            f"Training ({setting}) {starts}{rest}."
+        )
+    if "eval" in data and (left_out := data["eval"]["records"] - data["eval"]["usable"]):
+        lines.append(f"{left_out:,} of {data['eval']['records']:,} records of data.eval cannot be used.")
+    return " ".join(lines)

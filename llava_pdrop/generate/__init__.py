@@ -1,0 +1,1 @@
+"""Dropping inside Hugging Face's ``generate``: read `plugin.py` first."""

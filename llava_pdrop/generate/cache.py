@@ -1,0 +1,207 @@
+"""Key/value caches that know the prompt was pruned.
+
+After a drop every decoder layer caches fewer tokens than the prompt had, and rows of a batch lose different numbers of
+them. Later tokens need to know which cached entries are padding and how far positions have moved; `PromptStages` holds
+both, inside the cache, so that it is reordered, repeated, cropped and reset together with the keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+
+from llava_pdrop.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class PromptStages:
+    """The pruned prompt, one entry per drop in every list.
+
+    Attributes:
+        real_BN: (B, N_stage) bool, False at the padding on the left.
+        shift_B: (B,) int64, what to subtract from a position id of the whole sequence to get the one of this stage.
+        padded: False where no row has padding, so that no mask is needed.
+        length: columns the prompt had before any drop (padding included).
+        text_tail: how many of its last columns hold text in every row; only these may be cropped away again.
+        schedule: what it was pruned by.
+    """
+
+    real_BN: list[Tensor]
+    shift_B: list[Tensor]
+    padded: list[bool]
+    length: int
+    text_tail: int
+    schedule: Schedule
+
+    def rows(self, index: Tensor) -> PromptStages:
+        """The stages of the batch rows ``index`` (beams that survive, repeated samples)."""
+        return replace(
+            self,
+            real_BN=[real[index.to(real.device)] for real in self.real_BN],
+            shift_B=[shift[index.to(shift.device)] for shift in self.shift_B],
+        )
+
+    def without_last(self, columns: int) -> PromptStages:
+        """The stages without the last ``columns`` columns of the prompt.
+
+        Raises:
+            ValueError: image tokens lie among them.
+        """
+        if columns > self.text_tail:
+            raise ValueError(
+                f"cannot crop {columns} tokens off a pruned prompt: only its last {self.text_tail} are text, and image "
+                "tokens lie at different places in every layer"
+            )
+        return replace(
+            self,
+            real_BN=[real[:, : real.shape[1] - columns] for real in self.real_BN],
+            length=self.length - columns,
+            text_tail=self.text_tail - columns,
+        )
+
+
+class PrunedCache(Cache):
+    """Mixin over a transformers cache: what happens to the batch rows of the cache happens to its ``stages``."""
+
+    stages: PromptStages | None = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.stages is not None:
+            rows = torch.arange(len(self.stages.shift_B[0]))
+            self._select(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes tokens from the end (negative), or down to an absolute length of the unpruned sequence (positive)."""
+        before = int(self.get_seq_length())
+        if tokens_to_remove > 0:  # an absolute length says nothing about layers that are shorter
+            tokens_to_remove = min(0, tokens_to_remove - before)
+        if self.stages is not None:
+            into_prompt = self.stages.length - (before + tokens_to_remove)
+            if into_prompt > 0:
+                self.stages = self.stages.without_last(into_prompt)
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.stages = None
+
+    def _select(self, index: Tensor) -> None:
+        if self.stages is not None:
+            self.stages = self.stages.rows(index)
+
+
+class PrunedDynamicCache(PrunedCache, DynamicCache):
+    """A `DynamicCache` after a drop."""
+
+
+class PrunedStaticCache(PrunedCache, StaticCache):
+    """A `StaticCache` after a drop."""
+
+
+PRUNED: dict[type, type] = {DynamicCache: PrunedDynamicCache, StaticCache: PrunedStaticCache}
+"""The class that a cache takes on when its prompt is pruned."""
+
+
+def remember(cache: Any, stages: PromptStages) -> None:
+    """Gives a cache, whoever made it, the stages of its prompt.
+
+    The object stays the same (``generate`` and the caller hold on to it), so its class is exchanged.
+
+    Raises:
+        ValueError: a kind of cache that is not in `PRUNED`.
+    """
+    kind = type(cache)
+    if kind not in PRUNED and kind not in PRUNED.values():
+        raise ValueError(
+            f"PyramidDrop cannot prune the prompt of a {kind.__name__}: use one of "
+            f"{', '.join(known.__name__ for known in PRUNED)}"
+        )
+    cache.__class__ = PRUNED.get(kind, kind)
+    cache.stages = stages
+
+
+def sliding_window(config: Any, layer: int) -> int | None:
+    """Tokens that layer number ``layer`` of a decoder with this config sees at most, itself included; None: all."""
+    types = getattr(config, "layer_types", None)
+    slides = types is None or types[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def stage_mask(
+    implementation: str,
+    stages: PromptStages,
+    drop: int,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    layer: int,
+    hidden_BND: Tensor,
+    window: int | None,
+) -> Tensor | None:
+    """The attention mask of a layer behind drop number ``drop``, for the tokens about to enter it.
+
+    Args:
+        implementation: name of the attention implementation, which decides the form.
+        attention_mask: (B, N) of the whole unpruned sequence up to these tokens; None where nothing is padding.
+        cache: its state before these tokens, None without one.
+        window: sliding window of the layer.
+
+    Returns:
+        None where plain causal attention does it; (B, keys) for flash attention; else (B, 1, tokens, keys), bool, for
+        ``eager`` as numbers to add.
+
+    Raises:
+        ValueError: flex attention.
+    """
+    if implementation == "flex_attention":
+        raise ValueError("attach() supports eager, sdpa, llava_pdrop and flash attention, not flex_attention")
+    batch, fed = hidden_BND.shape[:2]
+    keys, first = cache.get_mask_sizes(fed, layer) if cache is not None else (fed, 0)
+    past = cache.get_seq_length(layer) if cache is not None else 0
+    # Rows of a later turn may be padded as well: reading the mask to find out would stall the device.
+    padded = stages.padded[drop] or (batch > 1 and keys > fed and attention_mask is not None)
+    grows = isinstance(past, int) and first + keys == past + fed  # a static cache has room that is not filled yet
+    fits = window is None or keys <= window
+    if grows and fits and not padded and implementation != "eager" and (fed == 1 or keys == fed):
+        return None
+
+    real_BK = stages.real_BN[drop].to(hidden_BND.device)
+    if attention_mask is not None:
+        real_BK = torch.cat([real_BK, attention_mask[:, stages.length :].to(real_BK)], dim=1)
+    real_BK = F.pad(real_BK, (0, max(0, first + keys - real_BK.shape[1])), value=True)[:, first : first + keys]
+    if implementation.startswith("flash"):
+        return real_BK if padded else None
+    query_Q1 = past + torch.arange(fed, device=hidden_BND.device)[:, None]
+    key_K = first + torch.arange(keys, device=hidden_BND.device)
+    visible_QK = key_K <= query_Q1
+    if window is not None:
+        visible_QK = visible_QK & (key_K > query_Q1 - window)
+    # Padding sees itself: a row that sees nothing would turn into NaN, and its values into everybody's.
+    allowed_B1QK = (visible_QK & real_BK[:, None, None]) | (key_K == query_Q1)
+    if implementation != "eager":
+        return allowed_B1QK
+    blocked = torch.finfo(hidden_BND.dtype).min
+    return torch.zeros_like(allowed_B1QK, dtype=hidden_BND.dtype).masked_fill(~allowed_B1QK, blocked)
+
+
+def cached_tokens(cache: Cache) -> list[int]:
+    """Tokens that every layer of a cache holds, padding included."""
+    return [int(cache.get_seq_length(layer)) for layer in range(len(cache.layers))]
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that a cache holds, padding included."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)

@@ -1,0 +1,197 @@
+"""The command: writes aside, never over anything by accident, one line per error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_pdrop.__main__ import main
+from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.checkpoint.layouts import EMBEDDINGS, HOST_TO_HF, rename_one
+from llava_pdrop.checkpoint.shards import open_tensors
+from tests.unit.checkpoint.layout_files import TOWER, original, with_tokenizer, write, write_file
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "source", *original())
+
+
+def test_there_and_back_by_the_command(source, tmp_path, capsys):
+    hf, back = str(tmp_path / "hf"), str(tmp_path / "back")
+    assert main(["convert", str(source), hf, "--to", "llava-hf"]) == 0
+    assert "134 tensors" in capsys.readouterr().out
+    assert main(["convert", hf, back, "--to", "llava", "--vision-tower", str(TOWER)]) == 0
+    ours = open_tensors(tmp_path / "back")
+    assert all(torch.equal(ours[name].read(), tensor) for name, tensor in original()[1].items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "source"]
+
+
+def test_precision_by_the_command(source, tmp_path):
+    assert main(["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf", "--dtype", "float16"]) == 0
+    assert build_parts(str(tmp_path / "hf"), dtype=torch.float16).host.dtype == torch.float16
+    assert {tensor.dtype for tensor in open_tensors(tmp_path / "hf").values()} == {torch.float16}
+
+
+def test_what_is_there_stays_unless_asked(source, tmp_path, capsys):
+    words = ["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf"]
+    assert main(words) == 0
+    (tmp_path / "hf" / "note").write_text("old")
+    assert main(words) == 2
+    assert "exists already: give another directory, or --overwrite" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    assert not (tmp_path / "hf" / "note").exists()
+    (tmp_path / "hf" / "config.json").unlink()
+    assert main([*words, "--overwrite"]) == 2
+    assert "is no checkpoint" in capsys.readouterr().err
+
+
+def test_a_failed_conversion_leaves_the_old_one(source, tmp_path, monkeypatch, capsys):
+    words = ["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf"]
+    assert main(words) == 0
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("llava_pdrop.checkpoint.export.write_config", fail)
+    with pytest.raises(OSError, match="disk full"):
+        main([*words, "--overwrite"])
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "source"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["SOURCE", "SOURCE/inside", "--to", "llava-hf"], "source and target must not lie in each other"),
+        (["SOURCE", "OUT", "--to", "llava-hf", "--base", "SOURCE"], "is whole, so that it takes no base model"),
+        (["HF", "OUT", "--to", "llava-hf", "--vision-tower", "TOWER"], "has its own vision tower"),
+        (["HF", "OUT", "--to", "llava", "--base", "SOURCE"], "is whole, so that it takes neither"),
+        (["SOURCE", "FILE/out", "--to", "llava"], "is a file: give another directory"),
+        (["FILE", "OUT", "--to", "llava"], "is a file; a checkpoint is a directory"),
+        (["nobody/nothing", "OUT", "--to", "llava"], "nobody/nothing is no directory"),
+    ],
+)
+def test_errors_are_one_line(source, tmp_path, capsys, words, message):
+    places = {"SOURCE": source, "OUT": tmp_path / "out", "TOWER": TOWER, "HF": tmp_path / "hf"}
+    if "HF" in words:
+        main(["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf"])
+    (tmp_path / "file").touch()
+    places |= {"FILE": tmp_path / "file", "FILE/out": tmp_path / "file" / "out"}
+    full = [str(source / "inside") if word == "SOURCE/inside" else str(places.get(word, word)) for word in words]
+    assert main(["convert", *full]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def complaint(words: list[object], capsys) -> str:
+    """The one line that the command ends with."""
+    capsys.readouterr()
+    assert main(["convert", *map(str, words)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return error
+
+
+def edited(directory: Path, file: str = "config.json", **fields) -> Path:
+    """``directory`` with other ``fields`` in one of its JSON files; None takes one away."""
+    old = json.loads((directory / file).read_text()) | fields
+    (directory / file).write_text(json.dumps({name: value for name, value in old.items() if value is not None}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size must be a whole number, got None"),
+        ({"vocab_size": "320"}, "vocab_size must be a whole number, got '320'"),
+        ({"num_attention_heads": 7}, "The hidden size (64) is not a multiple of the number of attention heads (7)."),
+        ({"mm_vision_tower": ""}, "mm_vision_tower names no directory or hub id: ''"),
+        ({"mm_vision_tower": "no/tower"}, "mm_vision_tower: no/tower is no directory"),
+        ({"image_aspect_ratio": "square"}, "image_aspect_ratio 'square' is not supported"),
+        ({"layer_list": [2]}, "image_token_ratio_list is missing"),
+        ({"pyramid_drop": {"layers": [99], "ratios": [0.5]}}, "pyramid_drop.layers holds 99, but the decoder has 8"),
+        ({"pyramid_drop": {"layers": [2], "ratios": ["a"]}}, "could not convert string to float: 'a'"),
+    ],
+)
+def test_a_config_that_says_nonsense_is_named(source, tmp_path, capsys, fields, message):
+    error = complaint([edited(source, **fields), tmp_path / "out", "--to", "llava-hf"], capsys)
+    assert error.startswith(f"error: {source / 'config.json'}: ") and message in error
+
+
+def test_a_feature_layer_that_the_tower_lacks(source, tmp_path, capsys):
+    error = complaint([edited(source, mm_vision_select_layer=-9), tmp_path / "out", "--to", "llava-hf"], capsys)
+    assert "vision_feature_layer (mm_vision_select_layer) -9: the tower has 3 layers" in error
+
+
+def test_a_llava_hf_that_is_not_whole_is_one_line(source, tmp_path, capsys):
+    hf, out = tmp_path / "hf", tmp_path / "out"
+    main(["convert", str(source), str(hf), "--to", "llava-hf"])
+    words = [hf, out, "--to", "llava"]
+    (hf / "preprocessor_config.json").write_text("{")
+    assert f"{hf / 'preprocessor_config.json'}: OSError" in complaint(words, capsys)
+    (hf / "preprocessor_config.json").unlink()
+    assert f"{hf / 'preprocessor_config.json'}: no such file: copy it" in complaint(words, capsys)
+    shutil.copy(TOWER / "preprocessor_config.json", hf)
+    edited(hf, text_config={"hidden_size": "x"})
+    assert f"{hf / 'config.json'}: Validation error for field 'hidden_size'" in complaint(words, capsys)
+
+
+def test_an_index_with_other_things_than_names(tmp_path, capsys):
+    source = write(tmp_path / "source", *original(), "bin-shards")
+    edited(source, "pytorch_model.bin.index.json", weight_map={"lm_head.weight": 3})
+    assert "has no weight_map of names and files" in complaint([source, tmp_path / "out", "--to", "llava"], capsys)
+
+
+def test_code_in_a_pickle_is_not_run_and_nobody_is_told_to_run_it(tmp_path, capsys):
+    source = write(tmp_path / "source", *original(), "bin")
+    torch.save(Trap(tmp_path / "sprung"), source / "pytorch_model.bin")
+    error = complaint([source, tmp_path / "out", "--to", "llava"], capsys)
+    assert "not a whole file of plain tensors" in error and "weights_only" not in error
+    assert not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """A pickle of it makes a file where it is opened without ``weights_only=True``."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_spare_rows_of_the_hub_come_back_as_the_mean(source, tmp_path):
+    hf, back, again = tmp_path / "hf", tmp_path / "back", tmp_path / "again"
+    main(["convert", str(source), str(hf), "--to", "llava-hf"])
+    tensors = {name: tensor.read() for name, tensor in open_tensors(hf).items()}
+    rows = original()[0]["vocab_size"]
+    spare = [rename_one(name, HOST_TO_HF) for name in EMBEDDINGS]
+    for name in spare:
+        tensors[name] = torch.cat([tensors[name][:rows], torch.randn_like(tensors[name][rows:])])
+    write_file(hf / "model.safetensors", tensors)
+    main(["convert", str(hf), str(back), "--to", "llava"])
+    main(["convert", str(back), str(again), "--to", "llava-hf"])
+    assert all(torch.equal(open_tensors(back)[name].read(), tensor) for name, tensor in original()[1].items())
+    for name, tensor in open_tensors(again).items():
+        kept = rows if name in spare else len(tensors[name])
+        assert torch.equal(tensor.read()[:kept], tensors[name][:kept]), name
+        assert torch.equal(tensor.read()[kept:], tensors[name][:kept].mean(0).expand_as(tensors[name][kept:])), name
+
+
+def test_an_original_adapter_without_a_rank_is_named(source, tmp_path, capsys):
+    (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 8}))
+    error = complaint([source, tmp_path / "out", "--to", "llava-hf", "--base", source], capsys)
+    assert "adapter_config.json: r must be a number above 0, got None" in error
+
+
+def test_a_whole_original_checkpoint_is_read_without_warnings(tmp_path, capfd, recwarn):
+    source = with_tokenizer(write(tmp_path / "source", *original("e2e_l15")))
+    assert main(["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf"]) == 0
+    assert not capfd.readouterr().err and not list(recwarn)

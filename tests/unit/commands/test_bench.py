@@ -1,0 +1,184 @@
+"""``llava-pdrop bench train`` from the command line: its files, and that what is wrong is one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_pdrop.__main__ import main
+from llava_pdrop.bench.run import read_schedules
+from llava_pdrop.report.style import markdown_table
+from llava_pdrop.runtime.device import PEAK_TFLOPS, device_named, known_gpu, peak_flops
+from llava_pdrop.schedule import Schedule
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bench")
+    one = directory / "one.yaml"
+    one.write_text("layers: [4]\nratios: [0.25]\n")
+    words = ["bench", "train", "--shape", "tiny", "--steps", "2", "--warmup", "1", "--device", "cpu", "--seed", "7"]
+    schedules = ["--schedule", str(one), str(CONFIGS / "llava15_7b/finetune_pdrop.yaml")]
+    two = directory / "two.yaml"
+    two.write_text("layers: [2, 6]\nratios: [0.5, 0]\n")
+    schedules[-1] = str(two)
+    assert main([*words, *schedules, "--samples", "2", "--compare", "--out", str(directory / "out")]) == 0
+    return directory / "out"
+
+
+def test_three_files_are_written(files: Path) -> None:
+    assert sorted(path.name for path in files.iterdir()) == [f"train-tiny-cpu.{end}" for end in ("json", "md", "png")]
+    assert (files / "train-tiny-cpu.json").stat().st_size < 200_000
+    with Image.open(files / "train-tiny-cpu.png") as picture:
+        assert picture.width > 800
+
+
+def test_the_json_says_all_that_is_needed_to_run_it_again(files: Path) -> None:
+    report = json.loads((files / "train-tiny-cpu.json").read_text())
+    assert report["environment"]["seed"] == 7
+    assert {"device", "torch", "transformers", "commit", "date", "command"} <= set(report["environment"])
+    assert report["optimizer"]["kind"] == "adamw"
+    assert report["peak_flops"]["per_second"] > 0 and "measured" in report["peak_flops"]["source"]
+    assert report["options"]["steps"] == 2
+    assert [run["name"] for run in report["runs"]] == ["vanilla", "one", "two"]
+    assert report["runs"][1]["schedule"]["layers"] == [4]
+    for run in report["runs"]:
+        assert {len(values) for values in run["steps"]["seconds"].values()} == {2}
+        assert run["steps"]["image_tokens"][0][0] == 2 * 180
+        low, median, high = run["quartiles"]["step"]
+        assert 0 < low <= median <= high
+        assert run["tokens_per_second"] > 0 and run["mfu"] > 0 and run["peak_mib"] > 0
+    one = report["runs"][1]
+    assert 0 < one["predicted_reduction"] < 1
+    ratio = one["realised_reduction"] / one["predicted_reduction"]
+    assert one["realised_over_predicted"] == pytest.approx(ratio)
+    assert {entry["group"] for entry in report["compare"]} >= {"batch", "logits", "attention", "recomputation"}
+
+
+def test_the_table_has_median_and_spread_of_every_part(files: Path) -> None:
+    lines = dict(re.findall(r"^\| ([^|]+) \|(.+)\|$", (files / "train-tiny-cpu.md").read_text(), re.MULTILINE))
+    spread = re.compile(r"[\d.,]+ \[[\d.,]+, [\d.,]+\]")
+    for part in ("step", "forward", "backward", "optimizer", "tower forward", "tower backward"):
+        assert len(spread.findall(lines[f"{part}, ms"])) == 3, part
+    assert len(spread.findall(lines["ranking and dropping, ms"])) == 2, "vanilla ranks nothing"
+    for line in ("peak memory, GiB", "tokens/s", "MFU", "HFU"):
+        assert len(re.findall(r"\d", lines[line])) >= 3, line
+    for line in ("operations saved (predicted)", "time saved (realised)", "realised / predicted"):
+        assert [bool(cell.strip()) for cell in lines[line].split("|")] == [False, True, True], line
+    assert "peak predicted, GiB" not in lines, "a CPU has no such count"
+
+
+def test_the_json_says_what_its_times_are(files: Path) -> None:
+    report = json.loads((files / "train-tiny-cpu.json").read_text())
+    assert report["clock"] == "CPU seconds of the process"
+    assert set(report["times"]) == {"seconds", "wall"} <= set(report["runs"][0]["steps"])
+    assert report["times"]["seconds"].startswith("CPU seconds") and report["times"]["wall"] == "seconds on the clock"
+
+
+def test_the_markdown_has_a_line_per_run_and_the_picture(files: Path) -> None:
+    text = (files / "train-tiny-cpu.md").read_text()
+    assert "| median [quartiles] | vanilla | one | two |" in text
+    for start in ("| vanilla | 0 |", "| one | 1 |", "| two | 2 |", "| attention | flash_attn |"):
+        assert start in text
+    assert "not available: needs a CUDA device" in text
+    assert "](train-tiny-cpu.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--shape", "tinny"], "unknown shape 'tinny'"),
+        (["--shape", "tiny", "--steps", "0"], "--steps must be at least 1"),
+        (["--shape", "tiny", "--images", "all"], "unknown images 'all'"),
+        (["--shape", "tiny", "--optimizer", "sgd"], "unknown --optimizer 'sgd'"),
+        (["--shape", "tiny", "--attention", "eager"], "unknown model.attention 'eager'"),
+        (["--shape", "tiny", "--seed", "-1"], "--seed must be at least 0"),
+        (["--shape", "tiny", "--seed", "99999999999999999999"], "--seed must be less than 2**32"),
+        (["--shape", "tiny", "--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--shape", "tiny", "--warmup", "-1"], "--warmup must be at least 0, got -1"),
+        (["--shape", "tiny", "--out", "/proc/none"], "--out /proc/none: No such file or directory: name a directory"),
+        (["--shape", "tiny", "--out", f"{CONFIGS}/README.md/deeper"], "README.md is a file: name a directory"),
+        (["--shape", "tiny", "--device", "abacus"], "--device 'abacus' is no device"),
+        (["--shape", "tiny", "--schedule", "nowhere.yaml"], "there is no file nowhere.yaml"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and line in error
+
+
+def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("layers: [8, 16]\nratios: [0.5, 0.25]\npositions: keep\n")
+    run = CONFIGS / "llava15_7b/finetune_pdrop.yaml"
+    found = read_schedules([run, tmp_path / "bare.yaml"], 32)
+    assert found["finetune_pdrop"] == Schedule((8, 16, 24), (0.5, 0.25, 0.125))
+    assert found["bare"] == Schedule((8, 16), (0.5, 0.25), positions="keep")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("layers: [9]\nratios: [0.5]\n", "bad.yaml: .*9"),
+        ("layers: [4]\nratio: [0.5]\n", "bad.yaml: unknown key"),
+        ("layers: [4]\nratios: [1.5]\n", "bad.yaml: .*ratios"),
+        ("layers: [4\n", "bad.yaml is no YAML: while parsing"),
+    ],
+)
+def test_a_bad_schedule_names_its_file(tmp_path: Path, text: str, line: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=line) as caught:
+        read_schedules([tmp_path / "bad.yaml"], 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_schedules_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "same.yaml"
+    file.write_text("layers: [4]\nratios: [0.5]\n")
+    with pytest.raises(ValueError, match="the name 'same' is taken"):
+        read_schedules([file, file], 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIE"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 2080 Ti", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, key: str | None) -> None:
+    assert known_gpu(name) == key
+    assert key is None or PEAK_TFLOPS[key] > 0
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), (None, 0), ("cuda:1", 1)])
+def test_a_gpu_has_a_number_and_becomes_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, number: int
+) -> None:
+    """`torch.cuda.set_device` refuses a device without one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
+    assert device_named(name) == torch.device("cuda", number)
+    assert current == [number]
+
+
+def test_an_unknown_device_is_measured() -> None:
+    rate, source = peak_flops(torch.device("cpu"), torch.float32)
+    assert rate > 1e8 and source.startswith("measured")
+
+
+def test_markdown_table() -> None:
+    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"

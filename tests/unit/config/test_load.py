@@ -1,0 +1,361 @@
+"""Reading a config: inheritance, overrides, round trip, and one line for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from llava_pdrop.config.load import load_config, to_yaml
+from llava_pdrop.config.paths import check_paths, decoder_layers, missing_model, part_configs, pretrain_words
+from llava_pdrop.config.schema import Config
+from llava_pdrop.config.values import keys_of
+from llava_pdrop.errors import ConfigError
+from llava_pdrop.schedule import Schedule
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "ablations")
+
+LAYERS = 4
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A complete small run: parts with config.json files, data, images, and a YAML that names them."""
+    for name, content in {
+        "llm": {"model_type": "llama", "num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 96},
+        "tower": {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train.json").write_text("[]")
+    return write(
+        tmp_path / "run.yaml",
+        """
+        name: a run
+        model: {language_model: llm, vision_tower: tower}
+        data: {train: train.json, image_root: images, samples_per_batch: 4}
+        pyramid_drop: {layers: [1, 2, 3], ratios: [0.5, 0.25, 0.125]}
+        train: {learning_rate: 1e-3, max_steps: 7, projector_lr: 2e-3}
+        compare: {training_free: {same_drop: same, early: {single_drop: 1, ranker: fastv}, lucky: {ranker: random}}}
+        """,
+    )
+
+
+def write(path: Path, text: str) -> Path:
+    lines = text.strip("\n").splitlines()
+    indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+    path.write_text("\n".join(line[indent:] for line in lines) + "\n")
+    return path
+
+
+def complaint(path: Path | str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_values_arrive_under_their_names_and_types(run: Path) -> None:
+    config = load_config(run)
+    assert (config.name, config.output_dir, config.seed) == ("a run", "checkpoints/a run", 0)
+    assert config.schedule == Schedule((1, 2, 3), (0.5, 0.25, 0.125))
+    assert config.train.projector_lr == 2e-3 and config.train.resume == "auto"
+    assert config.train.arguments == {"learning_rate": 1e-3, "max_steps": 7}
+    assert config.model.trainable == ("projector", "language_model")
+    assert config.vanilla().schedule == Schedule() and config.vanilla().data == config.data
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+
+
+def test_name_and_output_default_to_the_file(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    child = write(tmp_path / "sub" / "child.yaml", "base: ../run.yaml\nname: null")
+    assert "name must be text" in complaint(child)
+    text = run.read_text().replace("name: a run\n", "")
+    (tmp_path / "sub" / "own.yaml").write_text(text)
+    assert load_config(tmp_path / "sub" / "own.yaml").name == "sub/own"
+
+
+def test_base_is_relative_to_the_file_and_merged_key_by_key(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    child = write(
+        tmp_path / "sub" / "child.yaml",
+        """
+        base: ../run.yaml
+        train: {learning_rate: 5e-4}
+        pyramid_drop: {ratios: [0.4, 0.2, 0.1]}
+        compare: {training_free: {lucky: null}}
+        """,
+    )
+    grandchild = write(tmp_path / "grandchild.yaml", "base: sub/child.yaml\npyramid_drop: null\nseed: 3")
+    config = load_config(child)
+    assert config.train.arguments == {"learning_rate": 5e-4, "max_steps": 7}
+    assert config.schedule == Schedule((1, 2, 3), (0.4, 0.2, 0.1))
+    assert sorted(config.training_free(LAYERS)) == ["early", "same_drop"]
+    config = load_config(grandchild)
+    assert config.pyramid_drop is None and config.seed == 3 and config.train.arguments["max_steps"] == 7
+
+
+def test_overrides_win_and_are_yaml(run: Path) -> None:
+    config = load_config(
+        run, ["pyramid_drop.layers=[2,3]", "pyramid_drop.ratios=[.5,.1]", "train.learning_rate=1e-5", "data.eval=null"]
+    )
+    assert config.schedule == Schedule((2, 3), (0.5, 0.1))
+    assert config.train.arguments["learning_rate"] == 1e-5 and config.data.eval is None
+    assert load_config(run, ["pyramid_drop=null", "compare.training_free=null"]).pyramid_drop is None
+    assert load_config(run, ["name=a=b"]).name == "a=b"
+    assert load_config(run, ["train.learning_rate=1"]).train.arguments["learning_rate"] == 1
+
+
+def test_training_free_schedules(run: Path) -> None:
+    schedules = load_config(run).training_free(LAYERS)
+    assert schedules["same_drop"] == Schedule((1, 2, 3), (0.5, 0.25, 0.125))
+    assert schedules["lucky"] == Schedule((1, 2, 3), (0.5, 0.25, 0.125), "random")
+    early = schedules["early"]
+    assert early.layers == (1,) and early.ranker == "fastv"
+    assert early.average_ratio(LAYERS) == pytest.approx(schedules["same_drop"].average_ratio(LAYERS))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_shipped_config_parses_and_survives_a_round_trip(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # paths in configs are meant from the checkout
+    config = load_config(path)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# "), "the first line says what the file is"
+    for named in (pretrain_words(config)[0] if config.pretrain else None, config.train.arguments.get("deepspeed")):
+        assert named is None or Path(named).is_file()
+    if config.data.prepare:
+        assert Path(config.data.prepare[0]).is_file()
+
+
+def test_round_trip_with_everything_set(run: Path, tmp_path: Path) -> None:
+    shape = "model.reference_shape={language_model: {num_hidden_layers: 4}, vision_tower: {patch_size: 8}}"
+    config = load_config(
+        run,
+        ["data.prepare=[a.py, --n, '3']", "model.aspect=anyres", "model.pinpoints=[[32,64]]", shape, "pretrain=p.yaml"],
+    )
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    assert config.data.prepare == ("a.py", "--n", "3") and config.model.pinpoints == ((32, 64),)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.trian=x", "unknown key 'data.trian' (did you mean 'data.train'?)"),
+        ("max_length=3", "unknown key 'max_length' (did you mean 'data.max_length'?)"),
+        ("pyramid_drop.layer=[1]", "did you mean 'pyramid_drop.layers'?"),
+        ("train.learning_rat=1", "did you mean 'train.learning_rate'?"),
+        ("train.learning_rate=fast", "train.learning_rate must be a number, got 'fast'"),
+        ("train.max_steps=1.5", "train.max_steps must be a whole number, got 1.5"),
+        ("train.bf16=1", "train.bf16 must be true or false, got 1"),
+        ("train.optim=adamw", "train.optim cannot be 'adamw': choose 'adamw_torch' or "),
+        ("train.optim=adamw", "(did you mean 'adamw_torch'?)"),
+        ("train.lr_scheduler_type=cosin", "(did you mean 'cosine'?)"),
+        ("train.log_level=loud", "train.log_level cannot be 'loud': choose "),
+        ("train.save_strategy=no", """'epoch' or 'best' (YAML reads a bare no as false: write "no")"""),
+        ("train.gradient_accumulation_steps=0", "train.gradient_accumulation_steps must be at least 1, got 0"),
+        ("train.output_dir=x", "write output_dir (top level)"),
+        ("train.warmup_ratio=0.03", "write train.warmup_steps"),
+        ("train.per_device_train_batch_size=1", "write data.samples_per_batch or data.tokens_per_batch"),
+        ("seed=1.5", "seed must be a whole number, got 1.5"),
+        ("seed=true", "seed must be a whole number, got True"),
+        ("data=3", "data must be a section of keys, got 3"),
+        ("data.prepare=x.py", "data.prepare must be a list, each entry text"),
+        ("model.pinpoints=[[1,2,3]]", "model.pinpoints[0] must be a list of 2 entries"),
+        ("model.aspect=pda", "model.aspect cannot be 'pda': choose 'pad' or 'anyres' (did you mean 'pad'?)"),
+        ("model.aspect=anyres", "needs model.pinpoints"),
+        ("model.trainable=[tower]", "did you mean 'vision_tower'?"),
+        ("model.trainable=[]", "nothing would be trained"),
+        ("model.path=x", "exclude each other"),
+        ("model.vision_tower=null", "both model.language_model and model.vision_tower"),
+        ("data.tokens_per_batch=4096", "exclude each other"),
+        ("data.samples_per_batch=null", "set data.samples_per_batch or data.tokens_per_batch"),
+        ("data.samples_per_batch=0", "must be at least 1"),
+        ("pyramid_drop.layers=[1,2,4]", "the decoder has 4 layers: the last possible entry is 3"),
+        ("pyramid_drop.layers=[0,1,2]", "pyramid_drop.layers must be at least 1"),
+        ("pyramid_drop.layers=[2,1,3]", "pyramid_drop.layers must grow"),
+        ("pyramid_drop.layers=[1,2]", "pyramid_drop.layers has 2 entries and pyramid_drop.ratios has 3"),
+        ("pyramid_drop.ratios=[.5,.6,.1]", "pyramid_drop.ratios must not grow"),
+        ("pyramid_drop.ratios=[1.5,.6,.1]", "pyramid_drop.ratios must lie in [0, 1]"),
+        ("pyramid_drop.ratios=[.5,.2,-0.1]", "pyramid_drop.ratios must lie in [0, 1]"),
+        ("pyramid_drop.ranker=fastvv", "unknown pyramid_drop.ranker 'fastvv'"),
+        ("pyramid_drop.positions=drop", "pyramid_drop.positions cannot be 'drop'"),
+        ("compare.training_free.x=3", "compare.training_free.x must be 'same' or a mapping"),
+        ("compare.training_free.x={layer: 1}", "did you mean 'compare.training_free.x.layers'?"),
+        ("compare.training_free.x={ranker: best}", "unknown compare.training_free.x.ranker 'best'"),
+        ("compare.training_free.x={single_drop: 4}", "compare.training_free.x: "),
+        ("compare.training_free.x={single_drop: 3}", "compare.training_free.x: a single drop after layer 3 of 4"),
+        ("name", "must have the form section.key=value"),
+        ("a.b=[", "a.b=["),
+    ],
+)
+def test_a_wrong_override_is_one_line(run: Path, override: str, expected: str) -> None:
+    message = complaint(run, override)
+    assert expected in message and message.startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("trian: {}", "unknown key 'trian' (did you mean 'train'?)"),
+        ("base: run.yaml\ngrid: {seed: [1, 2]}", "is an ablation, which has several runs: llava-pdrop ablate /"),
+        ("model: [", "line "),
+        ("- a", "must be a mapping of keys"),
+        ("3", "not readable as YAML: Invalid loaded object type: int"),
+        ("seed: ${nowhere}", "nowhere"),
+        ("pyramid_drop: {layers: [1], ratios: [0.5, 0.2]}", "one ratio per layer"),
+        ("model: {language_model: llm, vision_tower: tower}", "data is missing"),
+        ("seed: 0\nseed: 1", "line "),
+        ("base: [a.yaml, b.yaml]", "'base' must be the path of one YAML file"),
+    ],
+)
+def test_a_wrong_file_is_named(run: Path, tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path / "wrong.yaml", text)
+    message = complaint(path)
+    assert expected in message and message.startswith(str(path))
+
+
+def test_the_file_that_sets_a_key_is_the_one_named(run: Path, tmp_path: Path) -> None:
+    child = write(tmp_path / "child.yaml", "base: run.yaml\nseed: 1")
+    run.write_text(run.read_text().replace("layers: [1, 2, 3]", "layers: [1, 3, 2]"))
+    assert complaint(child).startswith(f"{run}: pyramid_drop.layers must grow")
+
+
+def test_bases_that_do_not_exist_or_come_back(run: Path, tmp_path: Path) -> None:
+    lost = write(tmp_path / "lost.yaml", "base: rum.yaml")
+    assert "base of lost.yaml: no config file" in complaint(lost)
+    assert f"did you mean '{run}'?" in complaint(lost)
+    first = write(tmp_path / "first.yaml", "base: second.yaml")
+    write(tmp_path / "second.yaml", "base: first.yaml")
+    assert "first.yaml -> second.yaml -> first.yaml" in complaint(first)
+    assert "did you mean" in complaint(tmp_path / "ruN.yaml")
+
+
+def test_paths_that_exist_pass(run: Path) -> None:
+    check_paths(load_config(run))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=no.json", "data.train: the data file no.json does not exist"),
+        ("data.eval=no.json", "data.eval: the data file no.json does not exist"),
+        ("data.image_root=nowhere", "data.image_root: the image directory nowhere does not exist"),
+        ("data.prepare=[no.py]", "data.prepare: the script no.py does not exist"),
+        ("pretrain=no.yaml", "pretrain: the stage-1 config no.yaml does not exist"),
+        ("model.projector=no.bin", "model.projector: the projector file no.bin does not exist"),
+        ("model.vision_tower=a/b/c", "model.vision_tower: no directory a/b/c"),
+        ("model.vision_tower=images", "model.vision_tower: directory images has no config.json"),
+        ("model.language_model=lmsys/vicuna-7b-v1.5", "hub id lmsys/vicuna-7b-v1.5 is not in the local cache"),
+        ("train.resume=checkpoint-9", "train.resume: the checkpoint checkpoint-9 does not exist"),
+        ("train.deepspeed=no.json", "train.deepspeed: the DeepSpeed settings file no.json does not exist"),
+    ],
+)
+def test_a_missing_path_is_one_line(run: Path, override: str, expected: str) -> None:
+    config = load_config(run, [override])
+    with pytest.raises(ConfigError) as error:
+        check_paths(config)
+    assert expected in str(error.value) and str(error.value).startswith(f"{run}: ") and "\n" not in str(error.value)
+
+
+def test_data_that_a_command_makes_may_be_missing(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "make.py").touch()
+    check_paths(load_config(run, ["data.prepare=[make.py]", "data.train=later.json", "data.image_root=later"]))
+
+
+def test_the_full_size_recipe_stops_with_the_missing_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = load_config("configs/llava_next_7b/finetune_pdrop.yaml")
+    with pytest.raises(ConfigError, match=r"^configs/llava_next_7b/\S+: model.language_model: hub id lmsys/vicuna"):
+        check_paths(config)
+
+
+def test_number_of_layers_is_found_where_it_stands(run: Path, tmp_path: Path) -> None:
+    config = load_config(run)
+    assert decoder_layers(config.model) == LAYERS
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    swap = ["model.path=whole", "model.language_model=null", "model.vision_tower=null", "pyramid_drop=null"]
+    swap += ["compare.training_free=null"]
+
+    def layers(content: dict) -> int | None:
+        (whole / "config.json").write_text(json.dumps(content))
+        return decoder_layers(load_config(run, swap).model)
+
+    assert layers({"text_config": {"model_type": "llama", "num_hidden_layers": 5}}) == 5
+    assert (
+        layers({"text_config": {"model_type": "llama"}}) == 32
+    )  # the default of the model type is left out of the file
+    assert layers({"num_hidden_layers": 6, "mm_vision_tower": "tower"}) == 6  # original LLaVA layout
+    assert part_configs(load_config(run, swap).model)[1] == {
+        "model_type": "clip_vision_model",
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    unknown = load_config(run, ["model.language_model=some/llm", "pyramid_drop.layers=[8,16,24]"])
+    assert decoder_layers(unknown.model) is None
+
+
+def test_missing_model_says_nothing_about_directories_that_are_there(run: Path) -> None:
+    assert missing_model("llm") is None
+    assert "does not look like a hub id" in str(missing_model("llm/no"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("eval.limit=0", "eval.limit must be at least 1, got 0"),
+        ("model.image_size=0", "model.image_size must be at least 1, got 0"),
+    ],
+)
+def test_numbers_too_small_are_named(run: Path, override: str, expected: str) -> None:
+    assert complaint(run, override) == f"command line: {expected}"
+
+
+def test_two_half_precisions_exclude_each_other(run: Path) -> None:
+    assert "train.bf16 and train.fp16 exclude each other" in complaint(run, "train.bf16=true", "train.fp16=true")
+
+
+def test_a_broken_config_json_is_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "llm" / "config.json").write_text("{")
+    assert complaint(run).startswith("llm/config.json: not readable as JSON")
+
+
+def test_config_is_the_schema(run: Path) -> None:
+    assert isinstance(load_config(run), Config)
+    assert load_config(run).file == str(run)
+
+
+def test_every_key_is_documented() -> None:
+    text = (ROOT / "configs" / "README.md").read_text()
+    for key in keys_of(Config):
+        assert f"`{key.rsplit('.', 1)[-1]}`" in text or f"`{key}:`" in text, (
+            f"configs/README.md says nothing about {key}"
+        )
+
+
+def test_what_a_paper_reports_is_not_inherited(tmp_path: Path) -> None:
+    """A run made of another one is not in the paper, nor is one whose model or schedule is changed on the way."""
+    file = Path(__file__).parents[3] / "configs/llava_next_7b/finetune_pdrop.yaml"
+    assert load_config(file).paper.gpu_hours == 218
+    assert load_config(file, ["seed=3", "train.logging_steps=7"]).paper is not None
+    assert load_config(file, ["pyramid_drop.layers=[4,8,12]"]).paper is None
+    assert load_config(file).vanilla().paper is None
+    (tmp_path / "mine.yaml").write_text(f"base: {file}\nname: mine\n")
+    assert load_config(tmp_path / "mine.yaml").paper is None

@@ -1,0 +1,181 @@
+"""Evaluation by generation: inputs, what it leaves of the model, independence of the batch size, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from llava_pdrop.__main__ import main
+from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.config.load import RUN_FILE, load_config
+from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.errors import ConfigError
+from llava_pdrop.eval.benchmarks import llava_json
+from llava_pdrop.eval.evaluate import chance_of, evaluate, evaluate_config, load_questions
+from llava_pdrop.eval.generation import model_inputs
+from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.schedule import Schedule
+from llava_pdrop.train.run import train
+from llava_pdrop.types import ImageInput, Sample
+
+DROP = Schedule((1, 2, 3), (0.5, 0.25, 0.125))
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_files):
+    torch.manual_seed(0)
+    return build_parts(language_model=str(tiny_files / "llm"), vision_tower=str(tiny_files / "tower"))
+
+
+@pytest.fixture
+def questions(tiny_files):
+    return llava_json(tiny_files / "data/eval.json", tiny_files / "data/images")
+
+
+def run(parts, questions, schedule=DROP, **options):
+    return evaluate(
+        parts.host, parts.tokenizer, parts.image_processor, parts.geometry, questions, TEMPLATES["qa"], schedule,
+        **{"max_new_tokens": 3, **options},
+    )  # fmt: skip
+
+
+def test_answers_do_not_depend_on_the_batch_size(parts, questions):
+    one, all_at_once = (run(parts, questions, batch_size=size) for size in (1, 6))
+    assert one.predictions == all_at_once.predictions
+    assert one.image_tokens == [16, 8, 4, 2]
+    assert one.chance == pytest.approx(1 / 3)
+    assert [entry.gold for entry in one.predictions] == ["red", "green", "blue"] * 2
+    assert one.predictions[0].question == "Which colour is it"
+
+
+def test_chance_is_that_of_the_answers_own_distribution():
+    assert chance_of(["yes", "Yes", "no", "yes."]) == pytest.approx(0.75**2 + 0.25**2)
+
+
+def test_the_model_is_left_as_it_was(parts, questions):
+    parts.host.train()
+    torch.manual_seed(5)
+    state, hooks = torch.get_rng_state(), len(parts.host.model._forward_pre_hooks)
+    run(parts, questions, Schedule((1,), (0.25,), ranker="random"))
+    assert parts.host.training and torch.equal(state, torch.get_rng_state())
+    assert len(parts.host.model._forward_pre_hooks) == hooks
+    again = [run(parts, questions, Schedule((1,), (0.25,), ranker="random"), seed=3).predictions for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_trace_says_which_tokens_survive(parts, questions):
+    result = run(parts, questions[:2], trace=True, max_new_tokens=1)
+    for drop, count in enumerate((8, 4, 2)):
+        kept = result.steps[0].kept(drop)
+        assert [len(image) for image in kept] == [count, count]
+    assert set(result.steps[0].kept(2)[0]) < set(result.steps[0].kept(0)[0])
+
+
+def test_no_questions_and_unknown_scorers_are_refused(parts, questions):
+    with pytest.raises(ValueError, match="no questions"):
+        run(parts, [])
+    with pytest.raises(ValueError, match="unknown eval.scorer 'bleu'"):
+        run(parts, questions, scorer="bleu")
+
+
+def test_inputs_are_padded_on_the_left(parts):
+    def sample(length: int, images: int) -> Sample:
+        picture = ImageInput(torch.rand(1, 3, 48, 48), (48, 48))
+        return Sample("s", torch.arange(1, length + 1), torch.full((length,), -100), (picture,) * images)
+
+    inputs = model_inputs([sample(2, 1), sample(4, 2)], parts.tokenizer, parts.host)
+    assert inputs["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert inputs["input_ids"][0].tolist() == [parts.tokenizer.pad_token_id] * 2 + [1, 2]
+    assert inputs["pixel_values"].shape == (3, 3, 48, 48)
+    assert "pixel_values" not in model_inputs([sample(3, 0)], parts.tokenizer, parts.host)
+
+
+def test_llava_next_batches_hold_images_of_different_tiles(tiny_files, tmp_path):
+    """Pages of different shapes in one batch, dropped per image, give what they give alone."""
+    pinpoints = ((48, 96), (96, 48), (96, 96))
+    torch.manual_seed(0)
+    parts = build_parts(
+        language_model=str(tiny_files / "llm"), vision_tower=str(tiny_files / "tower"), aspect="anyres",
+        merge="spatial_unpad", pinpoints=pinpoints,
+    )  # fmt: skip
+    assert parts.geometry == ImageGeometry(48, 12, "anyres", "spatial_unpad", pinpoints)
+    from PIL import Image
+
+    sizes = [(48, 100), (100, 40), (90, 90)]
+    entries = []
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (40 * i, 90, 120)).save(tmp_path / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat"}, {"from": "gpt", "value": "x"}]
+        entries.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (tmp_path / "q.json").write_text(json.dumps(entries))
+    questions = llava_json(tmp_path / "q.json", tmp_path)
+    one, together = (run(parts, questions, batch_size=size) for size in (1, 3))
+    assert one.predictions == together.predictions
+    totals = [parts.geometry.num_tokens(size) for size in sizes]
+    assert one.image_tokens[1] == pytest.approx(sum(int(n * 0.5) for n in totals) / 3)
+
+
+def test_a_record_without_answer_is_refused(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "Why"}]}]))
+    with pytest.raises(ValueError, match=r"q.json\[0\] \(id a\): does not end in an answer"):
+        llava_json(tmp_path / "q.json")
+
+
+def test_eval_of_a_run_by_config_and_by_directory(tiny_config, capsys):
+    section = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
+    config = load_config(tiny_config(pyramid_drop=section), ["eval.limit=4"])
+    with pytest.raises(ConfigError, match="holds no finished run: train it first"):
+        evaluate_config(config)
+    output = train(config)
+    capsys.readouterr()
+    first = evaluate_config(config)
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert f"{first.accuracy:.1%}" in printed
+    assert "16 -> 8 -> 4 -> 2 (dropping after layers [1, 2, 3], the checkpoint's own schedule)" in printed
+    assert len((output / "predictions.jsonl").read_text().splitlines()) == 4
+    again = evaluate_config(load_config(output / RUN_FILE))
+    assert again.predictions == first.predictions
+    vanilla = evaluate_config(load_config(output / RUN_FILE, ["pyramid_drop=null"]))
+    assert vanilla.image_tokens == [16]
+    assert "16 (no dropping; the checkpoint's own schedule has layers [1, 2, 3]" in capsys.readouterr().out
+    assert len(load_questions(config)) == 4
+
+
+def test_a_run_that_cannot_keep_the_answers_is_said_first(tiny_config, monkeypatch):
+    """The tests may run as root, whom no permission stops."""
+    config = load_config(tiny_config())
+    output = train(config)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != output)
+    with pytest.raises(ConfigError, match=rf"{output} is to hold the answers and cannot be written to: copy it first"):
+        evaluate_config(config)
+    assert not (output / "predictions.jsonl").exists()
+
+
+def test_eval_of_a_directory_that_was_not_trained_here(tiny_config, tmp_path, capsys):
+    """It has no config of ours; its schedule stands in its config.json."""
+    section = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
+    config = load_config(tiny_config(pyramid_drop=section), ["eval.limit=4"])
+    other = tmp_path / "downloaded"
+    shutil.copytree(train(config), other, ignore=shutil.ignore_patterns(RUN_FILE, "checkpoint-*"))
+    assert main(["eval", str(other)]) == 2
+    assert "add data.eval=FILE data.image_root=DIR" in capsys.readouterr().err
+    words = [f"data.eval={config.data.eval}", f"data.image_root={config.data.image_root}", "eval.limit=4"]
+    words += [f"model.template={config.model.template}", "eval.batch_size=2"]
+    assert main(["eval", str(other), *words]) == 0
+    assert (
+        "16 -> 8 -> 4 -> 2 (dropping after layers [1, 2, 3], the checkpoint's own schedule)" in capsys.readouterr().out
+    )
+    assert main(["eval", str(other), *words, "pyramid_drop.ratios=[0.75,0.5,0.25]"]) == 0
+    assert "16 -> 12 -> 8 -> 4 (dropping after layers [1, 2, 3]; the checkpoint's own" in capsys.readouterr().out
+    original = tmp_path / "original"
+    assert main(["convert", str(other), str(original), "--to", "llava"]) == 0
+    assert main(["eval", str(original), *words]) == 0
+    assert (
+        "16 -> 8 -> 4 -> 2 (dropping after layers [1, 2, 3], the checkpoint's own schedule)" in capsys.readouterr().out
+    )
+    assert main(["eval", str(other), *words, "pyramid_drop=null"]) == 0
+    assert json.loads((other / "evaluation.json").read_text())["image_tokens"] == [16]
