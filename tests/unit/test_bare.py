@@ -141,3 +141,21 @@ def test_the_gpu_tests_need_pytest_and_nothing_else() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     count = re.search(r"(\d+) tests collected", done.stdout)
     assert count is not None and int(count[1]) > 100, done.stdout
+
+
+GPU_CHECK = """
+import json, sys
+from pathlib import Path
+from llava_pdrop.bench.gpu.__main__ import main
+out = Path(sys.argv[1])
+assert main(["--device", "cpu", "--stages", "env", "--out", str(out)]) == 0
+record = json.loads((out / "gpu_check.json").read_text())["stages"]
+assert record["env"]["result"]["deepspeed"] is None, "it is hidden"
+for module in ("inside", "learning", "measured", "ranks", "suite"):
+    __import__(f"llava_pdrop.bench.gpu.{module}")
+"""
+
+
+def test_the_gpu_check_needs_no_more(tmp_path: Path) -> None:
+    done = bare(GPU_CHECK.replace("sys.argv[1]", repr(str(tmp_path))))
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
