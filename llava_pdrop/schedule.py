@@ -14,21 +14,19 @@ class Schedule:
     After ``layers[k]`` decoder layers have run, every image keeps ``int(n * ratios[k])`` of its ``n`` ORIGINAL tokens
     (float truncation, as the official code counts). No layers means a vanilla model.
 
-    Attributes:
-        layers: strictly growing, each in 1..num_layers-1 (the layer with that index ranks).
-        ratios: one per layer, in [0, 1], never growing.
-        ranker: a key of `llava_pdrop.model.pyramid_drop.RANKERS`.
-        positions: ``renumber`` closes the gaps that dropped tokens leave in the position ids (the paper),
-            ``keep`` leaves every survivor its first position.
-
     Source: paper section 3.2; `image_token_ratio_list` and `layer_list` of the official `pdrop_train.py`, without
     their leading 1.0.
     """
 
     layers: tuple[int, ...] = ()
+    """Drop after this many decoder layers: strictly growing, each from 1 to the number of layers - 1. The layer with
+    that index ranks."""
     ratios: tuple[float, ...] = ()
+    """Share of the ORIGINAL image tokens that stays after each drop: one per layer, in [0, 1], never growing."""
     ranker: str = "last_instruction"
+    """What ranks the tokens: a key of ``RANKERS`` in ``llava_pdrop/model/pyramid_drop.py``."""
     positions: Literal["renumber", "keep"] = "renumber"
+    """Position ids of the survivors: ``renumber`` closes the gaps (the paper), ``keep`` leaves them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))

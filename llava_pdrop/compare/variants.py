@@ -16,13 +16,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from llava_pdrop.config.load import OVERRIDES, load_config
 from llava_pdrop.config.paths import missing_model
-from llava_pdrop.config.schema import CompareSection, Config
+from llava_pdrop.config.schema import AblationFile, CompareSection, Config
 from llava_pdrop.config.values import convert_fields, hints_of, read_mapping
 from llava_pdrop.errors import ConfigError, Problem, did_you_mean
 
@@ -51,18 +51,6 @@ class Ablation:
     output_dir: Path
     checkpoint: str | None
     variants: tuple[Variant, ...]
-
-
-@dataclass(frozen=True)
-class File:
-    """What the file may hold. ``base`` and the configs of variants are relative to it, all else to the checkout."""
-
-    base: str
-    name: str | None = None
-    output_dir: str | None = None
-    checkpoint: str | None = None
-    variants: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, Any] = field(default_factory=dict)
 
 
 def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
@@ -105,7 +93,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
     return Ablation(str(path), name, output_dir, file.checkpoint, tuple(variants.values()))
 
 
-def _read(path: Path, own: Mapping[str, str | None]) -> File:
+def _read(path: Path, own: Mapping[str, str | None]) -> AblationFile:
     if not path.is_file():
         raise ConfigError(f"no ablation file {path}{did_you_mean(str(path), map(str, path.parent.glob('*.yaml')))}")
     content = read_mapping(path, resolve=True)
@@ -115,13 +103,13 @@ def _read(path: Path, own: Mapping[str, str | None]) -> File:
             "what is to be changed into a file with it as base: (configs/README.md)"
         )
     try:
-        return File(**{**convert_fields(content, File, ""), **own})
+        return AblationFile(**{**convert_fields(content, AblationFile, ""), **own})
     except Problem as problem:
-        hint = did_you_mean(problem.key, hints_of(File)) if problem.unknown else ""
+        hint = did_you_mean(problem.key, hints_of(AblationFile)) if problem.unknown else ""
         raise ConfigError(f"{path}: {problem}{hint}") from None
 
 
-def _all_changes(path: Path, file: File) -> Iterator[tuple[str, str, list[str]]]:
+def _all_changes(path: Path, file: AblationFile) -> Iterator[tuple[str, str, list[str]]]:
     """(name, config, words that change it) of every variant, then of every point of the grid."""
     for name, entry in file.variants.items():
         changes = {"base": entry} if isinstance(entry, str) else entry

@@ -1,8 +1,8 @@
 """The schema of a run: one frozen dataclass per section of the YAML.
 
-A field's annotation is its rule (`values.convert` walks the annotations), so adding a key is adding a field and
-a row in configs/README.md. Everything a user can get wrong raises `Problem`, which knows the key; `load.py` adds the
-file.
+A field's annotation is its rule (`values.convert` walks the annotations), and the string under it is its row in
+configs/README.md (`tables.py`): to add a key, add a field. Everything a user can get wrong raises `Problem`, which
+knows the key; `load.py` adds the file.
 """
 
 from __future__ import annotations
@@ -21,18 +21,32 @@ class ModelSection:
     """Either ``path`` (a whole LLaVA) or ``language_model`` and ``vision_tower`` (parts, fresh projector)."""
 
     path: str | None = None
+    """A LLaVA, in Hugging Face or original layout: directory or hub id. Its own image settings apply."""
     language_model: str | None = None
+    """Decoder: directory or hub id."""
     vision_tower: str | None = None
+    """CLIP tower: directory or hub id."""
     projector: str | None = None
+    """Pretrained projector: ``projector.safetensors`` of a stage 1, or an original ``mm_projector.bin``."""
     aspect: Literal["pad", "anyres"] = "pad"
+    """``pad``: one square tile (LLaVA-1.5). ``anyres``: the whole picture and tiles of it (LLaVA-NeXT)."""
     merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    """Order of anyres tokens: ``flat``, ``spatial``, or ``spatial_unpad`` (padding removed, a newline per row)."""
     pinpoints: tuple[tuple[int, int], ...] = ()
+    """Anyres canvases ``[[width, height], ...]``, or a key of ``PINPOINTS`` in ``llava_pdrop/geometry.py``: ``5_tiles``
+    (the paper's), ``9_tiles`` (ours)."""
     rounding: Literal["original", "hf"] = "original"
+    """How unpadded sizes are rounded: as LLaVA (``original``) or newer transformers (``hf``) do. Few sizes differ."""
     image_size: int | None = None
+    """Side of a tile in pixels, if not the tower's own; the tower's position embeddings are interpolated."""
     attention: Literal["auto", "sdpa", "varlen", "flash_attn"] = "auto"
+    """Kernel for packed streams: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``."""
     template: str = "v1"
+    """Conversation format: a key of ``TEMPLATES`` in ``llava_pdrop/data/conversation.py``."""
     trainable: tuple[Literal["projector", "language_model", "vision_tower"], ...] = ("projector", "language_model")
+    """Parts to train: any of ``projector``, ``language_model`` and ``vision_tower``."""
     reference_shape: ReferenceShape | None = None
+    """The ``config.json`` of decoder and tower, so that ``plan`` needs no weights."""
 
     def __post_init__(self) -> None:
         parts = [name for name in ("language_model", "vision_tower") if getattr(self, name) is not None]
@@ -53,24 +67,39 @@ class ReferenceShape:
     """What the ``config.json`` files of the parts say, for `plan` and for building without the weights."""
 
     language_model: dict[str, Any]
+    """Content of the decoder's ``config.json``."""
     vision_tower: dict[str, Any]
+    """Content of the tower's ``config.json``."""
 
 
 @dataclass(frozen=True)
 class DataSection:
     train: str
+    """LLaVA JSON, JSON lines, tar shards, a ``datasets`` directory, parquet, or a mixture of them (YAML)."""
     eval: str | None = None
+    """LLaVA JSON to evaluate on."""
     format: str | None = None
+    """Format of ``train`` if its name does not show it: a key of ``READERS`` in ``llava_pdrop/data/readers``."""
     image_root: str | None = None
+    """Directory that image paths in the records are relative to."""
     index: str | None = None
+    """``clean_index.json`` of ``llava-pdrop doctor``: train only on the records it lists. Must match the data."""
     on_invalid: Literal["stop", "skip"] = "stop"
+    """An unusable record: ``stop`` before training, or ``skip`` it and list it in ``OUTPUT_DIR/skipped.jsonl``."""
     max_invalid: float = 0.01
+    """Largest share of records that ``skip`` may leave out; more is an error."""
     cache: str | None = "~/.cache/llava_pdrop"
+    """Directory for token counts and image sizes of data sets of 10,000 records or more; null: no cache."""
     prepare: tuple[str, ...] | None = None
+    """Script and arguments, a list, run before training. It must do nothing if its output is up to date."""
     max_length: int = 2048
+    """Maximum tokens per sample, image tokens included."""
     truncation: Literal["turns", "tokens"] = "turns"
+    """Longer samples lose whole ``turns``, or are cut at the token (``tokens``, as the official code does)."""
     tokens_per_batch: int | None = None
+    """Token budget of a packed micro-batch. Set either this or ``samples_per_batch``."""
     samples_per_batch: int | None = None
+    """Samples per packed micro-batch."""
 
     def __post_init__(self) -> None:
         given = [n for n in ("tokens_per_batch", "samples_per_batch") if getattr(self, n) is not None]
@@ -92,11 +121,18 @@ class TrainSection:
     """Own keys, and in ``arguments`` the fields of `transformers.TrainingArguments` under their own names."""
 
     projector_lr: float | None = None
+    """Learning rate of the projector; null: ``learning_rate``."""
     vision_tower_lr: float | None = None
+    """Learning rate of the vision tower; null: ``learning_rate``."""
     recompute_layers: int | None = None
+    """Checkpoint activations of the first N decoder layers only (they have the longest streams); null: of all."""
     resume: str = "auto"
+    """``auto``: from the newest complete checkpoint in ``output_dir``; ``never``; or the path of a checkpoint."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
+    """A sample that fails to load during training: ``stop``, or ``skip``: another takes its place, and it is listed in
+    ``OUTPUT_DIR/bad_samples.jsonl``."""
     max_bad_samples: int = 100
+    """Maximum samples that ``skip`` replaces in the whole run; more is an error."""
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,16 +144,24 @@ class TrainSection:
 @dataclass(frozen=True)
 class LoraSection:
     """Low-rank adapters in the decoder instead of its own weights; the defaults are those of the official
-    ``finetune_lora.sh``. ``rank_pattern``: name of a module, or a regular expression of peft's -> its rank."""
+    ``finetune_lora.sh``."""
 
     target: Literal["attention", "mlp", "both"] = "both"
+    """Decoder modules with adapters: ``attention`` (q, k, v, o), ``mlp`` (gate, up, down) or ``both``."""
     r: int = 128
+    """Rank."""
     alpha: int = 256
+    """Scale: adapters are multiplied by ``alpha / r``."""
     dropout: float = 0.05
+    """Dropout on the input of the adapters."""
     rank_pattern: dict[str, Any] = field(default_factory=dict)
+    r"""Other ranks, by module name or peft's regular expression: ``{q_proj: 64, 'layers\.0\.mlp\.up_proj': 8}``."""
     bits: Literal[4, 8] | None = None
+    """``4`` or ``8``: QLoRA. Needs a CUDA GPU and ``pip install bitsandbytes``; not with FSDP or ZeRO-3."""
     double_quant: bool = True
+    """4-bit weights: quantise their scales too."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit weights: ``nf4`` or ``fp4``."""
 
     def __post_init__(self) -> None:
         at_least(1, "lora.r", self.r)
@@ -131,9 +175,13 @@ class LoraSection:
 @dataclass(frozen=True)
 class EvalSection:
     batch_size: int = 50
+    """Questions per batch."""
     max_new_tokens: int = 16
+    """Maximum tokens per answer."""
     limit: int | None = None
+    """Evaluate only the first N questions; null: all."""
     scorer: str = "exact_match"
+    """A key of ``SCORERS`` in ``llava_pdrop/eval/scoring.py``."""
 
     def __post_init__(self) -> None:
         at_least(1, "eval.batch_size", self.batch_size)
@@ -144,10 +192,12 @@ class EvalSection:
 
 @dataclass(frozen=True)
 class CompareSection:
-    """``training_free``: name -> ``same``, or keys of ``pyramid_drop`` to change; see `Config.training_free`."""
+    """What ``compare`` does besides; entries of ``training_free``: see `Config.training_free`."""
 
     vanilla: bool = True
+    """Also train this config without ``pyramid_drop``, from the same start, on the same batches."""
     training_free: dict[str, Any] | None = None
+    """Schedules to try on the vanilla model without training: name -> schedule."""
 
     def __post_init__(self) -> None:
         entries = self.training_free or {}  # null takes an inherited entry away
@@ -156,17 +206,18 @@ class CompareSection:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """What a paper reports for this run: shown beside its own results, and otherwise without effect.
-
-    ``gpu_hours`` count both stages; ``vanilla_gpu_hours`` are those of the run it is compared with; ``tflop`` is the
-    cost of the image tokens by the paper's formula; ``scores``: benchmark -> value as printed.
-    """
+    """What a paper reports for this run: shown beside its own results, and otherwise without effect."""
 
     table: str
+    """Where the paper has it."""
     gpu_hours: float | None = None
+    """GPU hours of this run, both stages together."""
     vanilla_gpu_hours: float | None = None
+    """GPU hours of the vanilla run in the same row, both stages together."""
     tflop: float | None = None
+    """Cost of the image tokens by the paper's formula."""
     scores: dict[str, float] = field(default_factory=dict)
+    """Benchmark -> score as printed."""
 
     @property
     def saved(self) -> float | None:
@@ -181,15 +232,20 @@ class Config:
     """One run. ``file`` (where it was read) takes no part in comparisons and is not written back."""
 
     name: str
+    """Name of the run, in logs and tables."""
     output_dir: str
+    """Everything the run writes goes here."""
     model: ModelSection
     data: DataSection
     seed: int = 0
+    """Seeds freshly initialised weights, batch order and random ranking."""
     pyramid_drop: Schedule | None = None
     train: TrainSection = TrainSection()
     lora: LoraSection | None = None
     eval: EvalSection = EvalSection()
     pretrain: str | None = None
+    """Stage-1 config whose projector this run starts from; it runs first if its output is missing. Override its keys
+    after the path: ``"CONFIG a.b=c ..."``. Decoder, tower and image size must match this run's."""
     compare: CompareSection = CompareSection()
     paper: PaperRow | None = None
     file: str = field(default="", compare=False)
@@ -262,3 +318,22 @@ class Config:
             return schedule if num_layers is None else schedule.check(num_layers)
         except ValueError as error:
             raise Problem(f"{key}.layers", str(error) if key == "pyramid_drop" else f"{key}: {error}") from None
+
+
+@dataclass(frozen=True)
+class AblationFile:
+    """What the file of an ablation may hold (`llava_pdrop.compare.variants`). ``base`` and the configs of variants are
+    relative to it, all else to the checkout."""
+
+    base: str
+    """Config to vary."""
+    name: str | None = None
+    """Name of the ablation; null: ``DIRECTORY/FILE``."""
+    output_dir: str | None = None
+    """Variants are trained in ``OUTPUT_DIR/VARIANT``; null: ``checkpoints/NAME``."""
+    checkpoint: str | None = None
+    """Train nothing: evaluate this model with every schedule. Variants may then differ in ``pyramid_drop`` only."""
+    variants: dict[str, Any] = field(default_factory=dict)
+    """Name -> keys to change, or another config."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Key -> list of values; every combination is a variant. One of ``variants`` and ``grid`` is needed."""
