@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from llava_pdrop.errors import is_for_the_user, line_of
+from llava_pdrop.errors import UserError, is_about_a_file, line_of
 
 EPILOG = """\
 CONFIG is a YAML file (configs/README.md lists every key); section.key=value changes one key of it, e.g.
@@ -17,7 +17,12 @@ CONFIG is a YAML file (configs/README.md lists every key); section.key=value cha
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 after an error that the user can mend (one line)."""
+    """Runs one command; returns the exit status: 0, or 2 after an error that the user can mend, in one line: a
+    `UserError`, or what the system says of a file or a full disk (`is_about_a_file`). With ``--debug``, its traceback.
+
+    Raises:
+        Exception: any other one, a `UserError` too, is a bug. Python prints the traceback and exits with status 1.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     parser = _parser(words[0] if words else None)
     args, more = parser.parse_known_args(words)
@@ -29,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         _module(args.command).run(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
-        if args.debug or not is_for_the_user(error):
+    except (UserError, OSError) as error:
+        if args.debug or not (isinstance(error, UserError) or is_about_a_file(error)):
             raise
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # what is wrong may be wrong on one rank only
         rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""

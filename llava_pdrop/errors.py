@@ -1,52 +1,97 @@
-"""Errors that are for the user, and their messages in one line."""
+"""Errors that are the user's to mend, and their messages in one line."""
 
 from __future__ import annotations
 
 import difflib
 import errno
-import traceback
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a disk, or of this user's share of it, that is full."""
 
-PACKAGE = Path(__file__).resolve().parent
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EIO, errno.ESTALE, errno.EFBIG,
+)  # fmt: skip
+"""What the system says of a file that is named: it may not be used, is not there or of another kind, or its disk does
+not work. The rest (a closed descriptor, too many open files, a broken connection) is no matter of files: a bug, or
+nothing that its name would help to mend."""
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """The user's to mend: the message is one line that names file, key, sample or argument and says what to do. All
+    errors that this package raises on purpose are of this class; any other exception is a bug and keeps its traceback.
+
+    ``key``: the config key that it is about, where the code that failed knows it (see `naming`).
+    """
+
+    key: str | None = None
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or directory that is not there."""
+
+
+class ConfigError(UserError):
     """A config that cannot be run; the message is one line for the user."""
 
 
-class Problem(ValueError):
+class Problem(UserError):
     """What is wrong with one dotted ``key``; becomes a `ConfigError` line once the file is known."""
+
+    key: str
 
     def __init__(self, key: str, message: str, unknown: bool = False) -> None:
         super().__init__(message)
         self.key, self.unknown = key, unknown
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Problem, (self.key, str(self), self.unknown)
 
-class RecordError(ValueError):
-    """A record that cannot be used: where it stands, its id (where that could be read) and why, in one line."""
 
-    def __init__(self, origin: str, id: str | None, reason: str) -> None:
+class RecordError(UserError):
+    """A record that cannot be used: where it stands, its id (where that could be read) and why, in one line. ``kind``:
+    the name that `llava_pdrop.doctor.checks.KINDS` has for it, None where the code that failed knows none."""
+
+    def __init__(self, origin: str, id: str | None, reason: str, kind: str | None = None) -> None:
         super().__init__(f"{origin} (id {id}): {reason}" if id is not None else f"{origin}: {reason}")
-        self.origin, self.id, self.reason = origin, id, reason
+        self.origin, self.id, self.reason, self.kind = origin, id, reason, kind
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RecordError, (self.origin, self.id, self.reason)
+        return RecordError, (self.origin, self.id, self.reason, self.kind)
 
 
-def is_for_the_user(error: BaseException) -> bool:
-    """Whether the message of ``error`` says all, so that a traceback would only hide it: it was raised by this package
-    on purpose (not somewhere inside a library), or is about a file that is missing, cannot be used, or has no room."""
-    if isinstance(error, OSError):
-        return isinstance(error, FileNotFoundError) or error.filename is not None or error.errno in FULL
-    frames = traceback.extract_tb(error.__traceback__)
-    return (
-        bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE) and isinstance(error, ValueError)
-    )
+@contextmanager
+def naming(key: str, *foreign: type[Exception]) -> Iterator[None]:
+    """Errors for the user that are raised inside carry the config key ``key``. Of two around each other the outer one
+    tells: a LoRA run has a decoder and a tower of its own, but the config names the run.
+
+    Args:
+        foreign: what libraries raise there at files that do not fit; it becomes a `UserError`. So does what the system
+            says of a file.
+    """
+    unfit: tuple[type[Exception], ...] = (OSError, *foreign)
+    try:
+        yield
+    except UserError as error:
+        error.key = key
+        raise
+    except unfit as error:
+        if isinstance(error, OSError) and not is_about_a_file(error):
+            raise
+        named = UserError(line_of(error))
+        named.key = key
+        raise named from error
+
+
+def is_about_a_file(error: OSError) -> bool:
+    """Whether the system speaks of what a user can mend, so that a traceback would only hide it: a file is missing, or
+    is named and cannot be used, or the disk is full."""
+    named = error.filename is not None and error.errno in UNUSABLE
+    return named or isinstance(error, FileNotFoundError) or error.errno in FULL
 
 
 def line_of(error: BaseException) -> str:

@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from llava_pdrop.errors import UserError
+
 ASPECTS, MERGES, ROUNDINGS = ("pad", "anyres"), ("flat", "spatial", "spatial_unpad"), ("original", "hf")
 
 NEWLINE = -1
@@ -47,7 +49,7 @@ class ImageGeometry:
             they differ by one row or column on rare sizes such as 88x55.
 
     Raises:
-        ValueError: the tile is no multiple of the patch, anyres without canvases, or a canvas that is not made of whole
+        UserError: the tile is no multiple of the patch, anyres without canvases, or a canvas that is not made of whole
             tiles.
     """
 
@@ -61,15 +63,15 @@ class ImageGeometry:
     def __post_init__(self) -> None:
         for name, known in (("aspect", ASPECTS), ("merge", MERGES), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"unknown image {name} {getattr(self, name)!r}: choose one of {list(known)}")
+                raise UserError(f"unknown image {name} {getattr(self, name)!r}: choose one of {list(known)}")
         if self.tile % self.patch:
-            raise ValueError(f"a tile of {self.tile} pixels is not a whole number of {self.patch}-pixel patches")
+            raise UserError(f"a tile of {self.tile} pixels is not a whole number of {self.patch}-pixel patches")
         if self.aspect == "anyres" and not self.pinpoints:
-            raise ValueError("image aspect 'anyres' needs pinpoints, a list of canvas sizes (width, height)")
+            raise UserError("image aspect 'anyres' needs pinpoints, a list of canvas sizes (width, height)")
         for size in self.pinpoints:
             if len(size) != 2 or any(side < self.tile or side % self.tile for side in size):
                 words = "x".join(map(str, size))
-                raise ValueError(f"pinpoint {words}: width and height must be multiples of the tile size {self.tile}")
+                raise UserError(f"pinpoint {words}: width and height must be multiples of the tile size {self.tile}")
 
     @property
     def patches_per_side(self) -> int:

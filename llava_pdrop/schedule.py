@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from llava_pdrop.errors import UserError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -32,31 +34,31 @@ class Schedule:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "ratios", tuple(float(ratio) for ratio in self.ratios))
         if len(self.layers) != len(self.ratios):
-            raise ValueError(
+            raise UserError(
                 f"pyramid_drop.layers has {len(self.layers)} entries and pyramid_drop.ratios has {len(self.ratios)}: "
                 "give one ratio per layer (the leading 1.0 of the official scripts is not written)"
             )
         if any(low >= high for low, high in zip(self.layers, self.layers[1:])):
-            raise ValueError(f"pyramid_drop.layers must grow from entry to entry, got {list(self.layers)}")
+            raise UserError(f"pyramid_drop.layers must grow from entry to entry, got {list(self.layers)}")
         if any(layer < 1 for layer in self.layers):
-            raise ValueError(f"pyramid_drop.layers must be at least 1, got {list(self.layers)}")
+            raise UserError(f"pyramid_drop.layers must be at least 1, got {list(self.layers)}")
         if any(not 0.0 <= ratio <= 1.0 for ratio in self.ratios):
-            raise ValueError(f"pyramid_drop.ratios must lie in [0, 1], got {list(self.ratios)}")
+            raise UserError(f"pyramid_drop.ratios must lie in [0, 1], got {list(self.ratios)}")
         if any(low < high for low, high in zip(self.ratios, self.ratios[1:])):
-            raise ValueError(
+            raise UserError(
                 f"pyramid_drop.ratios must not grow (they count from the original tokens), got {list(self.ratios)}"
             )
         if self.positions not in ("renumber", "keep"):
-            raise ValueError(f"pyramid_drop.positions must be 'renumber' or 'keep', got {self.positions!r}")
+            raise UserError(f"pyramid_drop.positions must be 'renumber' or 'keep', got {self.positions!r}")
 
     def check(self, num_layers: int) -> Schedule:
         """Returns the schedule itself if it fits a decoder of ``num_layers`` layers.
 
         Raises:
-            ValueError: a drop would come after the last layer.
+            UserError: a drop would come after the last layer.
         """
         if self.layers and self.layers[-1] >= num_layers:
-            raise ValueError(
+            raise UserError(
                 f"pyramid_drop.layers holds {self.layers[-1]}, but the decoder has {num_layers} layers: "
                 f"the last possible entry is {num_layers - 1}"
             )
@@ -86,11 +88,11 @@ class Schedule:
         """A schedule with one drop after ``layer`` layers and the same average share of image tokens, e.g. FastV.
 
         Raises:
-            ValueError: so many tokens have passed before ``layer`` that no ratio >= 0 gives that average.
+            UserError: so many tokens have passed before ``layer`` that no ratio >= 0 gives that average.
         """
         ratio = (self.average_ratio(num_layers) * num_layers - layer) / (num_layers - layer)
         if ratio < 0:
-            raise ValueError(
+            raise UserError(
                 f"a single drop after layer {layer} of {num_layers} cannot average "
                 f"{self.average_ratio(num_layers):.3f} of the image tokens"
             )

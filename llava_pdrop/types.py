@@ -22,6 +22,8 @@ from typing import BinaryIO, Literal, Protocol
 import torch
 from torch import Tensor
 
+from llava_pdrop.errors import UserError
+
 IGNORE_INDEX = -100
 """Label of a token that is not supervised (the value of PyTorch's cross entropy and of LLaVA)."""
 
@@ -116,15 +118,15 @@ class PackedBatch:
                 each sample (inference; golden/README 4.4 and 4.5).
 
         Raises:
-            ValueError: no samples, or the first token of a sample carries a label (nothing could predict it).
+            UserError: no samples, or the first token of a sample carries a label (nothing could predict it).
         """
         if not samples:
-            raise ValueError("cannot pack an empty list of samples")
+            raise UserError("cannot pack an empty list of samples")
         spans, starts, positions, offset = [], [], [], 0
         for sample in samples:
             labelled = (sample.labels != IGNORE_INDEX).tolist()
             if labelled and labelled[0]:
-                raise ValueError(f"sample {sample.id}: its first token is supervised, but no token comes before it")
+                raise UserError(f"sample {sample.id}: its first token is supervised, but no token comes before it")
             spans += [(offset + start, offset + stop) for start, stop in sample.image_spans]
             here = [i for i, is_label in enumerate(labelled) if is_label]
             positions += [offset + i for i in here]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_pdrop.cost.states import States
+from llava_pdrop.errors import UserError
 
 CHOICES = ("auto", "adamw", "sharded", "none")
 
@@ -66,10 +67,10 @@ def choose(name: str, parameters: list[nn.Parameter], device: torch.device) -> s
     """``auto`` made definite: the first of adamw, sharded and none whose state fits beside the weights.
 
     Raises:
-        ValueError: an unknown name.
+        UserError: an unknown name.
     """
     if name not in CHOICES:
-        raise ValueError(f"unknown --optimizer {name!r}: choose one of {list(CHOICES)}")
+        raise UserError(f"unknown --optimizer {name!r}: choose one of {list(CHOICES)}")
     if name != "auto":
         return name
     room = HEADROOM * free_bytes(device)

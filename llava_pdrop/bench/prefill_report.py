@@ -17,6 +17,7 @@ from tqdm import tqdm
 from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, WARM_UP, Case, Run, measure
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
+from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.style import markdown_table
@@ -280,14 +281,14 @@ def bench_prefill(
         ``environment``, ``settings`` and ``results``, one entry per case and method (see `entry`).
 
     Raises:
-        ValueError: an attention implementation that is not there.
+        UserError: an attention implementation that is not there.
     """
     dtype = torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32
     host = make_model(shape, device, dtype, seed=seed).host.eval()
     try:
         host.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"--attention {attention!r} does not work here: {error}") from error
+        raise UserError(f"--attention {attention!r} does not work here: {error}") from error
     host.generation_config.eos_token_id = None  # every answer has the same length
     host.generation_config.pad_token_id = 0
     dropping = {"PyramidDrop": shape.schedule} if shape.schedule.layers else {}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_pdrop.errors import UserError
+
 if TYPE_CHECKING:
     from llava_pdrop.schedule import Schedule
 
@@ -18,7 +20,7 @@ def run_train(args: argparse.Namespace) -> None:
     """Measures, prints the table, and writes JSON, Markdown and PNG.
 
     Raises:
-        ValueError: an argument that is not possible, a config that cannot be measured, or out of memory.
+        UserError: an argument that is not possible, a config that cannot be measured, or out of memory.
     """
     check_counts(args, steps=1, warmup=0, samples=1, seed=0)
     from llava_pdrop.bench import train_report, variants
@@ -61,7 +63,7 @@ def read_schedules(files: Sequence[Path], layers: int) -> dict[str, Schedule]:
     itself.
 
     Raises:
-        ValueError: a file that is neither, a schedule that does not fit ``layers``, or two files of one name.
+        UserError: a file that is neither, a schedule that does not fit ``layers``, or two files of one name.
     """
     from omegaconf import OmegaConf
     from yaml import YAMLError
@@ -73,27 +75,27 @@ def read_schedules(files: Sequence[Path], layers: int) -> dict[str, Schedule]:
     found: dict[str, Schedule] = {}
     for file in files:
         if not file.is_file():
-            raise ValueError(f"--schedule: there is no file {file}")
+            raise UserError(f"--schedule: there is no file {file}")
         if file.stem in found or file.stem == "vanilla":
-            raise ValueError(f"--schedule: {file}: the name {file.stem!r} is taken: rename the file")
+            raise UserError(f"--schedule: {file}: the name {file.stem!r} is taken: rename the file")
         try:
             content = OmegaConf.to_container(OmegaConf.load(file))
         except YAMLError as error:
-            raise ValueError(f"--schedule: {file} is no YAML: {' '.join(str(error).split())}") from None
+            raise UserError(f"--schedule: {file} is no YAML: {' '.join(str(error).split())}") from None
         if isinstance(content, dict) and "layers" in content:
             try:
                 schedule = build_schedule(content)
             except Problem as problem:
-                raise ValueError(f"{file}: {problem}") from None
+                raise UserError(f"{file}: {problem}") from None
         else:
             section = load_config(file).pyramid_drop
             if section is None:
-                raise ValueError(f"--schedule: {file}: no pyramid_drop section: add it, or name another file")
+                raise UserError(f"--schedule: {file}: no pyramid_drop section: add it, or name another file")
             schedule = section
         try:
             found[file.stem] = schedule.check(layers)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
     return found
 
 
@@ -101,22 +103,22 @@ def check_counts(args: argparse.Namespace, **least: int) -> None:
     """Numbers of the command line against the least that each may be; lists by their smallest entry.
 
     Raises:
-        ValueError: one is too small, or the seed is more than generators take.
+        UserError: one is too small, or the seed is more than generators take.
     """
     for name, bound in least.items():
         given = getattr(args, name)
         value = min(given) if isinstance(given, list) else given
         if value is not None and value < bound:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
     if args.seed >= 2**32:
-        raise ValueError(f"--seed must be less than 2**32, got {args.seed}")
+        raise UserError(f"--seed must be less than 2**32, got {args.seed}")
 
 
 def run_prefill(args: argparse.Namespace) -> None:
     """Measures, prints a table, and writes JSON, Markdown and PNG.
 
     Raises:
-        ValueError: a shape, device or attention that is not there, a config that cannot be measured, or a count that
+        UserError: a shape, device or attention that is not there, a config that cannot be measured, or a count that
             is too small.
     """
     check_counts(args, batch=1, image_tokens=1, new_tokens=2, runs=1, seed=0)
@@ -135,9 +137,9 @@ def run_prefill(args: argparse.Namespace) -> None:
     image_tokens = args.image_tokens or own or [tiles * geometry.patches for tiles in TILES]
     room = shape.text_config().max_position_embeddings - sum(TEXT_TOKENS)
     if args.new_tokens >= room:
-        raise ValueError(f"--new-tokens must be less than {room}: the decoder has no positions for more")
+        raise UserError(f"--new-tokens must be less than {room}: the decoder has no positions for more")
     if max(image_tokens) > room - args.new_tokens:
-        raise ValueError(
+        raise UserError(
             f"--image-tokens must be at most {room - args.new_tokens}: the decoder has no positions for more"
         )
     report = bench_prefill(

@@ -16,7 +16,7 @@ from llava_pdrop.checkpoint.hosts import make_host
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.nominal import checkpointing, model_of, recomputed_layers, samples_of
-from llava_pdrop.errors import ConfigError, did_you_mean
+from llava_pdrop.errors import ConfigError, UserError, did_you_mean
 from llava_pdrop.geometry import PAPER_PINPOINTS_5_TILES, PINPOINTS_9_TILES, ImageGeometry
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
@@ -135,10 +135,10 @@ def shape_named(name: str) -> Shape:
     """The shape called ``name``.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     if name not in SHAPES:
-        raise ValueError(f"unknown shape {name!r}: choose one of {list(SHAPES)}" + did_you_mean(name, SHAPES))
+        raise UserError(f"unknown shape {name!r}: choose one of {list(SHAPES)}" + did_you_mean(name, SHAPES))
     return SHAPES[name]
 
 
@@ -151,7 +151,7 @@ def make_model(
         backend: attention kernel of packed streams, one of `attention.BACKENDS`.
 
     Raises:
-        ValueError: more weights than the free memory of a CPU, where the system would end the process without a word.
+        UserError: more weights than the free memory of a CPU, where the system would end the process without a word.
     """
     with torch.device("meta"):
         vocabulary = shape.text_config().vocab_size
@@ -159,7 +159,7 @@ def make_model(
     host = host.to(dtype)
     needed, free = sum(p.nbytes for p in host.parameters()), psutil.virtual_memory().available
     if device.type == "cpu" and needed > free:
-        raise ValueError(
+        raise UserError(
             f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: take a GPU, or "
             "a smaller model"
         )
@@ -190,7 +190,7 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
     elif "position_ids" in buffers:
         buffers["position_ids"].copy_(torch.arange(buffers["position_ids"].shape[-1]))
     elif buffers:
-        raise ValueError(f"buffers {list(buffers)} of {type(module).__name__} have no known values")
+        raise AssertionError(f"buffers {list(buffers)} of {type(module).__name__} have no known values")
 
 
 # Which shape a bench measures: one of `SHAPES`, or that of a run's config, without its weights and data.
@@ -204,13 +204,13 @@ def chosen_shape(shape: str | None, words: Sequence[str], cuda: bool) -> tuple[s
     directory of a run) and its overrides; by default the shape that suits the device.
 
     Raises:
-        ValueError: both are given, there is no such shape, or the config cannot be measured.
+        UserError: both are given, there is no such shape, or the config cannot be measured.
     """
     if not words:
         name = shape or ("llava-next-7b" if cuda else "tiny")
         return name, shape_named(name)
     if shape is not None:
-        raise ValueError(f"--shape {shape} and CONFIG ({words[0]}) exclude each other: give one of them")
+        raise UserError(f"--shape {shape} and CONFIG ({words[0]}) exclude each other: give one of them")
     path = Path(words[0])
     config = load_config(path / RUN_FILE if path.is_dir() else path, words[1:])
     return config.name, shape_of(config)

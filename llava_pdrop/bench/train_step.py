@@ -22,6 +22,7 @@ from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import stage_flops, step_flops
 from llava_pdrop.cost.memory import predicted_peak
+from llava_pdrop.errors import UserError
 from llava_pdrop.model import vlm
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.model.vlm import Output, PyramidLlava, label_loss
@@ -141,7 +142,7 @@ class Trainer:
         kind: one of `optimizer.CHOICES`; `kind` then says what ``auto`` came to.
 
     Raises:
-        ValueError: an unknown ``kind``, or the weights do not fit.
+        UserError: an unknown ``kind``, or the weights do not fit.
     """
 
     def __init__(self, shape: Shape, device: torch.device, workload: Workload, kind: str = "auto") -> None:
@@ -156,7 +157,7 @@ class Trainer:
             self.kind = optimizer.choose(kind, parameters, device)
             self.optimizer = optimizer.make(self.kind, parameters)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"out of memory on {device}: weights and optimizer of this shape do not fit: try --optimizer none or a "
                 "smaller --shape"
             ) from error
@@ -246,7 +247,7 @@ def measure(trainer: Trainer, arms: Sequence[Arm], steps: int, warmup: int, pati
         patient: an arm that runs out of memory is left out from there on, and its result says so.
 
     Raises:
-        ValueError: out of memory (one line that says what to lower).
+        UserError: out of memory (one line that says what to lower).
     """
     results = [Measured(arm) for arm in arms]
     longest = trainer.workload.longest(steps, arms[0].samples)
@@ -267,7 +268,7 @@ def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, pa
             samples = trainer.workload.batch(number, trainer.device, arm.samples)
             batch = arm.prepare(samples) if arm.prepare else samples
             taken = trainer.step(arm, batch)
-    except ValueError as error:
+    except UserError as error:
         if not (patient and isinstance(error.__cause__, torch.OutOfMemoryError)):
             raise
         result.error = "out of memory"
@@ -289,14 +290,14 @@ def out_of_memory_is_one_line(trainer: Trainer, arm: Arm) -> Iterator[None]:
     """Turns CUDA's report into a line that says what to lower.
 
     Raises:
-        ValueError: instead of `torch.OutOfMemoryError`, which is its cause.
+        UserError: instead of `torch.OutOfMemoryError`, which is its cause.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         hints = ["a smaller --samples", *(["--recompute"] if not arm.recompute else [])]
         hints += {"adamw": ["--optimizer sharded"], "sharded": ["--optimizer none"]}.get(trainer.kind, [])
-        raise ValueError(f"out of memory on {trainer.device} in {arm.name}: try {' or '.join(hints)}") from error
+        raise UserError(f"out of memory on {trainer.device} in {arm.name}: try {' or '.join(hints)}") from error
 
 
 # Fused element-wise work around the matrix products of a decoder, by torch.compile: a variant of the bench.

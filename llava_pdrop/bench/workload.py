@@ -16,6 +16,7 @@ from torch import Tensor
 from llava_pdrop.bench.shapes import Shape
 from llava_pdrop.cost.mixtures import LLAVA_15, OPEN_LLAVA_NEXT, Component, Size
 from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, full_picture
+from llava_pdrop.errors import UserError
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
 
 PROMPT, HUMAN, ASSISTANT = 36, 4, 5
@@ -56,7 +57,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.images not in IMAGES:
-            raise ValueError(f"unknown images {self.images!r}: choose one of {list(IMAGES)}")
+            raise UserError(f"unknown images {self.images!r}: choose one of {list(IMAGES)}")
 
     @property
     def mixture(self) -> tuple[Component, ...]:

@@ -16,6 +16,7 @@ from llava_pdrop.checkpoint.hosts import empty_host
 from llava_pdrop.checkpoint.layouts import is_projector
 from llava_pdrop.checkpoint.load import load_projector, load_strictly
 from llava_pdrop.checkpoint.open import Source, open_llava, open_parts
+from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import pack_by_geometry
 from llava_pdrop.model.vlm import Host
@@ -95,12 +96,12 @@ def build_parts(
             Without them its logits are those of the official code to the last column.
 
     Raises:
-        FileNotFoundError: a directory or file that does not exist. ValueError: weights that do not fit.
+        MissingFileError: a directory or file that does not exist. UserError: weights that do not fit.
     """
     if path is not None:
         source = open_llava(path, language_model, vision_tower, pad_vocabulary)
     elif language_model is None or vision_tower is None:
-        raise ValueError("model: give either path, or language_model and vision_tower")
+        raise UserError("model: give either path, or language_model and vision_tower")
     else:
         options = {"aspect": aspect, "merge": merge, "pinpoints": pinpoints, "rounding": rounding}
         source = open_parts(language_model, vision_tower, options, image_size)

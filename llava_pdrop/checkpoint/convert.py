@@ -13,6 +13,7 @@ from llava_pdrop.checkpoint.export import save_llava_hf, save_original
 from llava_pdrop.checkpoint.lora import is_lora
 from llava_pdrop.checkpoint.open import Source, open_llava
 from llava_pdrop.checkpoint.shards import read_json, resolve
+from llava_pdrop.errors import UserError
 
 
 def convert(
@@ -34,12 +35,12 @@ def convert(
         dtype: precision of all weights; None: as they are stored.
 
     Raises:
-        ValueError: a checkpoint that is not whole or not supported, a ``target`` that may not be replaced, a full disk.
+        UserError: a checkpoint that is not whole or not supported, a ``target`` that may not be replaced, a full disk.
     """
     directory = resolve(origin)
     takes_tower = "mm_vision_tower" in read_json(directory / "config.json") or is_lora(directory)
     if vision_tower is not None and not takes_tower and layout == "llava-hf":
-        raise ValueError(f"{origin}: has its own vision tower: --vision-tower is for the original layout and LoRA runs")
+        raise UserError(f"{origin}: has its own vision tower: --vision-tower is for the original layout and LoRA runs")
     check_target(Path(origin), target, overwrite)
     source = open_llava(origin, base, vision_tower if takes_tower else None)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
@@ -52,25 +53,25 @@ def convert(
             save_original(source, partial, dtype, vision_tower)
         _put(partial, target)
     except SafetensorError as error:  # of writing: what cannot be read, `shards` says
-        raise ValueError(f"{target} could not be written, and nothing of it is kept: {error}") from error
+        raise UserError(f"{target} could not be written, and nothing of it is kept: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return source
 
 
 def check_target(origin: Path, target: Path, overwrite: bool) -> None:
-    """Raises `ValueError` unless ``target`` may be written: it is not there, or a checkpoint to be replaced."""
+    """Raises `UserError` unless ``target`` may be written: it is not there, or a checkpoint to be replaced."""
     inside = origin.resolve().is_relative_to(target.resolve()) or target.resolve().is_relative_to(origin.resolve())
     if inside:
-        raise ValueError(f"{target}: source and target must not lie in each other")
+        raise UserError(f"{target}: source and target must not lie in each other")
     if above := next((parent for parent in target.parents if parent.exists() and not parent.is_dir()), None):
-        raise ValueError(f"{target}: {above} is a file: give another directory")
+        raise UserError(f"{target}: {above} is a file: give another directory")
     if not target.exists():
         return
     if not overwrite:
-        raise ValueError(f"{target}: exists already: give another directory, or --overwrite")
+        raise UserError(f"{target}: exists already: give another directory, or --overwrite")
     if not (target / "config.json").is_file():
-        raise ValueError(f"{target}: is no checkpoint (no config.json in it), so that --overwrite does not remove it")
+        raise UserError(f"{target}: is no checkpoint (no config.json in it), so that --overwrite does not remove it")
 
 
 def _put(partial: Path, target: Path) -> None:

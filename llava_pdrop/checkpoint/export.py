@@ -18,6 +18,7 @@ from llava_pdrop.checkpoint.open import Source, beside, open_tower
 from llava_pdrop.checkpoint.original import SECTION, dtype_of, original_config
 from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, read_json, write_json, write_shards
 from llava_pdrop.checkpoint.vocabulary import PAD_TOKEN, original_rows
+from llava_pdrop.errors import UserError
 from llava_pdrop.types import IMAGE_MARKER
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
@@ -88,11 +89,11 @@ def save_original(
             shape and its image processor; default: what the checkpoint was made from.
 
     Raises:
-        ValueError: the original code has no such model, or no vision tower is known.
+        UserError: the original code has no such model, or no vision tower is known.
     """
     tower = vision_tower or tower_name(source.config)
     if tower is None:
-        raise ValueError(f"{source.origin}: does not say which CLIP its vision tower is: name it (--vision-tower DIR)")
+        raise UserError(f"{source.origin}: does not say which CLIP its vision tower is: name it (--vision-tower DIR)")
     rows = original_rows(source.config, source.tokenizer)
     tensors = _prepared(source, cut_rows(source.tensors, rows), dtype)
     recorded = (getattr(source.config, SECTION, None) or {}).get("unfreeze_mm_vision_tower")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from llava_pdrop.errors import UserError
+
 ADD_TO_STREAM = ("o_proj", "down_proj")
 """The matrices by which a layer adds to the residual stream: zero in a new layer, which then passes everything on."""
 
@@ -30,7 +32,7 @@ def grow_decoder(decoder: LlamaForCausalLM, layers: int, hidden: int, noise: flo
             the copies of a feature apart, which would learn the same otherwise, and leaves something to learn.
 
     Raises:
-        ValueError: ``layers`` or ``hidden`` is no multiple of the old number, or ``noise`` is negative.
+        UserError: ``layers`` or ``hidden`` is no multiple of the old number, or ``noise`` is negative.
     """
     old = decoder.config
     for name, new, before in (
@@ -38,9 +40,9 @@ def grow_decoder(decoder: LlamaForCausalLM, layers: int, hidden: int, noise: flo
         ("hidden_size", hidden, old.hidden_size),
     ):
         if new < before or new % before:
-            raise ValueError(f"{name} {new} must be a multiple of the decoder's {before}")
+            raise UserError(f"{name} {new} must be a multiple of the decoder's {before}")
     if noise < 0:
-        raise ValueError(f"noise must be at least 0, got {noise:g}")
+        raise UserError(f"noise must be at least 0, got {noise:g}")
     ways, share = hidden // old.hidden_size, layers // old.num_hidden_layers
     config = copy.deepcopy(old)
     config.update(

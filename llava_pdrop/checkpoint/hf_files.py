@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from llava_pdrop.checkpoint.shards import read_json, write_json
+from llava_pdrop.errors import UserError
 
 ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 SENTENCEPIECE = "tokenizer.model"
@@ -27,14 +28,14 @@ NEW_IN_5 = ("backend", "is_local", "local_files_only", "extra_special_tokens", "
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """What is wrong with ``file``, in our words or a library's, becomes a `ValueError` that begins with its path."""
+    """What is wrong with ``file``, in our words or a library's, becomes a `UserError` that begins with its path."""
     try:
         yield
     except FileNotFoundError:
         raise
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         kind = "" if isinstance(error, ValueError | StrictDataclassError) else f"{type(error).__name__}: "
-        raise ValueError(f"{file}: {kind}{' '.join(str(error).removeprefix(f'{file.name}: ').split())}") from None
+        raise UserError(f"{file}: {kind}{' '.join(str(error).removeprefix(f'{file.name}: ').split())}") from None
 
 
 def write_config(config: Any, directory: Path, dtype: torch.dtype) -> None:

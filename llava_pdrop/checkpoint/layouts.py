@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import TypeAlias, TypeVar
 
+from llava_pdrop.errors import UserError
+
 Table: TypeAlias = tuple[tuple[str, str], ...]
 Value = TypeVar("Value")
 
@@ -75,7 +77,7 @@ def rename(tensors: Mapping[str, Value], table: Table = ORIGINAL_TO_HOST) -> dic
     """Every tensor under its new name; obsolete buffers are left out, names that no entry fits stay.
 
     Raises:
-        ValueError: two tensors would get the same name.
+        UserError: two tensors would get the same name.
     """
     renamed: dict[str, Value] = {}
     for name, tensor in tensors.items():
@@ -83,7 +85,7 @@ def rename(tensors: Mapping[str, Value], table: Table = ORIGINAL_TO_HOST) -> dic
             continue
         new = rename_one(name, table)
         if new in renamed:
-            raise ValueError(f"the checkpoint holds {new} twice under different names, one of them {name}")
+            raise UserError(f"the checkpoint holds {new} twice under different names, one of them {name}")
         renamed[new] = tensor
     return renamed
 

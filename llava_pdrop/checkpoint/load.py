@@ -19,6 +19,7 @@ from llava_pdrop.checkpoint.hf_files import write_config, write_processor
 from llava_pdrop.checkpoint.layouts import CANONICAL, EMBEDDINGS, HOST_TO_HF, is_projector, rename
 from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, open_tensors, write_shards
 from llava_pdrop.checkpoint.zero3 import gathered, overwrite, own_tensors, whole_shape
+from llava_pdrop.errors import UserError
 
 PROJECTOR_FILE = "projector.safetensors"
 
@@ -35,7 +36,7 @@ def load_strictly(
         kept: names that may be missing too: they keep the values they have.
 
     Raises:
-        ValueError: lists every missing, unexpected and mis-shaped key of ``origin``.
+        UserError: lists every missing, unexpected and mis-shaped key of ``origin``.
     """
     check_fit(module, tensors, origin, kept)
     own, twins = own_tensors(module), tied(module)
@@ -51,7 +52,7 @@ def load_strictly(
             with gathered(own[name]):
                 same = torch.equal(own[name], read().to(own[name]))
             if not same:
-                raise ValueError(f"{origin}: {name} differs from {twins[name]}, to which the model's config ties it")
+                raise UserError(f"{origin}: {name} differs from {twins[name]}, to which the model's config ties it")
         done.add(name)
 
 
@@ -64,7 +65,7 @@ def check_fit(
         kept: names that may be missing.
 
     Raises:
-        ValueError: lists every missing, unexpected and mis-shaped key of ``origin``.
+        UserError: lists every missing, unexpected and mis-shaped key of ``origin``.
     """
     twins = tied(module)
     check_shapes(
@@ -81,7 +82,7 @@ def check_shapes(
     sentence: str,
     optional: Collection[str] = (),
 ) -> None:
-    """Raises `ValueError`, ``sentence`` and a list of the keys, unless ``found`` are the ``wanted`` tensors."""
+    """Raises `UserError`, ``sentence`` and a list of the keys, unless ``found`` are the ``wanted`` tensors."""
     misshaped = sorted(
         f"{name} {found[name]} instead of {shape}"
         for name, shape in wanted.items()
@@ -95,7 +96,7 @@ def check_shapes(
         if names
     ]
     if problems:
-        raise ValueError(f"{sentence}; " + "; ".join(problems))
+        raise UserError(f"{sentence}; " + "; ".join(problems))
 
 
 def tied(module: nn.Module) -> dict[str, str]:
@@ -152,7 +153,7 @@ def load_projector(host: nn.Module, file: Path) -> None:
     """Reads a projector of ours or an original ``mm_projector.bin`` into ``host``.
 
     Raises:
-        ValueError: its keys or shapes do not fit (see `load_strictly`).
+        UserError: its keys or shapes do not fit (see `load_strictly`).
     """
     tensors = rename(open_tensors(file))
     own = {name: tensor for name, tensor in own_tensors(host).items() if is_projector(name)}
@@ -181,7 +182,7 @@ def save_pretrained(
         state_dict: gathered weights (DeepSpeed, FSDP); default: the host's own.
 
     Raises:
-        ValueError: ``state_dict`` holds keys that no LLaVA has; they are listed.
+        UserError: ``state_dict`` holds keys that no LLaVA has; they are listed.
     """
     state = host.state_dict() if state_dict is None else state_dict
     if host.config.tie_word_embeddings and EMBEDDINGS[0] in state:
@@ -189,7 +190,7 @@ def save_pretrained(
     renamed = rename(state, HOST_TO_HF)
     foreign = sorted(name for name in renamed if not CANONICAL.match(name))
     if foreign:
-        raise ValueError(f"{directory}: not written, because these are no keys of a LLaVA: {', '.join(foreign)}")
+        raise UserError(f"{directory}: not written, because these are no keys of a LLaVA: {', '.join(foreign)}")
     write_shards(directory, {name: Stored.of(tensor.detach()) for name, tensor in renamed.items()}, shard_size)
     write_config(host.config, directory, host.dtype)
     host.generation_config.save_pretrained(directory)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llava_pdrop.checkpoint.load import PROJECTOR_FILE
 from llava_pdrop.checkpoint.shards import Stored, open_tensors, read_json
+from llava_pdrop.errors import MissingFileError, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -52,19 +53,19 @@ def merged(base: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
     base's own of those names. The names are the original ones for a run of the original code, the host's for ours.
 
     Raises:
-        FileNotFoundError: no adapter file. ValueError: a kind of adapter that is not supported, a matrix without its
+        MissingFileError: no adapter file. UserError: a kind of adapter that is not supported, a matrix without its
             partner, one for a weight that the base does not have, or of a wrong shape.
     """
     config = read_json(directory / ADAPTER_CONFIG)
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float) or config[key] <= 0:
-            raise ValueError(f"{directory / ADAPTER_CONFIG}: {key} must be a number above 0, got {config.get(key)!r}")
+            raise UserError(f"{directory / ADAPTER_CONFIG}: {key} must be a number above 0, got {config.get(key)!r}")
     for key, value in PLAIN.items():
         if (config.get(key, value) or None) != (value or None):
-            raise ValueError(f"{directory / ADAPTER_CONFIG}: {key} {config[key]!r} is not supported, only {value!r}")
+            raise UserError(f"{directory / ADAPTER_CONFIG}: {key} {config[key]!r} is not supported, only {value!r}")
     file = next((directory / name for name in ADAPTERS if (directory / name).is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{directory}: holds neither {ADAPTERS[0]} nor {ADAPTERS[1]}")
+        raise MissingFileError(f"{directory}: holds neither {ADAPTERS[0]} nor {ADAPTERS[1]}")
     tensors = dict(base)
     for name in WHOLE:
         if (directory / name).is_file():
@@ -73,7 +74,7 @@ def merged(base: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
     for name, tensor in _plain_names(open_tensors(file)).items():
         match = LORA.match(name)
         if match is None:
-            raise ValueError(f"{file}: unexpected: {name}: not a matrix of plain LoRA")
+            raise UserError(f"{file}: unexpected: {name}: not a matrix of plain LoRA")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     problems = []
     for module, pair in sorted(pairs.items()):
@@ -85,7 +86,7 @@ def merged(base: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
         else:
             tensors[f"{module}.weight"] = _merge(weight, pair["A"], pair["B"], _scaling(config, module))
     if problems:
-        raise ValueError(f"{file} does not fit the base model; " + "; ".join(problems))
+        raise UserError(f"{file} does not fit the base model; " + "; ".join(problems))
     return tensors
 
 

@@ -41,6 +41,7 @@ from llava_pdrop.checkpoint.original import (
 )
 from llava_pdrop.checkpoint.shards import Stored, open_tensors, read_json, resolve, weight_files
 from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_specials
+from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import load_image_processor, used_tower_layers
 from llava_pdrop.model.vlm import geometry_of
@@ -75,12 +76,12 @@ class Source:
         """Itself, if its tensors are those of the model; ``fresh``: its projector is yet to be made.
 
         Raises:
-            ValueError: lists every missing, unexpected and mis-shaped key; or the tower has no such feature layer.
+            UserError: lists every missing, unexpected and mis-shaped key; or the tower has no such feature layer.
         """
         vision, used = self.config.vision_config, used_tower_layers(self.config)
         if not 0 <= used <= vision.num_hidden_layers:
             number = f"vision_feature_layer (mm_vision_select_layer) {self.config.vision_feature_layer}"
-            raise ValueError(f"{self.origin}: {number}: the tower has {vision.num_hidden_layers} layers")
+            raise UserError(f"{self.origin}: {number}: the tower has {vision.num_hidden_layers} layers")
         host = meta_host(self.config)
         own = host.state_dict()
         tensors = in_memory(self.tensors, own)
@@ -100,7 +101,7 @@ def open_llava(
         pad_vocabulary: give an original LLaVA rows for ``<image>`` and ``<pad>``.
 
     Raises:
-        FileNotFoundError: a directory or file that does not exist. ValueError: weights that do not fit, or a kind of
+        MissingFileError: a directory or file that does not exist. UserError: weights that do not fit, or a kind of
             model that is not supported.
     """
     directory = resolve(source)
@@ -110,9 +111,9 @@ def open_llava(
     if lora.is_lora(directory):
         return _open_adapters(directory, fields, base, vision_tower)
     if base is not None or vision_tower is not None:
-        raise ValueError(f"{source}: is whole, so that it takes neither another base model nor another vision tower")
+        raise UserError(f"{source}: is whole, so that it takes neither another base model nor another vision tower")
     if fields.get("model_type") not in ("llava", "llava_next"):
-        raise ValueError(
+        raise UserError(
             f"{source}: model_type {fields.get('model_type')!r} is neither llava nor llava_next, and config.json has "
             "no mm_vision_tower as the original layout has"
         )
@@ -124,7 +125,7 @@ def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vi
     on, a whole LLaVA or a raw LLM and a CLIP tower."""
     base = base or lora.named_base(directory)
     if base is None:
-        raise ValueError(f"{directory}: holds only a LoRA run: name the model under it (convert: --base DIR)")
+        raise UserError(f"{directory}: holds only a LoRA run: name the model under it (convert: --base DIR)")
     under = read_json(resolve(base) / "config.json")
     if "text_config" in under or "mm_vision_tower" in under:
         tensors = open_llava(base, vision_tower=vision_tower if "mm_vision_tower" in under else None).tensors
@@ -140,9 +141,9 @@ def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored]
         config = AutoConfig.from_pretrained(directory)
     tower = config.vision_config.model_type
     if tower not in ("clip_vision_model", "clip"):
-        raise ValueError(f"{directory}/config.json: a {tower!r} vision tower is not supported, only CLIP's")
+        raise UserError(f"{directory}/config.json: a {tower!r} vision tower is not supported, only CLIP's")
     if fields.get("quantization_config"):
-        raise ValueError(f"{directory}/config.json: quantised weights are not supported: take the float ones")
+        raise UserError(f"{directory}/config.json: quantised weights are not supported: take the float ones")
     if "tie_word_embeddings" not in fields:  # transformers 4 asked the decoder's config
         config.tie_word_embeddings = bool(getattr(config.text_config, "tie_word_embeddings", False))
     section = getattr(config, "pyramid_drop", None)
@@ -172,7 +173,7 @@ def _open_original(
     try:
         vision, beside_tensors = open_tower(tower_source)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{directory}/config.json: mm_vision_tower: {error}; name a copy of it (convert: --vision-tower DIR)"
         ) from None
     with reading(directory / "config.json"):
@@ -211,20 +212,20 @@ def _original_tensors(directory: Path, base: str | None) -> tuple[dict[str, Stor
     model, a LoRA run on a base, or a projector on a base."""
     if not lora.is_lora(directory) and weight_files(directory):
         if base is not None:
-            raise ValueError(f"{directory}: is whole, so that it takes no base model")
+            raise UserError(f"{directory}: is whole, so that it takes no base model")
         return open_tensors(directory), directory
     base = base or (lora.named_base(directory) if lora.is_lora(directory) else None)
     projector = directory / PROJECTOR_ONLY
     kind = "a LoRA run" if lora.is_lora(directory) else "a projector" if projector.is_file() else None
     if kind is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{directory}: holds no model*.safetensors, pytorch_model*.bin, adapter or {PROJECTOR_ONLY}"
         )
     if base is None:
-        raise ValueError(f"{directory}: holds only {kind}: name the model under it (convert: --base DIR)")
+        raise UserError(f"{directory}: holds only {kind}: name the model under it (convert: --base DIR)")
     home = resolve(base)
     if "text_config" in read_json(home / "config.json"):
-        raise ValueError(f"{base}: the base model must be an LLM or an original LLaVA, not a llava-hf directory")
+        raise UserError(f"{base}: the base model must be an LLM or an original LLaVA, not a llava-hf directory")
     tensors = open_tensors(home)
     if lora.is_lora(directory):
         return lora.merged(tensors, directory), home
@@ -248,7 +249,7 @@ def open_parts(
     rows = text.vocab_size
     tokenizer = _tokenizer(home)
     if tokenizer is None:
-        raise FileNotFoundError(f"{home}: has no tokenizer*: copy it from where the language model comes from")
+        raise MissingFileError(f"{home}: has no tokenizer*: copy it from where the language model comes from")
     image_token_id = add_special_tokens(tokenizer, rows)
     text.vocab_size = rows_with_specials(rows, tokenizer)
     if text.pad_token_id is None:
@@ -286,7 +287,7 @@ def _tokenizer(directory: Path, text: Any | None = None) -> Any | None:
 def _image_processor(directory: Path, tile: int) -> CLIPImageProcessorPil:
     file = directory / "preprocessor_config.json"
     if not file.is_file() and not (directory / "processor_config.json").is_file():  # transformers 5 writes the latter
-        raise FileNotFoundError(f"{file}: no such file: copy it from where the model comes from")
+        raise MissingFileError(f"{file}: no such file: copy it from where the model comes from")
     with reading(file):
         return load_image_processor(str(directory), tile)
 
@@ -311,12 +312,12 @@ def open_tower(source: str, image_size: int | None = None) -> tuple[CLIPVisionCo
         image_size: side of a picture in pixels if not its own (position embeddings are interpolated, bicubic).
 
     Raises:
-        ValueError: not CLIP, or keys that are missing, unexpected or mis-shaped.
+        UserError: not CLIP, or keys that are missing, unexpected or mis-shaped.
     """
     directory = resolve(source)
     kind = read_json(directory / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
-        raise ValueError(f"{source}: a {kind!r} vision tower is not supported, only CLIP's")
+        raise UserError(f"{source}: a {kind!r} vision tower is not supported, only CLIP's")
     with reading(directory / "config.json"):
         config = CLIPVisionConfig.from_pretrained(directory)
     stored = {name: tensor for name, tensor in open_tensors(directory).items() if not TEXT_HALF.match(name)}

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from llava_pdrop.checkpoint.hf_files import rope_fields
+from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.schedule import Schedule
 
@@ -41,25 +42,25 @@ SECTION = "original_llava"
 
 
 def refuse_unsupported(config: Mapping[str, Any], origin: str) -> None:
-    """Raises `ValueError`, one line, for an original checkpoint of a kind that this package does not have."""
+    """Raises `UserError`, one line, for an original checkpoint of a kind that this package does not have."""
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(config.get(key), int):  # transformers would take the number of LLaMA-7B
-            raise ValueError(f"{origin}/config.json: {key} must be a whole number, got {config.get(key)!r}")
+            raise UserError(f"{origin}/config.json: {key} must be a whole number, got {config.get(key)!r}")
     tower = config["mm_vision_tower"]
     if not isinstance(tower, str) or not tower:
-        raise ValueError(f"{origin}/config.json: mm_vision_tower names no directory or hub id: {tower!r}")
+        raise UserError(f"{origin}/config.json: mm_vision_tower names no directory or hub id: {tower!r}")
     kind = str(config.get("model_type"))
     if family_of(config) is None:
         known = ", ".join(sorted(name for name, _ in FAMILIES.values()))
-        raise ValueError(f"{origin}/config.json: model_type {kind!r} is not supported, only {known}")
+        raise UserError(f"{origin}/config.json: model_type {kind!r} is not supported, only {known}")
     projector = config.get("mm_projector_type", "linear")  # the default of the original builder
     if projector != "mlp2x_gelu":
-        raise ValueError(f"{origin}/config.json: mm_projector_type {projector!r} is not supported, only 'mlp2x_gelu'")
+        raise UserError(f"{origin}/config.json: mm_projector_type {projector!r} is not supported, only 'mlp2x_gelu'")
     for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
         if config.get(key):
-            raise ValueError(f"{origin}/config.json: {key} is not supported: its extra tokens are not")
+            raise UserError(f"{origin}/config.json: {key} is not supported: its extra tokens are not")
     if config.get("quantization_config"):
-        raise ValueError(f"{origin}/config.json: quantised weights are not supported: take the float ones")
+        raise UserError(f"{origin}/config.json: quantised weights are not supported: take the float ones")
 
 
 def family_of(config: Mapping[str, Any]) -> str | None:
@@ -81,19 +82,19 @@ def original_geometry(config: Mapping[str, Any], vision: Any) -> ImageGeometry:
     original config.json.
 
     Raises:
-        ValueError: a setting that this package does not have.
+        UserError: a setting that this package does not have.
     """
     for key, value in (("mm_vision_select_feature", "patch"), ("mm_projector_type", "mlp2x_gelu")):
         if config.get(key, value) != value:
-            raise ValueError(f"config.json: {key} {config[key]!r} is not supported, only {value!r}")
+            raise UserError(f"config.json: {key} {config[key]!r} is not supported, only {value!r}")
     aspect = config.get("image_aspect_ratio")
     if aspect not in ("pad", "anyres"):
-        raise ValueError(f"config.json: image_aspect_ratio {aspect!r} is not supported, only 'pad' and 'anyres'")
+        raise UserError(f"config.json: image_aspect_ratio {aspect!r} is not supported, only 'pad' and 'anyres'")
     if aspect == "pad":
         return ImageGeometry(vision.image_size, vision.patch_size)
     sizes = _literal(config.get("image_grid_pinpoints"), "image_grid_pinpoints")
     if not all(isinstance(size, list | tuple) and len(size) == 2 for size in sizes):
-        raise ValueError(f"config.json: image_grid_pinpoints {sizes!r} is not a list of [width, height]")
+        raise UserError(f"config.json: image_grid_pinpoints {sizes!r} is not a list of [width, height]")
     pinpoints = tuple((int(width), int(height)) for width, height in sizes)
     merge = config.get("mm_patch_merge_type", "flat")
     return ImageGeometry(vision.image_size, vision.patch_size, "anyres", merge, pinpoints)
@@ -105,7 +106,7 @@ def original_schedule(config: Mapping[str, Any]) -> Schedule | None:
     says nothing.
 
     Raises:
-        ValueError: only one of the two lists, or a schedule that cannot be.
+        UserError: only one of the two lists, or a schedule that cannot be.
     """
     if config.get("pyramid_drop") is not None:
         return written_schedule(config["pyramid_drop"])
@@ -114,7 +115,7 @@ def original_schedule(config: Mapping[str, Any]) -> Schedule | None:
         return None
     if layers is None or ratios is None:
         lacking = "layer_list" if layers is None else "image_token_ratio_list"
-        raise ValueError(f"config.json: {lacking} is missing, without which the other of the two says nothing")
+        raise UserError(f"config.json: {lacking} is missing, without which the other of the two says nothing")
     layers, ratios = _literal(layers, "layer_list"), _literal(ratios, "image_token_ratio_list")
     if len(ratios) == len(layers) + 1 and ratios[0] == 1.0:
         ratios = ratios[1:]  # train and eval scripts insert it (golden/README 4.1)
@@ -125,12 +126,12 @@ def written_schedule(section: Mapping[str, Any]) -> Schedule:
     """The schedule of a ``pyramid_drop`` section.
 
     Raises:
-        ValueError: keys that no schedule has, or a schedule that cannot be.
+        UserError: keys that no schedule has, or a schedule that cannot be.
     """
     try:
         return Schedule.from_dict(section)
     except TypeError as error:
-        raise ValueError(f"config.json: pyramid_drop {section!r} is no schedule ({error})") from None
+        raise UserError(f"config.json: pyramid_drop {section!r} is no schedule ({error})") from None
 
 
 def _literal(value: Any, key: str) -> list[Any]:
@@ -140,7 +141,7 @@ def _literal(value: Any, key: str) -> list[Any]:
     except (ValueError, SyntaxError):
         value = None
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"config.json: {key} is not a list with entries")
+        raise UserError(f"config.json: {key} is not a list with entries")
     return list(value)
 
 
@@ -161,15 +162,15 @@ def original_config(
         trained: whether the tower is to be read from the checkpoint (``unfreeze_mm_vision_tower``).
 
     Raises:
-        ValueError: the original code has no class, or no setting, for such a model.
+        UserError: the original code has no class, or no setting, for such a model.
     """
     text = config.text_config
     if text.model_type not in FAMILIES:
-        raise ValueError(f"the original LLaVA code has no {text.model_type} decoder, only {', '.join(FAMILIES)}")
+        raise UserError(f"the original LLaVA code has no {text.model_type} decoder, only {', '.join(FAMILIES)}")
     if config.projector_hidden_act != "gelu" or not getattr(config, "multimodal_projector_bias", True):
-        raise ValueError("the original LLaVA code has no such projector, only linear, gelu, linear with biases")
+        raise UserError("the original LLaVA code has no such projector, only linear, gelu, linear with biases")
     if geometry.rounding != "original":
-        raise ValueError("the original LLaVA code rounds picture sizes by its own rule, but this model by 'hf'")
+        raise UserError("the original LLaVA code rounds picture sizes by its own rule, but this model by 'hf'")
     kind, architecture = FAMILIES[text.model_type]
     fields = {k: v for k, v in json.loads(text.to_json_string()).items() if k not in ("rope_parameters", "dtype")}
     if fields.get("pad_token_id") is not None and fields["pad_token_id"] >= rows:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llava_pdrop.errors import MissingFileError, UserError
+
 SHARD_SIZE = "5GB"
 KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
 """(stem, suffix) of weight files, in order of preference where a directory has both."""
@@ -63,19 +65,19 @@ def resolve(source: str) -> Path:
     """The directory of a checkpoint: ``source`` itself, or the local copy of a hub id (downloaded where allowed).
 
     Raises:
-        FileNotFoundError: neither a directory nor a hub id that can be had.
+        MissingFileError: neither a directory nor a hub id that can be had.
     """
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_file():
-        raise FileNotFoundError(f"{source} is a file; a checkpoint is a directory: name the one that holds it")
+        raise MissingFileError(f"{source} is a file; a checkpoint is a directory: name the one that holds it")
     try:
         directory = Path(snapshot_download(source, allow_patterns=[*WANTED, "model*.safetensors"]))
         if not weight_files(directory):
             directory = Path(snapshot_download(source, allow_patterns=[*WANTED, "*.bin"]))
     except Exception as error:  # noqa: BLE001  every HTTP client has its own kinds, with one meaning here
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{source} is no directory, and not to be had from the hub ({type(error).__name__}: {reason})"
         ) from None
     return directory
@@ -85,7 +87,7 @@ def weight_files(directory: Path) -> list[Path]:
     """The weight files of ``directory``, checked against its index; empty where there are none.
 
     Raises:
-        ValueError: files and index contradict each other, or a shard of a numbered set is missing.
+        UserError: files and index contradict each other, or a shard of a numbered set is missing.
     """
     for stem, suffix in KINDS:
         files = sorted(directory.glob(f"{stem}-*.{suffix}"))
@@ -98,7 +100,7 @@ def weight_files(directory: Path) -> list[Path]:
         if files:
             counts = {int(match[2]) for match in map(NUMBERED.search, (file.name for file in files)) if match}
             if counts and counts != {len(files)}:
-                raise ValueError(f"{directory}: has {len(files)} of {max(counts)} *.{suffix} shards: copy the others")
+                raise UserError(f"{directory}: has {len(files)} of {max(counts)} *.{suffix} shards: copy the others")
             return files
     return []
 
@@ -107,17 +109,17 @@ def _indexed(index: Path, files: list[Path]) -> list[Path]:
     named = set(_weight_map(index).values())
     lacking = sorted(named - {file.name for file in files})
     if lacking:
-        raise ValueError(f"{index}: names shards that are not there: {', '.join(lacking)}")
+        raise UserError(f"{index}: names shards that are not there: {', '.join(lacking)}")
     extra = sorted({file.name for file in files} - named)
     if extra:
-        raise ValueError(f"{index}: does not name {', '.join(extra)}: remove the file, or mend the index")
+        raise UserError(f"{index}: does not name {', '.join(extra)}: remove the file, or mend the index")
     return [index.parent / name for name in sorted(named)]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(file, str) for file in table.values()):
-        raise ValueError(f"{index}: has no weight_map of names and files")
+        raise UserError(f"{index}: has no weight_map of names and files")
     return table
 
 
@@ -125,20 +127,20 @@ def open_tensors(path: Path) -> dict[str, Stored]:
     """All tensors of a checkpoint directory (sharded or not) or of one .safetensors / .bin file, not yet read.
 
     Raises:
-        FileNotFoundError: nothing readable there. ValueError: a broken file, a tensor in two files, an index that does
+        MissingFileError: nothing readable there. UserError: a broken file, a tensor in two files, an index that does
             not say what the shards hold. Torch pickles are opened with ``weights_only=True``.
     """
     if path.is_file():
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
     files = weight_files(path)
     if not files:
-        raise FileNotFoundError(f"{path}: no model*.safetensors and no pytorch_model*.bin file in it")
+        raise MissingFileError(f"{path}: no model*.safetensors and no pytorch_model*.bin file in it")
     tensors: dict[str, Stored] = {}
     place: dict[str, str] = {}
     for file in files:
         more = open_tensors(file)
         if twice := sorted(tensors.keys() & more.keys()):
-            raise ValueError(f"{file}: holds {twice[0]} again, which another file of {path} has: remove one of them")
+            raise UserError(f"{file}: holds {twice[0]} again, which another file of {path} has: remove one of them")
         tensors |= more
         place |= dict.fromkeys(more, file.name)
     index = next((path / f"{s}.{x}.index.json" for s, x in KINDS if files[0].suffix == f".{x}"), path)
@@ -157,20 +159,20 @@ def _check_index(index: Path, place: Mapping[str, str]) -> None:
         if names
     ]
     if problems:
-        raise ValueError(f"{index}: does not fit its shards; " + "; ".join(problems))
+        raise UserError(f"{index}: does not fit its shards; " + "; ".join(problems))
 
 
 def _open_safetensors(file: Path) -> dict[str, Stored]:
     try:
         handle = safe_open(file, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error}): copy it again") from None
+        raise UserError(f"{file}: not a whole safetensors file ({error}): copy it again") from None
     tensors = {}
     for name in handle.keys():  # noqa: SIM118  it is no dictionary
         entry = handle.get_slice(name)
         kind = entry.get_dtype()
         if kind not in DTYPES:
-            raise ValueError(f"{file}: {name} has dtype {kind}: quantised weights are not supported")
+            raise UserError(f"{file}: {name} has dtype {kind}: quantised weights are not supported")
         tensors[name] = Stored(
             tuple(entry.get_shape()),
             DTYPES[kind],
@@ -184,9 +186,9 @@ def _open_pickle(file: Path) -> dict[str, Stored]:
         mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 cannot be mapped: they are read as a whole
         loaded = torch.load(file, "cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's own words advise to run whatever is in the file
-        raise ValueError(f"{file}: not a whole file of plain tensors (nothing else is read from a pickle)") from None
+        raise UserError(f"{file}: not a whole file of plain tensors (nothing else is read from a pickle)") from None
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise ValueError(f"{file}: is not a dictionary of tensors")
+        raise UserError(f"{file}: is not a dictionary of tensors")
     return {name: Stored.of(tensor) for name, tensor in loaded.items()}
 
 
@@ -225,16 +227,16 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from ``file``.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is not a JSON object.
+        MissingFileError: no such file. UserError: it is not a JSON object.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
+        raise MissingFileError(f"{file}: no such file")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from None
+        raise UserError(f"{file}: not a JSON file ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: holds no JSON object")
+        raise UserError(f"{file}: holds no JSON object")
     return value
 
 

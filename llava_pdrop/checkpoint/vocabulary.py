@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AddedToken
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.types import IMAGE_MARKER
 
 PAD_TOKEN = "<pad>"
@@ -22,7 +23,7 @@ def add_special_tokens(tokenizer: Any, rows: int) -> int:
         rows: embeddings of the decoder.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the decoder has embeddings.
+        UserError: the tokenizer has more tokens than the decoder has embeddings.
     """
     known = tokenizer.get_vocab()
     needs_pad = tokenizer.pad_token is None or tokenizer.pad_token in (
@@ -33,7 +34,7 @@ def add_special_tokens(tokenizer: Any, rows: int) -> int:
     wanted = (IMAGE_MARKER, PAD_TOKEN) if needs_pad else (IMAGE_MARKER,)
     new = [AddedToken(token, special=True, normalized=False) for token in wanted if token not in known]
     if new and len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the decoder only {rows} embeddings")
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the decoder only {rows} embeddings")
     tokenizer.add_tokens(new, special_tokens=True)
     if needs_pad:
         tokenizer.pad_token = PAD_TOKEN

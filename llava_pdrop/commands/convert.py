@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command.
 
     Raises:
-        ValueError: ``SRC`` is no whole checkpoint of a supported kind, or ``DST`` is in the way.
+        UserError: ``SRC`` is no whole checkpoint of a supported kind, or ``DST`` is in the way.
     """
     import torch
 

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llava_pdrop.errors import UserError
+
 REPORT, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
 
 
@@ -57,9 +59,9 @@ def run(args: argparse.Namespace) -> None:
     geometry = encoder.geometry if encoder else geometry_of_config(config, needed=False)
     workers = min(os.cpu_count() or 1, 16) if args.workers is None else args.workers
     if workers < 0 or args.listed < 0:
-        raise ValueError("--workers and --listed count something: give 0 or more")
+        raise UserError("--workers and --listed count something: give 0 or more")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: the report needs a directory, and this is a file; give another --out")
+        raise UserError(f"{out}: the report needs a directory, and this is a file; give another --out")
 
     section = config.data
     if section.prepare is not None:
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     sets = {"train": read_data(section.train, section.image_root, section.format, config.seed)}
     if args.eval:
         if section.eval is None:
-            raise ValueError(f"{config.file}: data.eval names nothing to check; leave --eval out")
+            raise UserError(f"{config.file}: data.eval names nothing to check; leave --eval out")
         sets["eval"] = read_records(section.eval, section.image_root, check=False)  # no mixture, as in evaluation
     out.mkdir(parents=True, exist_ok=True)
     found = {name: examine_set(config, name, records, encoder, args, workers) for name, records in sets.items()}

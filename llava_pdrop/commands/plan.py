@@ -8,6 +8,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from llava_pdrop.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
@@ -74,16 +76,16 @@ def gpus_of(text: str) -> tuple[int, float | None]:
     """(number, GiB of each or None) of what ``--gpus`` was given: ``8``, or ``8x80``.
 
     Raises:
-        ValueError: it is neither, or there is no GPU or no memory.
+        UserError: it is neither, or there is no GPU or no memory.
     """
     match = re.fullmatch(r"(\d+)(?:x(\d+(?:\.\d+)?))?", text)
     if match is None:
-        raise ValueError(f"--gpus takes a number, or a number and the GiB of each, such as 8 or 8x80, got {text!r}")
+        raise UserError(f"--gpus takes a number, or a number and the GiB of each, such as 8 or 8x80, got {text!r}")
     gpus, gib = int(match[1]), None if match[2] is None else float(match[2])
     if gpus < 1:
-        raise ValueError(f"--gpus {text}: there must be at least 1 GPU, got {gpus}")
+        raise UserError(f"--gpus {text}: there must be at least 1 GPU, got {gpus}")
     if gib == 0:
-        raise ValueError(f"--gpus {text}: a GPU must have more than 0 GiB")
+        raise UserError(f"--gpus {text}: a GPU must have more than 0 GiB")
     return gpus, gib
 
 
@@ -91,17 +93,17 @@ def _budget(args: argparse.Namespace, gib: float | None) -> float:
     """GiB of a GPU, said in one of two ways; and whether the options of the advice have one to go with."""
     given = args.memory_budget
     if given is not None and not given > 0:
-        raise ValueError(f"--memory-budget must be more than 0 GiB, got {given:g}")
+        raise UserError(f"--memory-budget must be more than 0 GiB, got {given:g}")
     if gib is not None and given not in (None, gib):
-        raise ValueError(
+        raise UserError(
             f"--gpus {args.gpus} and --memory-budget {given:g} contradict each other: leave one of them out"
         )
     for name in ("mfu", "global_batch"):
         if gib is None and getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} belongs to the advice for GPUs of a known size: add --gpus 8x80 or the like")
+            raise UserError(f"{option} belongs to the advice for GPUs of a known size: add --gpus 8x80 or the like")
     if args.mfu is not None and not 0 < args.mfu <= 1:
-        raise ValueError(f"--mfu must be more than 0 and at most 1, got {args.mfu:g}")
+        raise UserError(f"--mfu must be more than 0 and at most 1, got {args.mfu:g}")
     if args.global_batch is not None and args.global_batch < 1:
-        raise ValueError(f"--global-batch must be at least 1, got {args.global_batch}")
+        raise UserError(f"--global-batch must be at least 1, got {args.global_batch}")
     return gib or given or 80.0

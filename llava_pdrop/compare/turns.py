@@ -21,6 +21,7 @@ from llava_pdrop.checkpoint.shards import read_json
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.packing import BatchPlan
+from llava_pdrop.errors import UserError
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.runtime.clock import no_garbage_collection, quartiles
 from llava_pdrop.runtime.device import release_memory
@@ -47,7 +48,7 @@ QUIET = {
 }
 """Training arguments that differ from the run's: its steps are seen one by one, and leave nothing behind."""
 
-IMPOSSIBLE = (RuntimeError, ValueError, OSError, MemoryError)
+IMPOSSIBLE = (RuntimeError, UserError, OSError, MemoryError)
 """What keeps steps from being timed: memory that is short (of a GPU or not), files that are gone since."""
 
 
@@ -135,7 +136,7 @@ def take_turns(config: Config, pairs: int = PAIRS, warmup: int = WARMUP) -> Savi
     `one_thread`).
 
     Raises:
-        ValueError, RuntimeError, OSError, MemoryError: it cannot be done here.
+        UserError, RuntimeError, OSError, MemoryError: it cannot be done here.
         Preempted: a signal said stop.
     """
     with tempfile.TemporaryDirectory() as scratch, engine_for_one_run():

@@ -90,8 +90,8 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str],
     layers = [*layers, (OVERRIDES, changes)]
     merged: dict[str, Any] = {}
     for name, layer in layers:
+        inherited = without_other_engine(merged, layer)
         try:
-            inherited = without_other_engine(merged, layer)
             merged = OmegaConf.to_container(OmegaConf.merge(inherited, layer))  # type: ignore[assignment]
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise ConfigError(f"{name}: cannot be merged with what it inherits: {first_line(error)}") from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llava_pdrop.config.values import at_least, build_schedule, convert
-from llava_pdrop.errors import ConfigError, Problem, did_you_mean
+from llava_pdrop.errors import ConfigError, Problem, UserError, did_you_mean
 from llava_pdrop.schedule import Schedule
 
 
@@ -299,7 +299,7 @@ class Config:
             if layer is not None and num_layers is not None:
                 try:
                     schedule = schedule.single_drop(layer, num_layers, schedule.ranker)
-                except (ValueError, ZeroDivisionError) as error:
+                except (UserError, ZeroDivisionError) as error:
                     raise Problem(key, f"{key}: {error}") from None
             schedules[name] = self._check_one(schedule, key, num_layers)
         return schedules
@@ -316,7 +316,7 @@ class Config:
             )
         try:
             return schedule if num_layers is None else schedule.check(num_layers)
-        except ValueError as error:
+        except UserError as error:
             raise Problem(f"{key}.layers", str(error) if key == "pyramid_drop" else f"{key}: {error}") from None
 
 

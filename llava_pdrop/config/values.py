@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from llava_pdrop.errors import ConfigError, Problem, did_you_mean, first_line
+from llava_pdrop.errors import ConfigError, Problem, UserError, did_you_mean, first_line
 from llava_pdrop.schedule import Schedule
 
 
@@ -52,7 +52,7 @@ def build_schedule(section: Any, key: str = "pyramid_drop") -> Schedule:
     values = convert_fields(section, Schedule, key)
     try:
         return Schedule(**values)
-    except ValueError as error:
+    except UserError as error:
         raise Problem(key, str(error) if key == "pyramid_drop" else f"{key}: {error}") from None
 
 

@@ -28,6 +28,7 @@ from llava_pdrop.cost.memory import GIB, cpu_memory
 from llava_pdrop.cost.nominal import model_of, samples_of, states_of
 from llava_pdrop.cost.plan import RESERVE, plan_memory, plan_step
 from llava_pdrop.cost.run_length import RunLength, run_length
+from llava_pdrop.errors import UserError
 from llava_pdrop.runtime.device import PEAK_TFLOPS
 
 ORDER = ("ddp", "zero2", "zero3", "fsdp2", "zero2_offload", "zero3_offload")
@@ -105,7 +106,7 @@ def advise(config: Config, gpus: int, gib: float, mfu: float = MFU, batch: int |
         batch: samples of an optimizer step (default: what the config says, times `RECIPE_GPUS`).
 
     Raises:
-        ValueError: the global batch cannot be shared out evenly.
+        UserError: the global batch cannot be shared out evenly.
     """
     samples = samples_of(config, model_of(config).geometry)
     accumulation = config.train.arguments.get("gradient_accumulation_steps", 1)
@@ -115,7 +116,7 @@ def advise(config: Config, gpus: int, gib: float, mfu: float = MFU, batch: int |
         told = f"{samples} samples x {accumulation} accumulated x the {RECIPE_GPUS} GPUs that configs are written for"
     if batch % gpus:
         near = max(1, round(batch / gpus)) * gpus
-        raise ValueError(
+        raise UserError(
             f"--gpus {gpus}: a global batch of {batch} samples ({told}) cannot be shared out evenly: give another "
             f"number of GPUs, or --global-batch {near}"
         )

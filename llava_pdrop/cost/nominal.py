@@ -21,7 +21,7 @@ from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.cost.states import FLOAT, States
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vlm import geometry_of
 from llava_pdrop.schedule import Schedule
@@ -56,7 +56,7 @@ def model_of(config: Config) -> Model:
     """The model of ``config`` in numbers.
 
     Raises:
-        ConfigError: neither config.json nor ``model.reference_shape`` gives them. ValueError: they are of no model that
+        ConfigError: neither config.json nor ``model.reference_shape`` gives them. UserError: they are of no model that
             is supported.
     """
     decoder, tower = part_configs(config.model)
@@ -197,7 +197,7 @@ def _hugging_face(part: dict[str, Any], default: str) -> Any:
     fields = {key: value for key, value in part.items() if key != "model_type"}
     kind = part.get("model_type", default)
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"model_type {kind!r} is none that the installed transformers knows")
+        raise UserError(f"model_type {kind!r} is none that the installed transformers knows")
     return AutoConfig.for_model(kind, **fields)
 
 

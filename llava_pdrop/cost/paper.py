@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.schedule import Schedule
 
 FRACTIONS = (0.25, 0.5, 0.75)
@@ -58,11 +59,11 @@ def solve_budget(
         wanted: gives layers (none: quarters of the depth), ranker and positions.
 
     Raises:
-        ValueError: a vanilla model costs no more than the budget, or one layer with all tokens costs more.
+        UserError: a vanilla model costs no more than the budget, or one layer with all tokens costs more.
     """
     vanilla = cost(replace(wanted, layers=(), ratios=()))
     if not 0 < budget < vanilla:
-        raise ValueError(
+        raise UserError(
             f"a budget must lie between 0 and what the model costs without drops, {vanilla:.4g}: {budget:g}"
         )
     default = tuple(dict.fromkeys(max(1, round(share * num_layers)) for share in FRACTIONS))
@@ -76,7 +77,7 @@ def solve_budget(
         if found.ratio >= LEAST_RATIO:
             break
     if found.cost > budget or found.schedule.kept(image_tokens, len(layers) - 1) < 1:
-        raise ValueError(
+        raise UserError(
             f"no schedule with {len(layers)} drops that leaves an image token costs as little as {budget:g}: even with "
             f"its first drop after layer 1 it costs at least {found.cost:.4g}; give a larger budget"
         )

@@ -23,6 +23,7 @@ from llava_pdrop.cost.nominal import (
 )
 from llava_pdrop.cost.paper import Solution, solve_budget
 from llava_pdrop.cost.states import States
+from llava_pdrop.errors import UserError
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
 
@@ -131,10 +132,10 @@ def solve(config: Config, average_tokens: float | None = None, tflop: float | No
     that many TFLOP as the paper counts. Layers, ranker and positions are the config's where it has a schedule.
 
     Raises:
-        ValueError: no schedule does that, or not exactly one of the two is given.
+        UserError: no schedule does that, or not exactly one of the two is given.
     """
     if (average_tokens is None) == (tflop is None):
-        raise ValueError("give either --average-tokens or --tflops")
+        raise UserError("give either --average-tokens or --tflops")
     model = model_of(config)
     full = full_picture(model.geometry)
     if average_tokens is not None:

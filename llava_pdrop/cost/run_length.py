@@ -8,6 +8,7 @@ from pathlib import Path
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.mixtures import OPEN_LLAVA_NEXT
 from llava_pdrop.data.mixture import read_data
+from llava_pdrop.errors import UserError
 
 RECIPES: dict[str, tuple[int, str]] = {
     "blip_laion_cc_sbu_558k.json": (558_128, "LLaVA's stage 1"),
@@ -39,7 +40,7 @@ def run_length(config: Config, batch: int) -> RunLength:
     if file.exists():
         try:
             records = len(read_data(file, config.data.image_root, config.data.format, config.seed))
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             return RunLength(None, f"data.train cannot be read: {' '.join(str(error).split())}")
         return RunLength(epochs * records, f"{epochs:g} x the {records:,} records of {file}")
     if file.name not in RECIPES:

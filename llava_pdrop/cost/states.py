@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llava_pdrop.errors import UserError
+
 FLOAT = 4
 
 GATHERED = 10**9
@@ -44,7 +46,7 @@ class States:
         offloaded: what of `PLACES` lives in the memory of the CPU.
 
     Raises:
-        ValueError: another ZeRO stage, no GPU, or an unknown place.
+        UserError: another ZeRO stage, no GPU, or an unknown place.
     """
 
     zero: int = 0
@@ -60,11 +62,11 @@ class States:
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 2, 3):
-            raise ValueError(f"ZeRO stage {self.zero} is not modelled: choose 0, 2 or 3")
+            raise UserError(f"ZeRO stage {self.zero} is not modelled: choose 0, 2 or 3")
         if self.gpus < 1:
-            raise ValueError(f"memory is predicted for at least 1 GPU, got {self.gpus}")
+            raise UserError(f"memory is predicted for at least 1 GPU, got {self.gpus}")
         if not set(self.offloaded) <= set(PLACES):
-            raise ValueError(f"only {' and '.join(PLACES)} can be offloaded, got {list(self.offloaded)}")
+            raise UserError(f"only {' and '.join(PLACES)} can be offloaded, got {list(self.offloaded)}")
 
     @property
     def stored(self) -> int:

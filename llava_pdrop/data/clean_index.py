@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_pdrop.data.records import Part, Records
+from llava_pdrop.errors import MissingFileError, UserError
 
 TEXT_FORMATS = (".json", ".jsonl")
 BLOCK = 1 << 22
@@ -56,36 +57,36 @@ class CleanIndex:
         """Reads what `write` wrote.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: not a clean index.
+            MissingFileError: no such file. UserError: not a clean index.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             indices = np.array(content["indices"], dtype=np.int64)
             index = CleanIndex(str(content["data"]), str(content["digest"]), int(content["records"]), indices)
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such index; llava-pdrop doctor writes one") from None
+            raise MissingFileError(f"{path}: no such index; llava-pdrop doctor writes one") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: not a clean index of llava-pdrop doctor ({type(error).__name__}: {error})"
             ) from None
         ascending = indices.ndim == 1 and bool(np.all(np.diff(indices) > 0))
         if not ascending or (len(indices) and not 0 <= indices[0] <= indices[-1] < index.records):
-            raise ValueError(f"{path}: its indices do not grow, or lie outside of its {index.records:,} records")
+            raise UserError(f"{path}: its indices do not grow, or lie outside of its {index.records:,} records")
         return index
 
     def choose(self, records: Records, name: str) -> Records:
         """The usable ones of ``records``; ``name`` is what messages call this index.
 
         Raises:
-            ValueError: the index was made for other data, or nothing is usable.
+            UserError: the index was made for other data, or nothing is usable.
         """
         if len(records) != self.records or data_digest(records) != self.digest:
-            raise ValueError(
+            raise UserError(
                 f"{name}: made for other data ({self.data}, {self.records:,} records; now there are {len(records):,}), "
                 "another seed or another version of the file: run llava-pdrop doctor again, or leave data.index out"
             )
         if not len(self.indices):
-            raise ValueError(f"{name}: none of the {self.records:,} records can be used")
+            raise UserError(f"{name}: none of the {self.records:,} records can be used")
         return records.take(self.indices)
 
 

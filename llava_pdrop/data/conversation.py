@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.types import IMAGE_MARKER, Turn
 
 
@@ -61,23 +62,21 @@ class Template:
         A greeting by the assistant before the first question is left out, as LLaVA does.
 
         Raises:
-            ValueError: no question, a greeting that shows an image, two turns of one speaker in a row, or a
+            UserError: no question, a greeting that shows an image, two turns of one speaker in a row, or a
                 conversation this template cannot write.
         """
         turns = list(turns)
         if turns and turns[0].role == "gpt":
             if IMAGE_MARKER in turns[0].text:
-                raise ValueError("the conversation starts with an answer that shows an image; start with a question")
+                raise UserError("the conversation starts with an answer that shows an image; start with a question")
             turns = turns[1:]
         if not turns:
-            raise ValueError("the conversation has no question")
+            raise UserError("the conversation has no question")
         for i, turn in enumerate(turns):
             if turn.role != ("human", "gpt")[i % 2]:
-                raise ValueError(
-                    f"two turns by '{turn.role}' in a row (turn {i}); questions and answers must alternate"
-                )
+                raise UserError(f"two turns by '{turn.role}' in a row (turn {i}); questions and answers must alternate")
         if self.question_only_images and (len(turns) > 2 or IMAGE_MARKER not in turns[0].text):
-            raise ValueError("a captioning template needs exactly one question with an image and its answer")
+            raise UserError("a captioning template needs exactly one question with an image and its answer")
         texts = [image_to_front(turn.text) if self.image_first else turn.text for turn in turns]
         answers: list[str | None] = [*texts[1::2]]
         return list(zip(texts[::2], answers + [None] * (len(texts) % 2), strict=True))

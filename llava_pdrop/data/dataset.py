@@ -17,6 +17,7 @@ from llava_pdrop.data.images import load_image, preprocess
 from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import Survey, survey
 from llava_pdrop.data.tokens import Encoder
+from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.types import ImageInput, PackedBatch, Record, Sample
 
 
@@ -52,7 +53,7 @@ class ConversationDataset(Dataset[Sample]):
         """Sample ``index``.
 
         Raises:
-            ValueError, FileNotFoundError: an image cannot be read or the conversation not be used; names the record.
+            UserError, MissingFileError: an image cannot be read or the conversation not be used; names the record.
         """
         record = self.records[index]
         return self.encoder.train(record, self._images(record))
@@ -62,10 +63,10 @@ class ConversationDataset(Dataset[Sample]):
         is reported before training starts.
 
         Raises:
-            ValueError: a record cannot be used; names the first one and says how many there are.
+            UserError: a record cannot be used; names the first one and says how many there are.
         """
         if self.survey.problems:
-            raise ValueError(self.survey.first_problem())
+            raise UserError(self.survey.first_problem())
         return self.survey.lengths.tolist()
 
     @cached_property
@@ -81,14 +82,14 @@ class ConversationDataset(Dataset[Sample]):
             report: JSON-lines file for index, origin, id and reason of each that is left out; None: not written.
 
         Raises:
-            ValueError: more than that are unusable; names the first one.
+            UserError: more than that are unusable; names the first one.
         """
         found = self.survey
         if report is not None:
             found.write_report(report)
         if len(found.problems) > most * len(self):
             listed = f", all of them listed in {report}" if report is not None else ""
-            raise ValueError(
+            raise UserError(
                 f"{len(found.problems):,} of {len(self):,} records cannot be used{listed}; no more than a share of "
                 f"{most:g} may be left out. The first: {found.problems[min(found.problems)]}"
             )
@@ -102,9 +103,9 @@ class ConversationDataset(Dataset[Sample]):
         try:
             return [preprocess(load_image(source), self.encoder.geometry, self.processor) for source in record.images]
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{record.origin} (id {record.id}): {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{record.origin} (id {record.id}): {error}") from None
+            raise MissingFileError(f"{record.origin} (id {record.id}): {error}") from None
+        except UserError as error:
+            raise UserError(f"{record.origin} (id {record.id}): {error}") from None
 
     def _rules(self) -> str:
         """Stands for everything the lengths depend on beside the records: settings, tokenizer, templates, and the code

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import BaseImageProcessor
 
+from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import ImageInput, ImageSource
 
@@ -56,8 +57,8 @@ def load_image(source: str | Path | ImageSource) -> Image.Image:
     below it are used.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be read as a picture, or has more pixels than PIL accepts (twice
+        MissingFileError: no such file.
+        UserError: the file cannot be read as a picture, or has more pixels than PIL accepts (twice
             ``PIL.Image.MAX_IMAGE_PIXELS``, 179 million); the message names it.
     """
     with _opened(source) as image:
@@ -70,7 +71,7 @@ def image_size(source: str | Path | ImageSource) -> tuple[int, int]:
     """(width, height) `load_image` will return, from the file's header alone.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_image`, as far as the header tells.
+        MissingFileError, UserError: as `load_image`, as far as the header tells.
     """
     return image_header(source)[0]
 
@@ -91,13 +92,13 @@ def _opened(source: str | Path | ImageSource) -> Iterator[Image.Image]:
         with source.open("rb") as file, Image.open(file) as image:
             yield image
     except FileNotFoundError:
-        raise FileNotFoundError(f"{source}: no such image; check the image root") from None
+        raise MissingFileError(f"{source}: no such image; check the image root") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{source}: cannot be read as an image, it is too large ({error}); make it smaller") from None
+        raise UserError(f"{source}: cannot be read as an image, it is too large ({error}); make it smaller") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{source}: cannot be read as an image ({_contents(source)}); replace or remove it") from None
+        raise UserError(f"{source}: cannot be read as an image ({_contents(source)}); replace or remove it") from None
     except READ_ERRORS as error:
-        raise ValueError(f"{source}: cannot be read as an image ({error}); replace or remove it") from None
+        raise UserError(f"{source}: cannot be read as an image ({error}); replace or remove it") from None
 
 
 def _contents(source: ImageSource) -> str:
@@ -109,7 +110,7 @@ def preprocess(image: Image.Image, geometry: ImageGeometry, processor: BaseImage
     """A picture as the tower wants it: `geometry.num_tiles` tiles of (3, tile, tile).
 
     Raises:
-        ValueError: the processor's output is not of the geometry's tile size.
+        UserError: the processor's output is not of the geometry's tile size.
     """
     if geometry.aspect == "anyres":
         # PIL's default filter, spelled out: the tiles must not change if PIL changes its mind
@@ -119,7 +120,7 @@ def preprocess(image: Image.Image, geometry: ImageGeometry, processor: BaseImage
         tiles = [pad_to_square(image, tuple(int(255 * mean) for mean in processor.image_mean))]
     pixels = process_tiles(tiles, processor)
     if pixels.shape[-2:] != (geometry.tile, geometry.tile):
-        raise ValueError(
+        raise UserError(
             f"the image processor makes tiles of {pixels.shape[-1]}x{pixels.shape[-2]} pixels, the model's geometry "
             f"wants {geometry.tile}x{geometry.tile}; use the processor that belongs to the vision tower"
         )

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llava_pdrop.data.conversation import Piece
+from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER
 
@@ -53,12 +54,12 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -
     token that equals the padding token (LLaMA: ``<unk>``) is a token like any other: nothing here masks by its number.
 
     Raises:
-        ValueError: the tokeniser reports no character offsets and its tokens do not spell the text, or the text holds
+        UserError: the tokeniser reports no character offsets and its tokens do not spell the text, or the text holds
             half a character.
     """
     text = "".join(piece.text for piece in pieces)
     if broken := SURROGATE.search(text):
-        raise ValueError(
+        raise UserError(
             f"the text holds half a character (a lone surrogate, {broken[0]!a}) behind "
             f"{text[: broken.start()][-20:]!r}: remove it"
         )
@@ -99,13 +100,13 @@ def expand_slots(
         ids (N), labels (N), and the span of every image that is left, the last one possibly cut short.
 
     Raises:
-        ValueError: the number of slots is not the number of images, or the text holds the image token itself.
+        UserError: the number of slots is not the number of images, or the text holds the image token itself.
     """
     ids, labels = list(ids), list(labels)
     if ids.count(IMAGE_SLOT) != len(sizes):
-        raise ValueError(f"{ids.count(IMAGE_SLOT)} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
+        raise UserError(f"{ids.count(IMAGE_SLOT)} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
     if image_token_id in ids:
-        raise ValueError(
+        raise UserError(
             f"the text contains the tokenizer's image token (id {image_token_id}) written out; remove it, or write "
             f"{IMAGE_MARKER} and name an image"
         )
@@ -188,7 +189,7 @@ def _align(text: str, tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase)
     SentencePiece puts in front of every text (some do after every added token) stands for nothing.
 
     Raises:
-        ValueError: they do not spell the text, e.g. because the tokeniser normalises it.
+        UserError: they do not spell the text, e.g. because the tokeniser normalises it.
     """
     spaced = text.replace("\u2581", " ")
     data, ends = spaced.encode(), list(accumulate(len(character.encode()) for character in spaced))
@@ -204,7 +205,7 @@ def _align(text: str, tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase)
             firsts.append(min(bisect_right(ends, at), len(text) - 1))
             at += len(letters)
     if at < len(data) or len(firsts) < len(tokens):
-        raise ValueError(
+        raise UserError(
             f"{type(tokenizer).__name__} does not say where its tokens lie in a text, and they do not spell it from "
             f"{data[at : at + 30].decode(errors='replace')!r} on; load a fast tokenizer (tokenizer.json)"
         )

@@ -26,7 +26,7 @@ from llava_pdrop.config.values import convert_fields, keys_of, nearest_key
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.records import Part, Records
-from llava_pdrop.errors import ConfigError, Problem, did_you_mean
+from llava_pdrop.errors import ConfigError, MissingFileError, Problem, UserError, did_you_mean
 
 SUFFIXES = (".yaml", ".yml")
 """A data file with one of these is a mixture."""
@@ -90,7 +90,7 @@ def read_data(
 
     Raises:
         ConfigError: a mistake in the mixture file, in one line with file and key.
-        FileNotFoundError, ValueError: as `llava_pdrop.data.records.Part.open`.
+        MissingFileError, UserError: as `llava_pdrop.data.records.Part.open`.
     """
     path, root = Path(path), None if image_root is None else Path(image_root)
     if not _is_mixture(path):
@@ -104,7 +104,7 @@ def data_files(path: str | Path) -> list[Path]:
     """The files and directories that `read_data` reads: ``path``, and the parts of a mixture.
 
     Raises:
-        ConfigError, FileNotFoundError: as `read_data`.
+        ConfigError, MissingFileError: as `read_data`.
     """
     path = Path(path)
     return [path, *(path.parent / part.path for part in _read_mixture(path).parts)] if _is_mixture(path) else [path]
@@ -118,7 +118,7 @@ def _read_mixture(path: Path) -> MixtureFile:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such mixture file; check the path") from None
+        raise MissingFileError(f"{path}: no such mixture file; check the path") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -156,7 +156,7 @@ def _mix(file: Path, mixture: MixtureFile, image_root: Path | None, seed: int) -
         generator = np.random.default_rng((seed, number))
         try:
             chosen.append(_limited(section.limit, len(part.entries), generator))
-        except ValueError as error:
+        except UserError as error:
             raise ConfigError(f"{file}: parts[{number}].limit: {error}") from None
         parts.append(part)
         generators.append(generator)
@@ -181,7 +181,7 @@ def _limited(limit: str | None, total: int, generator: np.random.Generator) -> n
     elif not percent and number.isdigit() and 1 <= int(number) <= total:
         count = int(number)
     else:
-        raise ValueError(
+        raise UserError(
             f"{limit}, but the part has {total} records: write a whole number from 1 to {total}, or more than 0% "
             "and at most 100%"
         )

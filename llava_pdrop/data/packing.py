@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import Sampler
 
+from llava_pdrop.errors import UserError
+
 Bins = list[list[int]]
 
 
@@ -38,7 +40,7 @@ class BatchPlan:
         shuffle: False keeps the order of the data.
 
     Raises:
-        ValueError: no samples, a number that must be positive, both or none of the two sizes, or a sample longer than
+        UserError: no samples, a number that must be positive, both or none of the two sizes, or a sample longer than
             the budget.
     """
 
@@ -54,15 +56,15 @@ class BatchPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(self.lengths))
         if not self.lengths:
-            raise ValueError("cannot plan batches of an empty data set")
+            raise UserError("cannot plan batches of an empty data set")
         if (self.samples_per_batch is None) == (self.tokens_per_batch is None):
-            raise ValueError("give either samples_per_batch or tokens_per_batch")
+            raise UserError("give either samples_per_batch or tokens_per_batch")
         for name in ("world_size", "gradient_accumulation", "samples_per_batch", "tokens_per_batch", "window"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+                raise UserError(f"{name} must be at least 1, not {value}")
         longest = max(range(len(self.lengths)), key=self.lengths.__getitem__)
         if self.tokens_per_batch is not None and self.lengths[longest] > self.tokens_per_batch:
-            raise ValueError(
+            raise UserError(
                 f"sample {longest} has {self.lengths[longest]} tokens, more than tokens_per_batch="
                 f"{self.tokens_per_batch}; raise the budget or lower the maximum length"
             )
@@ -101,10 +103,10 @@ class BatchPlan:
         Within a step they are dealt by size, so that ranks that wait for each other have about the same to do.
 
         Raises:
-            ValueError: no such rank.
+            UserError: no such rank.
         """
         if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank {rank} is not one of {self.world_size}")
+            raise UserError(f"rank {rank} is not one of {self.world_size}")
         return [list(batch) for batch in _plan(self, epoch)[rank :: self.world_size]]
 
 

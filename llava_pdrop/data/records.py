@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from llava_pdrop.data.readers import Entry, open_entries
-from llava_pdrop.errors import RecordError
+from llava_pdrop.errors import MissingFileError, RecordError, UserError
 from llava_pdrop.types import IMAGE_MARKER, ImageSource, Record, Turn
 
 ROLES: dict[str, Literal["human", "gpt"]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
@@ -41,13 +41,13 @@ class Part:
         """Opens a data file.
 
         Raises:
-            FileNotFoundError: the data file or the image folder does not exist.
-            ValueError: unknown format, or a file that is not of its format.
+            MissingFileError: the data file or the image folder does not exist.
+            UserError: unknown format, or a file that is not of its format.
         """
         entries = open_entries(path, format)
         root = image_root or (path if path.is_dir() else path.parent)
         if not root.is_dir():
-            raise FileNotFoundError(f"{root}: no such image folder (for {path}); check the image root")
+            raise MissingFileError(f"{root}: no such image folder (for {path}); check the image root")
         return Part(path, entries, root, template)
 
     def entry(self, row: int) -> Entry:
@@ -60,7 +60,7 @@ class Part:
             return self.entries[row]
         except RecordError:
             raise
-        except ValueError as error:
+        except UserError as error:
             raise RecordError(f"{self.path}[{row}]", None, str(error)) from None
 
     def fingerprint(self) -> str:
@@ -144,8 +144,8 @@ def read_records(
             Without, a bad record is found when it is read (`ConversationDataset.lengths` reads all of them).
 
     Raises:
-        FileNotFoundError: the data file, the image folder or (with ``check``) an image does not exist.
-        ValueError: unknown format, a broken file or (with ``check``) an invalid record; names file and record.
+        MissingFileError: the data file, the image folder or (with ``check``) an image does not exist.
+        UserError: unknown format, a broken file or (with ``check``) an invalid record; names file and record.
     """
     records = Records.of(Part.open(Path(path), None if image_root is None else Path(image_root), format))
     if check:
@@ -168,25 +168,25 @@ def parse_entry(entry: Any, image_root: Path, origin: str, template: str | None 
         images = _parse_images(named_images(entry), image_root)
         markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
         if markers != len(images):
-            raise ValueError(
+            raise UserError(
                 f"{len(images)} image(s) but {markers} {IMAGE_MARKER} marker(s) in the text; write one marker per "
                 "image, where the image is shown"
             )
-    except ValueError as error:
+    except UserError as error:
         raise RecordError(origin, name, str(error)) from None
     return Record(name, turns, images, origin, template)
 
 
 def _parse_turns(conversations: Any) -> tuple[Turn, ...]:
     if not isinstance(conversations, list) or not conversations:
-        raise ValueError("'conversations' must be a list with at least one turn")
+        raise UserError("'conversations' must be a list with at least one turn")
     turns = []
     for number, turn in enumerate(conversations):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"conversations[{number}]: a turn needs 'from' and a text 'value'")
+            raise UserError(f"conversations[{number}]: a turn needs 'from' and a text 'value'")
         speaker = turn.get("from")
         if not isinstance(speaker, str) or speaker not in ROLES:
-            raise ValueError(f"conversations[{number}]: unknown speaker {speaker!r}; known are {', '.join(ROLES)}")
+            raise UserError(f"conversations[{number}]: unknown speaker {speaker!r}; known are {', '.join(ROLES)}")
         turns.append(Turn(role=ROLES[speaker], text=turn["value"]))
     return tuple(turns)
 
@@ -201,7 +201,7 @@ def named_images(entry: dict[str, Any]) -> list[Any]:
 def _parse_images(images: list[Any], root: Path) -> tuple[ImageSource, ...]:
     """Names become paths below ``root``; what a reader has made a source already stays."""
     if not all((isinstance(image, str) and image) or hasattr(image, "open") for image in images):
-        raise ValueError("'image' must be a file name or a list of file names")
+        raise UserError("'image' must be a file name or a list of file names")
     return tuple(root / image if isinstance(image, str) else image for image in images)
 
 
@@ -211,7 +211,7 @@ def _check(records: Iterable[Record]) -> None:
     for record in records:
         for image in record.images:
             if image not in seen and isinstance(image, Path) and not os.path.isfile(image):
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{record.origin} (id {record.id}): image {image} does not exist; check the image root"
                 )
             seen.add(image)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.records import Records
-from llava_pdrop.errors import RecordError
+from llava_pdrop.errors import RecordError, UserError
 from llava_pdrop.types import ImageSource, Record
 
 BLOCK = 512
@@ -164,7 +164,7 @@ def _read_sizes(images: Sequence[ImageSource]) -> list[tuple[ImageSource, Size |
     for image in images:
         try:
             sizes.append((image, image_size(image)))
-        except (FileNotFoundError, ValueError) as error:
+        except UserError as error:
             sizes.append((image, str(error)))
     return sizes
 

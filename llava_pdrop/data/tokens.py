@@ -36,7 +36,7 @@ from llava_pdrop.data.labels import (
     expand_slots,
     token_counts,
 )
-from llava_pdrop.errors import RecordError
+from llava_pdrop.errors import RecordError, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER, ImageInput, Record, Sample
 
@@ -63,7 +63,7 @@ class Encoder:
             and a sample without any label is possible.
 
     Raises:
-        ValueError: unknown ``truncation``.
+        UserError: unknown ``truncation``.
     """
 
     template: Template
@@ -75,7 +75,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.truncation not in get_args(Truncation):
-            raise ValueError(f"unknown truncation '{self.truncation}'; known are {', '.join(get_args(Truncation))}")
+            raise UserError(f"unknown truncation '{self.truncation}'; known are {', '.join(get_args(Truncation))}")
 
     def train(self, record: Record, images: Sequence[ImageInput]) -> Sample:
         """A record tokenised for training; ``images`` are the record's, in order.
@@ -101,7 +101,7 @@ class Encoder:
             pieces = template.generation_prompt(_rounds(template, record, sizes))
             ids, labels, spans = self._expand(encode_pieces(pieces, self.tokenizer), sizes)
             if not self._fits(ids):
-                raise ValueError(
+                raise UserError(
                     f"the prompt has {len(ids)} tokens, more than the limit of {self.max_length}; raise the limit"
                 )
         return _sample(record.id, (ids, [IGNORE_INDEX] * len(labels), spans), images)
@@ -159,7 +159,7 @@ class Encoder:
         try:
             template = self._template(record)
             pieces = template.pieces(_rounds(template, record, sizes))
-        except ValueError:
+        except UserError:
             return None
         text = "".join(piece.text for piece in pieces)
         if (image is not None and image in text) or SURROGATE.search(text):
@@ -172,7 +172,7 @@ class Encoder:
         if record.template is None:
             return self.template
         if record.template not in TEMPLATES:
-            raise ValueError(f"unknown template '{record.template}'; known are {', '.join(TEMPLATES)}")
+            raise UserError(f"unknown template '{record.template}'; known are {', '.join(TEMPLATES)}")
         return TEMPLATES[record.template]
 
     def _encode(self, record: Record, sizes: Sequence[Size]) -> Expanded:
@@ -185,7 +185,7 @@ class Encoder:
         if _supervised(expanded) and not self._fits(expanded[0]):
             expanded = self._first_rounds(by_round, sizes, whole)
         if not _supervised(expanded):
-            raise ValueError("it has no answer, or empty ones only, so there is nothing to learn")
+            raise UserError("it has no answer, or empty ones only, so there is nothing to learn")
         return expanded
 
     def _first_rounds(self, by_round: list[list[Piece]], sizes: Sequence[Size], whole: Encoded) -> Expanded:
@@ -215,7 +215,7 @@ class Encoder:
             kept = keep(count)
         if not self._fits(kept[0]):
             ids, _, spans = kept
-            raise ValueError(
+            raise UserError(
                 f"up to the end of its first answer it has {len(ids)} tokens ({sum(b - a for a, b in spans)} of them "
                 f"for {len(spans)} image(s)), more than the limit of {self.max_length}; raise the limit or shorten the "
                 "record"
@@ -239,14 +239,14 @@ def _naming(record: Record) -> Iterator[None]:
     """Puts the record's name in front of what is wrong with it."""
     try:
         yield
-    except ValueError as error:
+    except UserError as error:
         raise RecordError(record.origin, record.id, str(error)) from None
 
 
 def _rounds(template: Template, record: Record, sizes: Sequence[Size]) -> list[Round]:
     rounds = template.rounds(record.turns)
     if len(sizes) != (wanted := sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)):
-        raise ValueError(f"{wanted} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
+        raise UserError(f"{wanted} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
     return rounds
 
 

@@ -18,7 +18,7 @@ from llava_pdrop.data.labels import SURROGATE
 from llava_pdrop.data.records import ROLES, Records, named_images, parse_entry
 from llava_pdrop.data.tokens import Encoder, Truncation
 from llava_pdrop.doctor.images import THREADS, Look, hash64, in_threads, look
-from llava_pdrop.errors import RecordError
+from llava_pdrop.errors import RecordError, UserError
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, Record
 
 BLOCK = 512
@@ -263,7 +263,7 @@ def structure(record: Record, template: Template) -> tuple[str, str] | None:
             return "not_tokenised", f"conversations[{number}]: holds half of a surrogate pair, which is no text"
     try:
         rounds = template.rounds(record.turns)
-    except ValueError as error:
+    except UserError as error:
         roles = [turn.role for turn in record.turns]
         turned = [role == ("human", "gpt")[i % 2] for i, role in enumerate(roles[roles[0] == "gpt" :])]
         in_order = bool(turned) and all(turned)

@@ -23,7 +23,7 @@ from llava_pdrop.cost.nominal import Model, checkpointing, model_of
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor.examine import Findings
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.errors import ConfigError, MissingFileError, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
@@ -132,7 +132,7 @@ def rate_of(config: Config, cost: Cost, measured: Path | None, tflops: float | N
             if it holds a run (unless ``tflops`` is given).
 
     Raises:
-        ValueError: ``measured`` holds no measurement.
+        UserError: ``measured`` holds no measurement.
     """
     if measured is None and tflops is None and (Path(config.output_dir) / METRICS_FILE).is_file():
         measured = Path(config.output_dir)
@@ -147,10 +147,10 @@ def _rate_of_run(directory: Path, cost: Cost) -> Rate:
     """From the steps of a run on this data; the first ones are left out, while everything warms up."""
     file = directory / METRICS_FILE
     if not file.is_file():
-        raise ValueError(f"{directory}: holds no {METRICS_FILE}; name the directory of a run, or a bench JSON")
+        raise UserError(f"{directory}: holds no {METRICS_FILE}; name the directory of a run, or a bench JSON")
     rows = [row for row in read_metrics(file) if row.get("samples") and row.get("step_seconds")]
     if not rows:
-        raise ValueError(f"{file}: holds no timed step")
+        raise UserError(f"{file}: holds no timed step")
     seconds = median(row["step_seconds"] / row["samples"] for row in rows[min(2, len(rows) - 1) :])
     saved = directory / RUN_FILE
     dropped = saved.is_file() and bool(load_config(saved).schedule.layers)
@@ -169,11 +169,11 @@ def _rate_of_bench(file: Path, config: Config) -> Rate:
         vanilla = [run for run in runs if not run["schedule"]["layers"]]
         dropping = [run for run in runs if run["schedule"]["layers"]]
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such bench JSON or run directory") from None
+        raise MissingFileError(f"{file}: no such bench JSON or run directory") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON of llava-pdrop bench train ({type(error).__name__}: {error})") from None
+        raise UserError(f"{file}: not a JSON of llava-pdrop bench train ({type(error).__name__}: {error})") from None
     if not runs:
-        raise ValueError(f"{file}: holds no measured run")
+        raise UserError(f"{file}: holds no measured run")
     dropping.sort(key=lambda run: run["schedule"] != config.schedule.to_dict())  # this very schedule first
     first, second = (vanilla or dropping)[0], (dropping or vanilla)[0]
     source = f"measured: {file} on {report['environment']['device']}, shape {report['shape']['name']}"

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_pdrop.data.images import image_header, load_image
 from llava_pdrop.data.records import Records
+from llava_pdrop.errors import UserError
 from llava_pdrop.types import ImageSource
 
 THREADS = 8
@@ -54,7 +55,7 @@ def look(source: ImageSource, decode: bool = False) -> Look:
         return Look(size, mode, file_bytes(source))
     except FileNotFoundError:
         return Look(None, "", -1, "missing_image", f"{source}: no such image")
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return Look(None, "", -1, "corrupt_image", str(error))
 
 

@@ -20,7 +20,7 @@ from llava_pdrop.config.load import RUN_FILE
 from llava_pdrop.config.paths import check_name
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES, Template
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.eval.benchmarks import BENCHMARKS, Question
 from llava_pdrop.eval.generation import generating, model_inputs, prompt_sample, until_stop
 from llava_pdrop.eval.scoring import SCORERS, normalise
@@ -114,12 +114,12 @@ def evaluate(
         team: the processes that share the questions; all call this and have the same result.
 
     Raises:
-        ValueError: no questions, an unknown scorer, or a schedule that does not fit the model.
+        UserError: no questions, an unknown scorer, or a schedule that does not fit the model.
     """
     if not questions:
-        raise ValueError("there are no questions to evaluate")
+        raise UserError("there are no questions to evaluate")
     if scorer not in SCORERS:
-        raise ValueError(f"unknown eval.scorer {scorer!r}: choose one of {sorted(SCORERS)}")
+        raise UserError(f"unknown eval.scorer {scorer!r}: choose one of {sorted(SCORERS)}")
     device, start, cpu_start = next(host.parameters()).device, time.perf_counter(), time.process_time()
     steps: list[Step] = []
     own = Answers()

@@ -22,7 +22,7 @@ from llava_pdrop.checkpoint.build import Parts, build_parts
 from llava_pdrop.checkpoint.grow import grow_decoder, grow_projector
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import Config
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.errors import ConfigError, MissingFileError, UserError
 from llava_pdrop.eval.benchmarks import Question
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, Result, answer, load_questions
 from llava_pdrop.report.environment import environment
@@ -78,13 +78,13 @@ def learn(out: Path, device: str, config: Path, seconds: float, overrides: Seque
         (per step), ``stopped_early``, ``train_seconds``, ``eval_seconds``. Of an arm that failed: ``error``.
 
     Raises:
-        ConfigError, ValueError, FileNotFoundError: the config cannot be run, or there is no such device.
+        ConfigError, UserError, MissingFileError: the config cannot be run, or there is no such device.
     """
     began = time.monotonic()
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+        raise UserError(f"device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: this machine has no CUDA GPU: take cpu")
+        raise UserError("device cuda: this machine has no CUDA GPU: take cpu")
     base = out / "base"
     places = [f"output_dir={out}", f"model.language_model={base}/language_model"]
     places += [f"model.projector={base}/projector.safetensors", f"train.use_cpu={str(device == 'cpu').lower()}"]
@@ -122,12 +122,12 @@ def grow_base(run: Config, base: Path) -> None:
     if run.model.reference_shape is None:
         raise ConfigError(f"{run.file}: model.reference_shape is not set: it says how large the decoder gets")
     if not (SHIPPED / "language_model").is_dir():
-        raise FileNotFoundError(f"{SHIPPED}/language_model does not exist here: start in the checkout")
+        raise MissingFileError(f"{SHIPPED}/language_model does not exist here: start in the checkout")
     shape = run.model.reference_shape.language_model
     small = LlamaForCausalLM.from_pretrained(SHIPPED / "language_model", dtype=torch.float32)
     try:
         decoder = grow_decoder(small, shape["num_hidden_layers"], shape["hidden_size"], NOISE, run.seed)
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(f"{run.file}: model.reference_shape.language_model: {error}") from None
     decoder.save_pretrained(base / "language_model")
     AutoTokenizer.from_pretrained(SHIPPED / "language_model").save_pretrained(base / "language_model")
@@ -166,7 +166,7 @@ def train_arm(run: Config, seconds: float) -> dict[str, Any]:
     """Trains and evaluates one arm within about ``seconds``.
 
     Raises:
-        ValueError, RuntimeError, OSError: whatever keeps it from that.
+        UserError, RuntimeError, OSError: whatever keeps it from that.
         Preempted: a signal said stop.
     """
     began = time.monotonic()

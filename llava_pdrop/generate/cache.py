@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.schedule import Schedule
 
 
@@ -50,10 +51,10 @@ class PromptStages:
         """The stages without the last ``columns`` columns of the prompt.
 
         Raises:
-            ValueError: image tokens lie among them.
+            UserError: image tokens lie among them.
         """
         if columns > self.text_tail:
-            raise ValueError(
+            raise UserError(
                 f"cannot crop {columns} tokens off a pruned prompt: only its last {self.text_tail} are text, and image "
                 "tokens lie at different places in every layer"
             )
@@ -122,11 +123,11 @@ def remember(cache: Any, stages: PromptStages) -> None:
     The object stays the same (``generate`` and the caller hold on to it), so its class is exchanged.
 
     Raises:
-        ValueError: a kind of cache that is not in `PRUNED`.
+        UserError: a kind of cache that is not in `PRUNED`.
     """
     kind = type(cache)
     if kind not in PRUNED and kind not in PRUNED.values():
-        raise ValueError(
+        raise UserError(
             f"PyramidDrop cannot prune the prompt of a {kind.__name__}: use one of "
             f"{', '.join(known.__name__ for known in PRUNED)}"
         )
@@ -164,10 +165,10 @@ def stage_mask(
         ``eager`` as numbers to add.
 
     Raises:
-        ValueError: flex attention.
+        UserError: flex attention.
     """
     if implementation == "flex_attention":
-        raise ValueError("attach() supports eager, sdpa, llava_pdrop and flash attention, not flex_attention")
+        raise UserError("attach() supports eager, sdpa, llava_pdrop and flash attention, not flex_attention")
     batch, fed = hidden_BND.shape[:2]
     keys, first = cache.get_mask_sizes(fed, layer) if cache is not None else (fed, 0)
     past = cache.get_seq_length(layer) if cache is not None else 0

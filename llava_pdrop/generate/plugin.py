@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import PromptStages, remember, sliding_window, stage_mask
 from llava_pdrop.generate.prefill import Prefill, Step, image_lengths
 from llava_pdrop.model.decoder import Rope
@@ -76,7 +77,7 @@ def attach(model: Model, schedule: Schedule | None = None, trace: list[Step] | N
         the same model.
 
     Raises:
-        ValueError: the decoder is not LLaMA-like, or the schedule does not fit it.
+        UserError: the decoder is not LLaMA-like, or the schedule does not fit it.
     """
     target = _unwrapped(detach(model))
     if schedule is None:
@@ -104,10 +105,10 @@ class _Plugin:
         self.config = model.config
         self.schedule = schedule.check(len(self.decoder.layers))
         if schedule.ranker not in RANKERS:
-            raise ValueError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
+            raise UserError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
         self.image_token = getattr(model.config, "image_token_id", None)
         if self.image_token is None:
-            raise ValueError(f"the config of {type(model).__name__} has no image_token_id: which tokens are images?")
+            raise UserError(f"the config of {type(model).__name__} has no image_token_id: which tokens are images?")
         self.geometry = getattr(base.__dict__.get("pack_image_features"), "geometry", None)
         self.trace = trace
         self.parameters = list(inspect.signature(base.forward).parameters)
@@ -141,13 +142,13 @@ class _Plugin:
         mask, stages = given.get("attention_mask"), getattr(given.get("past_key_values"), "stages", None)
         call = Call(mask, stages=stages, step=None if self.trace is None else Step())
         if stages is not None and stages.schedule != self.schedule:
-            raise ValueError(
+            raise UserError(
                 "this cache was pruned by another schedule than the attached one: start with an empty cache"
             )
         if stages is None and self.schedule.layers:
             call.prefill = self._plan(given)
         if (call.prefill or stages) and mask is not None and getattr(mask, "ndim", 0) != 2:
-            raise ValueError("attach() builds the masks of pruned layers itself: give a 2-D attention_mask or none")
+            raise UserError("attach() builds the masks of pruned layers itself: give a 2-D attention_mask or none")
         if call.step is not None:
             self.trace.append(call.step)
             call.step.image_spans = call.prefill.plan.stages[0].layout.image_spans if call.prefill else []
@@ -164,7 +165,7 @@ class _Plugin:
         if cache is not None and int(cache.get_seq_length()):
             return None  # a later turn, after a first one without images
         if ids is None:
-            raise ValueError(
+            raise UserError(
                 "attach() finds the image tokens in input_ids, but the prompt came as inputs_embeds: give input_ids "
                 "and pixel_values, or detach(model)"
             )
@@ -201,7 +202,7 @@ class _Plugin:
         """Starts the next stage: prunes a prompt, or shifts the positions of later tokens. Returns hidden states."""
         positions = kwargs["position_ids"]
         if positions.ndim != 2:
-            raise ValueError(f"attach() supports one position per token, but {type(self.decoder).__name__} has several")
+            raise UserError(f"attach() supports one position per token, but {type(self.decoder).__name__} has several")
         if call.stage == 0 and kwargs.get("attention_mask") is None:
             call.attention_mask = None  # the host has read the mask: nothing is padding in the whole sequence
         if call.prefill is not None:
@@ -260,7 +261,7 @@ def _decoder_of(base: nn.Module) -> nn.Module:
         "k_proj": attention,
     }
     if any(getattr(part, name, None) is None for name, part in wanted.items()):
-        raise ValueError(
+        raise UserError(
             "attach() needs a LLaMA-like decoder (norm, rotary_emb, layers with input_layernorm and self_attn.q_proj), "
             f"{type(decoder).__name__} is none"
         )
@@ -274,7 +275,7 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     settings = kwargs.get("generation_config") or model.generation_config
     chunked = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
     if plugin.schedule.layers and chunked is not None and kwargs.get("pixel_values") is not None:
-        raise ValueError("attach() ranks with the end of the prompt: generate without prefill_chunk_size")
+        raise UserError("attach() ranks with the end of the prompt: generate without prefill_chunk_size")
     own = plugin.shadowed["generate"] or MethodType(type(model).generate, model)
     token = _PROMPT.set((plugin, None if prompt is None else prompt.shape[1]))
     try:
@@ -291,10 +292,10 @@ def _two_dimensional_mask(model: nn.Module, *, attention_mask: Tensor | None, **
 def _check_reached(model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     call: Call | None = kwargs.get(_HANDLE)
     if call is not None and call.prefill is not None and not call.stage:
-        raise ValueError(f"attach() cannot drop: {type(model).__name__} hands no keyword arguments to its layers")
+        raise UserError(f"attach() cannot drop: {type(model).__name__} hands no keyword arguments to its layers")
 
 
 def _refuse_labels(model: nn.Module, args: tuple, kwargs: dict) -> None:
     images = kwargs.get("pixel_values") is not None
     if images and kwargs.get("labels") is not None and getattr(model, _HANDLE).schedule.layers:
-        raise ValueError("an attached model drops tokens, so labels no longer line up: train with PyramidLlava")
+        raise UserError("an attached model drops tokens, so labels no longer line up: train with PyramidLlava")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import PromptStages
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.decoder import Rope, project_instruction
@@ -100,7 +101,7 @@ class Prefill:
             prompt: columns of the prompt, whose last token ranks; None: the last real token of each row ranks.
 
         Raises:
-            ValueError: ``lengths`` and the number of placeholders disagree.
+            UserError: ``lengths`` and the number of placeholders disagree.
         """
         runs, seq_lens, starts, rows = [], [], [], []
         offset = 0
@@ -204,7 +205,7 @@ def _split(runs: list[tuple[int, int]], lengths: Sequence[int] | None) -> list[t
         return runs
     placeholders = sum(stop - start for start, stop in runs)
     if placeholders != sum(lengths):
-        raise ValueError(f"the prompt has {placeholders} image placeholders, but its images have {sum(lengths)} tokens")
+        raise UserError(f"the prompt has {placeholders} image placeholders, but its images have {sum(lengths)} tokens")
     spans, queue = [], [length for length in lengths if length][::-1]
     for start, stop in runs:
         while start < stop:

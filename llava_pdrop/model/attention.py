@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llava_pdrop.errors import UserError
+
 NAME = "llava_pdrop"
 """Value of ``attn_implementation`` that selects this entry."""
 
@@ -40,16 +42,16 @@ def check_backend(backend: str) -> None:
     """Says before the first step what would fail in it.
 
     Raises:
-        ValueError: an unknown backend, or one whose package or device is not there.
+        UserError: an unknown backend, or one whose package or device is not there.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown model.attention {backend!r}: choose one of {list(BACKENDS)}")
+        raise UserError(f"unknown model.attention {backend!r}: choose one of {list(BACKENDS)}")
     if backend in ("auto", "sdpa"):
         return
     if backend == "flash_attn" and find_spec("flash_attn") is None:
-        raise ValueError("model.attention: flash_attn needs the package flash-attn: install it, or set 'auto'")
+        raise UserError("model.attention: flash_attn needs the package flash-attn: install it, or set 'auto'")
     if not torch.cuda.is_available():
-        raise ValueError(f"model.attention: {backend} needs a CUDA device, and there is none: set 'auto' or 'sdpa'")
+        raise UserError(f"model.attention: {backend} needs a CUDA device, and there is none: set 'auto' or 'sdpa'")
 
 
 def packed_attention(
@@ -63,7 +65,7 @@ def packed_attention(
         window: a token sees itself and the ``window - 1`` tokens before it (Mistral's sliding window).
 
     Raises:
-        ValueError: ``varlen`` or ``flash_attn`` on the CPU or in float32.
+        UserError: ``varlen`` or ``flash_attn`` on the CPU or in float32.
     """
     device = query_HTE.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # rotary embedding has made queries and keys float32
@@ -76,7 +78,7 @@ def packed_attention(
     if backend == "sdpa":
         return _segmentwise_sdpa(query_HTE, key_GTE, value_GTE, segments.lengths, scaling, window)
     if device == "cpu" or not is_half:
-        raise ValueError(
+        raise UserError(
             f"model.attention: {backend} works on CUDA in float16 or bfloat16, not on {device} in {query_HTE.dtype}: "
             "set 'auto' or 'sdpa'"
         )
@@ -159,7 +161,7 @@ def attention_forward(
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("dropout"):
-        raise ValueError("packed attention has no dropout: set attention_dropout to 0 in the decoder's config.json")
+        raise UserError("packed attention has no dropout: set attention_dropout to 0 in the decoder's config.json")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (tensor.squeeze(0) for tensor in (query, key, value))  # [0] would zero-fill a gradient backward
     return packed_attention(query, key, value, segments, scale, sliding_window)[None], None

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.attention import Segments
 from llava_pdrop.model.pyramid_drop import Candidates
@@ -142,7 +143,7 @@ class StreamPlan:
         """Plans every stage of ``batch``, whose ids and labels are on the host.
 
         Raises:
-            ValueError: an image has more placeholders than its size gives features.
+            UserError: an image has more placeholders than its size gives features.
         """
         layouts = layouts_of(batch, schedule)
         image_row, feature_row = (_index(row) for row in _feature_rows(batch, geometry))
@@ -188,7 +189,7 @@ def _feature_rows(batch: PackedBatch, geometry: ImageGeometry) -> tuple[np.ndarr
     for (start, stop), size in zip(batch.image_spans, batch.image_sizes):
         index = geometry.merge_index(size)
         if stop - start > len(index):
-            raise ValueError(
+            raise UserError(
                 f"an image of {size[0]}x{size[1]} pixels has {stop - start} placeholders, "
                 f"but only {len(index)} features"
             )

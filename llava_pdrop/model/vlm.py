@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model import attention
 from llava_pdrop.model.decoder import Drop, run_decoder
@@ -54,7 +55,7 @@ class PyramidLlava(nn.Module):
             those with the longest streams (None: for all).
 
     Raises:
-        ValueError: the schedule or ``recompute_layers`` does not fit the decoder, an unknown ranker, or a backend
+        UserError: the schedule or ``recompute_layers`` does not fit the decoder, an unknown ranker, or a backend
             that is not available here.
     """
 
@@ -69,11 +70,11 @@ class PyramidLlava(nn.Module):
         super().__init__()
         depth = host.config.text_config.num_hidden_layers
         if recompute_layers is not None and not 0 <= recompute_layers <= depth:
-            raise ValueError(
+            raise UserError(
                 f"train.recompute_layers must be from 0 to {depth}, the decoder's depth: {recompute_layers}"
             )
         if schedule.ranker not in RANKERS:
-            raise ValueError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
+            raise UserError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
         attention.check_backend(backend)
         attention.register()
         host.set_attn_implementation(attention.NAME)
@@ -143,7 +144,7 @@ def geometry_of(config: Any) -> ImageGeometry:
     """Tiling rules from a Hugging Face LLaVA or LLaVA-NeXT config (whose pinpoints are written (height, width))."""
     vision = config.vision_config
     if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
-        raise ValueError(
+        raise UserError(
             "only one vision_feature_layer and vision_feature_select_strategy 'default' (patches) are supported, got "
             f"{config.vision_feature_layer} and {config.vision_feature_select_strategy!r}"
         )

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from llava_pdrop.errors import UserError
+
 COMMIT = "LLAVA_PDROP_COMMIT"
 """Environment variable that names the commit of a copy without its history."""
 
@@ -45,17 +47,17 @@ def check_out(directory: Path) -> None:
     """Makes ``directory``, or says before the first measurement that its files could not be written.
 
     Raises:
-        ValueError: it or what it lies in is a file, or cannot be written to.
+        UserError: it or what it lies in is a file, or cannot be written to.
     """
     for path in (directory, *directory.parents):
         if path.exists() and not path.is_dir():
-            raise ValueError(f"--out {directory}: {path} is a file: name a directory")
+            raise UserError(f"--out {directory}: {path} is a file: name a directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ValueError(f"--out {directory}: {error.strerror}: name a directory that can be written to") from None
+        raise UserError(f"--out {directory}: {error.strerror}: name a directory that can be written to") from None
 
 
 def processor() -> str:

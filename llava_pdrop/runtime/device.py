@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from llava_pdrop.errors import UserError
+
 PEAK_TFLOPS: dict[str, float] = {
     "H200": 989.4,
     "H100 NVL": 835.5,
@@ -49,22 +51,22 @@ def device_named(name: str | None) -> torch.device:
     torch's current one.
 
     Raises:
-        ValueError: there is none of that name.
+        UserError: there is none of that name.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name!r} is no device: give cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name!r} is no device: give cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r}: only cpu and cuda are measured")
+        raise UserError(f"--device {name!r}: only cpu and cuda are measured")
     if device.type == "cpu":
         return device
     number = device.index or 0
     if number >= torch.cuda.device_count():
         build = "" if torch.version.cuda else f": torch {torch.__version__} is a build without CUDA"
-        raise ValueError(f"--device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here{build}")
+        raise UserError(f"--device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here{build}")
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device

@@ -31,7 +31,7 @@ def by_first_rank(function: Callable[[], T]) -> T:
     """What ``function`` returns on the first rank, which alone runs it, while the others wait.
 
     Raises:
-        ValueError, OSError: the function raised it on the first rank; then every rank does.
+        UserError, OSError: the function raised it on the first rank, for the user or not; then every rank does.
     """
     if number_of_ranks() == 1:
         return function()

@@ -29,7 +29,7 @@ from llava_pdrop.checkpoint.lora import ADAPTER, ADAPTERS, NON_LORA, PREFIX
 from llava_pdrop.checkpoint.shards import open_tensors, remove_weights
 from llava_pdrop.checkpoint.zero3 import gathered, overwrite, own_tensors, whole_shape
 from llava_pdrop.config.schema import Config, LoraSection
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.runtime.device import autocast_dtype
 from llava_pdrop.train.optim import freeze, part_of
@@ -64,7 +64,7 @@ def adapt(model: PyramidLlava, config: Config, args: TrainingArguments) -> None:
     base = config.model.path or config.model.language_model
     try:
         attach_adapters(model.host, config.lora, str(base), args.device, half)
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(f"{config.file}: {error}") from None
     except re.error as error:
         raise ConfigError(f"{config.file}: lora.rank_pattern: {error.pattern!r} cannot be matched: {error}") from None
@@ -89,14 +89,14 @@ def attach_adapters(
         device, half: where and in which precision (None: float32) quantised weights compute.
 
     Raises:
-        ValueError: a name in ``rank_pattern`` fits no module that gets adapters.
+        UserError: a name in ``rank_pattern`` fits no module that gets adapters.
     """
     target = rf"model\.language_model\.layers\.\d+\.(?:{'|'.join(TARGETS[section.target])})"
     adapted = [name for name, _ in host.named_modules() if re.fullmatch(target, name)]
     for pattern in section.rank_pattern:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):  # as peft matches
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapted}))
-            raise ValueError(f"lora.rank_pattern: {pattern!r} fits none of the adapted modules: {known}")
+            raise UserError(f"lora.rank_pattern: {pattern!r} fits none of the adapted modules: {known}")
     if section.bits is not None:
         quantise(host.model.language_model.layers, section, device, half)
         setattr(host, f"is_loaded_in_{section.bits}bit", True)  # where peft looks
@@ -235,7 +235,7 @@ def load_adapters(host: nn.Module, directory: Path) -> None:
     """Reads back into ``host`` what `save_adapters` has written, and the projector beside it.
 
     Raises:
-        ValueError: it is of other adapters or another model; every key is listed.
+        UserError: it is of other adapters or another model; every key is listed.
     """
     stored = {_in_host(name): tensor for name, tensor in open_tensors(directory / ADAPTERS[0]).items()}
     for name in (PROJECTOR_FILE, NON_LORA):

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from llava_pdrop.data.dataset import ConversationDataset, collate
+from llava_pdrop.errors import UserError
 from llava_pdrop.types import PackedBatch, Sample
 
 REPORT_FILE = "bad_samples.jsonl"
@@ -67,7 +68,7 @@ class CheckedSamples(Dataset["Sample | BadSample"]):
         """A sample, or why it cannot be loaded."""
         try:
             return self.dataset[index]
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             return " ".join(str(error).split())
 
     @cached_property

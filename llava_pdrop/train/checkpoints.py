@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llava_pdrop.errors import UserError
+
 MANIFEST = "manifest.json"
 STAGING = ".partial"
 THREADS = 8
@@ -30,7 +32,7 @@ GIB = 2**30
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written, or not be used."""
 
 

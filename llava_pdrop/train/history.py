@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from llava_pdrop.config.load import RUN_FILE, to_yaml
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.mixture import data_files
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.runtime.ranks import number_of_processes
 from llava_pdrop.train.bad_samples import REPORT_FILE
 from llava_pdrop.train.checkpoints import STAGING, all_checkpoints, newest_whole, read_manifest, what_is_torn
@@ -134,7 +134,7 @@ def mark_finished(config: Config, stamp: str, facts: Mapping[str, Any]) -> None:
     """Notes that the run of `digest` ``stamp`` is complete.
 
     Raises:
-        ValueError: that could not be written.
+        UserError: that could not be written.
     """
     facts = {"digest": stamp, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
     facts |= surroundings()
@@ -161,7 +161,7 @@ def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> 
         say: is told of torn checkpoints that are passed over, and of another number of processes.
 
     Raises:
-        ValueError: the given one is torn, it comes from a run with other settings, or it cannot go on with this number
+        UserError: the given one is torn, it comes from a run with other settings, or it cannot go on with this number
             of processes.
     """
     if config.train.resume == "never":
@@ -172,11 +172,11 @@ def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> 
         checkpoint = Path(config.train.resume)
         reason = what_is_torn(checkpoint)
         if reason is not None:
-            raise ValueError(f"{config.file}: train.resume: {checkpoint} is torn: {reason}; choose another, or auto")
+            raise UserError(f"{config.file}: train.resume: {checkpoint} is torn: {reason}; choose another, or auto")
     if checkpoint is None:
         return None
     if config.train.arguments.get("save_only_model"):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} cannot be continued: train.save_only_model leaves the optimizer out; start over from its "
             "weights (model.path, train.resume=never)"
         )
@@ -187,7 +187,7 @@ def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> 
     if config.lora is not None:  # its base may lie elsewhere by now: the trainer knows it by its weights
         changed = [key for key in changed if key not in ("model.language_model", "model.path")]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was written with another {', '.join(changed)}: give the settings back, choose another "
             "output_dir, or start over with train.resume=never"
         )
@@ -199,7 +199,7 @@ def _check_processes(checkpoint: Path, config: Config, say: Callable[[str], None
     ``checkpoint``, which is possible where their number stays the same and nothing was sharded.
 
     Raises:
-        ValueError: it cannot go on with this number of processes.
+        UserError: it cannot go on with this number of processes.
     """
     manifest = read_manifest(checkpoint) or {}
     before = manifest["world_size"], manifest["gradient_accumulation"]
@@ -209,14 +209,14 @@ def _check_processes(checkpoint: Path, config: Config, say: Callable[[str], None
     written = f"{checkpoint} was written by {before[0]} processes x {before[1]} micro-batches a step, this run has "
     written += f"{now[0]} x {now[1]}"
     if manifest["sharded"]:
-        raise ValueError(
+        raise UserError(
             f"{written}: its optimizer is sharded over the processes, so it goes on with {before[0]} only (or start "
             "over from its weights: model.path and train.resume=never)"
         )
     if before[0] * before[1] != now[0] * now[1]:
         whole, rest = divmod(before[0] * before[1], now[0])
         remedy = f"train.gradient_accumulation_steps={whole}" if not rest else f"{before[0]} processes"
-        raise ValueError(f"{written}: the steps would hold other samples; give {remedy}")
+        raise UserError(f"{written}: the steps would hold other samples; give {remedy}")
     say(
         f"{written}: same samples in every step, in the same order; sums are added up in another order and random "
         "rankers draw other numbers, so the results are close to those of the first run, not equal"

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.model.vlm import Output
 from llava_pdrop.runtime.clock import PARTS, StepClock
 from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
@@ -171,12 +172,12 @@ class MetricsFile(TrainerCallback):
 
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """What keeps a run from writing ``file`` becomes a `ValueError` of one line, which ends the run: nothing that it
+    """What keeps a run from writing ``file`` becomes a `UserError` of one line, which ends the run: nothing that it
     should have left is missing without a word, and its checkpoints are as they were."""
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} could not be written: {error.strerror or error}; mend that (make room if the disk is full) and "
             "start the same command again: it goes on from the newest checkpoint"
         ) from error

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 from llava_pdrop.checkpoint.lora import ADAPTER
+from llava_pdrop.errors import UserError
 from llava_pdrop.model.vision import used_tower_layers
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -31,14 +32,13 @@ WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_m
 def part_of(name: str) -> str:
     """The part a parameter belongs to, by its name in the host or in a (wrapped) `PyramidLlava`.
 
-    Raises:
-        ValueError: it belongs to none, so it would silently never be trained.
+    One that belongs to none would silently never be trained: it fails.
     """
     plain = WRAPPERS.sub("", name).removeprefix("host.")
     for part, prefixes in PARTS.items():
         if plain.startswith(prefixes):
             return part
-    raise ValueError(f"parameter {name} belongs to none of the parts {list(PARTS)}")
+    raise AssertionError(f"parameter {name} belongs to none of the parts {list(PARTS)}")
 
 
 def freeze(model: nn.Module, trainable: Collection[str]) -> None:
@@ -51,11 +51,11 @@ def freeze(model: nn.Module, trainable: Collection[str]) -> None:
         model: a `PyramidLlava`.
 
     Raises:
-        ValueError: an unknown part, or none.
+        UserError: an unknown part, or none.
     """
     unknown = sorted(set(trainable) - set(PARTS))
     if unknown or not trainable:
-        raise ValueError(f"model.trainable must name some of {list(PARTS)}, got {list(trainable)}")
+        raise UserError(f"model.trainable must name some of {list(PARTS)}, got {list(trainable)}")
     used = used_tower_layers(model.host.config)
     adapted = any(ADAPTER.search(name) for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():

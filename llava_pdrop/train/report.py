@@ -36,7 +36,7 @@ def write_report(directory: Path, name: str) -> Path | None:
     """Writes both files from the metrics in ``directory``; None where these have no step.
 
     Raises:
-        ValueError: a file could not be written.
+        UserError: a file could not be written.
     """
     rows = [row for row in read_metrics(directory / METRICS_FILE) if "loss" in row]
     if not rows:

@@ -27,7 +27,7 @@ from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.errors import ConfigError, MissingFileError, UserError
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
@@ -64,7 +64,7 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     ``callbacks`` are asked in this run, not in its stage 1.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: something named in the config is missing or impossible.
+        ConfigError, MissingFileError, UserError: something named in the config is missing or impossible.
         Preempted: a signal said stop (see `llava_pdrop.runtime.preemption`).
     """
     check_run(config)
@@ -213,7 +213,7 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
     """The training samples, after a pass over all records that counts their tokens and finds what cannot be used.
 
     Raises:
-        ValueError: unknown template or format, or data that cannot be used.
+        UserError: unknown template or format, or data that cannot be used.
     """
     section, name = config.data, config.model.template
     check_name(config, "model.template", name, TEMPLATES)
@@ -268,7 +268,7 @@ def prepare_data(config: Config) -> None:
     of every machine. The other processes wait until the files are there.
 
     Raises:
-        ValueError: the command failed. FileNotFoundError: it did not make the file.
+        UserError: the command failed. MissingFileError: it did not make the file.
     """
     wanted = [Path(name) for name in (config.data.train, config.data.eval) if name is not None]
     missing = [file for file in wanted if not file.exists()]
@@ -282,12 +282,12 @@ def prepare_data(config: Config) -> None:
         console.print(f"preparing {missing[0]}: {' '.join(config.data.prepare)}")
     done = subprocess.run([sys.executable, *config.data.prepare], check=False)
     if done.returncode:
-        raise ValueError(
+        raise UserError(
             f"{config.file}: data.prepare failed with status {done.returncode}: {' '.join(config.data.prepare)}"
         )
     for file in missing:
         if not file.exists():
-            raise FileNotFoundError(f"{config.file}: data.prepare ran, but did not write {file}")
+            raise MissingFileError(f"{config.file}: data.prepare ran, but did not write {file}")
     _prepared.add(config.data.prepare)
 
 

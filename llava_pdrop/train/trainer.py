@@ -25,6 +25,7 @@ from llava_pdrop.config.load import RUN_FILE
 from llava_pdrop.cost.flops import step_flops
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
+from llava_pdrop.errors import UserError
 from llava_pdrop.model.vlm import Output, PyramidLlava
 from llava_pdrop.runtime.clock import StepClock
 from llava_pdrop.runtime.preemption import Preemption, outlive_signals
@@ -61,7 +62,7 @@ class PyramidTrainer(SavingTrainer):
         watchdog: is told where this rank is; it runs already. Default: nobody watches.
 
     Raises:
-        ValueError: the plan was made for another number of ranks or accumulation steps.
+        UserError: the plan was made for another number of ranks or accumulation steps.
     """
 
     loss_is_scaled_for_ga = True  # by `compute_loss`: the Trainer must not divide by the accumulation steps
@@ -80,7 +81,7 @@ class PyramidTrainer(SavingTrainer):
         watchdog: Watchdog | None = None,
     ) -> None:
         if (plan.world_size, plan.gradient_accumulation) != (args.world_size, args.gradient_accumulation_steps):
-            raise ValueError(
+            raise UserError(
                 f"the batch plan is for {plan.world_size} ranks x {plan.gradient_accumulation} micro-batches, "
                 f"the run has {args.world_size} x {args.gradient_accumulation_steps}"
             )
@@ -116,18 +117,18 @@ class PyramidTrainer(SavingTrainer):
         """Trains to the end, or until a signal says stop (`preemption`).
 
         Raises:
-            ValueError: the checkpoint was written over other data, so its position in them means nothing; or on another
+            UserError: the checkpoint was written over other data, so its position in them means nothing; or on another
                 base of adapters.
         """
         manifest = read_manifest(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         manifest = {**self.facts, **(manifest or {})}
         if manifest["base"] != self.facts["base"]:
-            raise ValueError(
+            raise UserError(
                 f"{resume_from_checkpoint} has adapters for other weights: the files of the base model have changed "
                 "since; give them back, choose another output_dir, or start over with train.resume=never"
             )
         if manifest["data_order"] != self.facts["data_order"]:
-            raise ValueError(
+            raise UserError(
                 f"{resume_from_checkpoint} is a position in another order of batches: data, seed or batch sizes have "
                 "changed since; give them back, choose another output_dir, or start over with train.resume=never"
             )
@@ -157,7 +158,7 @@ class PyramidTrainer(SavingTrainer):
         """The micro-batches of one optimizer step, and its label tokens on all ranks.
 
         Raises:
-            ValueError: a sample cannot be loaded.
+            UserError: a sample cannot be loaded.
         """
         step = self.state.global_step + 1
         self.watchdog.at(f"fetching the batches of step {step}")
@@ -165,7 +166,7 @@ class PyramidTrainer(SavingTrainer):
             batches = list(islice(epoch_iterator, num_batches))
         bad = next((batch for batch in batches if isinstance(batch, BadSample)), None)
         if bad is not None:
-            raise ValueError(bad.message)
+            raise UserError(bad.message)
         self.watchdog.at(f"counting the labels of step {step}")
         labels = sum(len(batch.label_positions) for batch in batches)
         if self.accelerator.num_processes == 1:
@@ -302,7 +303,7 @@ class PyramidTrainer(SavingTrainer):
 # ahead, the first kernels of one backward pass; a run that logs every step (the default) waits at its end anyway.
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(UserError):
     """A loss is NaN or infinite."""
 
 

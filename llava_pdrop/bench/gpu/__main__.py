@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llava_pdrop.bench.gpu import runner
 from llava_pdrop.bench.gpu.stages import STAGES, chosen
+from llava_pdrop.errors import UserError
 
 OUT = Path("checkpoints/gpu_check")
 
@@ -40,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--seconds must be more than 0, got {seconds:g}")
     try:
         names = chosen(args.stages, args.device, _gpus(args.device))
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     return runner.check(names, seconds, args.device, args.out)
 

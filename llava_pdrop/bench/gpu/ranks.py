@@ -114,7 +114,7 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
     """Trains `STEPS` steps in this rank with our Trainer on synthetic batches; figures over all ranks.
 
     Raises:
-        ValueError, ImportError, RuntimeError: the engine is not installed, or its memory does not suffice.
+        UserError, ImportError, RuntimeError: the engine is not installed, or its memory does not suffice.
     """
     shape = SHAPES["tiny" if rehearsal else "llava-next-7b"]
     if engine == "ddp" and not rehearsal:

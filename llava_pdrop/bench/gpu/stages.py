@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from llava_pdrop.errors import UserError
+
 ARM = ("step_ms", "quartiles_ms", "mfu", "hfu", "peak_gib", "predicted_peak_gib", "tokens_per_second")
 """What the README's tables say of each schedule of a training step."""
 
@@ -86,7 +88,7 @@ def chosen(words: str | None, device: str, gpus: int) -> list[str]:
     and ``ranks`` where there are several.
 
     Raises:
-        ValueError: one that there is not.
+        UserError: one that there is not.
     """
     if words is None:
         left_out = () if device == "cpu" else LATER[1:] if gpus > 1 else LATER
@@ -95,7 +97,7 @@ def chosen(words: str | None, device: str, gpus: int) -> list[str]:
     unknown = [name for name in asked if name not in STAGES]
     if unknown or not asked:
         named = ", ".join(map(repr, unknown)) or "none"
-        raise ValueError(f"--stages: unknown stage {named}: choose from {','.join(STAGES)}")
+        raise UserError(f"--stages: unknown stage {named}: choose from {','.join(STAGES)}")
     return [name for name in STAGES if name in asked]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from llava_pdrop.data.readers.table import read_hf
 from llava_pdrop.data.readers.tar import read_webdataset
 from llava_pdrop.data.readers.text import read_jsonl, read_llava_json
+from llava_pdrop.errors import MissingFileError, UserError
 
 Entry = tuple[str, Any]
 
@@ -36,11 +37,11 @@ def open_entries(path: Path, format: str | None = None) -> Sequence[Entry]:
     """The entries of a data file or directory, through the reader ``format`` names or the path tells.
 
     Raises:
-        FileNotFoundError: there is nothing at ``path``.
-        ValueError: unknown format, or nothing readable in that format; one line that names the file.
+        MissingFileError: there is nothing at ``path``.
+        UserError: unknown format, or nothing readable in that format; one line that names the file.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such data file; check the path")
+        raise MissingFileError(f"{path}: no such data file; check the path")
     if format is None and path.is_dir():
         format = next((name for pattern, name in DIRECTORIES.items() if any(path.glob(pattern))), None)
     elif format is None:
@@ -49,11 +50,11 @@ def open_entries(path: Path, format: str | None = None) -> Sequence[Entry]:
         suffixes = {name: ", ".join(f"*{s}" for s, n in SUFFIXES.items() if n == name) for name in READERS}
         known = ", ".join(name + (f" ({suffixes[name]})" if suffixes[name] else "") for name in READERS)
         what = repr(format) if format else f"of the directory {path.name!r}" if path.is_dir() else repr(path.suffix)
-        raise ValueError(f"{path}: unknown data format {what}; known are {known}")
+        raise UserError(f"{path}: unknown data format {what}; known are {known}")
     try:
         entries = READERS[format](path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read as {format} ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read as {format} ({error.strerror or error})") from None
     if not len(entries):
-        raise ValueError(f"{path}: the file holds no records")
+        raise UserError(f"{path}: the file holds no records")
     return entries

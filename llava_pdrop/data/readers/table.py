@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.data.readers.pictures import TableCell, is_list, pictures_of
-from llava_pdrop.errors import RecordError
+from llava_pdrop.errors import RecordError, UserError
 
 TEXT_COLUMNS = ("id", "conversations")
 IMAGE_COLUMNS = ("image", "images")
@@ -29,7 +29,7 @@ class TableEntries(Sequence[tuple[str, Any]]):
         self._column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
         self._images = dataset.select_columns([self._column]) if self._column else None
         if self._column and not _holds_pictures(found := dataset.features.arrow_schema.field(self._column).type):
-            raise ValueError(
+            raise UserError(
                 f"{path}: column '{self._column}' is of type {found}; a picture is a file name, bytes, or an image of "
                 "datasets (a struct of bytes and path), alone or in a list"
             )
@@ -40,7 +40,10 @@ class TableEntries(Sequence[tuple[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         """Raises: RecordError: a picture with neither bytes nor a file name."""
         origin = f"{self.path}[{index}]"
-        (entry,) = self._text[int(index)].to_pylist()
+        try:
+            (entry,) = self._text[int(index)].to_pylist()
+        except ValueError as error:  # pyarrow's: broken UTF-8, a broken file
+            raise RecordError(origin, None, str(error)) from None
         if self._images is not None:
             cell = self._images[int(index)].column(self._column)[0]
             entry["image"] = [self._source(picture, int(index), i) for i, picture in enumerate(pictures_of(cell))]
@@ -70,30 +73,30 @@ def read_hf(path: Path) -> TableEntries:
     parquet file cannot be read alone; that takes as much disk space again.
 
     Raises:
-        ValueError: several splits, not readable, or no column ``conversations``.
+        UserError: several splits, not readable, or no column ``conversations``.
     """
     import datasets
     import pyarrow
 
     if path.is_dir() and (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(f"{path}: holds the splits {', '.join(splits)}; name one of them, e.g. {path / splits[0]}")
+        raise UserError(f"{path}: holds the splits {', '.join(splits)}; name one of them, e.g. {path / splits[0]}")
     try:
         if path.is_dir() and (path / "state.json").is_file():
             dataset = datasets.load_from_disk(str(path))
         else:
             files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [str(path)]
             if not files:
-                raise ValueError("neither written by save_to_disk nor any *.parquet in it")
+                raise UserError("neither written by save_to_disk nor any *.parquet in it")
             for file in files:
                 _read_footer(file)
             dataset = datasets.load_dataset("parquet", data_files=files, split="train")
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as a Hugging Face data set: {reason}") from None
+        raise UserError(f"{path}: cannot be read as a Hugging Face data set: {reason}") from None
     if "conversations" not in dataset.column_names:
         found = ", ".join(dataset.column_names)
-        raise ValueError(f"{path}: has no column 'conversations' (columns: {found}); rename or convert it")
+        raise UserError(f"{path}: has no column 'conversations' (columns: {found}); rename or convert it")
     return TableEntries(path, dataset)
 
 
@@ -104,7 +107,7 @@ def _read_footer(file: str) -> None:
     try:
         pyarrow.parquet.read_schema(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
 
 def _is_text(type: Any) -> bool:

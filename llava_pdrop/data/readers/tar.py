@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llava_pdrop.data.readers.pictures import FileSlice
-from llava_pdrop.errors import RecordError
+from llava_pdrop.errors import RecordError, UserError
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 """Suffixes of pictures; members with other suffixes than these and ``json`` are left alone."""
@@ -90,11 +90,11 @@ def read_webdataset(path: Path) -> TarEntries:
     """Records of one ``.tar`` or of all ``*.tar`` of a directory, in order of their names.
 
     Raises:
-        ValueError: no shards, or one that is no (uncompressed) tar, cut short or broken in the middle.
+        UserError: no shards, or one that is no (uncompressed) tar, cut short or broken in the middle.
     """
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not shards:
-        raise ValueError(f"{path}: there is no *.tar in this directory")
+        raise UserError(f"{path}: there is no *.tar in this directory")
     return TarEntries(shards)
 
 
@@ -112,7 +112,7 @@ def _records(shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, Members
                 if text or pictures:
                     yield key, text, sorted(pictures, key=_number)
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{shard}: cannot be read as an uncompressed tar file ({error})") from None
+        raise UserError(f"{shard}: cannot be read as an uncompressed tar file ({error})") from None
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, int, int]]:

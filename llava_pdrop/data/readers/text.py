@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_pdrop.errors import RecordError
+from llava_pdrop.errors import RecordError, UserError
 
 BLOCK = 1 << 22
 """Bytes read at a time when a JSON list is taken apart."""
@@ -75,8 +75,8 @@ def read_llava_json(path: Path) -> TextEntries:
     """Entries of a JSON list, each with its origin ``file.json[3]``."""
     try:
         bounds = np.fromiter(_list_bounds(path), dtype=np.dtype((np.int64, 2)))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return TextEntries(path, bounds[:, 0].copy(), bounds[:, 1].copy(), "{path}[{n}]")
 
 
@@ -84,13 +84,13 @@ def _list_bounds(path: Path) -> Iterator[tuple[int, int]]:
     """First byte and end of every element of the JSON list in ``path``, reading block by block.
 
     Raises:
-        ValueError: not a list, or not valid JSON.
+        UserError: not a list, or not valid JSON.
     """
     parse = json.JSONDecoder().raw_decode
     with path.open("rb") as file:
         text = _Text(file)
         if text.next() != "[":
-            raise ValueError(_what_else(text.rest()))
+            raise UserError(_what_else(text.rest()))
         text.skip(1)
         if text.next() == "]":
             text.skip(1)
@@ -103,18 +103,18 @@ def _list_bounds(path: Path) -> Iterator[tuple[int, int]]:
                     cut = error.pos >= len(text.buffer) - _LITERAL or error.msg.startswith("Unterminated string")
                     if cut and text.more():
                         continue
-                    raise ValueError(f"not valid JSON: {error.msg} near byte {text.byte_of(error.pos)}") from None
+                    raise UserError(f"not valid JSON: {error.msg} near byte {text.byte_of(error.pos)}") from None
                 start = text.byte
                 text.skip(stop - text.at)
                 yield start, text.byte
                 if text.next() not in (",", "]"):
-                    raise ValueError(f"not valid JSON: expected ',' or ']' near byte {text.byte}")
+                    raise UserError(f"not valid JSON: expected ',' or ']' near byte {text.byte}")
                 separator = text.buffer[text.at]
                 text.skip(1)
                 if separator == "]":
                     break
         if text.next():
-            raise ValueError(f"not valid JSON: extra data behind the list, near byte {text.byte}")
+            raise UserError(f"not valid JSON: extra data behind the list, near byte {text.byte}")
 
 
 def _what_else(content: str) -> str:
@@ -144,7 +144,7 @@ class _Text:
         try:
             self.buffer = self.buffer[self.at :] + self._decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise ValueError(f"not valid UTF-8: {error}") from None
+            raise UserError(f"not valid UTF-8: {error}") from None
         self.at = 0
         return bool(block)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_pdrop.data.records import read_records
+from llava_pdrop.errors import UserError
 from llava_pdrop.types import Record
 
 
@@ -29,12 +30,12 @@ def llava_json(path: str | Path, image_root: str | Path | None = None) -> list[Q
     """LLaVA records: of each the last question, with the turns before it as they stand; its answer is the gold one.
 
     Raises:
-        ValueError: a record does not end in an answer. FileNotFoundError, ValueError: as `read_records`.
+        UserError: a record does not end in an answer. MissingFileError, UserError: as `read_records`.
     """
     questions = []
     for record in read_records(path, image_root):
         if record.turns[-1].role != "gpt":
-            raise ValueError(f"{record.origin} (id {record.id}): does not end in an answer, so nothing can be scored")
+            raise UserError(f"{record.origin} (id {record.id}): does not end in an answer, so nothing can be scored")
         questions.append(Question(record, record.turns[-1].text.strip()))
     return questions
 
