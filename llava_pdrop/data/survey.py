@@ -36,7 +36,7 @@ LARGE = 10_000
 """From so many records on there are several processes, a progress bar and a cache file; fewer are done in seconds."""
 
 Size = tuple[int, int]
-Measure = Callable[[Sequence[Record], Sequence[Sequence[Size]]], list["int | str"]]
+Measure = Callable[[Sequence[Record], Sequence[Sequence[Size]]], list["int | RecordError"]]
 """(records, sizes of their pictures) -> number of tokens of each, or why it cannot be used."""
 
 UNUSABLE = -1
@@ -142,8 +142,7 @@ class _Blocks(Dataset[tuple[np.ndarray, list[tuple["int | RecordError", list[Siz
                 results[place] = RecordError(valid[place].origin, valid[place].id, problem), []
         counts = self.measure([valid[place] for place in readable], list(readable.values()))
         for (place, sizes), count in zip(readable.items(), counts, strict=True):
-            record = valid[place]
-            results[place] = RecordError(record.origin, record.id, count) if isinstance(count, str) else count, sizes
+            results[place] = count, sizes
         return block, results
 
     def _sizes(self, records: dict[int, Record], block: np.ndarray) -> dict[int, list[Any]]:

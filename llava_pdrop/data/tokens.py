@@ -115,19 +115,19 @@ class Encoder:
         with _naming(record):
             return len(self._encode(record, sizes)[0])
 
-    def lengths(self, records: Sequence[Record], sizes: Sequence[Sequence[Size]]) -> list[int | str]:
-        """`length` of many records; where it would raise, the reason stands in the result.
+    def lengths(self, records: Sequence[Record], sizes: Sequence[Sequence[Size]]) -> list[int | RecordError]:
+        """`length` of many records; where it would raise, the error stands in the result.
 
         Much faster than one by one with a fast tokeniser: texts are only counted, many at a time on all cores, and
         those that come again (the system prompt in front of an image) once. What that cannot decide (too long for the
         limit, perhaps without an answer, wrong) goes through `length`.
         """
-        result: list[int | str] = []
+        result: list[int | RecordError] = []
         for start in range(0, len(records), BLOCK):
             result += self._block_lengths(records[start : start + BLOCK], sizes[start : start + BLOCK])
         return result
 
-    def _block_lengths(self, records: Sequence[Record], sizes: Sequence[Sequence[Size]]) -> list[int | str]:
+    def _block_lengths(self, records: Sequence[Record], sizes: Sequence[Sequence[Size]]) -> list[int | RecordError]:
         special, image = self.tokenizer.all_special_tokens, None
         if self.tokenizer.is_fast:
             image = self.tokenizer.backend_tokenizer.id_to_token(self.image_token_id)
@@ -139,7 +139,7 @@ class Encoder:
         counts = {"": 0} | (dict(zip(texts, token_counts(texts, self.tokenizer), strict=True)) if texts else {})
         bos = len(bos_ids(self.tokenizer))
 
-        result: list[int | str] = []
+        result: list[int | RecordError] = []
         for record, own, draft in zip(records, sizes, drafts, strict=True):
             if draft is not None:
                 total = bos + sum(counts[text] for text in draft) + sum(map(self.geometry.num_tokens, own))
@@ -149,7 +149,7 @@ class Encoder:
             try:
                 result.append(self.length(record, own))
             except RecordError as error:
-                result.append(error.reason)
+                result.append(error)
         return result
 
     def _countable(
@@ -185,7 +185,8 @@ class Encoder:
         if _supervised(expanded) and not self._fits(expanded[0]):
             expanded = self._first_rounds(by_round, sizes, whole)
         if not _supervised(expanded):
-            raise UserError("it has no answer, or empty ones only, so there is nothing to learn")
+            reason = "it has no answer, or empty ones only, so there is nothing to learn"
+            raise RecordError(record.origin, record.id, reason, "no_supervised_token")
         return expanded
 
     def _first_rounds(self, by_round: list[list[Piece]], sizes: Sequence[Size], whole: Encoded) -> Expanded:
@@ -239,6 +240,8 @@ def _naming(record: Record) -> Iterator[None]:
     """Puts the record's name in front of what is wrong with it."""
     try:
         yield
+    except RecordError:
+        raise
     except UserError as error:
         raise RecordError(record.origin, record.id, str(error)) from None
 

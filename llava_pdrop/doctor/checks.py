@@ -224,10 +224,10 @@ class _Pass:
         long: list[int] = []
         full = self.checks.unlimited.lengths(list(records.values()), list(sizes.values()))
         for (place, record), count in zip(records.items(), full, strict=True):
-            if isinstance(count, str):
+            if isinstance(count, RecordError):
                 written = token is not None and any(token in turn.text for turn in record.turns)
-                kind = "no_supervised_token" if "nothing to learn" in count else "not_tokenised"
-                self._add(place, record.origin, record.id, "image_token" if written else kind, count)
+                kind = "image_token" if written else count.kind or "not_tokenised"
+                self._add(place, record.origin, record.id, kind, count.reason)
                 continue
             lengths[place] = count
             if encoder.max_length is not None and count > encoder.max_length:
@@ -235,8 +235,8 @@ class _Pass:
         cut = encoder.lengths([records[place] for place in long], [sizes[place] for place in long])
         for place, count in zip(long, cut, strict=True):
             record = records[place]
-            if isinstance(count, str):
-                self._add(place, record.origin, record.id, "too_long", count)
+            if isinstance(count, RecordError):
+                self._add(place, record.origin, record.id, "too_long", count.reason)
                 lengths[place, 1] = UNKNOWN
                 continue
             change = f"{lengths[place, 0]} tokens, shortened to {count}"

@@ -3,6 +3,7 @@ counting many records at once is what counting one by one gives."""
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import replace
 from functools import cache
@@ -127,13 +128,18 @@ def test_many_lengths_at_once(golden, tokenizer_name, template, limit, truncatio
     records[9] = replace(records[9], turns=(written_out, Turn("gpt", "no")))
     encoder = Encoder(TEMPLATES[template], tokenizer, tokenizer.eos_token_id, PAD, limit, truncation)
     results = encoder.lengths(records, sizes)
-    assert [one_length(encoder, record, own) for record, own in zip(records, sizes)] == results
+    assert [one_length(encoder, record, own) for record, own in zip(records, sizes)] == in_words(results)
 
     encoder = replace(encoder, image_token_id=10**6)
     results = encoder.lengths(records, sizes)
-    assert [one_length(encoder, record, own) for record, own in zip(records, sizes)] == results
+    assert [one_length(encoder, record, own) for record, own in zip(records, sizes)] == in_words(results)
+    results = in_words(results)
     assert "two turns by 'human'" in results[3] and "image(s)" in results[5] and "unheard of" in results[7]
     assert any(isinstance(result, int) for result in results)
+
+
+def in_words(results: list[int | RecordError]) -> list[int | str]:
+    return [result.reason if isinstance(result, RecordError) else result for result in results]
 
 
 def one_length(encoder: Encoder, record: Record, sizes) -> int | str:
@@ -159,5 +165,19 @@ def test_half_a_character_is_refused_with_the_record(golden) -> None:
     broken = Record("b", (Turn("human", "What is \ud83d this?"), Turn("gpt", "x")), (), "made.json[3]")
     with pytest.raises(RecordError, match=r"made.json\[3\].*half a character.*\\ud83d.*remove it"):
         encoder.train(broken, [])
-    (reason,) = encoder.lengths([broken], [[]])
-    assert isinstance(reason, str) and "half a character" in reason
+    (error,) = encoder.lengths([broken], [[]])
+    assert isinstance(error, RecordError) and "half a character" in error.reason and error.kind is None
+
+
+def test_a_record_without_an_answer_says_its_kind(tokenizer, image_token_id) -> None:
+    """The kind comes from the code that refuses it: words of the user's that sound like it do not count."""
+    encoder = Encoder(TEMPLATES["v1"], tokenizer, image_token_id, PAD)
+    empty = Record("a", (Turn("human", "What?"), Turn("gpt", "")), (), "made.json[0]")
+    sounds = replace(empty, id="b", template="nothing to learn")
+    for record, kind in ((empty, "no_supervised_token"), (sounds, None)):
+        with pytest.raises(RecordError) as caught:
+            encoder.train(record, [])
+        (listed,) = encoder.lengths([record], [[]])
+        assert isinstance(listed, RecordError)
+        for error in (caught.value, listed, pickle.loads(pickle.dumps(listed))):
+            assert (error.kind, error.origin, error.id) == (kind, record.origin, record.id)

@@ -26,6 +26,7 @@ from llava_pdrop.doctor.checks import KINDS, Checks
 from llava_pdrop.doctor.examine import Findings, examine
 from llava_pdrop.doctor.images import SAMPLE, look, same_content
 from llava_pdrop.doctor.report import describe
+from llava_pdrop.errors import RecordError
 from llava_pdrop.geometry import ImageGeometry
 
 SQUARE = ImageGeometry(56, 14)
@@ -137,10 +138,21 @@ def test_a_record_larger_than_a_micro_batch(write, check):
     assert found.clean.tolist() == [0] and f"micro-batch holds {short}" in found.problems["over_budget"][0].reason
 
 
-def test_a_text_the_tokenizer_cannot_label(write, check, monkeypatch):
-    monkeypatch.setattr(Encoder, "lengths", lambda self, records, sizes: ["its tokens do not spell it"] * len(records))
+@pytest.mark.parametrize(
+    ("reason", "given", "kind"),
+    [
+        ("its tokens do not spell it", None, "not_tokenised"),
+        ("its tokens do not spell 'nothing to learn'", None, "not_tokenised"),
+        ("no token is supervised", "no_supervised_token", "no_supervised_token"),
+    ],
+)
+def test_what_the_encoder_refuses_is_of_the_kind_it_says(write, check, monkeypatch, reason, given, kind):
+    def lengths(self, records, sizes):
+        return [RecordError(record.origin, record.id, reason, given) for record in records]
+
+    monkeypatch.setattr(Encoder, "lengths", lengths)
     found = check(write(GOOD))
-    assert found.problems["not_tokenised"][0].reason == "its tokens do not spell it" and not len(found.clean)
+    assert [problem.reason for problem in found.problems[kind]] == [reason] and not len(found.clean)
 
 
 @pytest.mark.parametrize(
