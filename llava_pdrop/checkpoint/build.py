@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import LlavaNextProcessor, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -16,7 +17,7 @@ from llava_pdrop.checkpoint.hosts import empty_host
 from llava_pdrop.checkpoint.layouts import is_projector
 from llava_pdrop.checkpoint.load import load_projector, load_strictly
 from llava_pdrop.checkpoint.open import Source, open_llava, open_parts
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, naming
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import pack_by_geometry
 from llava_pdrop.model.vlm import Host
@@ -96,18 +97,23 @@ def build_parts(
             Without them its logits are those of the official code to the last column.
 
     Raises:
-        MissingFileError: a directory or file that does not exist. UserError: weights that do not fit.
+        MissingFileError: a directory or file that does not exist. UserError: weights that do not fit. Their ``key``
+            says which part it is, as a config names it: ``model.path``, ``model.language_model``,
+            ``model.vision_tower`` or ``model.projector``.
     """
     if path is not None:
-        source = open_llava(path, language_model, vision_tower, pad_vocabulary)
+        with naming("model.path"):
+            source = open_llava(path, language_model, vision_tower, pad_vocabulary)
     elif language_model is None or vision_tower is None:
         raise UserError("model: give either path, or language_model and vision_tower")
     else:
         options = {"aspect": aspect, "merge": merge, "pinpoints": pinpoints, "rounding": rounding}
         source = open_parts(language_model, vision_tower, options, image_size)
-    parts = load_source(source, dtype)
+    with naming("model.path" if path is not None else "model.language_model", SafetensorError):
+        parts = load_source(source, dtype)
     if projector is not None:
-        load_projector(parts.host, Path(projector))
+        with naming("model.projector", SafetensorError):
+            load_projector(parts.host, Path(projector))
     return parts
 
 

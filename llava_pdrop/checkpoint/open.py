@@ -41,7 +41,7 @@ from llava_pdrop.checkpoint.original import (
 )
 from llava_pdrop.checkpoint.shards import Stored, open_tensors, read_json, resolve, weight_files
 from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_specials
-from llava_pdrop.errors import MissingFileError, UserError
+from llava_pdrop.errors import MissingFileError, UserError, naming
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import load_image_processor, used_tower_layers
 from llava_pdrop.model.vlm import geometry_of
@@ -82,7 +82,8 @@ class Source:
         if not 0 <= used <= vision.num_hidden_layers:
             number = f"vision_feature_layer (mm_vision_select_layer) {self.config.vision_feature_layer}"
             raise UserError(f"{self.origin}: {number}: the tower has {vision.num_hidden_layers} layers")
-        host = meta_host(self.config)
+        with reading(Path(self.origin) / "config.json"):
+            host = meta_host(self.config)
         own = host.state_dict()
         tensors = in_memory(self.tensors, own)
         made = {name: Stored.of(tensor) for name, tensor in own.items() if fresh and is_projector(name)}
@@ -130,8 +131,9 @@ def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vi
     if "text_config" in under or "mm_vision_tower" in under:
         tensors = open_llava(base, vision_tower=vision_tower if "mm_vision_tower" in under else None).tensors
     else:
-        tower = vision_tower or fields[SECTION]["mm_vision_tower"]
-        tensors = open_parts(base, tower, {}, fields["vision_config"]["image_size"]).tensors
+        with reading(directory / "config.json"):
+            tower, side = vision_tower or fields[SECTION]["mm_vision_tower"], fields["vision_config"]["image_size"]
+        tensors = open_parts(base, tower, {}, side).tensors
     return _open_hf(directory, fields, lora.merged(tensors, directory))
 
 
@@ -240,9 +242,27 @@ def open_parts(
     Args:
         geometry_options: ``aspect``, ``merge``, ``pinpoints`` and ``rounding`` of `ImageGeometry`.
         image_size: side of a tile in pixels if not the tower's own (its position embeddings are interpolated).
+
+    Raises:
+        MissingFileError, UserError: one of the two is not there or not usable; its ``key`` says which.
     """
-    vision, tower = open_tower(vision_tower, image_size)
-    geometry = ImageGeometry(vision.image_size, vision.patch_size, **geometry_options)
+    with naming("model.vision_tower"):
+        vision, tower = open_tower(vision_tower, image_size)
+        geometry = ImageGeometry(vision.image_size, vision.patch_size, **geometry_options)
+        image_processor = _image_processor(resolve(vision_tower), vision.image_size)
+    with naming("model.language_model"):
+        return _joined(language_model, vision_tower, vision, tower, geometry, image_processor)
+
+
+def _joined(
+    language_model: str,
+    vision_tower: str,
+    vision: CLIPVisionConfig,
+    tower: dict[str, Stored],
+    geometry: ImageGeometry,
+    image_processor: CLIPImageProcessorPil,
+) -> Source:
+    """A raw LLM with the opened tower."""
     home = resolve(language_model)
     with reading(home / "config.json"):
         text = AutoConfig.from_pretrained(home)
@@ -264,7 +284,7 @@ def open_parts(
         geometry,
         None,
         tokenizer,
-        _image_processor(resolve(vision_tower), vision.image_size),
+        image_processor,
         _generation(home, text, tokenizer),
     ).checked(fresh=True)
 
@@ -299,7 +319,8 @@ def _generation(directory: Path, text: Any, tokenizer: Any | None) -> Generation
     fields = read_json(file) if file.is_file() else {}
     ids = {name: fields.get(name, getattr(text, name, None)) for name in ("bos_token_id", "eos_token_id")}
     pad = fields.get("pad_token_id") if tokenizer is None else tokenizer.pad_token_id
-    return GenerationConfig(**ids, pad_token_id=pad)
+    with reading(file):
+        return GenerationConfig(**ids, pad_token_id=pad)
 
 
 # Opens CLIP vision towers without reading their weights.
@@ -322,7 +343,7 @@ def open_tower(source: str, image_size: int | None = None) -> tuple[CLIPVisionCo
         config = CLIPVisionConfig.from_pretrained(directory)
     stored = {name: tensor for name, tensor in open_tensors(directory).items() if not TEXT_HALF.match(name)}
     tensors = rename(stored, TOWER_TO_HOST)
-    with torch.device("meta"):
+    with reading(directory / "config.json"), torch.device("meta"):
         own = rename(CLIPVisionModel(config).state_dict(), TOWER_TO_HOST)
     wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}

@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from llava_pdrop.checkpoint.build import Parts, build_parts
@@ -193,14 +191,13 @@ def load_parts(config: Config) -> Parts:
             rounding=model.rounding,
             image_size=model.image_size,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        key = "path" if model.path is not None else "language_model"
-        if "load_projector" in called:
-            key = "projector"
-        elif model.path is None and called & {"open_tower", "_image_processor"}:
-            key = "vision_tower"
-        raise ConfigError(f"{config.file}: model.{key} {getattr(model, key)}: {first_line(error)}") from error
+    except UserError as error:
+        if error.key is None:
+            raise ConfigError(f"{config.file}: {first_line(error)}") from error
+        value = getattr(model, error.key.removeprefix("model."))
+        named = ConfigError(f"{config.file}: {error.key} {value}: {first_line(error)}")
+        named.key = error.key
+        raise named from error
 
 
 def build_model(config: Config, parts: Parts) -> PyramidLlava:
