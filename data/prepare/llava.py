@@ -89,7 +89,10 @@ def _size(file: Path) -> int:
 def _fetch(url: str, part: Path) -> int | None:
     """Appends to ``part`` what it lacks; returns the size of the whole file if the server says it."""
     have = _size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    except ValueError as error:
+        raise Problem(f"{url}: {error}: mend the address in the table") from None
     try:
         answer = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
@@ -296,7 +299,7 @@ def main() -> int:
         try:
             prepare(name, table["parts"][name], args.root, args.keep_archives)
             print(f"{name}: complete")
-        except (Problem, OSError, ValueError) as problem:  # a full disk, a place nobody may write to, an odd address
+        except (Problem, OSError) as problem:  # OSError: a full disk, a place nobody may write to
             problems.append(str(problem))
     try:
         missing = check(args.set, entry, args.root) if not args.part else 0
