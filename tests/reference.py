@@ -18,7 +18,7 @@ def slow_reference(model: PyramidLlava, sample: Sample, query: str = "answers") 
     Written out from golden/README section 4 with transformers' eager layers, one sample and one image at a time; it
     shares only the embedding with the packed path.
     """
-    decoder, schedule = model.host.model.language_model, model.schedule
+    decoder, schedule = model.hf.model.language_model, model.schedule
     x, device = model.embed(*_undropped(model, sample)), model.device
     place, labels, survivors = torch.arange(len(x), device=device), sample.labels.to(device), []
     owner = torch.full((len(x),), -1, device=device)
@@ -39,7 +39,7 @@ def slow_reference(model: PyramidLlava, sample: Sample, query: str = "answers") 
         position, rope = _rope(decoder, x, place, schedule)
         x = x + _attention(layer, x, position, rope)[0]
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.host.lm_head(decoder.norm(x)), survivors
+    return model.hf.lm_head(decoder.norm(x)), survivors
 
 
 def _undropped(model: PyramidLlava, sample: Sample) -> tuple[PackedBatch, StreamPlan]:

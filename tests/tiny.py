@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from llava_pdrop.checkpoint.hosts import make_host
+from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.vlm import Host
+from llava_pdrop.model.vlm import HfLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, Sample
 
@@ -25,7 +25,7 @@ PAD = ImageGeometry(28, 7)
 ANYRES = ImageGeometry(28, 7, "anyres", "spatial_unpad", ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84)))
 
 
-def make_tiny_host(decoder: str = "llama", geometry: ImageGeometry = PAD, seed: int = 0) -> Host:
+def make_tiny_hf(decoder: str = "llama", geometry: ImageGeometry = PAD, seed: int = 0) -> HfLlava:
     """A random LLaVA with 6 layers; wide weights, so that attention is far from uniform."""
     kind, options = DECODERS[decoder]
     text = kind(
@@ -36,12 +36,12 @@ def make_tiny_host(decoder: str = "llama", geometry: ImageGeometry = PAD, seed: 
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
     )
     torch.manual_seed(seed)
-    host = make_host(text, vision, geometry, IMAGE)
+    hf = make_hf_model(text, vision, geometry, IMAGE)
     with torch.no_grad():
-        for parameter in host.parameters():
+        for parameter in hf.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
-    return host
+    return hf
 
 
 def make_sample(*pieces: int | str | tuple[int, int], geometry: ImageGeometry = PAD, seed: int = 0) -> Sample:

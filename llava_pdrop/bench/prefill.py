@@ -61,7 +61,7 @@ class Watch:
     rankings: list[tuple[Mark, Mark]] = field(default_factory=list)
 
     @contextmanager
-    def watching(self, host: nn.Module) -> Iterator[None]:
+    def watching(self, hf: nn.Module) -> Iterator[None]:
         """Takes the marks while it is open."""
         rank = Prefill.rank
 
@@ -75,7 +75,7 @@ class Watch:
             if len(self.prefill) < 2:
                 self.prefill.append(Mark.now(self.device))
 
-        hooks = [host.register_forward_pre_hook(mark_first), host.register_forward_hook(mark_first)]
+        hooks = [hf.register_forward_pre_hook(mark_first), hf.register_forward_hook(mark_first)]
         Prefill.rank = timed_rank  # type: ignore[method-assign]
         try:
             yield
@@ -86,7 +86,7 @@ class Watch:
 
 
 def measure(
-    host: nn.Module,
+    hf: nn.Module,
     case: Case,
     methods: dict[str, Schedule],
     shape: Shape,
@@ -103,7 +103,7 @@ def measure(
         pixels = torch.randn(case.batch * tiles, 3, side, side, device=device)
         for turn in range(WARM_UP + runs):
             start = Mark.now(device)
-            prompt = Prompt.make(host, case, pixels, seed)
+            prompt = Prompt.make(hf, case, pixels, seed)
             stop = Mark.now(device)
             _synchronize(device)
             if turn >= WARM_UP:
@@ -113,7 +113,7 @@ def measure(
     for turn in range(WARM_UP + runs):
         for method in list(counted):
             try:
-                run = generate(host, prompt, methods[method], case.new_tokens, device)
+                run = generate(hf, prompt, methods[method], case.new_tokens, device)
             except torch.OutOfMemoryError:
                 del counted[method]
             else:
@@ -124,21 +124,21 @@ def measure(
     return tower, counted
 
 
-def generate(host: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int, device: torch.device) -> Run:
-    """One timed ``generate``; the host is left as it was. An empty schedule is the plain Hugging Face model."""
+def generate(hf: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int, device: torch.device) -> Run:
+    """One timed ``generate``; the model is left as it was. An empty schedule is the plain Hugging Face model."""
     watch = Watch(device)
     if schedule.layers:
-        attach(host, schedule)
+        attach(hf, schedule)
     try:
-        with watch.watching(host), prompt.inputs(host) as inputs:
+        with watch.watching(hf), prompt.inputs(hf) as inputs:
             _synchronize(device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            output = host.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
+            output = hf.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
             end = Mark.now(device)
             _synchronize(device)
     finally:
-        detach(host)
+        detach(hf)
     start, first = watch.prefill
     rankings = [begin.until(stop) for begin, stop in watch.rankings]
     return Run(
@@ -176,35 +176,35 @@ class Prompt:
     features: list[Tensor]
 
     @staticmethod
-    def make(host: nn.Module, case: Case, pixels: Tensor, seed: int) -> Prompt:
+    def make(hf: nn.Module, case: Case, pixels: Tensor, seed: int) -> Prompt:
         """Random text around one picture per prompt, which goes through the tower here.
 
         Args:
             pixels: (prompts * tiles, 3, height, width), enough tiles for the image tokens of ``case``.
         """
-        image, device = host.config.image_token_id, pixels.device
+        image, device = hf.config.image_token_id, pixels.device
         before, after = case.text_tokens
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, image, (case.batch, before + case.image_tokens + after), generator=generator)
         ids[:, before : before + case.image_tokens] = image
         with torch.inference_mode():
-            features = image_features(host, pixels).unflatten(0, (case.batch, -1))[:, : case.image_tokens]
+            features = image_features(hf, pixels).unflatten(0, (case.batch, -1))[:, : case.image_tokens]
         return Prompt(ids.to(device), list(features))
 
     @contextmanager
-    def inputs(self, host: nn.Module) -> Iterator[dict[str, Any]]:
+    def inputs(self, hf: nn.Module) -> Iterator[dict[str, Any]]:
         """Keyword arguments of ``generate``, for as long as it is open."""
         encoded = BaseModelOutputWithPooling(pooler_output=list(self.features))
         given = {"input_ids": self.input_ids, "attention_mask": torch.ones_like(self.input_ids)}
-        if "mm_encoder_outputs" in inspect.signature(host.forward).parameters:
+        if "mm_encoder_outputs" in inspect.signature(hf.forward).parameters:
             yield {**given, "mm_encoder_outputs": {"image": encoded}}
             return
         # transformers 5.17 takes pixels only: it is given empty ones, and finds the features where it would make them.
-        host.model.get_image_features = lambda *_, **__: encoded
+        hf.model.get_image_features = lambda *_, **__: encoded
         try:
             yield {**given, "pixel_values": self.features[0].new_empty(len(self.features), 0)}
         finally:
-            del host.model.get_image_features
+            del hf.model.get_image_features
 
 
 @dataclass(frozen=True)

@@ -284,25 +284,23 @@ def bench_prefill(
         UserError: an attention implementation that is not there.
     """
     dtype = torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32
-    host = make_model(shape, device, dtype, seed=seed).host.eval()
+    hf = make_model(shape, device, dtype, seed=seed).hf.eval()
     try:
-        host.set_attn_implementation(attention)
+        hf.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
         raise UserError(f"--attention {attention!r} does not work here: {error}") from error
-    host.generation_config.eos_token_id = None  # every answer has the same length
-    host.generation_config.pad_token_id = 0
+    hf.generation_config.eos_token_id = None  # every answer has the same length
+    hf.generation_config.pad_token_id = 0
     dropping = {"PyramidDrop": shape.schedule} if shape.schedule.layers else {}
     methods = {"vanilla": Schedule(), **dropping, "FastV": FASTV}
     cases = [Case(batch, tokens, TEXT_TOKENS, new_tokens) for tokens in image_tokens for batch in batches]
     peak, peak_source = peak_flops(device, dtype)
     results: list[dict[str, Any]] = []
     for case in tqdm(cases, desc=f"prefill {name}", unit="case", leave=False):
-        tower, counted = measure(host, case, methods, shape, runs, seed, device)
+        tower, counted = measure(hf, case, methods, shape, runs, seed, device)
         for method, schedule in methods.items():
             taken, vanilla = counted.get(method), counted.get("vanilla")
-            results.append(
-                entry(host.config, case, method, schedule, shape.geometry, dtype, peak, tower, taken, vanilla)
-            )
+            results.append(entry(hf.config, case, method, schedule, shape.geometry, dtype, peak, tower, taken, vanilla))
     settings = {
         "shape": name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -311,7 +309,7 @@ def bench_prefill(
         "warm_up": WARM_UP,
         "new_tokens": new_tokens,
         "text_tokens": list(TEXT_TOKENS),
-        "weights_bytes": sum(parameter.nbytes for parameter in host.parameters()),
+        "weights_bytes": sum(parameter.nbytes for parameter in hf.parameters()),
         "peak_flops": peak,
         "peak_flops_source": peak_source,
         "timer": "CUDA events" if device.type == "cuda" else "wall clock; speed-ups by CPU time",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
 
-from llava_pdrop.checkpoint.hosts import make_host
+from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.nominal import checkpointing, model_of, recomputed_layers, samples_of
@@ -155,21 +155,21 @@ def make_model(
     """
     with torch.device("meta"):
         vocabulary = shape.text_config().vocab_size
-        host = make_host(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=vocabulary - 2)
-    host = host.to(dtype)
-    needed, free = sum(p.nbytes for p in host.parameters()), psutil.virtual_memory().available
+        hf = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=vocabulary - 2)
+    hf = hf.to(dtype)
+    needed, free = sum(p.nbytes for p in hf.parameters()), psutil.virtual_memory().available
     if device.type == "cpu" and needed > free:
         raise UserError(
             f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: take a GPU, or "
             "a smaller model"
         )
-    host = host.to_empty(device=device)
-    host.tie_weights()  # `to_empty` has parted what a small decoder shares: its embedding and its head
+    hf = hf.to_empty(device=device)
+    hf.tie_weights()  # `to_empty` has parted what a small decoder shares: its embedding and its head
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
-        for module in host.modules():
+        for module in hf.modules():
             _fill(module, generator)
-    return PyramidLlava(host, geometry=shape.geometry, backend=backend)
+    return PyramidLlava(hf, geometry=shape.geometry, backend=backend)
 
 
 def _fill(module: nn.Module, generator: torch.Generator) -> None:

@@ -193,12 +193,12 @@ class Trainer:
     def model_flops(self, arm: Arm, batch: PackedBatch) -> float:
         """Operations that a step of ``arm`` on ``batch`` cannot do without."""
         shape = self.shape
-        return step_flops(self.model.host.config, batch, arm.schedule, shape.geometry, shape.trainable).total
+        return step_flops(self.model.hf.config, batch, arm.schedule, shape.geometry, shape.trainable).total
 
     def hardware_flops(self, arm: Arm, batch: PackedBatch) -> float:
         """Operations that it does, recomputation and logits without a label included."""
         options = (self.shape.geometry, self.shape.trainable, arm.recompute, arm.recompute_layers)
-        count = step_flops(self.model.host.config, batch, arm.schedule, *options)
+        count = step_flops(self.model.hf.config, batch, arm.schedule, *options)
         if arm.full_logits:
             rows = layouts_of(batch, arm.schedule)[-1].tokens
             count = replace(count, head=count.head * rows / len(batch.label_positions))
@@ -208,7 +208,7 @@ class Trainer:
         """The peak that ``llava-pdrop plan`` would predict with this optimizer: label-only logits, nothing fused."""
         options = (self.shape.geometry, self.shape.trainable, arm.recompute, arm.recompute_layers)
         states = optimizer.states(self.kind, self.dtype)
-        return predicted_peak(self.model.host.config, batch, arm.schedule, *options, states).total / MIB
+        return predicted_peak(self.model.hf.config, batch, arm.schedule, *options, states).total / MIB
 
     def recover(self) -> None:
         """Gives back what a step that ran out of memory has left behind."""
@@ -224,12 +224,12 @@ class Trainer:
         model.schedule, model.backend, model.recompute_layers = arm.schedule, arm.backend, arm.recompute_layers
         if arm.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        elif hasattr(model.host, "activation_checkpointing_disable"):
-            model.host.activation_checkpointing_disable()
+        elif hasattr(model.hf, "activation_checkpointing_disable"):
+            model.hf.activation_checkpointing_disable()
         else:  # transformers before 5.20
-            model.host.gradient_checkpointing_disable()
+            model.hf.gradient_checkpointing_disable()
         if arm.compiled and not self._has_programs:
-            compile_regions(model.host.model.language_model)
+            compile_regions(model.hf.model.language_model)
             self._has_programs = True
 
     def _programs_of(self, arm: Arm) -> AbstractContextManager:
@@ -280,7 +280,7 @@ def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, pa
         result.tokens.append(sum(samples.seq_lens))
         result.model_flops.append(trainer.model_flops(arm, samples))
         result.hardware_flops.append(trainer.hardware_flops(arm, batch))
-        result.stage_flops.append(stage_flops(trainer.model.host.config, batch, arm.schedule))
+        result.stage_flops.append(stage_flops(trainer.model.hf.config, batch, arm.schedule))
         if cuda and not (arm.full_logits or arm.compiled):
             result.predicted_peak_mib.append(trainer.predicted_peak_mib(arm, batch))
 

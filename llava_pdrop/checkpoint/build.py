@@ -1,4 +1,4 @@
-"""Builds the Hugging Face host of a model: from a LLaVA directory of either layout, or from an LLM and a CLIP tower."""
+"""Builds a Hugging Face LLaVA: from a LLaVA directory of either layout, or from an LLM and a CLIP tower."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from llava_pdrop.checkpoint.hosts import empty_host
+from llava_pdrop.checkpoint.hf_models import empty_hf_model
 from llava_pdrop.checkpoint.layouts import is_projector
 from llava_pdrop.checkpoint.load import load_projector, load_strictly
 from llava_pdrop.checkpoint.open import Source, open_llava, open_parts
 from llava_pdrop.errors import UserError, naming
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import pack_by_geometry
-from llava_pdrop.model.vlm import Host
+from llava_pdrop.model.vlm import HfLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IMAGE_MARKER
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A host with all that is needed to feed it. ``image_processor`` makes one square tile (CLIP's);
+    """A Hugging Face LLaVA with all that is needed to feed it. ``image_processor`` makes one square tile (CLIP's);
     ``geometry`` says how a picture is cut into tiles; ``schedule`` is the one the checkpoint was trained with (an empty
     one: without dropping), None where the checkpoint says nothing."""
 
-    host: Host
+    hf: HfLlava
     tokenizer: Any
     image_processor: CLIPImageProcessorPil
     geometry: ImageGeometry
@@ -113,17 +113,15 @@ def build_parts(
         parts = load_source(source, dtype)
     if projector is not None:
         with naming("model.projector", SafetensorError):
-            load_projector(parts.host, Path(projector))
+            load_projector(parts.hf, Path(projector))
     return parts
 
 
 def load_source(source: Source, dtype: torch.dtype = torch.float32) -> Parts:
-    """Reads an opened checkpoint into a host, one tensor at a time: the memory needed is that of the model in ``dtype``
-    and its largest tensor."""
-    host = empty_host(source.config, dtype)
-    load_strictly(
-        host, source.tensors, source.origin, {name for name, _ in host.named_parameters() if is_projector(name)}
-    )
-    host.generation_config = source.generation
-    pack_by_geometry(host, source.geometry)
-    return Parts(host, source.tokenizer, source.image_processor, source.geometry, source.schedule)
+    """Reads an opened checkpoint one tensor at a time: the memory needed is that of the model in ``dtype`` and of its
+    largest tensor."""
+    hf = empty_hf_model(source.config, dtype)
+    load_strictly(hf, source.tensors, source.origin, {name for name, _ in hf.named_parameters() if is_projector(name)})
+    hf.generation_config = source.generation
+    pack_by_geometry(hf, source.geometry)
+    return Parts(hf, source.tokenizer, source.image_processor, source.geometry, source.schedule)

@@ -12,7 +12,7 @@ import torch
 
 from llava_pdrop.checkpoint.build import make_image_processor, make_processor
 from llava_pdrop.checkpoint.hf_files import complete_tokenizer, write_config, write_image_processor, write_processor
-from llava_pdrop.checkpoint.layouts import EMBEDDINGS, HOST_TO_HF, HOST_TO_ORIGINAL, TOWER, rename
+from llava_pdrop.checkpoint.layouts import EMBEDDINGS, MEMORY_TO_HF, MEMORY_TO_ORIGINAL, TOWER, rename
 from llava_pdrop.checkpoint.load import cut_rows
 from llava_pdrop.checkpoint.open import Source, beside, open_tower
 from llava_pdrop.checkpoint.original import SECTION, dtype_of, original_config
@@ -52,7 +52,7 @@ def save_llava_hf(
         dtype: precision of all weights; None: each as it is stored.
     """
     tensors = _prepared(source, source.tensors, dtype)
-    write_shards(directory, rename(tensors, HOST_TO_HF), shard_size)
+    write_shards(directory, rename(tensors, MEMORY_TO_HF), shard_size)
     write_config(source.config, directory, dtype_of(tensors))
     source.generation.save_pretrained(directory)
     if source.tokenizer is None:
@@ -65,7 +65,7 @@ def save_llava_hf(
 
 
 def is_vicuna(config: Any) -> bool:
-    """Whether a host was an original LLaVA on LLaMA's 32000 tokens: LLaVA-1.5, LLaVA-NeXT-Vicuna and what was trained
+    """Whether a model was an original LLaVA on LLaMA's 32000 tokens: LLaVA-1.5, LLaVA-NeXT-Vicuna and what was trained
     like them, which all talk by the template ``v1``."""
     section = getattr(config, SECTION, None) or {}
     return (
@@ -106,7 +106,7 @@ def save_original(
         bool(recorded) or not is_that_tower(tensors, tower, Path(source.origin)),
         dtype_of(tensors),
     )
-    write_shards(directory, rename(tensors, HOST_TO_ORIGINAL), shard_size)
+    write_shards(directory, rename(tensors, MEMORY_TO_ORIGINAL), shard_size)
     write_json(directory / "config.json", config)
     ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(directory / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
@@ -121,7 +121,7 @@ def _prepared(source: Source, tensors: Mapping[str, Stored], dtype: torch.dtype 
 
 
 def tower_name(config: Any) -> str | None:
-    """The CLIP directory or hub id that a host's tower comes from, None if nothing says so."""
+    """The CLIP directory or hub id that a model's tower comes from, None if nothing says so."""
     recorded = (getattr(config, SECTION, None) or {}).get("mm_vision_tower")
     vision = config.vision_config
     shape = (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size)

@@ -1,6 +1,6 @@
 """Key names of the checkpoint layouts, and the way between them.
 
-The names in the middle are those of a Hugging Face LLaVA in memory under transformers 5 ("host names"): ``lm_head.``,
+The names in the middle ("names in memory") are those of a Hugging Face LLaVA under transformers 5: ``lm_head.``,
 ``model.language_model.``, ``model.vision_tower.`` (without ``vision_model.``), ``model.multi_modal_projector.`` and
 ``model.image_newline``. Every layout on disk has a table to them and, where we write it, one from them.
 """
@@ -16,7 +16,7 @@ from llava_pdrop.errors import UserError
 Table: TypeAlias = tuple[tuple[str, str], ...]
 Value = TypeVar("Value")
 
-ORIGINAL_TO_HOST: Table = (
+ORIGINAL_TO_MEMORY: Table = (
     (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
     (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower."),
@@ -25,7 +25,7 @@ ORIGINAL_TO_HOST: Table = (
 )
 """The original LLaVA layout, which for the decoder is that of a raw LLM as well."""
 
-HF_TO_HOST: Table = (
+HF_TO_MEMORY: Table = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
@@ -34,12 +34,12 @@ HF_TO_HOST: Table = (
 )
 """Hugging Face's LLaVA as any version writes it: 4.x, 5.x, and 5.x after loading a 4.x file."""
 
-TOWER_TO_HOST: Table = (
+TOWER_TO_MEMORY: Table = (
     (r"^(vision_model\.)?(embeddings|encoder|pre_layrnorm|post_layernorm)\b", r"model.vision_tower.\2"),
 )
 """A CLIP tower, or the whole of CLIP."""
 
-HOST_TO_HF: Table = (
+MEMORY_TO_HF: Table = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
@@ -52,9 +52,9 @@ CANONICAL = re.compile(
     r"language_model\.(model\.(embed_tokens|layers|norm)|lm_head)\."
     r"|vision_tower\.vision_model\.|multi_modal_projector\.|image_newline$"
 )
-"""What every name made by `HOST_TO_HF` begins with."""
+"""What every name made by `MEMORY_TO_HF` begins with."""
 
-HOST_TO_ORIGINAL: Table = (
+MEMORY_TO_ORIGINAL: Table = (
     (r"^model\.language_model\.", "model."),
     (r"^model\.vision_tower\.(vision_model\.)?", "model.vision_tower.vision_tower.vision_model."),
     (r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
@@ -70,10 +70,10 @@ TEXT_HALF = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_
 
 TOWER = "model.vision_tower."
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-"""The host's two tensors with a row per token."""
+"""The model's two tensors with a row per token."""
 
 
-def rename(tensors: Mapping[str, Value], table: Table = ORIGINAL_TO_HOST) -> dict[str, Value]:
+def rename(tensors: Mapping[str, Value], table: Table = ORIGINAL_TO_MEMORY) -> dict[str, Value]:
     """Every tensor under its new name; obsolete buffers are left out, names that no entry fits stay.
 
     Raises:
@@ -100,12 +100,12 @@ def rename_one(name: str, table: Table) -> str:
 
 
 def in_memory(tensors: Mapping[str, Value], own: Mapping[str, object]) -> dict[str, Value]:
-    """Host names with the tower as this version of transformers names it (``own``: the host's state_dict)."""
+    """Names in memory with the tower as this version of transformers names it (``own``: the model's state_dict)."""
     nested = any(name.startswith(f"{TOWER}vision_model.") for name in own)
     prefix = f"{TOWER}vision_model." if nested else TOWER
     return {re.sub(rf"^{re.escape(TOWER)}(vision_model\.)?", prefix, name): t for name, t in tensors.items()}
 
 
 def is_projector(name: str) -> bool:
-    """Whether a host name belongs to what stage 1 trains: projector and newline."""
+    """Whether a name in memory belongs to what stage 1 trains: projector and newline."""
     return ".multi_modal_projector." in name or name.endswith("image_newline")

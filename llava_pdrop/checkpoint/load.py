@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_pdrop.checkpoint.hf_files import write_config, write_processor
-from llava_pdrop.checkpoint.layouts import CANONICAL, EMBEDDINGS, HOST_TO_HF, is_projector, rename
+from llava_pdrop.checkpoint.layouts import CANONICAL, EMBEDDINGS, MEMORY_TO_HF, is_projector, rename
 from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, open_tensors, write_shards
 from llava_pdrop.checkpoint.zero3 import gathered, overwrite, own_tensors, whole_shape
 from llava_pdrop.errors import UserError
@@ -139,9 +139,9 @@ def cut_rows(tensors: Mapping[str, Stored], rows: int) -> dict[str, Stored]:
     return cut
 
 
-def save_projector(host: nn.Module, directory: Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
+def save_projector(hf: nn.Module, directory: Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
     """Writes projector (and newline) as ``projector.safetensors``: what stage 1 hands to stage 2."""
-    state = host.state_dict() if state_dict is None else state_dict
+    state = hf.state_dict() if state_dict is None else state_dict
     wanted = {name: tensor for name, tensor in state.items() if is_projector(name)}
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / PROJECTOR_FILE
@@ -149,14 +149,14 @@ def save_projector(host: nn.Module, directory: Path, state_dict: Mapping[str, Te
     return file
 
 
-def load_projector(host: nn.Module, file: Path) -> None:
-    """Reads a projector of ours or an original ``mm_projector.bin`` into ``host``.
+def load_projector(hf: nn.Module, file: Path) -> None:
+    """Reads a projector of ours or an original ``mm_projector.bin`` into ``hf``.
 
     Raises:
         UserError: its keys or shapes do not fit (see `load_strictly`).
     """
     tensors = rename(open_tensors(file))
-    own = {name: tensor for name, tensor in own_tensors(host).items() if is_projector(name)}
+    own = {name: tensor for name, tensor in own_tensors(hf).items() if is_projector(name)}
     check_shapes(
         {name: whole_shape(tensor) for name, tensor in own.items()},
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -168,31 +168,31 @@ def load_projector(host: nn.Module, file: Path) -> None:
 
 
 def save_pretrained(
-    host: nn.Module,
+    hf: nn.Module,
     processor: Any,
     directory: Path,
     state_dict: Mapping[str, Tensor] | None = None,
     shard_size: str = SHARD_SIZE,
 ) -> None:
     """Writes an ordinary Hugging Face LLaVA directory: weights under the names of the hub's llava-hf checkpoints
-    (`layouts.HOST_TO_HF`, whatever names this transformers version has in memory), config (with ``pyramid_drop``
+    (`layouts.MEMORY_TO_HF`, whatever names this transformers version has in memory), config (with ``pyramid_drop``
     section), processor.
 
     Args:
-        state_dict: gathered weights (DeepSpeed, FSDP); default: the host's own.
+        state_dict: gathered weights (DeepSpeed, FSDP); default: the model's own.
 
     Raises:
         UserError: ``state_dict`` holds keys that no LLaVA has; they are listed.
     """
-    state = host.state_dict() if state_dict is None else state_dict
-    if host.config.tie_word_embeddings and EMBEDDINGS[0] in state:
+    state = hf.state_dict() if state_dict is None else state_dict
+    if hf.config.tie_word_embeddings and EMBEDDINGS[0] in state:
         state = {name: tensor for name, tensor in state.items() if name != EMBEDDINGS[1]}  # the same, as in llava-hf
-    renamed = rename(state, HOST_TO_HF)
+    renamed = rename(state, MEMORY_TO_HF)
     foreign = sorted(name for name in renamed if not CANONICAL.match(name))
     if foreign:
         raise UserError(f"{directory}: not written, because these are no keys of a LLaVA: {', '.join(foreign)}")
     write_shards(directory, {name: Stored.of(tensor.detach()) for name, tensor in renamed.items()}, shard_size)
-    write_config(host.config, directory, host.dtype)
-    host.generation_config.save_pretrained(directory)
+    write_config(hf.config, directory, hf.dtype)
+    hf.generation_config.save_pretrained(directory)
     if processor is not None:
         write_processor(processor, directory)

@@ -50,7 +50,7 @@ def named_base(directory: Path) -> str | None:
 
 def merged(base: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
     """The weights of ``base`` with the LoRA run in ``directory`` merged in, and its whole tensors in place of the
-    base's own of those names. The names are the original ones for a run of the original code, the host's for ours.
+    base's own of those names. The names are the original ones for a run of the original code, those in memory for ours.
 
     Raises:
         MissingFileError: no adapter file. UserError: a kind of adapter that is not supported, a matrix without its

@@ -1,4 +1,4 @@
-"""Opens checkpoints of every layout without reading their weights: config, tensors under host names, tokenizer.
+"""Opens checkpoints of every layout without reading their weights: config, tensors under names in memory, tokenizer.
 
 What comes out, a `Source`, is what `build.py` loads into a model and `export.py` writes in another layout.
 """
@@ -17,13 +17,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_pdrop.checkpoint import lora
 from llava_pdrop.checkpoint.hf_files import reading
-from llava_pdrop.checkpoint.hosts import make_config, meta_host
+from llava_pdrop.checkpoint.hf_models import make_config, meta_hf_model
 from llava_pdrop.checkpoint.layouts import (
-    HF_TO_HOST,
-    ORIGINAL_TO_HOST,
+    HF_TO_MEMORY,
+    ORIGINAL_TO_MEMORY,
     TEXT_HALF,
     TOWER,
-    TOWER_TO_HOST,
+    TOWER_TO_MEMORY,
     Table,
     in_memory,
     is_projector,
@@ -56,8 +56,8 @@ class Source:
 
     Attributes:
         origin: where it lies, for messages.
-        config: of the Hugging Face host.
-        tensors: its weights under host names, the rows for new tokens included. Checked against ``config`` key by key.
+        config: of the Hugging Face LLaVA.
+        tensors: its weights under names in memory, rows for new tokens included. Checked against ``config`` key by key.
         schedule: the one it was trained with, None where nothing says so.
         tokenizer: None where none lies there.
         generation: what ``generate`` uses if nothing is said.
@@ -83,11 +83,11 @@ class Source:
             number = f"vision_feature_layer (mm_vision_select_layer) {self.config.vision_feature_layer}"
             raise UserError(f"{self.origin}: {number}: the tower has {vision.num_hidden_layers} layers")
         with reading(Path(self.origin) / "config.json"):
-            host = meta_host(self.config)
-        own = host.state_dict()
+            hf = meta_hf_model(self.config)
+        own = hf.state_dict()
         tensors = in_memory(self.tensors, own)
         made = {name: Stored.of(tensor) for name, tensor in own.items() if fresh and is_projector(name)}
-        check_fit(host, tensors | made, self.origin)
+        check_fit(hf, tensors | made, self.origin)
         return replace(self, tensors=tensors)
 
 
@@ -138,7 +138,7 @@ def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vi
 
 
 def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored] | None = None) -> Source:
-    """``tensors``: weights under host names that are not, as they are, in ``directory``."""
+    """``tensors``: weights under names in memory that are not, as they are, in ``directory``."""
     with reading(directory / "config.json"):
         config = AutoConfig.from_pretrained(directory)
     tower = config.vision_config.model_type
@@ -155,7 +155,7 @@ def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored]
     return Source(
         str(directory),
         config,
-        _named(directory, HF_TO_HOST) if tensors is None else tensors,
+        _named(directory, HF_TO_MEMORY) if tensors is None else tensors,
         geometry,
         schedule,
         _tokenizer(directory),
@@ -170,7 +170,7 @@ def _open_original(
     """The layout of `liuhaotian/llava-v1.5-7b`: a LLaMA config with ``mm_*`` fields, the tower inside or beside."""
     refuse_unsupported(fields, str(directory))
     tensors, home = _original_tensors(directory, base)
-    tensors = rename(tensors, ORIGINAL_TO_HOST)
+    tensors = rename(tensors, ORIGINAL_TO_MEMORY)
     tower_source = vision_tower or beside(directory, fields["mm_vision_tower"])
     try:
         vision, beside_tensors = open_tower(tower_source)
@@ -276,7 +276,7 @@ def _joined(
         text.pad_token_id = tokenizer.pad_token_id
     config = make_config(text, vision, geometry, image_token_id)
     setattr(config, SECTION, {"mm_vision_tower": vision_tower, "vocab_size": rows})
-    tensors = mean_rows(_named(home, ORIGINAL_TO_HOST), rows, text.vocab_size)
+    tensors = mean_rows(_named(home, ORIGINAL_TO_MEMORY), rows, text.vocab_size)
     return Source(
         language_model,
         config,
@@ -290,7 +290,7 @@ def _joined(
 
 
 def _named(directory: Path, table: Table) -> dict[str, Stored]:
-    """The tensors of ``directory`` under host names."""
+    """The tensors of ``directory`` under names in memory."""
     tensors = open_tensors(directory)
     with reading(directory):
         return rename(tensors, table)
@@ -327,7 +327,7 @@ def _generation(directory: Path, text: Any, tokenizer: Any | None) -> Generation
 
 
 def open_tower(source: str, image_size: int | None = None) -> tuple[CLIPVisionConfig, dict[str, Stored]]:
-    """A CLIP vision tower, alone or as a half of CLIP: its config, and its tensors under host names.
+    """A CLIP vision tower, alone or as a half of CLIP: its config, and its tensors under names in memory.
 
     Args:
         image_size: side of a picture in pixels if not its own (position embeddings are interpolated, bicubic).
@@ -342,9 +342,9 @@ def open_tower(source: str, image_size: int | None = None) -> tuple[CLIPVisionCo
     with reading(directory / "config.json"):
         config = CLIPVisionConfig.from_pretrained(directory)
     stored = {name: tensor for name, tensor in open_tensors(directory).items() if not TEXT_HALF.match(name)}
-    tensors = rename(stored, TOWER_TO_HOST)
+    tensors = rename(stored, TOWER_TO_MEMORY)
     with reading(directory / "config.json"), torch.device("meta"):
-        own = rename(CLIPVisionModel(config).state_dict(), TOWER_TO_HOST)
+        own = rename(CLIPVisionModel(config).state_dict(), TOWER_TO_MEMORY)
     wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     check_shapes(wanted, found, f"{source} does not fit a CLIP tower")

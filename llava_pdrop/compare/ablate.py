@@ -149,7 +149,7 @@ class _Batches:
             first = replace(config, train=replace(config.train, arguments=arguments))
             self._batches = training_batches(first, self._parts)
         return predicted_reduction(
-            self._parts.host.config,
+            self._parts.hf.config,
             self._batches,
             config.schedule,
             self._parts.geometry,
@@ -179,7 +179,7 @@ def _evaluate_checkpoint(ablation: Ablation, checkpoint: str) -> list[dict[str, 
             result = answer(config, parts, questions, config.schedule, variant.name, team)
             if team.first:
                 result.write(ablation.output_dir / "predictions", f"{variant.name}.jsonl")
-            device = next(parts.host.parameters()).device.type
+            device = next(parts.hf.parameters()).device.type
             evaluation = {"scorer": config.eval.scorer, "accuracy": result.accuracy, "chance": result.chance}
             evaluation |= {"questions": len(questions), "image_tokens": result.image_tokens}
             seconds = (result.seconds if device == "cuda" else result.cpu_seconds) / len(questions)

@@ -42,7 +42,7 @@ console = Console()
 class Counted:
     """What operations are counted of: the Hugging Face config, how pictures become tokens, the run's micro-batches."""
 
-    host: Any
+    hf: Any
     geometry: ImageGeometry
     batches: list[PackedBatch]
 
@@ -99,7 +99,7 @@ def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
             parts = build_parts(path=str(directory))
             schedules = {name: config.schedule if name == DROPPING else Schedule()}
             if name == VANILLA:
-                layers = parts.host.config.text_config.num_hidden_layers
+                layers = parts.hf.config.text_config.num_hidden_layers
                 schedules |= {f"{VANILLA} + {key}": s for key, s in config.training_free(layers).items()}
             for label, schedule in schedules.items():
                 result = answer(config, parts, questions, schedule, label, team) if questions else None
@@ -111,7 +111,7 @@ def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
         return None
     examples = report.examples(config, parts, questions[: report.EXAMPLES], answer)
     if VANILLA in runs:
-        counted = Counted(parts.host.config, parts.geometry, training_batches(config, parts))
+        counted = Counted(parts.hf.config, parts.geometry, training_batches(config, parts))
         del parts  # timing steps takes as much memory as training does
         release_memory()
         rows = _with_savings(config, rows, counted, runs[DROPPING])
@@ -130,7 +130,7 @@ def training_batches(config: Config, parts: Parts) -> list[PackedBatch]:
     if args.max_steps > 0:
         batches = batches[: args.max_steps * args.gradient_accumulation_steps]
 
-    rules = (TEMPLATES[config.model.template], parts.tokenizer, parts.host.config.image_token_id, parts.geometry)
+    rules = (TEMPLATES[config.model.template], parts.tokenizer, parts.hf.config.image_token_id, parts.geometry)
     encoder = Encoder(*rules, config.data.max_length, config.data.truncation)
 
     def sample(index: int) -> Sample:
@@ -204,7 +204,7 @@ def _with_savings(config: Config, rows: list[Row], counted: Counted, directory: 
         size = args.gradient_accumulation_steps
         batches = [batch for step in found.steps for batch in batches[step * size : (step + 1) * size]]
     predicted = predicted_reduction(
-        counted.host,
+        counted.hf,
         batches,
         config.schedule,
         counted.geometry,

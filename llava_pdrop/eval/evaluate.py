@@ -84,7 +84,7 @@ class Answers:
 
 
 def evaluate(
-    host: Any,
+    hf: Any,
     tokenizer: Any,
     image_processor: Any,
     geometry: ImageGeometry,
@@ -105,7 +105,7 @@ def evaluate(
     Batches are the same, and so are the answers, whatever the number of processes that share them.
 
     Args:
-        host: a Hugging Face LLaVA; left as it was.
+        hf: a Hugging Face LLaVA; left as it was.
         schedule: how image tokens are dropped while the prompt is read.
         dtype: half precision to run in by autocast, as training does; None: the weights' own.
         seed: of the ``random`` ranker; every batch begins with numbers of its own.
@@ -120,12 +120,12 @@ def evaluate(
         raise UserError("there are no questions to evaluate")
     if scorer not in SCORERS:
         raise UserError(f"unknown eval.scorer {scorer!r}: choose one of {sorted(SCORERS)}")
-    device, start, cpu_start = next(host.parameters()).device, time.perf_counter(), time.process_time()
+    device, start, cpu_start = next(hf.parameters()).device, time.perf_counter(), time.process_time()
     steps: list[Step] = []
     own = Answers()
     batches = [questions[first : first + batch_size] for first in range(0, len(questions), batch_size)]
     with (
-        generating(host, schedule, steps if trace else None),
+        generating(hf, schedule, steps if trace else None),
         torch.autocast(device.type, dtype, dtype is not None),
     ):
         for turn in tqdm(range(team.rounds(len(batches))), desc=progress, disable=progress is None, leave=False):
@@ -134,9 +134,9 @@ def evaluate(
             if number >= len(batches):
                 break
             torch.manual_seed(seed + number)
-            samples = [prompt_sample(q, template, tokenizer, host, geometry, image_processor) for q in batches[number]]
-            inputs = {name: value.to(device) for name, value in model_inputs(samples, tokenizer, host).items()}
-            ids = host.generate(
+            samples = [prompt_sample(q, template, tokenizer, hf, geometry, image_processor) for q in batches[number]]
+            inputs = {name: value.to(device) for name, value in model_inputs(samples, tokenizer, hf).items()}
+            ids = hf.generate(
                 **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
             own.batches[number] = []
@@ -263,7 +263,7 @@ def answer(
         team=team,
     )
     return evaluate(
-        parts.host.to(device),
+        parts.hf.to(device),
         parts.tokenizer,
         parts.image_processor,
         parts.geometry,

@@ -20,7 +20,7 @@ from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import Sample
 
 
-def model_inputs(samples: Sequence[Sample], tokenizer: Any, host: Any) -> dict[str, Tensor]:
+def model_inputs(samples: Sequence[Sample], tokenizer: Any, hf: Any) -> dict[str, Tensor]:
     """Prompts as ``generate`` wants them: ``input_ids`` and ``attention_mask`` (B, N) padded on the left, and where
     there are images ``pixel_values`` ((images, 3, h, w) for LLaVA; (images, tiles, 3, h, w), the missing tiles 0, with
     ``image_sizes`` (images, (height, width)) for LLaVA-NeXT)."""
@@ -34,7 +34,7 @@ def model_inputs(samples: Sequence[Sample], tokenizer: Any, host: Any) -> dict[s
     images = [image for sample in samples for image in sample.images]
     if not images:
         return inputs
-    if host.config.model_type != "llava_next":
+    if hf.config.model_type != "llava_next":
         return inputs | {"pixel_values": torch.cat([image.pixels for image in images])}
     tiles = max(len(image.pixels) for image in images)
     pixels = torch.zeros(len(images), tiles, *images[0].pixels.shape[1:])
@@ -45,25 +45,25 @@ def model_inputs(samples: Sequence[Sample], tokenizer: Any, host: Any) -> dict[s
 
 
 @contextmanager
-def generating(host: Any, schedule: Schedule, trace: list[Step] | None = None) -> Iterator[None]:
-    """``host`` in evaluation mode with ``schedule`` attached; it and the random numbers afterwards as before."""
-    training, device = host.training, next(host.parameters()).device
-    host.eval()
-    attach(host, schedule, trace)
+def generating(hf: Any, schedule: Schedule, trace: list[Step] | None = None) -> Iterator[None]:
+    """``hf`` in evaluation mode with ``schedule`` attached; it and the random numbers afterwards as before."""
+    training, device = hf.training, next(hf.parameters()).device
+    hf.eval()
+    attach(hf, schedule, trace)
     try:  # of all GPUs only its own: a process that looks at another one's random numbers takes memory there
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
             yield
     finally:
-        detach(host)
-        host.train(training)
+        detach(hf)
+        hf.train(training)
 
 
 def prompt_sample(
-    question: Question, template: Template, tokenizer: Any, host: Any, geometry: ImageGeometry, image_processor: Any
+    question: Question, template: Template, tokenizer: Any, hf: Any, geometry: ImageGeometry, image_processor: Any
 ) -> Sample:
     """The prompt of ``question`` with its preprocessed images, ready for `model_inputs`."""
     images = [preprocess(load_image(path), geometry, image_processor) for path in question.record.images]
-    return Encoder(template, tokenizer, host.config.image_token_id, geometry).prompt(question.record, images)
+    return Encoder(template, tokenizer, hf.config.image_token_id, geometry).prompt(question.record, images)
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:

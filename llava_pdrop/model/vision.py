@@ -12,18 +12,18 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from llava_pdrop.geometry import ImageGeometry
 
 
-def image_features(host: nn.Module, pixels: Tensor) -> Tensor:
+def image_features(hf: nn.Module, pixels: Tensor) -> Tensor:
     """(tiles, 3, height, width) -> projected patch features (tiles * patches, D), tile after tile.
 
-    ``host`` is a Hugging Face LLaVA. The hidden layer is its config's ``vision_feature_layer`` (-2 in all of LLaVA);
+    ``hf`` is a Hugging Face LLaVA. The hidden layer is its config's ``vision_feature_layer`` (-2 in all of LLaVA);
     the class token is left out.
     """
-    tower = host.model.vision_tower
+    tower = hf.model.vision_tower
     frozen = not any(parameter.requires_grad for parameter in tower.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         pixels = pixels.to(dtype=next(tower.parameters()).dtype)
-        hidden_ITD = tower_hidden(tower, pixels, used_tower_layers(host.config))
-    return host.model.multi_modal_projector(hidden_ITD[:, 1:]).flatten(0, 1)
+        hidden_ITD = tower_hidden(tower, pixels, used_tower_layers(hf.config))
+    return hf.model.multi_modal_projector(hidden_ITD[:, 1:]).flatten(0, 1)
 
 
 def used_tower_layers(config: Any) -> int:
@@ -44,7 +44,7 @@ def tower_hidden(tower: nn.Module, pixels: Tensor, layers: int) -> Tensor:
     return hidden_ITD
 
 
-def pack_by_geometry(host: nn.Module, geometry: ImageGeometry) -> None:
+def pack_by_geometry(hf: nn.Module, geometry: ImageGeometry) -> None:
     """Makes a LLaVA-NeXT's own forward and ``generate`` lay out image features by ``geometry``.
 
     Left alone it merges by ``spatial_unpad`` and rounds sizes its own way, so that a model with other settings could be
@@ -65,13 +65,13 @@ def pack_by_geometry(host: nn.Module, geometry: ImageGeometry) -> None:
         return packed, torch.tensor([len(feature) for feature in packed], device=packed[0].device)
 
     pack.geometry = geometry  # type: ignore[attr-defined]  # `plugin.attach` counts the tokens of a picture by it
-    host.model.pack_image_features = pack
+    hf.model.pack_image_features = pack
 
 
-def dummy_pixels(host: nn.Module, device: torch.device) -> Tensor:
+def dummy_pixels(hf: nn.Module, device: torch.device) -> Tensor:
     """One black tile. A batch without images sends it through the tower and multiplies it by nothing, so that all
     ranks run the same modules."""
-    side = host.config.vision_config.image_size
+    side = hf.config.vision_config.image_size
     return torch.zeros(1, 3, side, side, device=device)
 
 

@@ -1,6 +1,6 @@
 """PyramidLlava, the training model. Read `forward` first: it is the whole program in one screen.
 
-The weights live in an ordinary Hugging Face LLaVA (``host``), whose own forward is not used: names, loading, saving and
+The weights live in an ordinary Hugging Face LLaVA (``hf``), whose own forward is not used: names, loading, saving and
 ``generate`` stay Hugging Face's, while this file decides what happens to the tokens.
 """
 
@@ -23,7 +23,12 @@ from llava_pdrop.model.vision import dummy_pixels, image_features
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
-Host: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+HfLlava: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+
+
+MODULE = "host"
+"""What `PyramidLlava.hf` is registered as, hence the first part of every name in its state dict. Checkpoints under
+DeepSpeed and FSDP hold these names (weights and optimizer): older ones can be resumed only as long as it stays."""
 
 
 class Output(NamedTuple):
@@ -47,9 +52,9 @@ class PyramidLlava(nn.Module):
     """A LLaVA whose decoder drops image tokens by ``schedule`` (empty: vanilla).
 
     Args:
-        host: a vanilla Hugging Face LLaVA or LLaVA-NeXT; the schedule is written to its config.
+        hf: a vanilla Hugging Face LLaVA or LLaVA-NeXT; the schedule is written to its config.
         schedule: when and how much to drop.
-        geometry: how pictures become tokens; default: what the host's config says.
+        geometry: how pictures become tokens; default: what the model's config says.
         backend: attention kernel of packed streams, one of `attention.BACKENDS`.
         recompute_layers: activation checkpointing, once enabled, holds for only so many first layers of the decoder,
             those with the longest streams (None: for all).
@@ -61,14 +66,14 @@ class PyramidLlava(nn.Module):
 
     def __init__(
         self,
-        host: Host,
+        hf: HfLlava,
         schedule: Schedule = Schedule(),
         geometry: ImageGeometry | None = None,
         backend: str = "auto",
         recompute_layers: int | None = None,
     ) -> None:
         super().__init__()
-        depth = host.config.text_config.num_hidden_layers
+        depth = hf.config.text_config.num_hidden_layers
         if recompute_layers is not None and not 0 <= recompute_layers <= depth:
             raise UserError(
                 f"train.recompute_layers must be from 0 to {depth}, the decoder's depth: {recompute_layers}"
@@ -77,13 +82,13 @@ class PyramidLlava(nn.Module):
             raise UserError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
         attention.check_backend(backend)
         attention.register()
-        host.set_attn_implementation(attention.NAME)
-        self.host = host
+        hf.set_attn_implementation(attention.NAME)
+        self.add_module(MODULE, hf)
         self.schedule = schedule.check(depth)
-        self.geometry = geometry or geometry_of(host.config)
+        self.geometry = geometry or geometry_of(hf.config)
         self.backend = backend
         self.recompute_layers = recompute_layers
-        host.config.pyramid_drop = schedule.to_dict()
+        hf.config.pyramid_drop = schedule.to_dict()
 
     def forward(self, batch: PackedBatch, trace: list[Drop] | None = None) -> Output:
         """Pixels and token ids of a packed batch -> loss.
@@ -92,17 +97,17 @@ class PyramidLlava(nn.Module):
         """
         plan = StreamPlan.build(batch, self.schedule, self.geometry, self.device, self.backend)
         x_TD = self.embed(batch, plan)
-        x_TD = run_decoder(self.host.model.language_model, x_TD, plan, self.schedule, trace)
-        loss = label_loss(self.host.lm_head, x_TD, plan.predict_row, plan.label_L)
+        x_TD = run_decoder(self.hf.model.language_model, x_TD, plan, self.schedule, trace)
+        loss = label_loss(self.hf.lm_head, x_TD, plan.predict_row, plan.label_L)
         seq_lens = [stage.layout.seq_lens for stage in plan.stages]
         return Output(loss, len(batch.label_positions), seq_lens, plan.image_tokens)
 
     def embed(self, batch: PackedBatch, plan: StreamPlan) -> Tensor:
         """The stream (T, D) that enters the decoder: text embeddings with image features at the placeholders."""
-        x_TD = self.host.get_input_embeddings()(plan.text_T)
-        pixels = batch.pixels if len(batch.image_spans) else dummy_pixels(self.host, x_TD.device)
-        table_FD = image_features(self.host, pixels)
-        newline_D = getattr(self.host.model, "image_newline", None)
+        x_TD = self.hf.get_input_embeddings()(plan.text_T)
+        pixels = batch.pixels if len(batch.image_spans) else dummy_pixels(self.hf, x_TD.device)
+        table_FD = image_features(self.hf, pixels)
+        newline_D = getattr(self.hf.model, "image_newline", None)
         if newline_D is not None:
             table_FD = torch.cat([table_FD, newline_D[None].to(table_FD.dtype)])
         table_FD = table_FD.to(x_TD.dtype)
@@ -114,23 +119,28 @@ class PyramidLlava(nn.Module):
     def logits(self, batch: PackedBatch, trace: list[Drop] | None = None) -> Tensor:
         """Logits (T', vocabulary) of every token that survives all drops: for tests and for looking inside."""
         plan = StreamPlan.build(batch, self.schedule, self.geometry, self.device, self.backend)
-        x_TD = run_decoder(self.host.model.language_model, self.embed(batch, plan), plan, self.schedule, trace)
-        return self.host.lm_head(x_TD)
+        x_TD = run_decoder(self.hf.model.language_model, self.embed(batch, plan), plan, self.schedule, trace)
+        return self.hf.lm_head(x_TD)
+
+    @property
+    def hf(self) -> HfLlava:
+        """The Hugging Face model, which holds all weights."""
+        return getattr(self, MODULE)
 
     @property
     def device(self) -> torch.device:
-        return self.host.lm_head.weight.device
+        return self.hf.lm_head.weight.device
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Recomputes decoder (and trainable tower) layers in backward; the Trainer calls this before it wraps."""
-        if hasattr(self.host, "activation_checkpointing_enable"):
-            self.host.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+        if hasattr(self.hf, "activation_checkpointing_enable"):
+            self.hf.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
         else:  # transformers before 5.20
-            self.host.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+            self.hf.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
         if self.recompute_layers is not None:
-            for layer in self.host.model.language_model.layers[self.recompute_layers :]:
+            for layer in self.hf.model.language_model.layers[self.recompute_layers :]:
                 layer.gradient_checkpointing = False
 
     def gradient_checkpointing_enable(

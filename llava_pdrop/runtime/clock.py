@@ -116,18 +116,18 @@ def instrumented(model: PyramidLlava, recorder: Recorder) -> Iterator[None]:
 
     def leave_layer(index: int) -> Callable[..., None]:
         def leave(module: Any, inputs: Any, output: Any) -> None:
-            if index + 1 in (*model.schedule.layers, len(host.language_model.layers)):
+            if index + 1 in (*model.schedule.layers, len(hf.language_model.layers)):
                 recorder.stop(f"{STAGE} {sum(index >= layer for layer in model.schedule.layers)}")
 
         return leave
 
-    host = model.host.model
+    hf = model.hf.model
     with ExitStack() as undo:
         undo.enter_context(replaced(vlm, "image_features", _opening(recorder, "tower", vlm.image_features)))
         undo.enter_context(replaced(vlm, "run_decoder", timed(recorder, "decoder", vlm.run_decoder)))
         undo.enter_context(replaced(decoder, "_rank", _opening(recorder, "ranking", decoder._rank)))
-        undo.callback(host.multi_modal_projector.register_forward_pre_hook(enter_projector).remove)
-        for index, layer in enumerate(host.language_model.layers):
+        undo.callback(hf.multi_modal_projector.register_forward_pre_hook(enter_projector).remove)
+        for index, layer in enumerate(hf.language_model.layers):
             undo.callback(layer.register_forward_pre_hook(enter_layer(index)).remove)
             undo.callback(layer.register_forward_hook(leave_layer(index)).remove)
         yield
@@ -259,11 +259,11 @@ class StepClock:
         self.in_forward = False  # activation checkpointing runs layers, and their hooks, in the backward too
         self._open: dict[str, Any] = {}
         self._closed: list[tuple[str, Any, Any]] = []
-        decoder = model.host.model.language_model
-        tower = model.host.model.vision_tower
+        decoder = model.hf.model.language_model
+        tower = model.hf.model.vision_tower
         tower = getattr(tower, "vision_model", tower)  # transformers before and since it took the inner module away
         tower.embeddings.register_forward_pre_hook(lambda *_: self._start("tower"))
-        model.host.model.multi_modal_projector.register_forward_pre_hook(lambda *_: self._stop("tower"))
+        model.hf.model.multi_modal_projector.register_forward_pre_hook(lambda *_: self._stop("tower"))
         decoder.layers[0].register_forward_pre_hook(lambda *_: self._start("decoder"))
         decoder.norm.register_forward_hook(lambda *_: self._stop("decoder"))
         for layer in model.schedule.layers:

@@ -1,6 +1,6 @@
 """LoRA and QLoRA: peft's low-rank matrices beside the decoder's own weights, which stay as they are.
 
-The matrices sit inside the Hugging Face host under peft's names, so that the model's forward, the Trainer and the
+The matrices sit inside the Hugging Face LLaVA under peft's names, so that the model's forward, the Trainer and the
 ranking (which calls q_proj and k_proj as modules) need to know nothing of them. What is saved is small: the matrices,
 the projector, and the tower where it learns. `llava_pdrop.checkpoint.lora` merges it into the base model when it is
 read.
@@ -63,7 +63,7 @@ def adapt(model: PyramidLlava, config: Config, args: TrainingArguments) -> None:
         )
     base = config.model.path or config.model.language_model
     try:
-        attach_adapters(model.host, config.lora, str(base), args.device, half)
+        attach_adapters(model.hf, config.lora, str(base), args.device, half)
     except UserError as error:
         raise ConfigError(f"{config.file}: {error}") from None
     except re.error as error:
@@ -75,14 +75,14 @@ def adapt(model: PyramidLlava, config: Config, args: TrainingArguments) -> None:
 
 
 def attach_adapters(
-    host: Any,
+    hf: Any,
     section: LoraSection,
     base: str,
     device: torch.device = torch.device("cpu"),
     half: torch.dtype | None = None,
 ) -> None:
-    """Gives the decoder of ``host`` adapters, which add nothing yet (their second matrix is zero), and freezes the rest
-    of ``host``. They are float32 on the device of the weights beside them.
+    """Gives the decoder of ``hf`` adapters, which add nothing yet (their second matrix is zero), and freezes the rest
+    of ``hf``. They are float32 on the device of the weights beside them.
 
     Args:
         base: the model that the adapters are for, as `llava_pdrop.checkpoint.lora` will look for it.
@@ -92,14 +92,14 @@ def attach_adapters(
         UserError: a name in ``rank_pattern`` fits no module that gets adapters.
     """
     target = rf"model\.language_model\.layers\.\d+\.(?:{'|'.join(TARGETS[section.target])})"
-    adapted = [name for name, _ in host.named_modules() if re.fullmatch(target, name)]
+    adapted = [name for name, _ in hf.named_modules() if re.fullmatch(target, name)]
     for pattern in section.rank_pattern:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):  # as peft matches
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapted}))
             raise UserError(f"lora.rank_pattern: {pattern!r} fits none of the adapted modules: {known}")
     if section.bits is not None:
-        quantise(host.model.language_model.layers, section, device, half)
-        setattr(host, f"is_loaded_in_{section.bits}bit", True)  # where peft looks
+        quantise(hf.model.language_model.layers, section, device, half)
+        setattr(hf, f"is_loaded_in_{section.bits}bit", True)  # where peft looks
     settings = LoraConfig(
         base_model_name_or_path=base,
         target_modules=target,
@@ -108,8 +108,8 @@ def attach_adapters(
         lora_dropout=section.dropout,
         rank_pattern=dict(section.rank_pattern),
     )
-    inject_adapter_in_model(settings, host, NAME_IN_PEFT)
-    for name, parameter in host.named_parameters():
+    inject_adapter_in_model(settings, hf, NAME_IN_PEFT)
+    for name, parameter in hf.named_parameters():
         if ADAPTER.search(name):
             parameter.data = parameter.data.float()
 
@@ -150,9 +150,9 @@ def halve_frozen(model: nn.Module, half: torch.dtype) -> None:
             module.to(half)
 
 
-def is_adapted(host: nn.Module) -> bool:
-    """Whether ``host`` has adapters."""
-    return hasattr(host, "peft_config")
+def is_adapted(hf: nn.Module) -> bool:
+    """Whether ``hf`` has adapters."""
+    return hasattr(hf, "peft_config")
 
 
 # ---- the base, which no checkpoint holds ----
@@ -210,38 +210,38 @@ def _miss_nothing_frozen(model: nn.Module, keys: Any) -> None:
 
 
 def save_adapters(
-    host: Any, processor: Any, directory: Path, tower: bool, state_dict: Mapping[str, Tensor] | None = None
+    hf: Any, processor: Any, directory: Path, tower: bool, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
     """Writes what a LoRA run has learnt beside its projector, with config and processor: ``adapter_config.json`` and
     ``adapter_model.safetensors`` as peft does, and with ``tower`` the vision tower.
 
     Args:
-        state_dict: gathered weights (DeepSpeed, FSDP); default: the host's own.
+        state_dict: gathered weights (DeepSpeed, FSDP); default: the model's own.
     """
-    state = host.state_dict() if state_dict is None else state_dict
+    state = hf.state_dict() if state_dict is None else state_dict
     directory.mkdir(parents=True, exist_ok=True)
     remove_weights(directory)
     _write({_in_peft(name): tensor for name, tensor in state.items() if ADAPTER.search(name)}, directory / ADAPTERS[0])
-    host.peft_config[NAME_IN_PEFT].save_pretrained(directory)
+    hf.peft_config[NAME_IN_PEFT].save_pretrained(directory)
     if tower:
         _write({name: tensor for name, tensor in state.items() if name.startswith(TOWER)}, directory / NON_LORA)
-    write_config(host.config, directory, host.dtype)
-    host.generation_config.save_pretrained(directory)
+    write_config(hf.config, directory, hf.dtype)
+    hf.generation_config.save_pretrained(directory)
     if processor is not None:
         write_processor(processor, directory)
 
 
-def load_adapters(host: nn.Module, directory: Path) -> None:
-    """Reads back into ``host`` what `save_adapters` has written, and the projector beside it.
+def load_adapters(hf: nn.Module, directory: Path) -> None:
+    """Reads back into ``hf`` what `save_adapters` has written, and the projector beside it.
 
     Raises:
         UserError: it is of other adapters or another model; every key is listed.
     """
-    stored = {_in_host(name): tensor for name, tensor in open_tensors(directory / ADAPTERS[0]).items()}
+    stored = {_in_memory(name): tensor for name, tensor in open_tensors(directory / ADAPTERS[0]).items()}
     for name in (PROJECTOR_FILE, NON_LORA):
         if (directory / name).is_file():
             stored |= open_tensors(directory / name)
-    own = own_tensors(host)
+    own = own_tensors(hf)
     wanted = {name: whole_shape(own[name]) for name in own if ADAPTER.search(name) or name in stored}
     found = {name: tensor.shape for name, tensor in stored.items()}
     check_shapes(wanted, found, f"{directory} does not fit the model")
@@ -259,5 +259,5 @@ def _in_peft(name: str) -> str:
     return PREFIX + name.replace(f".{NAME_IN_PEFT}.", ".")
 
 
-def _in_host(name: str) -> str:
+def _in_memory(name: str) -> str:
     return re.sub(r"\.(lora_[AB])\.", rf".\1.{NAME_IN_PEFT}.", name.removeprefix(PREFIX))

@@ -14,13 +14,14 @@ from transformers.trainer_pt_utils import get_parameter_names
 from llava_pdrop.checkpoint.lora import ADAPTER
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.vision import used_tower_layers
+from llava_pdrop.model.vlm import MODULE
 
 PARTS: dict[str, tuple[str, ...]] = {
     "language_model": ("model.language_model.", "lm_head."),
     "projector": ("model.multi_modal_projector.", "model.image_newline"),
     "vision_tower": ("model.vision_tower.",),
 }
-"""Part of the model (a key of ``model.trainable``) -> prefixes of its parameters in the Hugging Face host."""
+"""Part of the model (a key of ``model.trainable``) -> prefixes of its parameters in the Hugging Face LLaVA."""
 
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Names of biases and norms, which get no weight decay (the list of `transformers.Trainer`)."""
@@ -30,11 +31,11 @@ WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_m
 
 
 def part_of(name: str) -> str:
-    """The part a parameter belongs to, by its name in the host or in a (wrapped) `PyramidLlava`.
+    """The part a parameter belongs to, by its name in the Hugging Face LLaVA or in a (wrapped) `PyramidLlava`.
 
     One that belongs to none would silently never be trained: it fails.
     """
-    plain = WRAPPERS.sub("", name).removeprefix("host.")
+    plain = WRAPPERS.sub("", name).removeprefix(f"{MODULE}.")
     for part, prefixes in PARTS.items():
         if plain.startswith(prefixes):
             return part
@@ -56,7 +57,7 @@ def freeze(model: nn.Module, trainable: Collection[str]) -> None:
     unknown = sorted(set(trainable) - set(PARTS))
     if unknown or not trainable:
         raise UserError(f"model.trainable must name some of {list(PARTS)}, got {list(trainable)}")
-    used = used_tower_layers(model.host.config)
+    used = used_tower_layers(model.hf.config)
     adapted = any(ADAPTER.search(name) for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         part = part_of(name)

@@ -203,7 +203,7 @@ def load_parts(config: Config) -> Parts:
 def build_model(config: Config, parts: Parts) -> PyramidLlava:
     """The training model of ``config`` around ``parts``."""
     recompute = config.train.recompute_layers
-    return PyramidLlava(parts.host, config.schedule, parts.geometry, config.model.attention, recompute)
+    return PyramidLlava(parts.hf, config.schedule, parts.geometry, config.model.attention, recompute)
 
 
 def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
@@ -228,7 +228,7 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
         Encoder(
             TEMPLATES[name],
             parts.tokenizer,
-            parts.host.config.image_token_id,
+            parts.hf.config.image_token_id,
             parts.geometry,
             section.max_length,
             section.truncation,

@@ -132,7 +132,7 @@ class SavingTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """DeepSpeed writes the shards of the model here too: of a LoRA run without the frozen weights, for which the
         Trainer asks only where the model is peft's own."""
-        if self.is_deepspeed_enabled and is_adapted(self._host()):
+        if self.is_deepspeed_enabled and is_adapted(self._hf()):
             engine = self.model_wrapped
             engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
         super()._save_optimizer_and_scheduler(output_dir)
@@ -176,15 +176,15 @@ class SavingTrainer(Trainer):
 
     def _saved_parameters(self) -> Iterable[nn.Parameter]:
         """Those whose values go into a checkpoint."""
-        host = self._host()
-        return [p for p in host.parameters() if p.requires_grad or not is_adapted(host)]
+        hf = self._hf()
+        return [p for p in hf.parameters() if p.requires_grad or not is_adapted(hf)]
 
     def _without_base(self) -> AbstractContextManager[None]:
         """As long as it lasts, the state of the model is what is saved of it."""
-        return base_left_out(self.accelerator.unwrap_model(self.model)) if is_adapted(self._host()) else nullcontext()
+        return base_left_out(self.accelerator.unwrap_model(self.model)) if is_adapted(self._hf()) else nullcontext()
 
-    def _host(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).host
+    def _hf(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).hf
 
     # ---- the log, across an interruption ----
 

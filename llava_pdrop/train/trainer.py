@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import nested_gather
 
-from llava_pdrop.checkpoint.layouts import HF_TO_HOST, in_memory, rename
+from llava_pdrop.checkpoint.layouts import HF_TO_MEMORY, in_memory, rename
 from llava_pdrop.checkpoint.load import load_strictly, save_pretrained, save_projector
 from llava_pdrop.checkpoint.lora import ADAPTER_CONFIG
 from llava_pdrop.checkpoint.shards import open_tensors
@@ -26,7 +26,7 @@ from llava_pdrop.cost.flops import step_flops
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
 from llava_pdrop.errors import UserError
-from llava_pdrop.model.vlm import Output, PyramidLlava
+from llava_pdrop.model.vlm import MODULE, Output, PyramidLlava
 from llava_pdrop.runtime.clock import StepClock
 from llava_pdrop.runtime.preemption import Preemption, outlive_signals
 from llava_pdrop.runtime.ranks import from_every_rank, number_of_ranks
@@ -105,7 +105,7 @@ class PyramidTrainer(SavingTrainer):
             "gradient_accumulation": args.gradient_accumulation_steps,
             "sharded": self.is_deepspeed_enabled or self.is_fsdp_enabled,
             "data_order": plan.fingerprint(),
-            "base": fingerprint_of_base(model) if is_adapted(model.host) else None,
+            "base": fingerprint_of_base(model) if is_adapted(model.hf) else None,
         }
         for callback in (self.meter, MetricsFile(output), self.preemption):
             self.add_callback(callback)
@@ -245,10 +245,10 @@ class PyramidTrainer(SavingTrainer):
     def _operations(self, inputs: PackedBatch, recomputing: bool, seq_lens: list[list[int]] | None) -> float:
         model = self.accelerator.unwrap_model(self.model)
         trainable = self.trainable
-        if is_adapted(model.host):  # the gradient passes through the decoder as to a projector, not into its weights
+        if is_adapted(model.hf):  # the gradient passes through the decoder as to a projector, not into its weights
             trainable = trainable - {"language_model"} | {"projector"}
         options = (model.geometry, trainable, recomputing, model.recompute_layers, seq_lens)
-        return step_flops(model.host.config, inputs, model.schedule, *options).total
+        return step_flops(model.hf.config, inputs, model.schedule, *options).total
 
     def _total(self, numbers: list[float]) -> list[float]:
         if self.accelerator.num_processes == 1:
@@ -269,14 +269,14 @@ class PyramidTrainer(SavingTrainer):
             return
         directory = Path(output_dir or self.args.output_dir)
         if state_dict is not None:
-            state_dict = {name.removeprefix("host."): tensor for name, tensor in state_dict.items()}
-        host = self._host()
-        if is_adapted(host):
-            save_adapters(host, self.processor, directory, "vision_tower" in self.trainable, state_dict)
+            state_dict = {name.removeprefix(f"{MODULE}."): tensor for name, tensor in state_dict.items()}
+        hf = self._hf()
+        if is_adapted(hf):
+            save_adapters(hf, self.processor, directory, "vision_tower" in self.trainable, state_dict)
         else:
             (directory / ADAPTER_CONFIG).unlink(missing_ok=True)  # of an earlier run in the same directory
-            save_pretrained(host, self.processor, directory, state_dict)
-        save_projector(host, directory, state_dict)
+            save_pretrained(hf, self.processor, directory, state_dict)
+        save_projector(hf, directory, state_dict)
         if self.config_yaml:
             (directory / RUN_FILE).write_text(self.config_yaml)
 
@@ -287,11 +287,11 @@ class PyramidTrainer(SavingTrainer):
         if self.is_fsdp_enabled:
             with self._without_base():
                 return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        host, directory = self._host(), Path(resume_from_checkpoint)
-        if is_adapted(host):
-            return load_adapters(host, directory)
-        tensors = rename(open_tensors(directory), HF_TO_HOST)
-        load_strictly(host, in_memory(tensors, own_tensors(host)), resume_from_checkpoint)
+        hf, directory = self._hf(), Path(resume_from_checkpoint)
+        if is_adapted(hf):
+            return load_adapters(hf, directory)
+        tensors = rename(open_tensors(directory), HF_TO_MEMORY)
+        load_strictly(hf, in_memory(tensors, own_tensors(hf)), resume_from_checkpoint)
 
 
 # What is looked at once in every optimizer step, before its last backward pass: is every loss a number, and was any

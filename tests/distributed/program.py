@@ -39,7 +39,7 @@ class Visits:
 
     def _begin(self, model: nn.Module, arguments: tuple) -> None:
         self.modules.append([])
-        weights = model.host.model.language_model.layers.parameters()
+        weights = model.hf.model.language_model.layers.parameters()
         self.whole.append(not any(isinstance(weight, DTensor) or not weight.numel() for weight in weights))
         self.pictures.append(len(arguments[0].image_spans))
 
@@ -68,7 +68,7 @@ def main(files: list[Path]) -> None:
 def embed_blindly(embed):
     """An `embed` as one might write it: without pictures there is nothing for the tower to do."""
     return lambda model, batch, plan: (
-        embed(model, batch, plan) if len(batch.image_spans) else model.host.get_input_embeddings()(plan.text_T)
+        embed(model, batch, plan) if len(batch.image_spans) else model.hf.get_input_embeddings()(plan.text_T)
     )
 
 

@@ -314,11 +314,11 @@ def test_ranks_and_accumulation_are_the_same(runs, write_run):
 def test_what_is_saved_is_a_whole_llava(runs, engine):
     """Gathered from all ranks, and read by this project's strict loader and by transformers."""
     run = runs[engine]
-    host = build_parts(path=str(run.output)).host
+    hf = build_parts(path=str(run.output)).hf
     saved = load_file(run.output / "model.safetensors")
     other = LlavaForConditionalGeneration.from_pretrained(run.output)
-    for (name, own), theirs in zip(host.named_parameters(), other.parameters(), strict=True):
+    for (name, own), theirs in zip(hf.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(own, theirs), name
-    assert sum(tensor.numel() for tensor in saved.values()) == sum(p.numel() for p in host.parameters())
+    assert sum(tensor.numel() for tensor in saved.values()) == sum(p.numel() for p in hf.parameters())
     projector = load_file(run.output / PROJECTOR_FILE)
-    assert projector and all(torch.equal(host.state_dict()[name], tensor) for name, tensor in projector.items())
+    assert projector and all(torch.equal(hf.state_dict()[name], tensor) for name, tensor in projector.items())

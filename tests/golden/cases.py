@@ -53,7 +53,7 @@ def case_files() -> list[Path]:
 @lru_cache(maxsize=4)
 def load_parts(directory: Path, padded: bool, device: str) -> Parts:
     parts = build_parts(str(directory), pad_vocabulary=padded)
-    parts.host.to(device)
+    parts.hf.to(device)
     return parts
 
 
@@ -146,7 +146,7 @@ class Case:
         return any(name.startswith("in.images") for name in self.tensors)
 
     def expand(self, name: str, ids: list[int], labels: list[int], images: list[ImageInput]) -> Sample:
-        token = self.parts().host.config.image_token_id
+        token = self.parts().hf.config.image_token_id
         sizes = [image.size for image in images]
         ids, labels, spans = expand_slots(ids, labels, sizes, token, self.geometry(), self.max_length())
         return Sample(name, torch.tensor(ids), torch.tensor(labels), tuple(images[: len(spans)]), tuple(spans))
@@ -162,7 +162,7 @@ class Case:
         parts, file = self.parts(), self.data_file
         named = re.search(r"tokenizer (\w+)", self.info["purpose"])
         tokenizer = load_tokenizer(self.root / "tokenizers" / (named.group(1) if named else "sp_legacy_false"))
-        token = parts.host.config.image_token_id
+        token = parts.hf.config.image_token_id
         options = (TEMPLATES["v1"], tokenizer, token, self.geometry())
         if self.info["mode"] == "train":
             records = read_records(file, file.parent / "images")

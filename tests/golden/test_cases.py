@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_pdrop.checkpoint.layouts import ORIGINAL_TO_HOST, rename
+from llava_pdrop.checkpoint.layouts import ORIGINAL_TO_MEMORY, rename
 from llava_pdrop.model.decoder import Drop
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import image_features
@@ -42,7 +42,7 @@ def case(request, record_property):
 
 
 def pyramid(case: Case, schedule: Schedule | None = None) -> PyramidLlava:
-    return PyramidLlava(case.parts().host, case.schedule if schedule is None else schedule, case.geometry())
+    return PyramidLlava(case.parts().hf, case.schedule if schedule is None else schedule, case.geometry())
 
 
 def rows(batch_or_layout, stream):
@@ -76,7 +76,7 @@ def check_inputs(case: Case, samples) -> None:
     """End-to-end cases: our data path gives the ids and labels the official one gave."""
     if case.data_file is None:
         return
-    token = case.parts().host.config.image_token_id
+    token = case.parts().hf.config.image_token_id
     for row, sample in enumerate(samples):
         ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
         for start, stop in reversed(sample.image_spans):
@@ -95,12 +95,12 @@ def check_embeddings(case: Case, model: PyramidLlava, batch: PackedBatch) -> Str
     plan = StreamPlan.build(batch, model.schedule, model.geometry, model.device)
     if "vision.tower_out" in case.tensors and case.has_images():
         pixels = torch.cat([image.pixels for image in case.all_images()]).to(case.device)
-        tower = model.host.model.vision_tower
+        tower = model.hf.model.vision_tower
         hidden = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         case.close("vision.tower_out", hidden, atol=HIDDEN)
-        assert image_features(model.host, pixels).shape[0] == hidden.shape[0] * hidden.shape[1]
+        assert image_features(model.hf, pixels).shape[0] == hidden.shape[0] * hidden.shape[1]
     elif "vision.tower_out" in case.tensors:  # end to end: pixels are ours, made from the pictures
-        hidden = model.host.model.vision_tower(batch.pixels, output_hidden_states=True).hidden_states[-2][:, 1:].cpu()
+        hidden = model.hf.model.vision_tower(batch.pixels, output_hidden_states=True).hidden_states[-2][:, 1:].cpu()
         recorded = case.tensors["vision.tower_out"]
         shown = [tile for tile in recorded if any(torch.allclose(tile, own, atol=HIDDEN) for own in hidden)]
         assert len(shown) >= len(hidden), "a tile of ours has no equal among the recorded ones"
@@ -126,7 +126,7 @@ def check_official(case: Case, batch: PackedBatch) -> None:
     plan = check_embeddings(case, model, batch)
     trace: list[Drop] = []
     inputs: dict[int, torch.Tensor] = {}
-    decoder = model.host.model.language_model
+    decoder = model.hf.model.language_model
     hooks = [
         layer.register_forward_pre_hook(lambda module, args, index=index: inputs.__setitem__(index, args[0][0]))
         for index, layer in enumerate(decoder.layers)
@@ -175,7 +175,7 @@ def check_official(case: Case, batch: PackedBatch) -> None:
 
 def capture_norm(model: PyramidLlava, batch: PackedBatch) -> torch.Tensor:
     captured: list[torch.Tensor] = []
-    hook = model.host.model.language_model.norm.register_forward_hook(lambda m, a, out: captured.append(out))
+    hook = model.hf.model.language_model.norm.register_forward_hook(lambda m, a, out: captured.append(out))
     with torch.no_grad():
         model.logits(batch)
     hook.remove()
@@ -257,21 +257,21 @@ def image_scores(drop: Drop, row: int) -> torch.Tensor:
 def set_trainable(case: Case, model: PyramidLlava) -> None:
     """As the golden runs were made: everything trains, the tower only in LLaVA-NeXT."""
     model.requires_grad_(True)
-    model.host.model.vision_tower.requires_grad_(bool(case.original_config.get("unfreeze_mm_vision_tower")))
+    model.hf.model.vision_tower.requires_grad_(bool(case.original_config.get("unfreeze_mm_vision_tower")))
     model.zero_grad(set_to_none=True)
 
 
 def check_gradients(case: Case, model: PyramidLlava, loss: torch.Tensor) -> None:
     loss.backward()
-    gradients = {n: p.grad for n, p in model.host.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad for n, p in model.hf.named_parameters() if p.grad is not None}
     flat = {name.replace(".vision_model.", "."): gradient for name, gradient in gradients.items()}
     for name in [name for name in case.tensors if name.startswith("grad.")]:
         theirs = case.tensors[name]
-        (ours,) = rename({name.removeprefix("grad."): theirs}, ORIGINAL_TO_HOST)
+        (ours,) = rename({name.removeprefix("grad."): theirs}, ORIGINAL_TO_MEMORY)
         assert ours in flat, f"{ours} has no gradient"
         case.close(name, flat[ours], atol=GRADIENT * theirs.abs().max().item() + 1e-12)
     for name, norm in case.info.get("grad_norms", {}).items():
-        (ours,) = rename({name: torch.empty(0)}, ORIGINAL_TO_HOST)
+        (ours,) = rename({name: torch.empty(0)}, ORIGINAL_TO_MEMORY)
         own = flat[ours].norm().item() if ours in flat else 0.0
         case.compared += 1
         assert own == pytest.approx(norm, rel=1e-3, abs=1e-6), f"gradient norm of {name}"

@@ -65,13 +65,13 @@ def test_recomputation(case: Case) -> None:
     (sample,) = case.samples()
     case.check_pixels([sample])
     answer = case.tensors["infer.generated"][0]
-    model = PyramidLlava(case.parts().host, case.schedule, case.geometry())
+    model = PyramidLlava(case.parts().hf, case.schedule, case.geometry())
     logits, plan = teacher_forced(model, sample, answer)
     case.close("infer.scores", logits, atol=HIDDEN)
     decoded = []
     for step in range(len(answer) - 1):
         row = []
-        for layer in range(model.host.config.text_config.num_hidden_layers):
+        for layer in range(model.hf.config.text_config.num_hidden_layers):
             stage = plan.stages[sum(drop <= layer for drop in case.schedule.layers)]
             row.append(int(stage.position_T[stage.layout.tokens - len(answer) + step]))
         decoded.append(row)
@@ -80,7 +80,7 @@ def test_recomputation(case: Case) -> None:
 
 def generate(case: Case, sample: Sample, schedule: Schedule, steps: list[Step] | None = None):
     """Greedy tokens and logits (steps, V) of at most 16 new tokens."""
-    host = case.parts(padded=True).host.eval()
+    hf = case.parts(padded=True).hf.eval()
     official = case.original_config["vocab_size"]
     inputs: dict = {"input_ids": sample.input_ids[None], "attention_mask": torch.ones(1, len(sample.input_ids))}
     if sample.images and case.geometry().aspect == "anyres":
@@ -89,14 +89,14 @@ def generate(case: Case, sample: Sample, schedule: Schedule, steps: list[Step] |
     elif sample.images:
         inputs["pixel_values"] = torch.cat([image.pixels for image in sample.images])
     inputs = {name: tensor.to(case.device) for name, tensor in inputs.items()}
-    pack_by_geometry(host, case.geometry())
-    attach(host, schedule, trace=steps)
-    output = host.generate(
+    pack_by_geometry(hf, case.geometry())
+    attach(hf, schedule, trace=steps)
+    output = hf.generate(
         **inputs, max_new_tokens=16, do_sample=False, eos_token_id=2, pad_token_id=0,
-        suppress_tokens=list(range(official, host.config.text_config.vocab_size)),
+        suppress_tokens=list(range(official, hf.config.text_config.vocab_size)),
         return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    detach(host)
+    detach(hf)
     new = output.sequences[0, len(sample.input_ids) :]
     return new.tolist(), torch.cat(output.logits)[:, :official].cpu()
 
@@ -117,7 +117,7 @@ def check_expectation(case: Case, sample: Sample, tokens: list[int], steps: list
             assert len(kept) == int((stop - start) * case.schedule.ratios[stage]), reason
     if not sample.image_spans:
         assert tokens == case.tensors["vanilla.generated"][0].tolist(), reason
-    model = PyramidLlava(case.parts().host, case.schedule, case.geometry())
+    model = PyramidLlava(case.parts().hf, case.schedule, case.geometry())
     logits, _ = teacher_forced(model, sample, torch.tensor(tokens))
     assert logits.argmax(-1).tolist() == tokens, reason
     case.compared += len(tokens)

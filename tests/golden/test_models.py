@@ -87,7 +87,7 @@ def test_hf_names_are_canonical_and_plain_transformers_opens_them(trip):
     assert all(CANONICAL.match(name) for name in names)
     model, report = AutoModelForImageTextToText.from_pretrained(folder / "hf", output_loading_info=True)
     assert not any(report.values()), report
-    ours = build_parts(str(source)).host.state_dict()
+    ours = build_parts(str(source)).hf.state_dict()
     same_tensors(dict(model.state_dict()), dict(ours))
     rows = json.loads((source / "config.json").read_text())["vocab_size"]
     assert model.config.image_token_id == rows and len(model.lm_head.weight) == -(-(rows + 2) // 64) * 64
@@ -102,7 +102,7 @@ def test_logits_are_the_golden_ones(trip, record_property):
     for name in ("hf", "original", "again"):
         case = ConvertedCase(**vars(Case.load(file)), read=build_parts(str(folder / name)))
         batch = PackedBatch.pack(case.samples(), query=case.query)
-        model = PyramidLlava(case.parts().host, Schedule(), case.geometry()).eval()
+        model = PyramidLlava(case.parts().hf, Schedule(), case.geometry()).eval()
         logits = model.logits(batch)[:, :rows]
         if "vanilla.prefill_logits_last" in case.tensors:
             last = logits[torch.tensor(batch.seq_lens).cumsum(0) - 1]

@@ -72,16 +72,16 @@ def test_the_command(tmp_path):
 
 def test_dropping_in_a_prefill_does_not_synchronise():
     device, shape = device_named("cuda"), SHAPES["tiny"]
-    host = make_model(shape, device, torch.float32).host.eval()
-    host.set_attn_implementation("sdpa")
+    hf = make_model(shape, device, torch.float32).hf.eval()
+    hf.set_attn_implementation("sdpa")
     case = Case(2, 50, TEXT_TOKENS, 3)
-    prompt = Prompt.make(host, case, torch.randn(4, 3, 84, 84, device=device), seed=0)
-    generate(host, prompt, shape.schedule, 3, device)
-    layers = host.model.language_model.layers
+    prompt = Prompt.make(hf, case, torch.randn(4, 3, 84, 84, device=device), seed=0)
+    generate(hf, prompt, shape.schedule, 3, device)
+    layers = hf.model.language_model.layers
     layers[0].register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))
     layers[-1].register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"))
     try:
-        run = generate(host, prompt, shape.schedule, 3, device)
+        run = generate(hf, prompt, shape.schedule, 3, device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert run.peak_bytes > run.cache_bytes

@@ -11,15 +11,15 @@ from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.adapters import attach_adapters, halve_frozen
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.types import PackedBatch
-from tests.tiny import ANYRES, PYRAMID, make_tiny_host, mixed_samples
+from tests.tiny import ANYRES, PYRAMID, make_tiny_hf, mixed_samples
 
 CUDA = torch.device("cuda")
 STEPS = 20
 
 
 def model_of(bits: int | None) -> PyramidLlava:
-    model = PyramidLlava(make_tiny_host("llama_gqa", ANYRES), PYRAMID)
-    attach_adapters(model.host, LoraSection(r=8, alpha=16, bits=bits), "base", CUDA, torch.bfloat16)
+    model = PyramidLlava(make_tiny_hf("llama_gqa", ANYRES), PYRAMID)
+    attach_adapters(model.hf, LoraSection(r=8, alpha=16, bits=bits), "base", CUDA, torch.bfloat16)
     freeze(model, ("projector", "language_model"))
     halve_frozen(model, torch.bfloat16)
     return model.train().to(CUDA)
@@ -30,7 +30,7 @@ def test_adapters_learn_on_weights_that_stay(bits):
     if bits is not None:
         pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
     model, batch = model_of(bits), PackedBatch.pack(mixed_samples(ANYRES)).to(CUDA)
-    weight = model.host.model.language_model.layers[0].mlp.up_proj.base_layer.weight
+    weight = model.hf.model.language_model.layers[0].mlp.up_proj.base_layer.weight
     assert weight.dtype == {None: torch.bfloat16, 4: torch.uint8, 8: torch.int8}[bits]
     before = weight.detach().clone()
     model.activation_checkpointing_enable()

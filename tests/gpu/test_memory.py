@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_pdrop.checkpoint.hosts import make_host
+from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.memory import predicted_peak
 from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
@@ -32,13 +32,13 @@ STATES = States(bytes=2, optimizer=4.0)  # AdamW on bfloat16 weights: two bfloat
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule((2, 4, 6), (0.5, 0.25, 0.125))], ids=["vanilla", "dropping"])
 def test_peak_is_predicted_within_a_tenth(schedule, recompute):
     torch.manual_seed(0)
-    host = make_host(LlamaConfig(**TEXT), CLIPVisionConfig(**VISION), GEOMETRY, IMAGE).to("cuda", torch.bfloat16)
-    model = PyramidLlava(host, schedule, GEOMETRY).train()
+    hf = make_hf_model(LlamaConfig(**TEXT), CLIPVisionConfig(**VISION), GEOMETRY, IMAGE).to("cuda", torch.bfloat16)
+    model = PyramidLlava(hf, schedule, GEOMETRY).train()
     if recompute:
         model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batch = PackedBatch.pack([make_sample(20, (672, 672), 100, "30", geometry=GEOMETRY, seed=i) for i in range(4)])
-    predicted = predicted_peak(host.config, batch, schedule, GEOMETRY, PARTS, recompute, states=STATES).total
+    predicted = predicted_peak(hf.config, batch, schedule, GEOMETRY, PARTS, recompute, states=STATES).total
     batch = batch.to("cuda")
     for _ in range(2):  # the first step makes the optimizer's state
         optimizer.zero_grad(set_to_none=True)

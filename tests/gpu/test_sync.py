@@ -18,7 +18,7 @@ from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 from tests.sync import make_trainer, train_forbidding_reads
-from tests.tiny import ANYRES, PYRAMID, make_sample, make_tiny_host, mixed_samples
+from tests.tiny import ANYRES, PYRAMID, make_sample, make_tiny_hf, mixed_samples
 
 SCHEDULES = {"vanilla": Schedule(), "dropping": PYRAMID}
 BATCHES = {
@@ -30,7 +30,7 @@ PRECISIONS = ["float32", "bfloat16", "autocast"]
 
 
 def model_on_gpu(schedule: Schedule, precision: str = "float32", recompute: bool = False) -> PyramidLlava:
-    model = PyramidLlava(make_tiny_host("llama_gqa", ANYRES), schedule).train().cuda()
+    model = PyramidLlava(make_tiny_hf("llama_gqa", ANYRES), schedule).train().cuda()
     if recompute:
         model.activation_checkpointing_enable()
     return model.bfloat16() if precision == "bfloat16" else model
@@ -70,7 +70,7 @@ def test_decoder_with_every_ranker(no_sync, ranker):
     x_TD = model.embed(batch, plan).detach()
     for guard in (nullcontext, no_sync):
         with guard():
-            out_TD = run_decoder(model.host.model.language_model, x_TD, plan, schedule)
+            out_TD = run_decoder(model.hf.model.language_model, x_TD, plan, schedule)
             out_TD.sum().backward()
     assert len(out_TD) == plan.stages[-1].layout.tokens
 

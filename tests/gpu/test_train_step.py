@@ -8,7 +8,7 @@ import torch
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
-from tests.tiny import ANYRES, PYRAMID, make_tiny_host, mixed_samples
+from tests.tiny import ANYRES, PYRAMID, make_tiny_hf, mixed_samples
 
 STEPS = 20
 
@@ -26,8 +26,8 @@ def loss_of(model: PyramidLlava, batch: PackedBatch) -> torch.Tensor:
 def test_loss_starts_where_float32_does_and_falls(schedule, tolerance):
     batch = PackedBatch.pack(mixed_samples(ANYRES))
     with torch.no_grad():
-        expected = loss_of(PyramidLlava(make_tiny_host("llama_gqa", ANYRES), schedule), batch).item()
-    model = PyramidLlava(make_tiny_host("llama_gqa", ANYRES), schedule).train().cuda()
+        expected = loss_of(PyramidLlava(make_tiny_hf("llama_gqa", ANYRES), schedule), batch).item()
+    model = PyramidLlava(make_tiny_hf("llama_gqa", ANYRES), schedule).train().cuda()
     model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch, losses = batch.to("cuda"), []

@@ -81,13 +81,13 @@ def picture(tmp_path) -> Path:
 
 
 def test_reopens_in_plain_transformers_and_generates_the_same(parts, picture, tmp_path):
-    model = PyramidLlava(parts.host, SCHEDULE, parts.geometry)
-    save_pretrained(model.host, parts.processor(), tmp_path / "saved")
+    model = PyramidLlava(parts.hf, SCHEDULE, parts.geometry)
+    save_pretrained(model.hf, parts.processor(), tmp_path / "saved")
     reopened, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
-    assert type(reopened) is type(parts.host)
+    assert type(reopened) is type(parts.hf)
     assert Schedule.from_dict(reopened.config.pyramid_drop) == SCHEDULE
-    for name, tensor in parts.host.state_dict().items():
+    for name, tensor in parts.hf.state_dict().items():
         assert torch.equal(tensor, reopened.state_dict()[name]), name
 
     processor = AutoProcessor.from_pretrained(tmp_path / "saved")
@@ -98,10 +98,10 @@ def test_reopens_in_plain_transformers_and_generates_the_same(parts, picture, tm
     record = Record("r", (Turn("human", text),), (picture,), "test")
     image = preprocess(load_image(picture), parts.geometry, parts.image_processor)
     torch.testing.assert_close(image.pixels, inputs["pixel_values"].reshape(image.pixels.shape), atol=1e-5, rtol=0)
-    token = parts.host.config.image_token_id
+    token = parts.hf.config.image_token_id
     sample = Encoder(TEMPLATES["qa"], parts.tokenizer, token, parts.geometry).prompt(record, [image])
     assert sample.input_ids.tolist() == inputs["input_ids"][0].tolist()
-    vanilla = PyramidLlava(parts.host, Schedule(), parts.geometry)
+    vanilla = PyramidLlava(parts.hf, Schedule(), parts.geometry)
     for expected in theirs.tolist():
         logits = vanilla.logits(PackedBatch.pack([sample], query="last"))
         assert logits[-1].argmax().item() == expected
@@ -110,7 +110,7 @@ def test_reopens_in_plain_transformers_and_generates_the_same(parts, picture, tm
 
 
 def test_saved_directory_is_a_source_again(parts, tmp_path):
-    save_pretrained(parts.host, parts.processor(), tmp_path)
+    save_pretrained(parts.hf, parts.processor(), tmp_path)
     again = build_parts(path=str(tmp_path))
     assert again.geometry == parts.geometry
     assert again.tokenizer.get_vocab() == parts.tokenizer.get_vocab()
@@ -119,19 +119,19 @@ def test_saved_directory_is_a_source_again(parts, tmp_path):
 
 def test_bfloat16_weights_stay_bfloat16(sources, tmp_path):
     parts = build_parts(**sources, dtype=torch.bfloat16)
-    save_pretrained(parts.host, None, tmp_path)
+    save_pretrained(parts.hf, None, tmp_path)
     reopened = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert {p.dtype for p in reopened.parameters()} == {torch.bfloat16}
 
 
 def test_projector_travels_from_stage_one_to_stage_two(sources, tmp_path):
     first = build_parts(**sources)
-    file = save_projector(first.host, tmp_path)
+    file = save_projector(first.hf, tmp_path)
     fresh = build_parts(**sources)
     second = build_parts(**sources, projector=str(file))
     weight = "model.multi_modal_projector.linear_1.weight"
-    assert not torch.equal(first.host.state_dict()[weight], fresh.host.state_dict()[weight])
-    assert torch.equal(first.host.state_dict()[weight], second.host.state_dict()[weight])
+    assert not torch.equal(first.hf.state_dict()[weight], fresh.hf.state_dict()[weight])
+    assert torch.equal(first.hf.state_dict()[weight], second.hf.state_dict()[weight])
 
 
 def test_a_projector_that_does_not_fit_is_an_error(sources, tmp_path):
@@ -143,17 +143,17 @@ def test_a_projector_that_does_not_fit_is_an_error(sources, tmp_path):
 
 
 def test_weights_are_loaded_strictly(parts):
-    state = parts.host.state_dict()
+    state = parts.hf.state_dict()
     state["model.surplus"] = state.pop("lm_head.weight")
     state["model.language_model.norm.weight"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"missing: lm_head.weight; unexpected: model.surplus; wrong shape: .*norm"):
-        load_strictly(parts.host, state, "a file")
+        load_strictly(parts.hf, state, "a file")
 
 
 def test_a_larger_picture_interpolates_the_tower(sources):
     parts = build_parts(**sources, image_size=42)
     assert parts.geometry.patches == 36
-    assert parts.host.model.vision_tower(torch.zeros(1, 3, 42, 42)).last_hidden_state.shape == (1, 37, 16)
+    assert parts.hf.model.vision_tower(torch.zeros(1, 3, 42, 42)).last_hidden_state.shape == (1, 37, 16)
 
 
 def test_missing_parts_are_named(tmp_path):

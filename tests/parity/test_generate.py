@@ -24,7 +24,7 @@ from tests.parity.generation import (
     answers,
     generate,
     inputs,
-    make_host,
+    make_hf_model,
     recompute,
     rows_of_all_kinds,
     same,
@@ -35,17 +35,17 @@ from tests.tiny import ANYRES, LAYERS, PAD, PYRAMID, make_sample
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule(layers=(1, 3), ratios=(1.0, 1.0))], ids=["empty", "ones"])
 @pytest.mark.parametrize("geometry", [PAD, ANYRES], ids=["pad", "anyres"])
 def test_schedule_that_drops_nothing_is_vanilla(schedule, geometry):
-    host, rows = make_host(geometry=geometry), rows_of_all_kinds(geometry)
-    vanilla = generate(host, *rows)
-    ours = generate(attach(host, schedule), *rows)
+    hf, rows = make_hf_model(geometry=geometry), rows_of_all_kinds(geometry)
+    vanilla = generate(hf, *rows)
+    ours = generate(attach(hf, schedule), *rows)
     assert answers(ours) == answers(vanilla)
     same(torch.stack(ours.logits), torch.stack(vanilla.logits))
 
 
 def test_text_alone_is_vanilla():
-    host, rows = make_host(), [make_sample(3), make_sample(9)]
-    vanilla = generate(host, *rows)
-    ours = generate(attach(host, PYRAMID), *rows)
+    hf, rows = make_hf_model(), [make_sample(3), make_sample(9)]
+    vanilla = generate(hf, *rows)
+    ours = generate(attach(hf, PYRAMID), *rows)
     same(torch.stack(ours.logits), torch.stack(vanilla.logits), 0.0)
     assert type(ours.past_key_values) is type(vanilla.past_key_values)
 
@@ -53,9 +53,9 @@ def test_text_alone_is_vanilla():
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("pieces", [ONE, TWO], ids=["one", "two"])
 def test_decoding_with_caches_equals_recompute(decoder, pieces):
-    host, row = make_host(decoder), make_sample(*pieces)
-    output = generate(attach(host, PYRAMID), row)
-    logits = recompute(host, row, answers(output)[0], PYRAMID)
+    hf, row = make_hf_model(decoder), make_sample(*pieces)
+    output = generate(attach(hf, PYRAMID), row)
+    logits = recompute(hf, row, answers(output)[0], PYRAMID)
     same(torch.cat(output.logits), logits)
     assert logits.argmax(-1).tolist() == answers(output)[0]
 
@@ -64,18 +64,18 @@ def test_decoding_with_caches_equals_recompute(decoder, pieces):
 @pytest.mark.parametrize("ranker", ["last_instruction", "fastv", "uniform"])
 @pytest.mark.parametrize("layers", [(2, 3, 5), (1, 2, 4)], ids=str)
 def test_rankers_and_positions_equal_recompute(positions, ranker, layers):
-    host, row = make_host(), make_sample(*TWO)
+    hf, row = make_hf_model(), make_sample(*TWO)
     schedule = Schedule(layers, (0.6, 0.3, 0.0), ranker, positions)
-    output = generate(attach(host, schedule), row)
-    same(torch.cat(output.logits), recompute(host, row, answers(output)[0], schedule))
+    output = generate(attach(hf, schedule), row)
+    same(torch.cat(output.logits), recompute(hf, row, answers(output)[0], schedule))
 
 
 @pytest.mark.parametrize("positions", ["renumber", "keep"])
 def test_anyres_equals_recompute(positions):
-    host, row = make_host("qwen2", ANYRES), make_sample(1, (30, 30), (28, 80), 1, (64, 20), 2, geometry=ANYRES)
+    hf, row = make_hf_model("qwen2", ANYRES), make_sample(1, (30, 30), (28, 80), 1, (64, 20), 2, geometry=ANYRES)
     schedule = replace(PYRAMID, positions=positions)
-    output = generate(attach(host, schedule), row)
-    same(torch.cat(output.logits), recompute(host, row, answers(output)[0], schedule, ANYRES))
+    output = generate(attach(hf, schedule), row)
+    same(torch.cat(output.logits), recompute(hf, row, answers(output)[0], schedule, ANYRES))
 
 
 @pytest.mark.parametrize("geometry", [PAD, ANYRES], ids=["pad", "anyres"])
@@ -83,24 +83,24 @@ def test_anyres_equals_recompute(positions):
 @pytest.mark.parametrize("decoder", ["llama_gqa", "mistral_window"])
 @pytest.mark.parametrize("positions", ["renumber", "keep"])
 def test_padded_batch_equals_singles(geometry, implementation, decoder, positions):
-    host, rows = make_host(decoder, geometry, implementation), rows_of_all_kinds(geometry)
-    attach(host, replace(PYRAMID, positions=positions))
-    batch = generate(host, *rows)
+    hf, rows = make_hf_model(decoder, geometry, implementation), rows_of_all_kinds(geometry)
+    attach(hf, replace(PYRAMID, positions=positions))
+    batch = generate(hf, *rows)
     for index, row in enumerate(rows):
-        single = generate(host, row)
+        single = generate(hf, row)
         assert answers(single)[0] == answers(batch)[index]
         same(torch.stack(batch.logits)[:, index], torch.cat(single.logits))
     if implementation != "sdpa":
-        host.set_attn_implementation("sdpa")
-        same(torch.stack(generate(host, *rows).logits), torch.stack(batch.logits))
+        hf.set_attn_implementation("sdpa")
+        same(torch.stack(generate(hf, *rows).logits), torch.stack(batch.logits))
 
 
 @pytest.mark.parametrize("ranker", ["last_instruction", "fastv", "random", "uniform"])
 def test_every_image_keeps_its_own_share(ranker):
-    host, trace, schedule = make_host(geometry=ANYRES), [], replace(PYRAMID, ranker=ranker)
+    hf, trace, schedule = make_hf_model(geometry=ANYRES), [], replace(PYRAMID, ranker=ranker)
     pieces = [((30, 30), (80, 20), 1), NONE, (1, (28, 80), 3)]
     rows = [make_sample(*row, geometry=ANYRES) for row in pieces]
-    output = generate(attach(host, schedule, trace), *rows)
+    output = generate(attach(hf, schedule, trace), *rows)
     totals = [stop - start for row in rows for start, stop in row.image_spans]
     assert len(set(totals)) == 3
     for drop in range(len(schedule.layers)):
@@ -113,8 +113,8 @@ def test_every_image_keeps_its_own_share(ranker):
 
 
 def test_lengths_and_positions_of_every_layer():
-    host, trace = make_host(), []
-    output = generate(attach(host, PYRAMID, trace), make_sample(*ONE))
+    hf, trace = make_hf_model(), []
+    output = generate(attach(hf, PYRAMID, trace), make_sample(*ONE))
     lengths = [5 + tokens for tokens in PYRAMID.tokens_per_layer(16, LAYERS)]
     assert cached_tokens(output.past_key_values) == [length + NEW - 1 for length in lengths]
     assert [p.tolist() for p in trace[0].position_ids] == [[list(range(length))] for length in lengths]
@@ -127,17 +127,17 @@ def test_lengths_and_positions_of_every_layer():
 def test_plain_forward_drops_the_same(geometry):
     """Without ``generate`` the lengths of images come from their sizes, and the last real token of a row ranks, be the
     padding on the left or on the right."""
-    host, trace = make_host(geometry=geometry), []
-    attach(host, PYRAMID, trace)
+    hf, trace = make_hf_model(geometry=geometry), []
+    attach(hf, PYRAMID, trace)
     rows = rows_of_all_kinds(geometry)
-    generated = generate(host, *rows, max_new_tokens=1)
-    left = inputs(host, *rows)
+    generated = generate(hf, *rows, max_new_tokens=1)
+    left = inputs(hf, *rows)
     right = {**left, "input_ids": torch.zeros_like(left["input_ids"])}
     right["attention_mask"] = left["attention_mask"].flip(1)
     right["input_ids"][right["attention_mask"].bool()] = left["input_ids"][left["attention_mask"].bool()]
     for batch in (left, right):
         with torch.no_grad():
-            output = host(**batch)
+            output = hf(**batch)
         assert trace[0].survivors == trace[-1].survivors and trace[0].image_spans == trace[-1].image_spans
         same(output.logits[:, -1], generated.logits[0])
         assert cached_tokens(output.past_key_values) == cached_tokens(generated.past_key_values)

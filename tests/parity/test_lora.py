@@ -14,14 +14,14 @@ from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.adapters import attach_adapters
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
-from tests.tiny import DECODERS, make_sample, make_tiny_host
+from tests.tiny import DECODERS, make_sample, make_tiny_hf
 
 TOLERANCE = 2e-5  # float32, logits of order 1: sums in another order
 
 
 def adapted(decoder: str, schedule: Schedule) -> PyramidLlava:
-    model = PyramidLlava(make_tiny_host(decoder), schedule)
-    attach_adapters(model.host, LoraSection(r=4, alpha=8, dropout=0.0), "base")
+    model = PyramidLlava(make_tiny_hf(decoder), schedule)
+    attach_adapters(model.hf, LoraSection(r=4, alpha=8, dropout=0.0), "base")
     freeze(model, ("projector", "language_model"))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -38,11 +38,11 @@ def test_without_dropping_it_is_peft_on_vanilla_transformers(decoder, schedule):
     ours, theirs = adapted(decoder, schedule), adapted(decoder, Schedule())
     loss = ours(PackedBatch.pack(samples)).loss
     loss.backward()
-    theirs.host.set_attn_implementation("eager")
+    theirs.hf.set_attn_implementation("eager")
     expected = torch.zeros(())
     for sample in samples:
         pixels = torch.cat([image.pixels for image in sample.images])
-        logits = theirs.host(input_ids=sample.input_ids[None], pixel_values=pixels).logits[0]
+        logits = theirs.hf(input_ids=sample.input_ids[None], pixel_values=pixels).logits[0]
         expected = expected + F.cross_entropy(
             logits[:-1], sample.labels[1:], ignore_index=IGNORE_INDEX, reduction="sum"
         )

@@ -16,7 +16,7 @@ from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
 from tests.reference import slow_reference
-from tests.tiny import ANYRES, DECODERS, IMAGE, LAYERS, PAD, PYRAMID, make_sample, make_tiny_host, mixed_samples
+from tests.tiny import ANYRES, DECODERS, IMAGE, LAYERS, PAD, PYRAMID, make_sample, make_tiny_hf, mixed_samples
 
 GEOMETRIES = {"pad": PAD, "anyres": ANYRES}
 TOLERANCE = 2e-5  # float32, logits of order 1: sums in another order
@@ -31,25 +31,25 @@ def logits_by_sample(model, samples):
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("schedule", [Schedule(), replace(PYRAMID, ratios=(1.0, 1.0, 1.0))], ids=["none", "ratio1"])
 def test_without_dropping_it_is_vanilla_transformers(decoder, schedule):
-    host = make_tiny_host(decoder)
+    hf = make_tiny_hf(decoder)
     samples = [make_sample(3, (28, 28), 5, "4", seed=1), make_sample((28, 28), 4, (28, 28), "3", seed=2)]
-    ours = logits_by_sample(PyramidLlava(host, schedule), samples)
-    host.set_attn_implementation("eager")
+    ours = logits_by_sample(PyramidLlava(hf, schedule), samples)
+    hf.set_attn_implementation("eager")
     for sample, logits in zip(samples, ours):
         pixels = torch.cat([image.pixels for image in sample.images])
         with torch.no_grad():
-            theirs = host(input_ids=sample.input_ids[None], pixel_values=pixels).logits[0]
+            theirs = hf(input_ids=sample.input_ids[None], pixel_values=pixels).logits[0]
         torch.testing.assert_close(logits, theirs, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (50, 20), (20, 60), (55, 56)])
 def test_anyres_features_lie_where_transformers_puts_them(size):
-    host = make_tiny_host(geometry=ANYRES)
+    hf = make_tiny_hf(geometry=ANYRES)
     sample = make_sample(3, size, 5, "4", geometry=ANYRES)
-    (ours,) = logits_by_sample(PyramidLlava(host), [sample])
+    (ours,) = logits_by_sample(PyramidLlava(hf), [sample])
     sizes = torch.tensor([[size[1], size[0]]])
     with torch.no_grad():
-        theirs = host(
+        theirs = hf(
             input_ids=sample.input_ids[None], pixel_values=sample.images[0].pixels[None], image_sizes=sizes
         ).logits[0]
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
@@ -61,7 +61,7 @@ def test_anyres_features_lie_where_transformers_puts_them(size):
 def test_packed_equals_one_by_one(geometry, positions, ranker):
     schedule = replace(PYRAMID, positions=positions, ranker=ranker)
     samples = mixed_samples(GEOMETRIES[geometry])
-    model = PyramidLlava(make_tiny_host("llama_gqa", GEOMETRIES[geometry]), schedule)
+    model = PyramidLlava(make_tiny_hf("llama_gqa", GEOMETRIES[geometry]), schedule)
     together = logits_by_sample(model, samples)
     for sample, logits in zip(samples, together):
         (alone,) = logits_by_sample(model, [sample])
@@ -79,7 +79,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_packed_equals_a_slow_reference(decoder, schedule, query):
-    model = PyramidLlava(make_tiny_host(decoder), SCHEDULES[schedule])
+    model = PyramidLlava(make_tiny_hf(decoder), SCHEDULES[schedule])
     for sample in mixed_samples():
         ours = model.logits(PackedBatch.pack([sample], query))
         theirs, _ = slow_reference(model, sample, query)
@@ -88,8 +88,8 @@ def test_packed_equals_a_slow_reference(decoder, schedule, query):
 
 def test_positions_can_be_kept():
     sample = make_sample(3, (28, 28), 5, "4")
-    host = make_tiny_host()
-    renumbered, kept = (PyramidLlava(host, replace(PYRAMID, positions=p)) for p in ("renumber", "keep"))
+    hf = make_tiny_hf()
+    renumbered, kept = (PyramidLlava(hf, replace(PYRAMID, positions=p)) for p in ("renumber", "keep"))
     (a,), (b,) = logits_by_sample(renumbered, [sample]), logits_by_sample(kept, [sample])
     assert a.shape == b.shape and not torch.allclose(a, b, atol=1e-3)
 
@@ -98,10 +98,10 @@ def test_positions_can_be_kept():
 def test_checkpointing_changes_nothing_and_runs_again_what_was_asked(first):
     gradients, calls = [], []
     for checkpointing in (False, True):
-        model = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID, recompute_layers=first).train()
+        model = PyramidLlava(make_tiny_hf("llama_gqa"), PYRAMID, recompute_layers=first).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        tower, decoder = model.host.model.vision_tower.encoder.layers, model.host.model.language_model.layers
+        tower, decoder = model.hf.model.vision_tower.encoder.layers, model.hf.model.language_model.layers
         calls.append([0] * (len(tower) + len(decoder)))
         for index, layer in enumerate([*tower, *decoder]):
             layer.self_attn.register_forward_hook(partial(count_call, calls[-1], index))
@@ -123,11 +123,11 @@ def count_call(calls, index, *_):
 @pytest.mark.parametrize("first", [-1, LAYERS + 1])
 def test_layers_to_recompute_must_exist(first):
     with pytest.raises(ValueError, match=f"train.recompute_layers must be from 0 to {LAYERS}, .*: {first}"):
-        PyramidLlava(make_tiny_host(), recompute_layers=first)
+        PyramidLlava(make_tiny_hf(), recompute_layers=first)
 
 
 def test_loss_is_the_sum_over_labels():
-    model = PyramidLlava(make_tiny_host(), PYRAMID)
+    model = PyramidLlava(make_tiny_hf(), PYRAMID)
     samples = mixed_samples()
     batch = PackedBatch.pack(samples)
     output = model(batch)
@@ -152,7 +152,7 @@ def test_text_only_batch_runs_every_module_and_has_every_gradient():
     """All ranks must run the same modules and touch the same parameters, whatever their data."""
 
     def calls_and_gradients(samples):
-        model = PyramidLlava(make_tiny_host(geometry=ANYRES), PYRAMID)
+        model = PyramidLlava(make_tiny_hf(geometry=ANYRES), PYRAMID)
         calls: list[int] = []
         for name, module in model.named_modules():
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
@@ -170,7 +170,7 @@ def test_text_only_batch_runs_every_module_and_has_every_gradient():
 
 
 def test_a_text_only_batch_between_image_batches_changes_nothing():
-    model = PyramidLlava(make_tiny_host(), PYRAMID)
+    model = PyramidLlava(make_tiny_hf(), PYRAMID)
     picture, text = [make_sample(3, (28, 28), 5, "4")], [make_sample(6, "3")]
     before = model.logits(PackedBatch.pack(picture))
     model.logits(PackedBatch.pack(text))
@@ -223,7 +223,7 @@ def test_dropping_never_waits_for_the_device(geometry, ranker):
     batch = PackedBatch.pack(mixed_samples(geometry))
     found = {}
     for name, schedule in (("vanilla", Schedule()), ("dropping", replace(PYRAMID, ranker=ranker))):
-        model = PyramidLlava(make_tiny_host(geometry=geometry), schedule).train()
+        model = PyramidLlava(make_tiny_hf(geometry=geometry), schedule).train()
         with CountSyncs() as counter:
             output = model(batch)
         found[name] = counter.found
@@ -237,7 +237,7 @@ def test_no_gradient_is_laid_into_zeros(schedule, batch):
     """``x[0]`` of a (1, ...) tensor would, backward, fill a tensor of its size with zeros and copy the gradient there:
     four times a layer; squeezing is a view both ways."""
     samples = mixed_samples() if batch == "ragged" else [make_sample(3, (28, 28), 5, "4", seed=seed) for seed in (1, 2)]
-    model = PyramidLlava(make_tiny_host("llama_gqa"), schedule).train()
+    model = PyramidLlava(make_tiny_hf("llama_gqa"), schedule).train()
     names = graph_of(model(PackedBatch.pack(samples)).loss)
     assert not {name for name in names if name.startswith("Select")}
     assert "SqueezeBackward1" in names and "IndexSelectBackward0" in names  # the decoder is in it
@@ -275,7 +275,7 @@ def test_a_micro_batch_is_two_copies(schedule, geometry):
     """Pixels, which the loader thread can send ahead, and one row of integers: ids, labels and the whole plan. The
     meta device stands for a GPU (which no autocast knows, hence no ranking by attention)."""
     geometry = GEOMETRIES[geometry]
-    model = PyramidLlava(make_tiny_host(geometry=geometry).to("meta"), schedule).train()
+    model = PyramidLlava(make_tiny_hf(geometry=geometry).to("meta"), schedule).train()
     batch = PackedBatch.pack(mixed_samples(geometry))
     with CountCopies() as counter:
         output = model(batch.to("meta"))
@@ -306,7 +306,7 @@ def test_the_counter_sees_what_it_looks_for(wait):
 @pytest.mark.parametrize("stage", range(3))
 def test_every_image_keeps_its_own_share(stage):
     samples = mixed_samples(ANYRES)
-    model = PyramidLlava(make_tiny_host(geometry=ANYRES), PYRAMID)
+    model = PyramidLlava(make_tiny_hf(geometry=ANYRES), PYRAMID)
     batch = PackedBatch.pack(samples)
     plan = StreamPlan.build(batch, PYRAMID, ANYRES, model.device)
     spans = plan.stages[stage + 1].layout.image_spans
@@ -318,6 +318,6 @@ def test_every_image_keeps_its_own_share(stage):
 
 def test_layers_are_named_in_the_error():
     with pytest.raises(ValueError, match=f"the last possible entry is {LAYERS - 1}"):
-        PyramidLlava(make_tiny_host(), Schedule(layers=(2, 6), ratios=(0.5, 0.25)))
+        PyramidLlava(make_tiny_hf(), Schedule(layers=(2, 6), ratios=(0.5, 0.25)))
     with pytest.raises(ValueError, match="unknown pyramid_drop.ranker 'best'"):
-        PyramidLlava(make_tiny_host(), replace(PYRAMID, ranker="best"))
+        PyramidLlava(make_tiny_hf(), replace(PYRAMID, ranker="best"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from llava_pdrop.checkpoint.hosts import make_host
+from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.paths import number, part_configs
 from llava_pdrop.cost.paper import paper_tflop
@@ -37,10 +37,10 @@ def test_builds_on_meta(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         vision.image_size, vision.patch_size, model.aspect, model.merge, model.pinpoints, model.rounding
     )
     with torch.device("meta"):
-        host = make_host(AutoConfig.for_model(**decoder), vision, geometry, image_token_id=decoder["vocab_size"] - 1)
-    built = PyramidLlava(host, config.schedule, geometry, model.attention)
-    assert len(built.host.model.language_model.layers) == number(decoder, "num_hidden_layers")
-    assert geometry_of(built.host.config) == geometry
+        hf = make_hf_model(AutoConfig.for_model(**decoder), vision, geometry, image_token_id=decoder["vocab_size"] - 1)
+    built = PyramidLlava(hf, config.schedule, geometry, model.attention)
+    assert len(built.hf.model.language_model.layers) == number(decoder, "num_hidden_layers")
+    assert geometry_of(built.hf.config) == geometry
     if "7b" in path:
         assert sum(p.numel() for p in built.parameters()) == pytest.approx(7.06e9, rel=0.01)
     check_plan(built)

@@ -63,7 +63,7 @@ def fused_norms(model: PyramidLlava) -> Iterator[None]:
     def fused(self: Any, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
 
-    modules = model.host.model.language_model.modules()
+    modules = model.hf.model.language_model.modules()
     norms = [module for module in modules if type(module).__name__.endswith("RMSNorm")]
     with _methods((norm, fused) for norm in norms):
         yield
@@ -86,7 +86,7 @@ def liger_mlp(model: PyramidLlava) -> Iterator[None]:
     def gated(self: Any, hidden: Tensor) -> Tensor:
         return self.down_proj(function.apply(self.gate_proj(hidden), self.up_proj(hidden)))
 
-    with _methods((layer.mlp, gated) for layer in model.host.model.language_model.layers):
+    with _methods((layer.mlp, gated) for layer in model.hf.model.language_model.layers):
         yield
 
 

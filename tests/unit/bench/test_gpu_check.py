@@ -248,8 +248,8 @@ def test_a_synchronisation_is_reported_with_its_place(monkeypatch: pytest.Monkey
     batch = trainer.workload.batch(0, CPU, 1)
     assert inside.synchronisations(trainer, Arm("vanilla"), batch) == []
     monkeypatch.setattr(
-        trainer.model.host.lm_head, "forward",
-        lambda x, real=trainer.model.host.lm_head.forward: (
+        trainer.model.hf.lm_head, "forward",
+        lambda x, real=trainer.model.hf.lm_head.forward: (
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1), real(x)
         )[1],
     )  # fmt: skip

@@ -32,12 +32,12 @@ METHODS = {"vanilla": Schedule(), "PyramidDrop": SHAPE.schedule, "FastV": FASTV}
 
 
 @pytest.fixture(scope="module")
-def host():
-    host = make_model(SHAPE, CPU, torch.float32).host.eval()
-    host.set_attn_implementation("sdpa")
-    host.generation_config.eos_token_id = None
-    host.generation_config.pad_token_id = 0
-    return host
+def hf():
+    hf = make_model(SHAPE, CPU, torch.float32).hf.eval()
+    hf.set_attn_implementation("sdpa")
+    hf.generation_config.eos_token_id = None
+    hf.generation_config.pad_token_id = 0
+    return hf
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def report():
     return bench_prefill("test", SHAPE, CPU, [1, 2], [20, 36], new_tokens=NEW, runs=2, attention="sdpa")
 
 
-def make_prompt(host, batch: int = 2, image_tokens: int = 50) -> tuple[Case, Prompt]:
+def make_prompt(hf, batch: int = 2, image_tokens: int = 50) -> tuple[Case, Prompt]:
     case = Case(batch, image_tokens, TEXT_TOKENS, NEW)
     pixels = torch.randn(batch * 2, 3, 84, 84, generator=torch.Generator().manual_seed(1))
-    return case, Prompt.make(host, case, pixels, seed=0)
+    return case, Prompt.make(hf, case, pixels, seed=0)
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -59,14 +59,14 @@ def parse(*words: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_bench_generates_what_generate_does(host, method, batch):
-    _, prompt = make_prompt(host, batch)
+def test_the_bench_generates_what_generate_does(hf, method, batch):
+    _, prompt = make_prompt(hf, batch)
     schedule = METHODS[method]
-    run = generate(host, prompt, schedule, NEW, CPU)
-    attach(host, schedule)
-    with prompt.inputs(host) as inputs:
-        plain = host.generate(**inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
-    detach(host)
+    run = generate(hf, prompt, schedule, NEW, CPU)
+    attach(hf, schedule)
+    with prompt.inputs(hf) as inputs:
+        plain = hf.generate(**inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+    detach(hf)
     assert run.answers == plain.sequences[:, prompt.input_ids.shape[1] :].tolist()
     assert [len(answer) for answer in run.answers] == [NEW] * batch
     assert run.cache_bytes == cache_bytes(plain.past_key_values)
@@ -79,21 +79,21 @@ def test_the_bench_generates_what_generate_does(host, method, batch):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("batch", "image_tokens"), [(1, 50), (2, 36), (3, 7)])
-def test_cache_bytes_are_the_predicted_ones(host, method, batch, image_tokens):
-    case, prompt = make_prompt(host, batch, image_tokens)
-    run = generate(host, prompt, METHODS[method], NEW, CPU)
-    assert run.cache_bytes == predicted_cache_bytes(host.config, case, METHODS[method], torch.float32)
+def test_cache_bytes_are_the_predicted_ones(hf, method, batch, image_tokens):
+    case, prompt = make_prompt(hf, batch, image_tokens)
+    run = generate(hf, prompt, METHODS[method], NEW, CPU)
+    assert run.cache_bytes == predicted_cache_bytes(hf.config, case, METHODS[method], torch.float32)
 
 
-def test_the_bench_leaves_the_host_as_it_was(host):
+def test_the_bench_leaves_the_model_as_it_was(hf):
     def hooks() -> list[int]:
-        return [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in host.modules()]
+        return [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in hf.modules()]
 
     before, rank = hooks(), bench.Prefill.rank
-    _, prompt = make_prompt(host)
-    generate(host, prompt, SHAPE.schedule, NEW, CPU)
+    _, prompt = make_prompt(hf)
+    generate(hf, prompt, SHAPE.schedule, NEW, CPU)
     with pytest.raises(ValueError, match="last possible entry"):
-        generate(host, prompt, Schedule((99,), (0.5,)), NEW, CPU)
+        generate(hf, prompt, Schedule((99,), (0.5,)), NEW, CPU)
     assert hooks() == before and bench.Prefill.rank is rank
 
 
@@ -125,26 +125,26 @@ def test_report(report):
     }
 
 
-def test_prefill_flops_are_those_of_the_matrix_products(host):
+def test_prefill_flops_are_those_of_the_matrix_products(hf):
     """Against torch's counter, which counts the whole square of causal attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    case, prompt = make_prompt(host, 1, 50)
+    case, prompt = make_prompt(hf, 1, 50)
     length = sum(TEXT_TOKENS) + 50
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), prompt.inputs(host) as inputs:
-        host(**inputs, logits_to_keep=1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), prompt.inputs(hf) as inputs:
+        hf(**inputs, logits_to_keep=1)
     square = SHAPE.text["num_hidden_layers"] * 4 * length**2 * 32
     half = SHAPE.text["num_hidden_layers"] * 4 * (length * (length + 1) // 2) * 32
     attention = sum(flops for name, flops in counter.get_flop_counts()["Global"].items() if "attention" in str(name))
     assert attention in (0, square)  # the CPU kernel is unknown to the counter of some versions
     rest = counter.get_total_flops() - attention
     rotary = 2 * length * 4  # position times frequency, a product of width 1
-    assert prefill_flops(host.config, case, Schedule(), SHAPE.geometry) == pytest.approx(rest - rotary + half, rel=1e-3)
+    assert prefill_flops(hf.config, case, Schedule(), SHAPE.geometry) == pytest.approx(rest - rotary + half, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_prompts_of_one_length_need_no_mask(host, monkeypatch, method, batch):
+def test_prompts_of_one_length_need_no_mask(hf, monkeypatch, method, batch):
     """A mask would be N x N, and would keep the flash kernels away: at every stage, in prefill and decoding."""
     calls, attention = [], F.scaled_dot_product_attention
 
@@ -152,9 +152,9 @@ def test_prompts_of_one_length_need_no_mask(host, monkeypatch, method, batch):
         calls.append((query.shape[2], attn_mask is None, options["is_causal"]))
         return attention(query, key, value, attn_mask=attn_mask, **options)
 
-    _, prompt = make_prompt(host, batch)
+    _, prompt = make_prompt(hf, batch)
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    generate(host, prompt, METHODS[method], NEW, CPU)
+    generate(hf, prompt, METHODS[method], NEW, CPU)
     layers = SHAPE.text["num_hidden_layers"]
     assert len(calls) == layers * NEW
     assert all(free for _, free, _ in calls)
@@ -176,10 +176,10 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_dropping_neither_reads_from_the_device_nor_sends_to_it(host, monkeypatch):
+def test_dropping_neither_reads_from_the_device_nor_sends_to_it(hf, monkeypatch):
     """Between the first and the last layer of a prefill. (On CUDA a copy from ordinary memory waits as well.)"""
-    _, prompt = make_prompt(host)
-    layers, reads, inside = host.model.language_model.layers, Reads(), []
+    _, prompt = make_prompt(hf)
+    layers, reads, inside = hf.model.language_model.layers, Reads(), []
     send = torch.from_numpy
 
     def enter(*_):
@@ -197,7 +197,7 @@ def test_dropping_neither_reads_from_the_device_nor_sends_to_it(host, monkeypatc
     monkeypatch.setattr(torch, "from_numpy", refused)
     hooks = [layers[0].register_forward_pre_hook(enter), layers[-1].register_forward_hook(leave)]
     try:
-        run = generate(host, prompt, SHAPE.schedule, NEW, CPU)
+        run = generate(hf, prompt, SHAPE.schedule, NEW, CPU)
     finally:
         for hook in hooks:
             hook.remove()
@@ -206,16 +206,16 @@ def test_dropping_neither_reads_from_the_device_nor_sends_to_it(host, monkeypatc
 
 
 @pytest.mark.parametrize("victim", ["vanilla", "PyramidDrop"])
-def test_a_method_that_runs_out_of_memory_leaves_the_others(host, monkeypatch, victim):
+def test_a_method_that_runs_out_of_memory_leaves_the_others(hf, monkeypatch, victim):
     case, own = Case(1, 20, TEXT_TOKENS, NEW), bench.generate
 
-    def tight(host, prompt, schedule, *rest):
+    def tight(hf, prompt, schedule, *rest):
         if schedule == METHODS[victim]:
             raise torch.OutOfMemoryError("no memory")
-        return own(host, prompt, schedule, *rest)
+        return own(hf, prompt, schedule, *rest)
 
     monkeypatch.setattr(bench, "generate", tight)
-    tower, counted = measure(host, case, METHODS, SHAPE, 2, 0, CPU)
+    tower, counted = measure(hf, case, METHODS, SHAPE, 2, 0, CPU)
     assert len(tower) == 2
     assert {method: len(runs) for method, runs in counted.items()} == {m: 2 for m in METHODS if m != victim}
     report = bench_prefill("test", SHAPE, CPU, [1], [20], NEW, runs=1)

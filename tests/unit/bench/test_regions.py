@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from llava_pdrop.bench.train_step import compile_regions
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.types import PackedBatch
-from tests.tiny import PYRAMID, make_sample, make_tiny_host, mixed_samples
+from tests.tiny import PYRAMID, make_sample, make_tiny_hf, mixed_samples
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +22,9 @@ def fresh_compiler():
 def test_loss_and_gradients_are_those_of_eager_mode():
     results = []
     for compiled in (False, True):
-        model = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID).train()
+        model = PyramidLlava(make_tiny_hf("llama_gqa"), PYRAMID).train()
         if compiled:
-            compile_regions(model.host.model.language_model, backend="aot_eager")  # inductor's C++ takes a minute
+            compile_regions(model.hf.model.language_model, backend="aot_eager")  # inductor's C++ takes a minute
         output = model(PackedBatch.pack(mixed_samples()))
         output.loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -38,9 +38,9 @@ def test_loss_and_gradients_are_those_of_eager_mode():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_streams_of_all_lengths_share_a_handful_of_programs(checkpointing):
-    model = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID).train()
+    model = PyramidLlava(make_tiny_hf("llama_gqa"), PYRAMID).train()
     counter = CompileCounter()
-    compile_regions(model.host.model.language_model, backend=counter)
+    compile_regions(model.hf.model.language_model, backend=counter)
     if checkpointing:
         model.activation_checkpointing_enable()
     compiled, tokens = [], set()

@@ -16,7 +16,7 @@ from llava_pdrop.bench import shapes
 from llava_pdrop.bench.shapes import DECODERS, SHAPES, chosen_shape, shape_of
 from llava_pdrop.bench.train_step import Arm, Trainer
 from llava_pdrop.bench.workload import Workload
-from llava_pdrop.checkpoint.hosts import make_config, make_host
+from llava_pdrop.checkpoint.hf_models import make_config, make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
 from llava_pdrop.cost.nominal import model_of, nominal_batch
 from llava_pdrop.geometry import ImageGeometry
@@ -81,8 +81,8 @@ def test_the_model_is_as_large_as_that_of_the_named_shape() -> None:
     counts = []
     for shape in (SHAPES["llava-next-7b"], shape_of(load_config(NEXT))):
         with torch.device("meta"):
-            host = make_host(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=32062)
-        counts.append(sum(parameter.numel() for parameter in host.parameters()))
+            hf = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=32062)
+        counts.append(sum(parameter.numel() for parameter in hf.parameters()))
     assert counts[0] == counts[1] > 7e9
 
 
@@ -107,7 +107,7 @@ def test_what_the_config_says_is_measured() -> None:
 def test_every_decoder_does_a_step(kind: str, more: dict, tmp_path: Path) -> None:
     shape = shape_of(load_config(parts_file(tmp_path, {"model_type": kind, **more})))
     trainer = Trainer(shape, CPU, Workload(shape), "adamw")
-    decoder, head = trainer.model.host.model.language_model, trainer.model.host.lm_head
+    decoder, head = trainer.model.hf.model.language_model, trainer.model.hf.lm_head
     assert decoder.config.model_type == kind and len(decoder.layers) == 4
     assert getattr(decoder.config, "sliding_window", None) == more.get("sliding_window")
     assert (head.weight is decoder.embed_tokens.weight) == ("tie_word_embeddings" in more)

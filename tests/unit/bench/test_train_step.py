@@ -71,7 +71,7 @@ def test_the_predicted_reduction_is_that_of_the_operation_count() -> None:
     vanilla, dropping = measure(trainer, arms, steps=3, warmup=1)
     batches = [trainer.workload.batch(number, CPU) for number in range(3)]
     expected = predicted_reduction(
-        trainer.model.host.config, batches, SMALL.schedule, MIXED.geometry, MIXED.trainable, checkpointing=True
+        trainer.model.hf.config, batches, SMALL.schedule, MIXED.geometry, MIXED.trainable, checkpointing=True
     )
     assert 1 - sum(dropping.hardware_flops) / sum(vanilla.hardware_flops) == pytest.approx(expected)
     assert all(m < h for m, h in zip(vanilla.model_flops, vanilla.hardware_flops))
@@ -207,7 +207,7 @@ def test_the_predicted_peak_is_that_of_the_arm() -> None:
 
 def test_recomputation_is_taken_arm_by_arm() -> None:
     trainer = trainer_of()
-    layers = trainer.model.host.model.language_model.layers
+    layers = trainer.model.hf.model.language_model.layers
     batch = trainer.workload.batch(0, CPU)
     for recompute, first, expected in ((True, None, 8), (True, 2, 2), (False, None, 0), (True, None, 8)):
         trainer.step(Arm("any", recompute=recompute, recompute_layers=first), batch)

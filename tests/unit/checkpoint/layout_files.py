@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llava_pdrop.checkpoint.layouts import HOST_TO_HF, OBSOLETE, rename
+from llava_pdrop.checkpoint.layouts import MEMORY_TO_HF, OBSOLETE, rename
 
 MODELS = Path(__file__).parents[2] / "golden" / "reference" / "models"
 TOKENIZER = MODELS.parent / "tokenizers" / "sp_legacy_false"
 TOWER = MODELS / "clip56"
 LAYOUTS = {
-    "hf4": HOST_TO_HF,
+    "hf4": MEMORY_TO_HF,
     "hf5": (
         (r"^lm_head\.", "language_model.lm_head."),
         (r"^model\.language_model\.", "language_model.model."),
@@ -25,9 +25,9 @@ LAYOUTS = {
     ),
     "memory": (),
 }
-"""Hugging Face layout -> table from host names. hf5 has no ``vision_model.``, memory is a state_dict as it is."""
+"""Hugging Face layout -> table from names in memory. hf5 has no ``vision_model.``, memory is a state_dict as it is."""
 
-CANONICAL_TO_HOST = (
+CANONICAL_TO_MEMORY = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^vision_tower\.vision_model\.", "model.vision_tower."),
@@ -76,7 +76,7 @@ def in_layout(layout: str, hf: Path) -> tuple[dict, dict[str, Tensor]]:
     if layout == "original":
         return original()
     config = json.loads((hf / "config.json").read_text())
-    return config, rename(rename(load_file(hf / "model.safetensors"), CANONICAL_TO_HOST), LAYOUTS[layout])
+    return config, rename(rename(load_file(hf / "model.safetensors"), CANONICAL_TO_MEMORY), LAYOUTS[layout])
 
 
 def with_tokenizer(directory: Path) -> Path:

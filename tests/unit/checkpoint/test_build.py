@@ -77,8 +77,8 @@ def test_a_lora_run_is_merged_as_peft_does(tmp_path, options, kind):
         adapter = {name: tensor.read() for name, tensor in open_tensors(run / "adapter_model.safetensors").items()}
         torch.save(adapter, run / "adapter_model.bin")
         (run / "adapter_model.safetensors").unlink()
-    host = build_parts(path=str(run), language_model=str(base)).host
-    ours = host.state_dict()
+    hf = build_parts(path=str(run), language_model=str(base)).hf
+    ours = hf.state_dict()
     config, tensors = original()
     for name, tensor in merged.items():
         rows = config["vocab_size"]
@@ -145,10 +145,10 @@ def test_a_projector_on_a_base(tmp_path):
     run.mkdir()
     (run / "config.json").write_text(json.dumps(config))
     torch.save({k: v for k, v in tensors.items() if "mm_projector" in k}, run / "mm_projector.bin")
-    host = build_parts(str(run), language_model=str(base)).host
-    whole = build_parts(str(write(tmp_path / "whole", config, tensors))).host
+    hf = build_parts(str(run), language_model=str(base)).hf
+    whole = build_parts(str(write(tmp_path / "whole", config, tensors))).hf
     for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, host.state_dict()[name]), name
+        assert torch.equal(tensor, hf.state_dict()[name]), name
     with pytest.raises(ValueError, match="holds only a projector: name the model under it"):
         build_parts(str(run))
     with pytest.raises(ValueError, match="is whole, so that it takes no base model"):
@@ -168,10 +168,10 @@ def test_frozen_towers_come_from_beside_and_trained_ones_from_inside(tmp_path, n
     weight = "encoder.layers.0.mlp.fc1.weight"
     inside = f"model.vision_tower.vision_tower.vision_model.{weight}"
     tensors[inside] = torch.full_like(tensors[inside], 0.5)
-    host = build_parts(str(write(tmp_path, config, tensors))).host
+    hf = build_parts(str(write(tmp_path, config, tensors))).hf
     trained = config["unfreeze_mm_vision_tower"]
     assert trained == (name == "next_gqa")
-    assert bool((host.state_dict()[f"model.vision_tower.{weight}"] == 0.5).all()) == trained
+    assert bool((hf.state_dict()[f"model.vision_tower.{weight}"] == 0.5).all()) == trained
 
 
 def test_the_tower_may_be_half_of_clip(tmp_path):
@@ -186,7 +186,7 @@ def test_the_tower_may_be_half_of_clip(tmp_path):
     shutil.copyfile(TOWER / "preprocessor_config.json", tmp_path / "clip" / "preprocessor_config.json")
     model, tensors = original()
     parts = build_parts(str(write(tmp_path / "model", model, tensors)), vision_tower=str(tmp_path / "clip"))
-    ours = parts.host.model.vision_tower.state_dict()
+    ours = parts.hf.model.vision_tower.state_dict()
     theirs = {name.removeprefix("vision_model."): tensor for name, tensor in clip.vision_model.state_dict().items()}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -261,11 +261,11 @@ def test_rope_comes_from_the_original_config(tmp_path, scaling):
     config, tensors = original()
     write(tmp_path / "source", config | {"rope_theta": 500000.0, "rope_scaling": scaling}, tensors)
     parts = build_parts(str(tmp_path / "source"))
-    save_pretrained(parts.host, None, tmp_path / "hf")
+    save_pretrained(parts.hf, None, tmp_path / "hf")
     parts.image_processor.save_pretrained(tmp_path / "hf")
     expected = 500000.0 ** -(torch.arange(0, 16, 2) / 16) / (scaling or {"factor": 1.0})["factor"]
-    for host in (parts.host, build_parts(str(tmp_path / "hf")).host):
-        torch.testing.assert_close(host.model.language_model.rotary_emb.inv_freq, expected)
+    for hf in (parts.hf, build_parts(str(tmp_path / "hf")).hf):
+        torch.testing.assert_close(hf.model.language_model.rotary_emb.inv_freq, expected)
     convert(str(tmp_path / "hf"), tmp_path / "back", "llava")
     fields = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (fields["rope_theta"], fields["rope_scaling"]) == (500000.0, scaling)
@@ -281,7 +281,7 @@ def test_image_and_pad_get_the_rows_behind_the_vocabulary(tmp_path):
     parts = build_parts(language_model=str(raw_llm(tmp_path)), vision_tower=str(TOWER))
     assert parts.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [1000, 1001]
     assert parts.tokenizer.pad_token == "<pad>" and parts.tokenizer.pad_token_id != parts.tokenizer.unk_token_id
-    rows = parts.host.get_input_embeddings().weight
+    rows = parts.hf.get_input_embeddings().weight
     assert len(rows) == 1024 and torch.equal(rows[1001], rows[:1000].mean(0))
 
 
@@ -303,7 +303,7 @@ def test_32000_tokens_become_32064(tmp_path):
     tokenizer.add_tokens([f"filler{i}" for i in range(32000 - len(tokenizer))])
     tokenizer.save_pretrained(llm)
     parts = build_parts(language_model=str(llm), vision_tower=str(TOWER))
-    assert parts.host.config.text_config.vocab_size == len(parts.host.lm_head.weight) == 32064
+    assert parts.hf.config.text_config.vocab_size == len(parts.hf.lm_head.weight) == 32064
     assert parts.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [32000, 32001]
 
 
@@ -315,13 +315,13 @@ def test_tied_embeddings_stay_tied(tmp_path, kind, config):
     llm = raw_llm(tmp_path / "llm", kind, config, tie_word_embeddings=True)
     assert "lm_head.weight" not in open_tensors(llm)
     parts = build_parts(language_model=str(llm), vision_tower=str(TOWER))
-    assert parts.host.lm_head.weight is parts.host.get_input_embeddings().weight
-    save_pretrained(parts.host, parts.processor(), tmp_path / "hf")
+    assert parts.hf.lm_head.weight is parts.hf.get_input_embeddings().weight
+    save_pretrained(parts.hf, parts.processor(), tmp_path / "hf")
     assert not any("lm_head" in name for name in open_tensors(tmp_path / "hf"))
     again = build_parts(str(tmp_path / "hf"))
-    assert again.host.lm_head.weight is again.host.get_input_embeddings().weight
+    assert again.hf.lm_head.weight is again.hf.get_input_embeddings().weight
     batch = PackedBatch.pack([make_sample(9, "3")])
-    first, second = (PyramidLlava(p.host).logits(batch) for p in (parts, again))
+    first, second = (PyramidLlava(p.hf).logits(batch) for p in (parts, again))
     assert torch.equal(first, second) and math.isfinite(first.sum().item())
 
 
@@ -331,7 +331,7 @@ def test_a_head_that_contradicts_its_tie_is_refused(tmp_path):
     config = json.loads((llm / "config.json").read_text())
     head = tensors["model.embed_tokens.weight"].clone()
     write(llm, config, tensors | {"lm_head.weight": head})
-    assert build_parts(language_model=str(llm), vision_tower=str(TOWER)).host.config.tie_word_embeddings
+    assert build_parts(language_model=str(llm), vision_tower=str(TOWER)).hf.config.tie_word_embeddings
     write(llm, config, tensors | {"lm_head.weight": head + 1})
     with pytest.raises(ValueError, match=r"lm_head.weight differs from|embed_tokens.weight differs from"):
         build_parts(language_model=str(llm), vision_tower=str(TOWER))

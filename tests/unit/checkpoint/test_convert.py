@@ -11,7 +11,7 @@ import torch
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
-from llava_pdrop.checkpoint.layouts import EMBEDDINGS, HOST_TO_HF, rename_one
+from llava_pdrop.checkpoint.layouts import EMBEDDINGS, MEMORY_TO_HF, rename_one
 from llava_pdrop.checkpoint.shards import open_tensors
 from tests.unit.checkpoint.layout_files import TOWER, original, with_tokenizer, write, write_file
 
@@ -33,7 +33,7 @@ def test_there_and_back_by_the_command(source, tmp_path, capsys):
 
 def test_precision_by_the_command(source, tmp_path):
     assert main(["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf", "--dtype", "float16"]) == 0
-    assert build_parts(str(tmp_path / "hf"), dtype=torch.float16).host.dtype == torch.float16
+    assert build_parts(str(tmp_path / "hf"), dtype=torch.float16).hf.dtype == torch.float16
     assert {tensor.dtype for tensor in open_tensors(tmp_path / "hf").values()} == {torch.float16}
 
 
@@ -172,7 +172,7 @@ def test_spare_rows_of_the_hub_come_back_as_the_mean(source, tmp_path):
     main(["convert", str(source), str(hf), "--to", "llava-hf"])
     tensors = {name: tensor.read() for name, tensor in open_tensors(hf).items()}
     rows = original()[0]["vocab_size"]
-    spare = [rename_one(name, HOST_TO_HF) for name in EMBEDDINGS]
+    spare = [rename_one(name, MEMORY_TO_HF) for name in EMBEDDINGS]
     for name in spare:
         tensors[name] = torch.cat([tensors[name][:rows], torch.randn_like(tensors[name][rows:])])
     write_file(hf / "model.safetensors", tensors)

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from llava_pdrop.checkpoint.build import build_parts, load_source
 from llava_pdrop.checkpoint.convert import convert
 from llava_pdrop.checkpoint.export import save_llava_hf, save_original, tower_name
-from llava_pdrop.checkpoint.layouts import HOST_TO_HF, rename
+from llava_pdrop.checkpoint.layouts import MEMORY_TO_HF, rename
 from llava_pdrop.checkpoint.load import save_pretrained
 from llava_pdrop.checkpoint.open import open_llava
 from llava_pdrop.checkpoint.shards import open_tensors, read_json
@@ -25,7 +25,7 @@ from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.run import train
 from llava_pdrop.types import Turn
-from tests.tiny import ANYRES, DECODERS, make_tiny_host
+from tests.tiny import ANYRES, DECODERS, make_tiny_hf
 from tests.unit.checkpoint.layout_files import TOKENIZER, TOWER, original, with_tokenizer, write
 
 LLAVA15_NAMES = re.compile(
@@ -59,26 +59,26 @@ def canonical(directory: Path, newline: bool = False) -> bool:
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_saved_names_do_not_depend_on_those_in_memory(tmp_path, gathered, nested):
-    host = make_tiny_host(geometry=ANYRES)
-    state = dict(host.state_dict())
+    hf = make_tiny_hf(geometry=ANYRES)
+    state = dict(hf.state_dict())
     if nested:  # how ZeRO-3 and transformers 4 files leave them
         state = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in state.items()}
     if gathered or nested:
-        save_pretrained(host, None, tmp_path, state)
+        save_pretrained(hf, None, tmp_path, state)
     else:
-        save_pretrained(host, None, tmp_path)
+        save_pretrained(hf, None, tmp_path)
     assert canonical(tmp_path, newline=True)
     saved = open_tensors(tmp_path)
     assert len(saved) == len(state)
-    for name, tensor in rename(host.state_dict(), HOST_TO_HF).items():
+    for name, tensor in rename(hf.state_dict(), MEMORY_TO_HF).items():
         assert torch.equal(saved[name].read(), tensor), name
 
 
 def test_a_gathered_state_with_foreign_keys_is_not_written(tmp_path):
-    host = make_tiny_host()
-    state = {f"module.{name}": tensor for name, tensor in host.state_dict().items()}
+    hf = make_tiny_hf()
+    state = {f"module.{name}": tensor for name, tensor in hf.state_dict().items()}
     with pytest.raises(ValueError, match=r"no keys of a LLaVA: module\.lm_head\.weight"):
-        save_pretrained(host, None, tmp_path, state)
+        save_pretrained(hf, None, tmp_path, state)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -92,26 +92,26 @@ def test_a_training_run_is_canonical_and_brings_its_schedule(tiny_config, tmp_pa
         assert parts.schedule == Schedule((1, 2), (0.5, 0.25))
         assert (directory / "preprocessor_config.json").is_file() and (directory / "tokenizer.json").is_file()
         fields = read_json(directory / "config.json")
-        assert fields["image_token_index"] == fields["image_token_id"] == parts.host.config.image_token_id
+        assert fields["image_token_index"] == fields["image_token_id"] == parts.hf.config.image_token_id
     convert(str(run), tmp_path / "original", "llava")  # the run knows its tower
     assert build_parts(str(tmp_path / "original")).schedule == Schedule((1, 2), (0.5, 0.25))
     assert not read_json(tmp_path / "original" / "config.json")["unfreeze_mm_vision_tower"]
 
 
 def test_a_vanilla_run_says_so(tmp_path):
-    model = PyramidLlava(make_tiny_host(), Schedule())
-    save_pretrained(model.host, None, tmp_path)
+    model = PyramidLlava(make_tiny_hf(), Schedule())
+    save_pretrained(model.hf, None, tmp_path)
     (tmp_path / "preprocessor_config.json").write_bytes((TOWER / "preprocessor_config.json").read_bytes())
     assert build_parts(str(tmp_path)).schedule == Schedule()
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_goes_there_and_back(tmp_path, decoder):
-    host = make_tiny_host(decoder)
-    save_pretrained(host, None, tmp_path)
+    hf = make_tiny_hf(decoder)
+    save_pretrained(hf, None, tmp_path)
     (tmp_path / "preprocessor_config.json").write_bytes((TOWER / "preprocessor_config.json").read_bytes())
-    again = build_parts(str(tmp_path)).host.state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in host.state_dict().items())
+    again = build_parts(str(tmp_path)).hf.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in hf.state_dict().items())
 
 
 # ---- canonical llava-hf ----
@@ -140,7 +140,7 @@ def test_llava_hf_has_what_every_reader_looks_for(whole, tmp_path):
 def test_tokenizer_files_stay_readable_after_a_second_save(whole, tmp_path):
     convert(str(whole), tmp_path / "one", "llava-hf")
     parts = build_parts(str(tmp_path / "one"))
-    save_pretrained(parts.host, parts.processor(), tmp_path / "two")
+    save_pretrained(parts.hf, parts.processor(), tmp_path / "two")
     first, second = (read_json(tmp_path / name / "tokenizer_config.json") for name in ("one", "two"))
     assert first == second
     text = "USER: <image>\nWhat is this? ASSISTANT: A cat.</s>"
@@ -225,12 +225,12 @@ def test_a_trained_tower_is_marked(whole, tmp_path):
     changed = source.tensors | {name: source.tensors[name].map(lambda tensor: tensor + 1)}
     save_original(replace(source, tensors=changed), tmp_path / "original")
     assert read_json(tmp_path / "original" / "config.json")["unfreeze_mm_vision_tower"] is True
-    theirs = load_source(source).host.state_dict()[name]
-    assert torch.equal(build_parts(str(tmp_path / "original")).host.state_dict()[name], theirs + 1)
+    theirs = load_source(source).hf.state_dict()[name]
+    assert torch.equal(build_parts(str(tmp_path / "original")).hf.state_dict()[name], theirs + 1)
 
 
 def test_clip_l_is_known_by_its_shape():
-    config = make_tiny_host().config
+    config = make_tiny_hf().config
     assert tower_name(config) is None
     vision = config.vision_config
     vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size = 1024, 24, 336, 14
@@ -238,7 +238,7 @@ def test_clip_l_is_known_by_its_shape():
 
 
 def test_what_the_original_code_cannot_open_is_refused(tmp_path):
-    save_pretrained(make_tiny_host("qwen2"), None, tmp_path / "qwen")
+    save_pretrained(make_tiny_hf("qwen2"), None, tmp_path / "qwen")
     (tmp_path / "qwen" / "preprocessor_config.json").write_bytes((TOWER / "preprocessor_config.json").read_bytes())
     with pytest.raises(ValueError, match="the original LLaVA code has no qwen2 decoder, only llama, mistral"):
         convert(str(tmp_path / "qwen"), tmp_path / "out", "llava", vision_tower=str(TOWER))

@@ -30,14 +30,14 @@ def hf(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(hf) -> dict[str, torch.Tensor]:
-    return build_parts(str(hf)).host.state_dict()
+    return build_parts(str(hf)).hf.state_dict()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("layout", EVERY)
 def test_every_layout_opens_from_every_format(layout, kind, hf, weights, tmp_path):
-    host = build_parts(str(write(tmp_path, *in_layout(layout, hf), kind))).host
-    for name, tensor in host.state_dict().items():
+    model = build_parts(str(write(tmp_path, *in_layout(layout, hf), kind))).hf
+    for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
 
 
@@ -205,10 +205,10 @@ def test_projector_files_go_in_and_out(hf, tmp_path):
     parts = build_parts(str(hf))
     projector = {k: v for k, v in original()[1].items() if "mm_projector" in k}
     torch.save({name: tensor + 1 for name, tensor in projector.items()}, tmp_path / "mm_projector.bin")
-    before = parts.host.model.multi_modal_projector.linear_1.weight.clone()
-    load_projector(parts.host, tmp_path / "mm_projector.bin")
-    assert torch.equal(parts.host.model.multi_modal_projector.linear_1.weight, before + 1)
-    again = open_tensors(save_projector(parts.host, tmp_path))
+    before = parts.hf.model.multi_modal_projector.linear_1.weight.clone()
+    load_projector(parts.hf, tmp_path / "mm_projector.bin")
+    assert torch.equal(parts.hf.model.multi_modal_projector.linear_1.weight, before + 1)
+    again = open_tensors(save_projector(parts.hf, tmp_path))
     assert torch.equal(again["model.multi_modal_projector.linear_1.weight"].read(), before + 1)
 
 
@@ -222,4 +222,4 @@ def test_a_spoilt_projector_is_listed(hf, tmp_path, change):
         projector["model.mm_projector.4.bias" if change == "unexpected" else name] = torch.zeros(3)
     torch.save(projector, tmp_path / "mm_projector.bin")
     with pytest.raises(ValueError, match=f"mm_projector.bin does not fit the projector; {change}: "):
-        load_projector(build_parts(str(hf)).host, tmp_path / "mm_projector.bin")
+        load_projector(build_parts(str(hf)).hf, tmp_path / "mm_projector.bin")

@@ -107,7 +107,7 @@ def test_a_step_is_that_of_the_run(run, watched):
     (trainer,) = watched["trainers"]
     assert type(trainer.optimizer.optimizer).__name__ == "Adafactor" and trainer.optimizer.state
     assert trainer.trainable == {"projector", "language_model"}
-    assert trainer.model.host.model.language_model.layers[0].gradient_checkpointing
+    assert trainer.model.hf.model.language_model.layers[0].gradient_checkpointing
     assert {p["threads"] for p in watched["forward"]} == {1}
     assert watched["clips"] == [1.0] * 4  # every step of both schedules
 

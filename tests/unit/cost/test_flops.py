@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_pdrop.checkpoint.hosts import make_host
+from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.flops import causal_pairs, predicted_reduction, stage_flops, step_flops
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.stream import layouts_of
@@ -51,7 +51,7 @@ def model(schedule: Schedule, recompute_layers: int | None = None) -> PyramidLla
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=48, patch_size=12
     )
-    return PyramidLlava(make_host(text, vision, GEOMETRY, 99), schedule, recompute_layers=recompute_layers)
+    return PyramidLlava(make_hf_model(text, vision, GEOMETRY, 99), schedule, recompute_layers=recompute_layers)
 
 
 def test_by_hand():
@@ -109,12 +109,12 @@ def test_equals_what_torch_counts(schedule, trainable, checkpointing, recompute_
         net(packed).loss.backward()
     modules = counter.get_flop_counts()
     counted = modules["Global"]
-    ours = step_flops(net.host.config, packed, schedule, GEOMETRY, trainable, checkpointing, recompute_layers)
+    ours = step_flops(net.hf.config, packed, schedule, GEOMETRY, trainable, checkpointing, recompute_layers)
     # torch has no rule for the attention kernels of CPUs; all else is a product it knows
     products = sum(count for operation, count in counted.items() if "attention" not in str(operation))
     # older transformers make the angles of the rotary embedding, positions times frequencies, by a matrix product
     products -= sum(sum(counts.values()) for name, counts in modules.items() if name.endswith("rotary_emb"))
-    tower_attention = _tower_attention(net.host.config, packed, "vision_tower" in trainable, checkpointing)
+    tower_attention = _tower_attention(net.hf.config, packed, "vision_tower" in trainable, checkpointing)
     assert products == ours.total - ours.attention - tower_attention
 
 
@@ -128,7 +128,7 @@ def test_attention_is_the_causal_half_of_what_torch_would_count():
     """torch counts n x n products for a sample of n tokens; a causal kernel runs n (n + 1) / 2 of them."""
     net = model(DROP)
     packed = batch()
-    ours = step_flops(net.host.config, packed, DROP, GEOMETRY, trainable=())
+    ours = step_flops(net.hf.config, packed, DROP, GEOMETRY, trainable=())
     stages = layouts_of(packed, DROP)
     lengths = [stages[0].seq_lens, stages[1].seq_lens, stages[2].seq_lens, stages[2].seq_lens]
     full = sum(4 * n * n * 32 for layer in lengths for n in layer)
@@ -138,7 +138,7 @@ def test_attention_is_the_causal_half_of_what_torch_would_count():
 
 def test_recomputing_only_long_streams_gains_more_by_dropping():
     """Recomputation of a vanilla step is spread over all layers; a short late stream is no longer run again."""
-    config, options = model(DROP).host.config, (DROP, GEOMETRY, EVERYTHING)
+    config, options = model(DROP).hf.config, (DROP, GEOMETRY, EVERYTHING)
     totals = [step_flops(config, batch(), *options, True, first).total for first in (0, 1, 2, 4)]
     assert totals == sorted(totals) and totals[-1] == step_flops(config, batch(), *options, True).total
     steps = [after - before for before, after in zip(totals, totals[1:])]
@@ -148,7 +148,7 @@ def test_recomputing_only_long_streams_gains_more_by_dropping():
 
 
 def test_reduction_is_none_without_drops_and_grows_with_them():
-    config = model(Schedule()).host.config
+    config = model(Schedule()).hf.config
     options = dict(geometry=GEOMETRY, trainable=("projector", "language_model"))
     assert predicted_reduction(config, [batch()], Schedule(), **options) == 0
     some, more = (predicted_reduction(config, [batch()], Schedule((1,), (ratio,)), **options) for ratio in (0.5, 0.0))
@@ -158,7 +158,7 @@ def test_reduction_is_none_without_drops_and_grows_with_them():
 @pytest.mark.parametrize("schedule", [Schedule(), DROP])
 def test_stages_add_up_to_the_forward_of_the_layers(schedule):
     """With nothing to learn `step_flops` counts a forward: its decoder and attention, split at the drops."""
-    config = model(schedule).host.config
+    config = model(schedule).hf.config
     whole = step_flops(config, batch(), schedule, GEOMETRY, trainable=())
     stages = stage_flops(config, batch(), schedule)
     assert len(stages) == len(schedule.layers) + 1

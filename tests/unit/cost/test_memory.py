@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llava_pdrop.bench.shapes import ALL_PARTS, PAPER, SHAPES, Shape
-from llava_pdrop.checkpoint.hosts import make_host
+from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.memory import GIB, Parameters, predicted_peak
 from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
@@ -98,10 +98,10 @@ def traced_step(
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32 if autocast else torch.bfloat16)
         try:
-            host = make_host(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=32062)
+            hf = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=32062)
         finally:
             torch.set_default_dtype(default)
-        model = PyramidLlava(host, schedule, shape.geometry, recompute_layers=first).train()
+        model = PyramidLlava(hf, schedule, shape.geometry, recompute_layers=first).train()
         freeze(model, trainable)
         if recompute:
             model.activation_checkpointing_enable()
@@ -123,7 +123,7 @@ def shape_with(name: str, layers: int) -> Shape:
 
 def config_of(shape: Shape) -> Any:
     with torch.device("meta"):
-        return make_host(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=32062).config
+        return make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=32062).config
 
 
 CASES = [
@@ -233,15 +233,15 @@ def test_the_whole_7b_with_the_papers_schedule():
 def test_parameters_are_those_of_the_model(name):
     shape = SHAPES[name]
     with torch.device("meta"):
-        host = make_host(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=5)
-    assert Parameters.of(host.config).total(host.config) == sum(p.numel() for p in host.parameters())
+        hf = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=5)
+    assert Parameters.of(hf.config).total(hf.config) == sum(p.numel() for p in hf.parameters())
 
 
 def test_sixteen_bytes_for_every_trainable_parameter_and_two_for_the_others():
     shape = SHAPES["llava15-7b"]
     config, batch = config_of(shape), batch_of(shape.geometry, 16, (640, 480))
     with torch.device("meta"):
-        model = PyramidLlava(make_host(shape.text_config(), shape.vision_config(), shape.geometry, 32062))
+        model = PyramidLlava(make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, 32062))
     freeze(model, DECODER)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - learning

@@ -38,7 +38,7 @@ def questions(tiny_files):
 
 def run(parts, questions, schedule=DROP, **options):
     return evaluate(
-        parts.host, parts.tokenizer, parts.image_processor, parts.geometry, questions, TEMPLATES["qa"], schedule,
+        parts.hf, parts.tokenizer, parts.image_processor, parts.geometry, questions, TEMPLATES["qa"], schedule,
         **{"max_new_tokens": 3, **options},
     )  # fmt: skip
 
@@ -57,12 +57,12 @@ def test_chance_is_that_of_the_answers_own_distribution():
 
 
 def test_the_model_is_left_as_it_was(parts, questions):
-    parts.host.train()
+    parts.hf.train()
     torch.manual_seed(5)
-    state, hooks = torch.get_rng_state(), len(parts.host.model._forward_pre_hooks)
+    state, hooks = torch.get_rng_state(), len(parts.hf.model._forward_pre_hooks)
     run(parts, questions, Schedule((1,), (0.25,), ranker="random"))
-    assert parts.host.training and torch.equal(state, torch.get_rng_state())
-    assert len(parts.host.model._forward_pre_hooks) == hooks
+    assert parts.hf.training and torch.equal(state, torch.get_rng_state())
+    assert len(parts.hf.model._forward_pre_hooks) == hooks
     again = [run(parts, questions, Schedule((1,), (0.25,), ranker="random"), seed=3).predictions for _ in range(2)]
     assert again[0] == again[1]
 
@@ -87,11 +87,11 @@ def test_inputs_are_padded_on_the_left(parts):
         picture = ImageInput(torch.rand(1, 3, 48, 48), (48, 48))
         return Sample("s", torch.arange(1, length + 1), torch.full((length,), -100), (picture,) * images)
 
-    inputs = model_inputs([sample(2, 1), sample(4, 2)], parts.tokenizer, parts.host)
+    inputs = model_inputs([sample(2, 1), sample(4, 2)], parts.tokenizer, parts.hf)
     assert inputs["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert inputs["input_ids"][0].tolist() == [parts.tokenizer.pad_token_id] * 2 + [1, 2]
     assert inputs["pixel_values"].shape == (3, 3, 48, 48)
-    assert "pixel_values" not in model_inputs([sample(3, 0)], parts.tokenizer, parts.host)
+    assert "pixel_values" not in model_inputs([sample(3, 0)], parts.tokenizer, parts.hf)
 
 
 def test_llava_next_batches_hold_images_of_different_tiles(tiny_files, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_pdrop.model import attention
 from llava_pdrop.model.attention import Segments, check_backend, packed_attention
 from llava_pdrop.model.vlm import PyramidLlava
-from tests.tiny import make_tiny_host
+from tests.tiny import make_tiny_hf
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -148,7 +148,7 @@ def test_a_backend_that_is_not_there_is_one_line_before_the_first_step(backend, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"model.attention: {backend} needs .*: .*set 'auto'") as error:
-        PyramidLlava(make_tiny_host(), backend=backend)
+        PyramidLlava(make_tiny_hf(), backend=backend)
     assert "\n" not in str(error.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention, "find_spec", lambda name: name)

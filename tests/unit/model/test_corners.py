@@ -18,7 +18,7 @@ from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch, Sample
 from tests.parity.test_export import sources  # noqa: F401
-from tests.tiny import PAD, PYRAMID, make_sample, make_tiny_host
+from tests.tiny import PAD, PYRAMID, make_sample, make_tiny_hf
 
 TO_NOTHING = Schedule((2, 4), (0.5, 0.0))
 
@@ -32,7 +32,7 @@ def without_bos(sample: Sample) -> Sample:
 def test_an_image_that_alone_predicts_the_answer_keeps_a_token(images):
     first = without_bos(make_sample(*[(28, 28)] * images, "3", seed=1))
     others = [make_sample(4, (28, 28), 3, "2", seed=2), make_sample(5, "4", seed=3)]
-    model = PyramidLlava(make_tiny_host(), TO_NOTHING)
+    model = PyramidLlava(make_tiny_hf(), TO_NOTHING)
     alone = model(PackedBatch.pack([first])).loss
     for before in (others[:1], others):
         batch = PackedBatch.pack([*before, first])
@@ -68,8 +68,8 @@ def test_autocast_does_not_touch_the_score():
 
 
 def test_a_text_only_batch_ignores_a_projector_that_overflows():
-    model = PyramidLlava(make_tiny_host(), PYRAMID)
-    projector = model.host.model.multi_modal_projector
+    model = PyramidLlava(make_tiny_hf(), PYRAMID)
+    projector = model.hf.model.multi_modal_projector
     with torch.no_grad():
         projector.linear_2.bias.fill_(1e38)
     output = model(PackedBatch.pack([make_sample(5, "3")]))
@@ -81,12 +81,12 @@ def test_a_text_only_batch_ignores_a_projector_that_overflows():
 
 def test_half_precision_keeps_rotary_frequencies(sources, tmp_path):  # noqa: F811
     parts = build_parts(**sources, dtype=torch.bfloat16)
-    assert parts.host.dtype == torch.bfloat16
-    assert parts.host.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
-    save_pretrained(parts.host, parts.processor(), tmp_path)
+    assert parts.hf.dtype == torch.bfloat16
+    assert parts.hf.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    save_pretrained(parts.hf, parts.processor(), tmp_path)
     again = build_parts(str(tmp_path), dtype=torch.bfloat16)
     sample = make_sample(9, "9")
-    first, second = (PyramidLlava(p.host).logits(PackedBatch.pack([sample])) for p in (parts, again))
+    first, second = (PyramidLlava(p.hf).logits(PackedBatch.pack([sample])) for p in (parts, again))
     assert torch.equal(first, second)
 
 
@@ -114,8 +114,8 @@ def test_original_settings_we_do_not_have(key, value):
 
 
 def test_attention_dropout_is_refused_in_training():
-    model = PyramidLlava(make_tiny_host(), PYRAMID).train()
-    for layer in model.host.model.language_model.layers:
+    model = PyramidLlava(make_tiny_hf(), PYRAMID).train()
+    for layer in model.hf.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match="attention_dropout"):
         model(PackedBatch.pack([make_sample(3, (28, 28), 5, "4")]))

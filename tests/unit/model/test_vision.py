@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from llava_pdrop.model.vision import image_features, tower_hidden, used_tower_layers
-from tests.tiny import make_tiny_host
+from tests.tiny import make_tiny_hf
 
 LAYERS = 4
 CONFIG = CLIPVisionConfig(
@@ -20,9 +20,9 @@ CONFIG = CLIPVisionConfig(
 def test_hidden_states_are_those_of_transformers(kind, feature):
     torch.manual_seed(0)
     tower, pixels = kind(CONFIG).eval(), torch.randn(3, 3, 28, 28)
-    host = make_tiny_host()
-    host.config.vision_config, host.config.vision_feature_layer = CONFIG, feature
-    layers = used_tower_layers(host.config)
+    hf = make_tiny_hf()
+    hf.config.vision_config, hf.config.vision_feature_layer = CONFIG, feature
+    layers = used_tower_layers(hf.config)
     assert layers == range(LAYERS + 1)[feature]
     with torch.no_grad():
         theirs = tower(pixels, output_hidden_states=True).hidden_states[feature]
@@ -30,21 +30,21 @@ def test_hidden_states_are_those_of_transformers(kind, feature):
 
 
 def test_layers_beyond_the_feature_layer_do_not_run():
-    host = make_tiny_host()
+    hf = make_tiny_hf()
     called: list[str] = []
-    for name, module in host.model.vision_tower.named_modules():
+    for name, module in hf.model.vision_tower.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
-    rows = image_features(host, torch.randn(2, 3, 28, 28))
+    rows = image_features(hf, torch.randn(2, 3, 28, 28))
     assert rows.shape == (2 * 16, 32)
     assert "encoder.layers.0" in called
     assert not [name for name in called if name.startswith(("encoder.layers.1", "post_layernorm"))]
 
 
 def test_no_hidden_state_outlives_the_next_layer_without_gradients():
-    host = make_tiny_host()
+    hf = make_tiny_hf()
     tower = CLIPVisionModel(CONFIG).requires_grad_(False)
-    host.model.vision_tower = tower
-    host.config.vision_config = CONFIG
+    hf.model.vision_tower = tower
+    hf.config.vision_config = CONFIG
     alive: list[int] = []
     seen: list = []
 
@@ -54,5 +54,5 @@ def test_no_hidden_state_outlives_the_next_layer_without_gradients():
 
     for layer in tower.encoder.layers:
         layer.register_forward_hook(remember)
-    image_features(host, torch.randn(1, 3, 28, 28))
+    image_features(hf, torch.randn(1, 3, 28, 28))
     assert alive == [1, 2, 2]  # its own output, and the input it was computed from

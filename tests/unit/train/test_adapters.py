@@ -40,7 +40,7 @@ from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.optim import freeze, parameter_groups, part_of, trainable_table
 from llava_pdrop.train.run import train
 from llava_pdrop.types import PackedBatch
-from tests.tiny import ANYRES, LAYERS, PAD, PYRAMID, make_tiny_host, mixed_samples
+from tests.tiny import ANYRES, LAYERS, PAD, PYRAMID, make_tiny_hf, mixed_samples
 
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
@@ -51,8 +51,8 @@ LEARNING = ("projector", "language_model")
 
 def adapted(section: LoraSection = PLAIN, schedule: Schedule = PYRAMID, trainable=LEARNING, wide=True, geometry=PAD):
     """A tiny model with adapters, whose second matrices are made random where ``wide``."""
-    model = PyramidLlava(make_tiny_host("llama_gqa", geometry), schedule)
-    attach_adapters(model.host, section, "base")
+    model = PyramidLlava(make_tiny_hf("llama_gqa", geometry), schedule)
+    attach_adapters(model.hf, section, "base")
     freeze(model, trainable)
     if wide:
         torch.manual_seed(1)
@@ -93,7 +93,7 @@ def test_targets_and_ranks(target, expected):
 
 def test_new_adapters_change_nothing():
     batch = PackedBatch.pack(mixed_samples())
-    before = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID).logits(batch)
+    before = PyramidLlava(make_tiny_hf("llama_gqa"), PYRAMID).logits(batch)
     assert torch.equal(adapted(wide=False).eval().logits(batch), before)
 
 
@@ -155,7 +155,7 @@ def test_the_ranking_sees_the_adapters_but_not_their_dropout(ranker):
     batch = PackedBatch.pack(mixed_samples())
     model = adapted(replace(PLAIN, dropout=0.5), schedule)
     ranked = 2 if ranker == "last_instruction" else 1  # FastV scores by the layer before the drop
-    layers = model.host.model.language_model.layers
+    layers = model.hf.model.language_model.layers
     with torch.no_grad():
         for name, parameter in layers.named_parameters():
             if ".lora_B." in name and int(name.split(".")[0]) < ranked:
@@ -173,7 +173,7 @@ def test_the_ranking_sees_the_adapters_but_not_their_dropout(ranker):
         assert not torch.equal(loss, calm_loss)  # outside the ranking dropout is on
     assert all(part.training for part in layers.modules() if isinstance(part, nn.Dropout))
     trace: list = []
-    PyramidLlava(make_tiny_host("llama_gqa"), schedule)(batch, trace)
+    PyramidLlava(make_tiny_hf("llama_gqa"), schedule)(batch, trace)
     assert not torch.allclose(trace[0].score_V, calm.score_V)
 
 
@@ -198,7 +198,7 @@ def test_frozen_weights_in_half_precision_give_the_numbers_of_autocast():
     batch = PackedBatch.pack(mixed_samples()[:2])
     models = [adapted(), adapted()]
     halve_frozen(models[1], torch.bfloat16)
-    decoder = models[1].host.model.language_model
+    decoder = models[1].hf.model.language_model
     assert decoder.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
     assert {p.dtype for p in models[1].parameters() if p.requires_grad} == {torch.float32}
     losses = []
@@ -213,9 +213,9 @@ def test_frozen_weights_in_half_precision_give_the_numbers_of_autocast():
 
 def test_a_head_that_is_the_embedding_is_not_halved():
     model = adapted()
-    model.host.lm_head.weight = model.host.get_input_embeddings().weight
+    model.hf.lm_head.weight = model.hf.get_input_embeddings().weight
     halve_frozen(model, torch.bfloat16)
-    assert model.host.lm_head.weight.dtype == torch.float32
+    assert model.hf.lm_head.weight.dtype == torch.float32
 
 
 def test_quantised_layers_are_made_of_the_weights(monkeypatch):
@@ -229,24 +229,24 @@ def test_quantised_layers_are_made_of_the_weights(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(nn=SimpleNamespace(Linear4bit=Linear4bit)))
     batch = PackedBatch.pack(mixed_samples())
-    before = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID).logits(batch)
-    host = make_tiny_host("llama_gqa")
-    layers = host.model.language_model.layers
+    before = PyramidLlava(make_tiny_hf("llama_gqa"), PYRAMID).logits(batch)
+    hf = make_tiny_hf("llama_gqa")
+    layers = hf.model.language_model.layers
     quantise(layers, replace(PLAIN, bits=4, double_quant=False), torch.device("cpu"), torch.bfloat16)
     assert isinstance(layers[0].self_attn.q_proj, Linear4bit) and len(asked) == 7 * LAYERS
     assert asked[0] == {"compute_dtype": torch.bfloat16, "compress_statistics": False, "quant_type": "nf4"}
-    assert torch.equal(PyramidLlava(host, PYRAMID).eval().logits(batch), before)
+    assert torch.equal(PyramidLlava(hf, PYRAMID).eval().logits(batch), before)
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, torch.uint8), (8, torch.int8)])
 def test_adapters_learn_on_quantised_weights(bits, kind, tmp_path):
     """By the slow CPU kernels that newer bitsandbytes have; on CUDA: tests/gpu/test_lora.py."""
     pytest.importorskip("bitsandbytes", minversion="0.46", reason="bitsandbytes is not installed")
-    model, batch = PyramidLlava(make_tiny_host("llama_gqa"), PYRAMID), PackedBatch.pack(mixed_samples())
+    model, batch = PyramidLlava(make_tiny_hf("llama_gqa"), PYRAMID), PackedBatch.pack(mixed_samples())
     before = model(batch).loss.item()
-    attach_adapters(model.host, replace(PLAIN, bits=bits), "base", half=torch.float32)
+    attach_adapters(model.hf, replace(PLAIN, bits=bits), "base", half=torch.float32)
     freeze(model, LEARNING)
-    assert model.host.model.language_model.layers[0].mlp.up_proj.base_layer.weight.dtype == kind
+    assert model.hf.model.language_model.layers[0].mlp.up_proj.base_layer.weight.dtype == kind
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(5):
@@ -256,7 +256,7 @@ def test_adapters_learn_on_quantised_weights(bits, kind, tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(before, rel=0.1) and losses[-1] < 0.9 * losses[0]
-    save_adapters(model.host, None, tmp_path, tower=False)
+    save_adapters(model.hf, None, tmp_path, tower=False)
     assert all("lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
@@ -265,13 +265,13 @@ def test_adapters_learn_on_quantised_weights(bits, kind, tmp_path):
 
 def test_adapters_come_back_and_others_are_refused(tmp_path):
     first, second = adapted(), adapted(wide=False)
-    save_adapters(first.host, None, tmp_path, tower=False)
-    load_adapters(second.host, tmp_path)
+    save_adapters(first.hf, None, tmp_path, tower=False)
+    load_adapters(second.hf, tmp_path)
     batch = PackedBatch.pack(mixed_samples())
     assert torch.equal(first.eval().logits(batch), second.eval().logits(batch))
-    save_adapters(adapted(replace(PLAIN, target="attention", r=3)).host, None, tmp_path, tower=False)
+    save_adapters(adapted(replace(PLAIN, target="attention", r=3)).hf, None, tmp_path, tower=False)
     with pytest.raises(ValueError, match=r"does not fit the model; missing: .*up_proj.*wrong shape: .*q_proj"):
-        load_adapters(second.host, tmp_path)
+        load_adapters(second.hf, tmp_path)
 
 
 @pytest.fixture
@@ -289,9 +289,9 @@ def trained_model(output, config) -> PyramidLlava:
     parts = build_parts(
         language_model=config.model.language_model, vision_tower=config.model.vision_tower, path=config.model.path
     )
-    model = PyramidLlava(parts.host, config.schedule, parts.geometry)
-    attach_adapters(model.host, config.lora, "base")
-    load_adapters(model.host, output)
+    model = PyramidLlava(parts.hf, config.schedule, parts.geometry)
+    attach_adapters(model.hf, config.lora, "base")
+    load_adapters(model.hf, output)
     return model.eval()
 
 
@@ -323,7 +323,7 @@ def test_a_run_is_small_and_merges_to_its_own_logits(lora_config, tmp_path):
     for directory in (output, tmp_path / "hf", tmp_path / "llava"):
         parts = build_parts(path=str(directory))
         assert parts.schedule == config.schedule
-        logits = PyramidLlava(parts.host, parts.schedule, parts.geometry).logits(batch)
+        logits = PyramidLlava(parts.hf, parts.schedule, parts.geometry).logits(batch)
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert len(evaluate_config(config).predictions) == 6
 
@@ -349,11 +349,11 @@ def test_a_run_on_a_whole_model_is_one_that_peft_reads(lora_config, tiny_config,
     peft = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), output)
     assert isinstance(peft.peft_config["default"], LoraConfig)
     merged = peft.merge_and_unload().state_dict()
-    ours = build_parts(path=str(output)).host.state_dict()
+    ours = build_parts(path=str(output)).hf.state_dict()
     assert merged.keys() == ours.keys()
     for name, tensor in merged.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
-    assert any(not torch.equal(ours[name], tensor) for name, tensor in load_host(base).items())
+    assert any(not torch.equal(ours[name], tensor) for name, tensor in load_hf(base).items())
 
 
 def test_resuming_equals_never_having_stopped(lora_config):
@@ -399,9 +399,9 @@ def test_a_fingerprint_is_of_the_frozen_weights_alone():
     before = fingerprint_of_base(model)
     assert fingerprint_of_base(adapted(replace(PLAIN, r=2), wide=False)) == before
     with torch.no_grad():
-        model.host.model.multi_modal_projector.linear_1.weight.add_(1)
+        model.hf.model.multi_modal_projector.linear_1.weight.add_(1)
         assert fingerprint_of_base(model) == before
-        model.host.model.language_model.layers[2].mlp.up_proj.base_layer.weight.mul_(1.01)
+        model.hf.model.language_model.layers[2].mlp.up_proj.base_layer.weight.mul_(1.01)
     assert fingerprint_of_base(model) != before
 
 
@@ -528,8 +528,8 @@ def build_samples(config):
 def untrained(config) -> PyramidLlava:
     torch.manual_seed(0)
     parts = build_parts(language_model=config.model.language_model, vision_tower=config.model.vision_tower)
-    return PyramidLlava(parts.host, config.schedule, parts.geometry)
+    return PyramidLlava(parts.hf, config.schedule, parts.geometry)
 
 
-def load_host(directory) -> dict[str, torch.Tensor]:
-    return build_parts(path=str(directory)).host.state_dict()
+def load_hf(directory) -> dict[str, torch.Tensor]:
+    return build_parts(path=str(directory)).hf.state_dict()

@@ -18,7 +18,7 @@ from llava_pdrop.train.run import train
 from llava_pdrop.train.trainer import NotFiniteError, PyramidTrainer, StepGuard
 from tests.parity.test_training import CountSyncs
 from tests.sync import make_trainer, train_forbidding_reads
-from tests.tiny import ANYRES, PYRAMID, make_tiny_host
+from tests.tiny import ANYRES, PYRAMID, make_tiny_hf
 
 CPU = torch.device("cpu")
 STEPS = {"max_steps": 3, "save_steps": 1, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True,
@@ -68,7 +68,7 @@ class CountOutside(CountSyncs):
 def test_a_training_step_waits_for_the_device_in_the_guard_alone(tmp_path, schedule):
     """What tests/gpu/test_sync.py asks a GPU, asked of operators and methods of tensors."""
     counter = CountOutside()
-    model = PyramidLlava(make_tiny_host("llama_gqa", ANYRES), schedule).train()
+    model = PyramidLlava(make_tiny_hf("llama_gqa", ANYRES), schedule).train()
     train_forbidding_reads(make_trainer(model, tmp_path, use_cpu=True), lambda: counter, counter.allowing)
     assert counter.found == []
     assert [found.count("tolist") for found in counter.allowed] == [1, 1]
@@ -91,7 +91,7 @@ def test_the_step_is_not_made(tiny_config, monkeypatch):
     seen = {}
 
     def step_end(self, args, state, control, model=None, **kwargs):
-        seen[state.global_step] = {name: tensor.clone() for name, tensor in model.host.state_dict().items()}
+        seen[state.global_step] = {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
 
     monkeypatch.setattr(Preemption, "on_step_end", step_end)
     with pytest.raises(NotFiniteError) as error:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen3Config
 
-from llava_pdrop.checkpoint.hosts import make_host
+from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.optim import PARTS, freeze, parameter_groups, part_of, trainable_table
@@ -28,7 +28,7 @@ def model(kind: str = "llava", decoder: type = LlamaConfig) -> PyramidLlava:
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=12
     )
-    return PyramidLlava(make_host(text, vision, GEOMETRIES[kind], 63))
+    return PyramidLlava(make_hf_model(text, vision, GEOMETRIES[kind], 63))
 
 
 @pytest.mark.parametrize("kind", GEOMETRIES)
@@ -85,7 +85,7 @@ def test_table_counts():
     table = trainable_table(net, RATES)
     cells = [list(column.cells) for column in table.columns]
     rows = dict(zip(cells[0], zip(*cells[1:])))
-    projector = sum(parameter.numel() for parameter in net.host.model.multi_modal_projector.parameters())
+    projector = sum(parameter.numel() for parameter in net.hf.model.multi_modal_projector.parameters())
     assert rows["projector"] == (f"{projector:,}", f"{projector:,}", "2e-05")
     assert rows["vision_tower"][1:] == ("0", "frozen")
     assert rows["all"][:2] == (f"{sum(p.numel() for p in net.parameters()):,}", f"{projector:,}")

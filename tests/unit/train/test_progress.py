@@ -28,7 +28,7 @@ from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE, TITLES, time_spl
 from llava_pdrop.train.run import train
 from llava_pdrop.types import PackedBatch
 from tests.faults.processes import run_ranks
-from tests.tiny import PYRAMID, make_tiny_host, mixed_samples
+from tests.tiny import PYRAMID, make_tiny_hf, mixed_samples
 
 CPU = torch.device("cpu")
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
@@ -72,7 +72,7 @@ def test_into_a_file_go_few_lines_with_the_time_left(capsys, monkeypatch):
 def test_every_part_of_a_step_is_measured_once(checkpointing, monkeypatch):
     """A clock that ticks at every look at it: a part that is entered n times has n ticks or more; recomputed layers in
     the backward pass are not taken for another forward."""
-    model = PyramidLlava(make_tiny_host(), PYRAMID).train()
+    model = PyramidLlava(make_tiny_hf(), PYRAMID).train()
     if checkpointing:
         model.activation_checkpointing_enable()
     clock = StepClock(model, CPU)

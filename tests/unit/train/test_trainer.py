@@ -27,7 +27,7 @@ def make_trainer(tiny_config, tmp_path):
     def make(samples: int, accumulation: int, **arguments) -> PyramidTrainer:
         torch.manual_seed(0)
         parts = load_parts(config)
-        model = PyramidLlava(parts.host, config.schedule, parts.geometry)
+        model = PyramidLlava(parts.hf, config.schedule, parts.geometry)
         freeze(model, config.model.trainable)
         dataset = build_dataset(config, parts)
         settings = dict(

@@ -1,4 +1,4 @@
-"""Hosts without weights: what is initialised in them."""
+"""Models without weights: what is initialised in them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_pdrop.checkpoint.hosts import empty_host
+from llava_pdrop.checkpoint.hf_models import empty_hf_model
 from llava_pdrop.checkpoint.layouts import is_projector
-from tests.tiny import ANYRES, PAD, make_tiny_host
+from llava_pdrop.model.vlm import PyramidLlava
+from tests.tiny import ANYRES, PAD, make_tiny_hf
 
 
 class Drawn(TorchDispatchMode):
@@ -28,18 +29,24 @@ class Drawn(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_new_projector_is_the_same_in_every_precision(dtype, geometry):
     """Only rounded. Torch draws other numbers in half precision than in float32 (2.11), and on GPUs than on CPUs."""
-    config = make_tiny_host(geometry=geometry).config
-    hosts = {}
+    config = make_tiny_hf(geometry=geometry).config
+    models = {}
     for precision in (torch.float32, dtype):
         torch.manual_seed(5)
         with Drawn() as drawn:
-            hosts[precision] = empty_host(config, precision)
+            models[precision] = empty_hf_model(config, precision)
         assert drawn.kinds == {(torch.float32, "cpu")}
-    own = dict(hosts[dtype].named_parameters())
-    new = {name: values for name, values in hosts[torch.float32].named_parameters() if is_projector(name)}
+    own = dict(models[dtype].named_parameters())
+    new = {name: values for name, values in models[torch.float32].named_parameters() if is_projector(name)}
     assert len(new) == (5 if geometry is ANYRES else 4)
     for name, values in new.items():
         assert own[name].dtype == dtype
         assert torch.equal(own[name], values.to(dtype)), name
     weight = new["model.multi_modal_projector.linear_1.weight"]
     assert weight.std().item() == pytest.approx(config.text_config.initializer_range, rel=0.1)
+
+
+def test_the_names_that_sharded_checkpoints_hold_stay():
+    """DeepSpeed and FSDP write the state of the whole `PyramidLlava` and find it again by these names."""
+    model = PyramidLlava(make_tiny_hf())
+    assert list(model.state_dict()) == [f"host.{name}" for name in model.hf.state_dict()]

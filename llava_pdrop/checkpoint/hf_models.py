@@ -1,4 +1,4 @@
-"""Hugging Face hosts without weights: their config, and the module itself, empty or on the meta device."""
+"""Hugging Face LLaVAs without weights: their config, and the module itself, empty or on the meta device."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from transformers.modeling_utils import set_zero3_state
 
 from llava_pdrop.checkpoint.zero3 import cut_up, overwrite
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.vlm import Host
+from llava_pdrop.model.vlm import HfLlava
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
-"""model_type -> class of the host."""
+"""model_type -> class of the model."""
 
 
 def make_config(
     text_config: Any, vision_config: Any, geometry: ImageGeometry, image_token_id: int, feature_layer: int = -2
 ) -> LlavaConfig | LlavaNextConfig:
-    """The config of a host: LLaVA-NeXT for anyres, LLaVA otherwise.
+    """The config of a model: LLaVA-NeXT for anyres, LLaVA otherwise.
 
     Args:
         feature_layer: hidden state of the tower that goes to the projector.
@@ -48,46 +48,46 @@ def make_config(
     return config
 
 
-def make_host(
+def make_hf_model(
     text_config: Any, vision_config: Any, geometry: ImageGeometry, image_token_id: int, feature_layer: int = -2
-) -> Host:
-    """An untrained host (see `make_config`). Costs nothing under ``torch.device("meta")``."""
+) -> HfLlava:
+    """An untrained LLaVA (see `make_config`). Costs nothing under ``torch.device("meta")``."""
     config = make_config(text_config, vision_config, geometry, image_token_id, feature_layer)
     return CLASSES[config.model_type]._from_config(config)
 
 
-def empty_host(config: Any, dtype: torch.dtype) -> Host:
-    """A host whose parameters, in ``dtype``, hold nothing yet, except projector and newline, which are initialised.
+def empty_hf_model(config: Any, dtype: torch.dtype) -> HfLlava:
+    """A LLaVA whose parameters, in ``dtype``, hold nothing yet, except projector and newline, which are initialised.
 
     Buffers keep float32: rotary frequencies in half precision turn late positions to noise. Memory that is not written
     is not used, so that loading into it needs one copy of the model. Under ZeRO-3 (`transformers` knows from its
     training arguments) the parameters are cut up as they are made, so that no rank ever holds all of them.
     """
     with no_init_weights(), cut_up():
-        host = CLASSES[config.model_type]._from_config(config, dtype=dtype)
-    host.tie_weights()
-    _initialise_projector(host)
-    return host
+        hf = CLASSES[config.model_type]._from_config(config, dtype=dtype)
+    hf.tie_weights()
+    _initialise_projector(hf)
+    return hf
 
 
-def _initialise_projector(host: Host) -> None:
+def _initialise_projector(hf: HfLlava) -> None:
     """Projector and newline as Hugging Face initialises them. Every rank draws the same numbers of the seed, in float32
     on the CPU: every engine starts from these, rounded to its precision. Drawn in place they would be others on a GPU,
     and in half precision (torch 2.11) others and with 8 bits of randomness."""
-    projector = host.model.multi_modal_projector
+    projector = hf.model.multi_modal_projector
     with no_init_weights():
-        drawn = type(projector)(host.config)
-    drawn.apply(host._init_weights)
+        drawn = type(projector)(hf.config)
+    drawn.apply(hf._init_weights)
     for own, values in zip(projector.parameters(), drawn.parameters(), strict=True):
         overwrite(own, lambda values=values: values)
-    newline = getattr(host.model, "image_newline", None)
+    newline = getattr(hf.model, "image_newline", None)
     if newline is not None:
-        width = host.config.text_config.hidden_size
+        width = hf.config.text_config.hidden_size
         values = torch.empty(width).normal_(0.0, width**-0.5)
         overwrite(newline, lambda: values)
 
 
-def meta_host(config: Any) -> Host:
-    """A host of which only names and shapes are wanted (not those of the pieces that ZeRO-3 would cut)."""
+def meta_hf_model(config: Any) -> HfLlava:
+    """A LLaVA of which only names and shapes are wanted (not those of the pieces that ZeRO-3 would cut)."""
     with set_zero3_state(), torch.device("meta"):
         return CLASSES[config.model_type]._from_config(config)
