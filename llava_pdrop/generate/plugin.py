@@ -290,8 +290,9 @@ def _two_dimensional_mask(model: nn.Module, *, attention_mask: Tensor | None, **
 
 
 def _check_reached(model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """Hook behind the model: has a prompt gone through all of its drops?"""
     call: Call | None = kwargs.get(_HANDLE)
-    if call is not None and call.prefill is not None and not call.stage:
+    if call is not None and call.prefill is not None and call.stage + 1 < len(call.prefill.frames):
         raise UserError(f"attach() cannot drop: {type(model).__name__} hands no keyword arguments to its layers")
 
 
