@@ -50,7 +50,22 @@ class PlanLoader(DataLoader):
 
 
 class PyramidTrainer(SavingTrainer):
-    """Trains a `PyramidLlava` on the micro-batches of a `BatchPlan`.
+    """Trains a `PyramidLlava` on the micro-batches of a `BatchPlan`. One optimizer step::
+
+        fetch      get_batch_samples     its micro-batches, from get_train_dataloader
+        count      get_batch_samples     their label tokens, summed over all ranks
+        each micro-batch:
+          upload   _prepare_inputs       to the device, without waiting
+          forward  compute_loss          the sum over its labels / the count
+          guard    StepGuard.check       before the last backward: is every loss finite, does any rank have to stop?
+          backward training_step         gradients add up
+          flops    floating_point_ops    how many operations that was
+        clip       _get_grad_norm        (`SavingTrainer`)
+        optimizer  create_optimizer      made before the first step; the Trainer steps it and the learning rates
+        log        log                   with time, tokens and memory by `StepMeter`
+        save       _save_checkpoint      (`SavingTrainer`) calls _save; _load_from_checkpoint reads it back
+
+    The methods below stand in this order.
 
     Args:
         plan: micro-batches of every rank; its world size and accumulation must be those of ``args``.
@@ -136,7 +151,7 @@ class PyramidTrainer(SavingTrainer):
         with self.preemption.listening():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
-    # ---- data ----
+    # ---- fetch and count ----
 
     def get_train_dataloader(self) -> DataLoader:
         """The rank's own micro-batches, in the order of the plan."""
@@ -177,7 +192,7 @@ class PyramidTrainer(SavingTrainer):
     def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:
         return inputs.to(self.args.device, non_blocking=True)
 
-    # ---- loss and optimizer ----
+    # ---- forward, backward, optimizer ----
 
     def compute_loss(
         self,
@@ -216,23 +231,6 @@ class PyramidTrainer(SavingTrainer):
         self.clock.ends("backward")
         return loss
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that ``optim`` names, over the groups of `parameter_groups`."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            groups = parameter_groups(model, self.learning_rates, self.args.weight_decay)
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(groups, **options)
-        return self.optimizer
-
-    # ---- metrics ----
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds time, tokens and memory to the log line of a step. Every rank comes here."""
-        if "loss" in logs:
-            logs = {**logs, **self.meter.drain(self._total, self.accelerator.num_processes)}
-        super().log(logs, start_time)
-
     def floating_point_ops(self, inputs: PackedBatch) -> float:
         """Operations of one micro-batch, forward and backward: the Trainer adds them up as ``total_flos``. What is done
         twice to save memory counts there, and not for the MFU. How long the samples are at every stage, the forward of
@@ -249,6 +247,23 @@ class PyramidTrainer(SavingTrainer):
             trainable = trainable - {"language_model"} | {"projector"}
         options = (model.geometry, trainable, recomputing, model.recompute_layers, seq_lens)
         return step_flops(model.hf.config, inputs, model.schedule, *options).total
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that ``optim`` names, over the groups of `parameter_groups`."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = parameter_groups(model, self.learning_rates, self.args.weight_decay)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    # ---- log ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds time, tokens and memory to the log line of a step. Every rank comes here."""
+        if "loss" in logs:
+            logs = {**logs, **self.meter.drain(self._total, self.accelerator.num_processes)}
+        super().log(logs, start_time)
 
     def _total(self, numbers: list[float]) -> list[float]:
         if self.accelerator.num_processes == 1:
