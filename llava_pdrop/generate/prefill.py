@@ -226,9 +226,12 @@ def _left_padded(lengths: list[int]) -> tuple[list[int], list[np.ndarray], int]:
 
 def _frames(stages: Sequence[tuple[list[int], list[np.ndarray], int]], device: torch.device) -> list[Frame]:
     """A frame per stage, sent to the device at once."""
-    indices = []
-    for lengths, rows, _ in stages:
-        indices += [np.concatenate(rows), np.cumsum(lengths) - 1]
-    sent = send([torch.from_numpy(index) for index in indices], device)
-    shapes = [(len(lengths), columns) for lengths, _, columns in stages]
-    return [Frame(row_T, last_B, shape) for row_T, last_B, shape in zip(sent[::2], sent[1::2], shapes)]
+    rows_by_name = {}
+    for stage, (lengths, rows, _) in enumerate(stages):
+        rows_by_name[f"row_T {stage}"] = torch.from_numpy(np.concatenate(rows))
+        rows_by_name[f"last_B {stage}"] = torch.from_numpy(np.cumsum(lengths) - 1)
+    sent = send(rows_by_name, device)
+    return [
+        Frame(sent[f"row_T {stage}"], sent[f"last_B {stage}"], (len(lengths), columns))
+        for stage, (lengths, _, columns) in enumerate(stages)
+    ]

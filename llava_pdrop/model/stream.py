@@ -8,7 +8,7 @@ that the device needs in one copy; the forward then never waits for the device t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,9 @@ from llava_pdrop.model.attention import Segments
 from llava_pdrop.model.pyramid_drop import Candidates
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
+
+COLUMNS = ("row_V", "image_V", "first_V", "count_V", "keep_V")
+"""The tensors of `Candidates`."""
 
 
 @dataclass(frozen=True)
@@ -147,28 +150,34 @@ class StreamPlan:
         """
         layouts = layouts_of(batch, schedule)
         image_row, feature_row = (_index(row) for row in _feature_rows(batch, geometry))
-        label_L = batch.labels.index_select(0, _index(layouts[0].label_positions))
-        text = [batch.input_ids.index_fill(0, image_row, 0), image_row, feature_row, label_L]
-        rows = [np.asarray(layouts[-1].label_positions) - 1]
+        rows = {
+            "text_T": batch.input_ids.index_fill(0, image_row, 0),
+            "image_row": image_row,
+            "feature_row": feature_row,
+            "label_L": batch.labels.index_select(0, _index(layouts[0].label_positions)),
+            "predict_row": _index(np.asarray(layouts[-1].label_positions) - 1),
+        }
+        once = list(rows)  # the others are there once a stage
         for stage, layout in enumerate(layouts):
-            rows.append(np.concatenate([[0], np.cumsum(layout.seq_lens)]))
-            rows.append(np.concatenate([np.arange(length) for length in layout.seq_lens]))
-            rows.append(np.asarray([start - 1 for sample in layout.answer_starts for start in sample]))
+            queries = [start - 1 for sample in layout.answer_starts for start in sample]
+            rows[f"offsets {stage}"] = _index(np.concatenate([[0], np.cumsum(layout.seq_lens)]))
+            rows[f"position_T {stage}"] = _index(np.concatenate([np.arange(length) for length in layout.seq_lens]))
+            rows[f"query_Q {stage}"] = _index(queries)
             if stage < len(schedule.layers):
-                rows += _candidate_rows(layout, layouts[0].kept(schedule, stage))
-        tensors = iter(send([*text, *map(_index, rows)], device))
+                columns = _candidate_rows(layout, layouts[0].kept(schedule, stage))
+                rows |= {f"{name} {stage}": _index(column) for name, column in columns.items()}
+        sent = send(rows, device)
 
-        text_T, image_row, feature_row, label_L, predict_row = (next(tensors) for _ in range(5))
         stages = []
         for stage, layout in enumerate(layouts):
-            segments = Segments(layout.seq_lens, next(tensors).to(torch.int32), backend)
-            position_T, query_Q = next(tensors), next(tensors)
+            segments = Segments(layout.seq_lens, sent[f"offsets {stage}"].to(torch.int32), backend)
             candidates = None
             if stage < len(schedule.layers):
-                row_V, image_V, first_V, count_V, keep_V = (next(tensors) for _ in range(5))
-                candidates = Candidates(row_V, image_V, first_V, count_V, keep_V, layouts[stage + 1].tokens)
-            stages.append(Stage(layout, segments, position_T, query_Q, candidates))
-        return StreamPlan(stages, text_T, image_row, feature_row, label_L, predict_row)
+                candidates = Candidates(
+                    **{name: sent[f"{name} {stage}"] for name in COLUMNS}, survivors=layouts[stage + 1].tokens
+                )
+            stages.append(Stage(layout, segments, sent[f"position_T {stage}"], sent[f"query_Q {stage}"], candidates))
+        return StreamPlan(stages, **{name: sent[name] for name in once})
 
 
 def _text_before(batch: PackedBatch) -> list[int]:
@@ -203,28 +212,28 @@ def _feature_rows(batch: PackedBatch, geometry: ImageGeometry) -> tuple[np.ndarr
     return np.concatenate(positions), np.where(feature_row < 0, first, feature_row)
 
 
-def _candidate_rows(layout: Layout, kept: Sequence[int]) -> list[np.ndarray]:
-    """The five columns of `Candidates`."""
-    columns: list[list[np.ndarray]] = [[], [], [], [], []]
+def _candidate_rows(layout: Layout, kept: Sequence[int]) -> dict[str, np.ndarray]:
+    """The columns of `Candidates` by their name."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     first = 0
     for image, ((start, stop), keep) in enumerate(zip(layout.image_spans, kept)):
         if not layout.droppable[image]:
             continue
         count = stop - start
-        for column, value in zip(columns[1:], (image, first, count, keep)):
-            column.append(np.full(count, value))
-        columns[0].append(np.arange(start, stop))
+        columns["row_V"].append(np.arange(start, stop))
+        for name, value in (("image_V", image), ("first_V", first), ("count_V", count), ("keep_V", keep)):
+            columns[name].append(np.full(count, value))
         first += count
-    return [np.concatenate(column) if column else np.empty(0) for column in columns]
+    return {name: np.concatenate(column) if column else np.empty(0) for name, column in columns.items()}
 
 
 def _index(row: np.ndarray | Sequence[int]) -> Tensor:
     return torch.from_numpy(np.asarray(row, dtype=np.int64))
 
 
-def send(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """All int64 ``rows`` as views of one tensor on ``device``: one copy, which the host does not wait for."""
-    flat = torch.cat(rows)
+def send(rows: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """All int64 ``rows``, by name, as views of one tensor on ``device``: one copy, which the host does not wait for."""
+    flat = torch.cat(list(rows.values()))
     if device.type == "cuda":
         flat = flat.pin_memory()
-    return flat.to(device, non_blocking=True).split([len(row) for row in rows])
+    return dict(zip(rows, flat.to(device, non_blocking=True).split([len(row) for row in rows.values()])))
