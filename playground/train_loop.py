@@ -41,7 +41,7 @@ def main() -> None:
     """Stage 1: the projector alone, nothing dropped. Stage 2: projector and decoder, with PyramidDrop."""
     prepare_pages()
     parts = load_parts()
-    model = PyramidLlava(parts.host, Schedule(), parts.geometry).train()
+    model = PyramidLlava(parts.hf, Schedule(), parts.geometry).train()
     for step, loss in train(model, parts, "pretrain.json", STAGE_1, rate=3e-3):
         print(f"stage 1, step {step:2}: loss {loss:.4f}")
     model.schedule = PYRAMID
@@ -100,9 +100,7 @@ def choose(model: PyramidLlava, learns: tuple[str, ...]) -> list[torch.nn.Parame
 def batches(parts: Parts, file: str) -> Iterator[PackedBatch]:
     """Packed batches without end. Records become samples (ids, labels, one placeholder per image token), samples become
     streams without padding, in the order of a plan that is a function of lengths and seed alone."""
-    encoder = Encoder(
-        TEMPLATES["qa"], parts.tokenizer, parts.host.config.image_token_id, parts.geometry, max_length=2048
-    )
+    encoder = Encoder(TEMPLATES["qa"], parts.tokenizer, parts.hf.config.image_token_id, parts.geometry, max_length=2048)
     dataset = ConversationDataset(read_data(str(PAGES / file), str(PAGES)), encoder, parts.image_processor)
     plan = BatchPlan(dataset.lengths(), seed=0, samples_per_batch=SAMPLES)
     epoch = 0

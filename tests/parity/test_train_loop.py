@@ -49,7 +49,7 @@ def losses_of_a_run(config: str, loop: ModuleType, out: Path, *changes: str) -> 
 
 def losses_of_the_loop(loop: ModuleType, schedule: Schedule, projector: Path, *args: object) -> list[float]:
     parts = loop.load_parts(projector)
-    model = PyramidLlava(parts.host, schedule, parts.geometry).train()
+    model = PyramidLlava(parts.hf, schedule, parts.geometry).train()
     found = list(loop.train(model, parts, *args, steps=STEPS))
     assert [step for step, _ in found] == list(range(1, STEPS + 1))
     return [loss for _, loss in found]
