@@ -33,6 +33,7 @@ from llava_pdrop.generate.cache import PromptStages, remember, sliding_window, s
 from llava_pdrop.generate.prefill import Prefill, Step, image_lengths
 from llava_pdrop.model.decoder import Rope
 from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.vision import PackByGeometry
 from llava_pdrop.schedule import Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -109,7 +110,8 @@ class _Plugin:
         self.image_token = getattr(model.config, "image_token_id", None)
         if self.image_token is None:
             raise UserError(f"the config of {type(model).__name__} has no image_token_id: which tokens are images?")
-        self.geometry = getattr(base.__dict__.get("pack_image_features"), "geometry", None)
+        pack = base.__dict__.get("pack_image_features")
+        self.geometry = pack.geometry if isinstance(pack, PackByGeometry) else None
         self.trace = trace
         self.parameters = list(inspect.signature(base.forward).parameters)
         self.hooks = [

@@ -44,28 +44,37 @@ def tower_hidden(tower: nn.Module, pixels: Tensor, layers: int) -> Tensor:
     return hidden_ITD
 
 
-def pack_by_geometry(hf: nn.Module, geometry: ImageGeometry) -> None:
-    """Makes a LLaVA-NeXT's own forward and ``generate`` lay out image features by ``geometry``.
+class PackByGeometry:
+    """Stands in for ``pack_image_features`` of a LLaVA-NeXT: lays out image features by ``geometry``.
 
-    Left alone it merges by ``spatial_unpad`` and rounds sizes its own way, so that a model with other settings could be
-    trained here and then not be evaluated. A reopened model without this agrees on all but rare sizes (88x55).
+    Left alone the model merges by ``spatial_unpad`` and rounds sizes its own way, so that one with other settings could
+    be trained here and then not be evaluated. A reopened model without this agrees on all but rare sizes (88x55).
+    `plugin.attach` counts the tokens of a picture by the same ``geometry``.
     """
-    if geometry.aspect != "anyres":
-        return
 
-    def pack(
-        image_features: list[Tensor], image_sizes: Tensor, vision_feature_select_strategy: str, image_newline: Tensor
+    def __init__(self, geometry: ImageGeometry) -> None:
+        self.geometry = geometry
+
+    def __call__(
+        self,
+        image_features: list[Tensor],
+        image_sizes: Tensor,
+        vision_feature_select_strategy: str,
+        image_newline: Tensor,
     ) -> tuple[list[Tensor], Tensor]:
         packed = []
         for feature_TPD, (height, width) in zip(image_features, torch.as_tensor(image_sizes).tolist()):
             table_FD = torch.cat([feature_TPD.flatten(0, 1), image_newline[None].to(feature_TPD)])
-            index = torch.from_numpy(geometry.merge_index((int(width), int(height))))
+            index = torch.from_numpy(self.geometry.merge_index((int(width), int(height))))
             index = index.where(index >= 0, len(table_FD) - 1)
             packed.append(table_FD.index_select(0, index.to(table_FD.device)))
         return packed, torch.tensor([len(feature) for feature in packed], device=packed[0].device)
 
-    pack.geometry = geometry  # type: ignore[attr-defined]  # `plugin.attach` counts the tokens of a picture by it
-    hf.model.pack_image_features = pack
+
+def pack_by_geometry(hf: nn.Module, geometry: ImageGeometry) -> None:
+    """Makes a LLaVA-NeXT's own forward and ``generate`` lay out image features by ``geometry``."""
+    if geometry.aspect == "anyres":
+        hf.model.pack_image_features = PackByGeometry(geometry)
 
 
 def dummy_pixels(hf: nn.Module, device: torch.device) -> Tensor:
