@@ -105,9 +105,13 @@ def line_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a YAML library, or the system, complains of."""
-    text = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    """The first line of what a YAML library, the system or any other code complains of; the kind of the error where
+    the message is empty or only a name."""
+    text = str(getattr(error, "problem", None) or getattr(error, "strerror", None) or error).strip()
+    kind = type(error).__name__
+    if not text:
+        return kind
+    return f"{kind} {text.splitlines()[0]}" if isinstance(error, KeyError) else text.splitlines()[0]
 
 
 def did_you_mean(name: str, valid: Iterable[Any], cutoff: float = 0.5) -> str:

@@ -21,7 +21,7 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.style import markdown_table
-from llava_pdrop.runtime.clock import Span
+from llava_pdrop.runtime.clock import Span, quartiles
 from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
@@ -79,9 +79,9 @@ def predicted_cache_bytes(config: Any, case: Case, schedule: Schedule, dtype: to
     return case.batch * tokens * 2 * key_value_heads(text) * head_size(text) * dtype.itemsize
 
 
-def quartiles(values: Sequence[float], factor: float = 1.0) -> dict[str, float]:
+def spread(values: Sequence[float], factor: float = 1.0) -> dict[str, float]:
     """``median``, ``q1`` and ``q3`` of ``values`` times ``factor``."""
-    q1, median, q3 = (float(value) * factor for value in np.percentile(values, [25, 50, 75]))
+    q1, median, q3 = (value * factor for value in quartiles(values))
     return {"median": median, "q1": q1, "q3": q3}
 
 
@@ -116,12 +116,12 @@ def entry(
         "batch": case.batch,
         "image_tokens": case.image_tokens,
         "out_of_memory": not runs,
-        "prefill_ms": quartiles([run.prefill.seconds for run in runs], 1e3) if runs else None,
+        "prefill_ms": spread([run.prefill.seconds for run in runs], 1e3) if runs else None,
         "prefill_cpu_ms": _cpu([run.prefill for run in runs]) if runs else None,
-        "ranking_ms": quartiles([run.ranking.seconds for run in runs], 1e3) if runs else None,
+        "ranking_ms": spread([run.ranking.seconds for run in runs], 1e3) if runs else None,
         "ranking_share": float(np.median([run.ranking.cost / run.prefill.cost for run in runs])) if runs else None,
-        "tower_ms": quartiles([span.seconds for span in tower], 1e3) if tower else None,
-        "decode_tokens_per_s": quartiles([decoded / run.decode.seconds for run in runs]) if runs else None,
+        "tower_ms": spread([span.seconds for span in tower], 1e3) if tower else None,
+        "decode_tokens_per_s": spread([decoded / run.decode.seconds for run in runs]) if runs else None,
         "cache_bytes": runs[-1].cache_bytes if runs else None,
         "cache_bytes_predicted": predicted_cache_bytes(config, case, schedule, dtype),
         "peak_bytes": max(peaks) if peaks else None,
@@ -205,7 +205,7 @@ def _cost(runs: Sequence[Run]) -> float:
 
 def _cpu(spans: Sequence[Span]) -> dict[str, float] | None:
     cpu = [span.cpu for span in spans if span.cpu is not None]
-    return quartiles(cpu, 1e3) if cpu else None
+    return spread(cpu, 1e3) if cpu else None
 
 
 def _cells(result: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from llava_pdrop.compare.ablate import Row
 from llava_pdrop.compare.variants import Ablation
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.style import COLOURS, INK, STYLE, markdown_table, print_table
+from llava_pdrop.report.style import COLOURS, INK, STYLE, markdown_table, print_table, text_of
 
 REPORT_FILE, RESULTS_FILE, PICTURE_FILE = "ablation.md", "ablation.json", "ablation.png"
 
@@ -44,13 +44,13 @@ def table_rows(ablation: Ablation, rows: Sequence[Row]) -> list[list[str]]:
         ("image tokens per stage", [" → ".join(str(stage.image_tokens) for stage in row.plan.stages) for row in rows]),
         ("average", [f"{row.plan.average_tokens:.0f}" for row in rows]),
         ("TFLOP", [f"{row.plan.paper.dropping:.3g}" for row in rows]),
-        ("saved, predicted", [_text(row.predicted, ".1%") for row in rows]),
-        ("saved, realised", [_text(row.realised, ".1%") for row in rows]),
-        (f"{clock} s/{unit}", [_text(row.seconds, ".3f") for row in rows]),
-        ("accuracy", [_text(row.evaluation["accuracy"] if row.evaluation else None, ".1%") for row in rows]),
-        ("paper: TFLOP", [_text(row.paper.tflop if row.paper else None, ".3g") for row in rows]),
-        ("saved", [_text(_saved_in_paper(row), ".1%") for row in rows]),
-        ("GPU hours", [_text(row.paper.gpu_hours if row.paper else None, "g") for row in rows]),
+        ("saved, predicted", [text_of(row.predicted, ".1%") for row in rows]),
+        ("saved, realised", [text_of(row.realised, ".1%") for row in rows]),
+        (f"{clock} s/{unit}", [text_of(row.seconds, ".3f") for row in rows]),
+        ("accuracy", [text_of(row.evaluation["accuracy"] if row.evaluation else None, ".1%") for row in rows]),
+        ("paper: TFLOP", [text_of(row.paper.tflop if row.paper else None, ".3g") for row in rows]),
+        ("saved", [text_of(_saved_in_paper(row), ".1%") for row in rows]),
+        ("GPU hours", [text_of(row.paper.gpu_hours if row.paper else None, "g") for row in rows]),
     ]
     known = [(head, cells) for head, cells in columns if any(cells)]
     return [[head for head, _ in known], *map(list, zip(*(cells for _, cells in known)))]
@@ -194,7 +194,3 @@ def _saved_in_paper(row: Row) -> float | None:
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
-
-
-def _text(value: float | None, style: str) -> str:
-    return "" if value is None else format(value, style)

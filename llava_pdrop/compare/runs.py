@@ -21,7 +21,7 @@ from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import EVALUATION_FILE
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.report.style import COLOURS, STYLE, markdown_table, print_table
+from llava_pdrop.report.style import COLOURS, STYLE, markdown_table, print_table, text_of
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, Timing, timing_of
 
@@ -117,15 +117,15 @@ def table_rows(runs: Sequence[Run]) -> list[list[str]]:
                 run.name,
                 ", ".join(map(str, schedule.layers)) or "vanilla",
                 ", ".join(f"{ratio:g}" for ratio in schedule.ratios),
-                _text(run.tflop, ".3g"),
-                _text(run.timing.seconds if run.timing else None, ".3f"),
-                _text(run.saved, ".1%"),
-                _text(run.hours, ".3g"),
+                text_of(run.tflop, ".3g"),
+                text_of(run.timing.seconds if run.timing else None, ".3f"),
+                text_of(run.saved, ".1%"),
+                text_of(run.hours, ".3g"),
                 f"{found['accuracy']:.1%} ({found['scorer']})" if found else "",
                 paper.table if paper else "",
-                _text(paper.tflop if paper else None, ".3g"),
-                _text(paper.saved if paper and schedule.layers else None, ".1%"),
-                _text(paper.gpu_hours if paper else None, ".3g"),
+                text_of(paper.tflop if paper else None, ".3g"),
+                text_of(paper.saved if paper and schedule.layers else None, ".1%"),
+                text_of(paper.gpu_hours if paper else None, ".3g"),
             ]
         )
     return lines
@@ -203,7 +203,3 @@ def _tflop(config: Config) -> float | None:
     tiles = max((geometry.num_tiles(canvas) for canvas in model.pinpoints), default=1)
     layers, hidden, inner = (decoder[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     return paper_tflop(tiles * geometry.patches, layers, hidden, inner, config.schedule)
-
-
-def _text(value: float | None, style: str) -> str:
-    return "" if value is None else format(value, style)

@@ -21,14 +21,14 @@ from llava_pdrop.checkpoint.shards import read_json
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.packing import BatchPlan
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, first_line
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.runtime.clock import no_garbage_collection, quartiles
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
 from llava_pdrop.runtime.ranks import engine_for_one_run, number_of_processes
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.train.arguments import first_line, on_cpu, training_arguments
+from llava_pdrop.train.arguments import on_cpu, training_arguments
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.optim import PARTS
 from llava_pdrop.train.run import build_dataset, build_plan, learning_model, say

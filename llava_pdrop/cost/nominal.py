@@ -4,6 +4,7 @@ for the benches."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,12 @@ def recomputed_layers(config: Config, layers: int) -> int | None:
 
 
 def checkpointing(config: Config) -> bool:
-    """Whether ``config`` recomputes activations; transformers 5.23 renamed the argument."""
-    arguments = config.train.arguments
+    """Whether ``config`` recomputes activations."""
+    return recomputes(config.train.arguments)
+
+
+def recomputes(arguments: Mapping[str, Any]) -> bool:
+    """Whether training ``arguments`` ask for recomputation in the backward pass; transformers 5.23 renamed the key."""
     return bool(arguments.get("activation_checkpointing") or arguments.get("gradient_checkpointing"))
 
 

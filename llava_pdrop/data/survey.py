@@ -99,7 +99,7 @@ def survey(
     problems: dict[int, RecordError] = {}
     found: dict[int, list[Size]] = {}
     blocks = _Blocks(records, measure, todo, known)
-    loader = DataLoader(blocks, batch_size=None, num_workers=workers if len(todo) >= LARGE else 0, collate_fn=_as_it_is)
+    loader = DataLoader(blocks, batch_size=None, num_workers=workers if len(todo) >= LARGE else 0, collate_fn=as_it_is)
     quiet = len(todo) < LARGE or os.environ.get("RANK", "0") != "0"
     with tqdm(total=len(todo), desc="counting tokens", unit=" records", unit_scale=True, disable=quiet) as bar:
         for block, results in loader:
@@ -168,7 +168,8 @@ def _read_sizes(images: Sequence[ImageSource]) -> list[tuple[ImageSource, Size |
     return sizes
 
 
-def _as_it_is(item: Any) -> Any:
+def as_it_is(item: Any) -> Any:
+    """Collates nothing (a lambda could not be sent to a worker)."""
     return item
 
 

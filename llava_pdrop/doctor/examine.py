@@ -20,6 +20,7 @@ from tqdm import tqdm
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.records import Records
+from llava_pdrop.data.survey import as_it_is
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor.checks import KINDS, UNKNOWN, Block, Blocks, Checks, Problem
 from llava_pdrop.doctor.images import same_content
@@ -108,7 +109,7 @@ def examine(
     total = _Total(listed)
     off = None if progress is None else not progress
     blocks: Iterable[Block] = DataLoader(
-        Blocks(distinct, checks), batch_size=None, num_workers=workers, collate_fn=_as_it_is
+        Blocks(distinct, checks), batch_size=None, num_workers=workers, collate_fn=as_it_is
     )
     with tqdm(total=len(distinct), desc="checking records", unit=" records", unit_scale=True, disable=off) as bar:
         for block in blocks:
@@ -213,10 +214,6 @@ def _mark_duplicate_images(findings: Findings, workers: int, listed: int, bar: A
 
 def _list(findings: Findings, problem: Problem) -> None:
     findings.problems.setdefault(problem.kind, []).append(problem)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 def examine_set(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_pdrop.data.images import image_header, load_image
 from llava_pdrop.data.records import Records
+from llava_pdrop.data.survey import as_it_is
 from llava_pdrop.errors import UserError
 from llava_pdrop.types import ImageSource
 
@@ -106,7 +107,7 @@ def same_content(
         if not len(todo):
             return []
         blocks = _Digests(records, places[todo], whole)
-        loader: Iterable[Any] = DataLoader(blocks, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+        loader: Iterable[Any] = DataLoader(blocks, batch_size=None, num_workers=workers, collate_fn=as_it_is)
         found = []
         for digests in loader:
             found.append(digests)
@@ -154,7 +155,3 @@ def _digest(source: ImageSource, whole: bool) -> int:
                 file.seek(start)
                 digest.update(file.read(SAMPLE))
     return int.from_bytes(digest.digest(), "little")
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

@@ -14,10 +14,9 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.errors import ConfigError, first_line
 from llava_pdrop.runtime.ranks import from_every_rank, number_of_processes
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
-from llava_pdrop.train.arguments import first_line
 
 T = TypeVar("T")
 

@@ -55,3 +55,8 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
         shown.add_row(*line)
     console = Console()
     (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(shown)
+
+
+def text_of(value: float | None, style: str) -> str:
+    """``value`` for a cell of a table, by a format specification; nothing for None."""
+    return "" if value is None else format(value, style)

@@ -18,7 +18,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.cost.nominal import recomputes
+from llava_pdrop.errors import ConfigError, first_line
 from llava_pdrop.runtime.device import has_fast_bfloat16, peak_flops
 
 DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
@@ -130,8 +131,8 @@ def warn_of_locks(args: TrainingArguments) -> None:
 
 
 def recomputes_activations(args: TrainingArguments) -> bool:
-    """Whether the backward pass computes activations anew; transformers 5.23 renamed the argument."""
-    return bool(getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False))
+    """Whether the backward pass computes activations anew."""
+    return recomputes(vars(args))
 
 
 def peak_of(args: TrainingArguments) -> float | None:
@@ -192,10 +193,3 @@ def learning_rates(config: Config, args: TrainingArguments) -> dict[str, float]:
         "projector": rate if section.projector_lr is None else section.projector_lr,
         "vision_tower": rate if section.vision_tower_lr is None else section.vision_tower_lr,
     }
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its kind too where the message is only a name."""
-    text = str(error).strip().splitlines()
-    kind = type(error).__name__
-    return kind if not text else f"{kind} {text[0]}" if isinstance(error, KeyError) else text[0]

@@ -27,9 +27,9 @@ from llava_pdrop.config.paths import check_name, check_paths, number, part_confi
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
-from llava_pdrop.errors import ConfigError, did_you_mean
+from llava_pdrop.errors import ConfigError, did_you_mean, first_line
 from llava_pdrop.runtime.ranks import environment_kept, number_of_processes
-from llava_pdrop.train.arguments import first_line, given_arguments, recomputes_activations
+from llava_pdrop.train.arguments import given_arguments, recomputes_activations
 from llava_pdrop.train.history import FINISHED_FILE
 
 

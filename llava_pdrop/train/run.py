@@ -25,14 +25,14 @@ from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.errors import ConfigError, MissingFileError, UserError
+from llava_pdrop.errors import ConfigError, MissingFileError, UserError, first_line
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
 from llava_pdrop.runtime.ranks import by_first_rank, engine_for_one_run
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.adapters import adapt
-from llava_pdrop.train.arguments import first_line, learning_rates, training_arguments
+from llava_pdrop.train.arguments import learning_rates, training_arguments
 from llava_pdrop.train.checks import check_arguments, check_run, stage1_config
 from llava_pdrop.train.history import (
     checkpoint_to_resume,

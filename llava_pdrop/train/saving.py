@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 
+from llava_pdrop.errors import first_line
 from llava_pdrop.runtime.ranks import from_every_rank, number_of_ranks
 from llava_pdrop.runtime.watchdog import Watchdog
 from llava_pdrop.train import checkpoints
@@ -116,7 +117,7 @@ class SavingTrainer(Trainer):
         if isinstance(failure, CheckpointError):
             text = str(failure)
         elif failure is not None:
-            text = f"{target} could not be written: {_first_line(failure)}"
+            text = f"{target} could not be written: {first_line(failure)}"
             full = getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             if full or checkpoints.free_bytes(output) < needed:
                 text = f"{text}; {checkpoints.shortage(output, needed)}"
@@ -213,7 +214,3 @@ class SavingTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
