@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # Measures training and inference: bash scripts/bench.sh [tiny|cpu|gpu] [arguments for every `bench train`]
 #                              or: bash scripts/bench.sh CONFIG [section.key=value ...] [arguments for `bench train`]
-# tiny takes under a minute; cpu is the shape small-cpu; gpu is another word for scripts/gpu_check.sh, which measures the
-# real shapes on one 80 GB GPU in under ten minutes and takes arguments of its own.
-# CONFIG is the YAML file of a run, or its directory: what that run costs, without its weights and data, on the GPU where
-# there is one. Whatever the world, it is one process on one GPU: communication between GPUs is not in it. What a run
-# costs on all of them is in its metrics.jsonl after some steps (train.max_steps=20).
-# Every bench is a process of its own and writes JSON, Markdown and PNG into playground/benchmarks/NAME/ (of a CONFIG: its
-# directory and file, DIRECTORY-FILE). One that fails or takes too long does not stop the others: it is listed at the
-# end, and the exit status is 1.
+# tiny takes under a minute; cpu is the shape small-cpu; gpu is the same as scripts/gpu_check.sh, which measures the real
+# shapes on one 80 GB GPU in under ten minutes and has its own arguments.
+# CONFIG is the YAML file or the directory of a run. This measures what the run costs, without its weights and data, on the
+# GPU if there is one. It is always one process on one GPU, so communication between GPUs is not included: for that, see
+# metrics.jsonl of a short run (train.max_steps=20).
+# Each bench is its own process and writes JSON, Markdown and PNG into playground/benchmarks/NAME/ (NAME of a CONFIG:
+# DIRECTORY-FILE). If one fails or takes too long, the others still run; it is listed at the end, and the exit status is 1.
 #
-#   LLAVA_PDROP_PYTHON    a Python that has the project's packages already (torch with CUDA, say): see environment.sh
-#   BENCH_SECONDS         for all of them together; default: 1800
+#   LLAVA_PDROP_PYTHON    a Python that already has the project's packages (e.g. torch with CUDA): see environment.sh
+#   BENCH_SECONDS         limit for all benches together; default: 1800
 #   DRY_RUN=1             prints the commands and measures nothing
-#   BENCH_LIMIT           seconds for one; default: 900
+#   BENCH_LIMIT           limit for one bench, in seconds; default: 900
 set -euo pipefail
 
 what="${1:-tiny}"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The Python of the image that container.def makes, for LLAVA_PDROP_PYTHON: launchers (Slurm, torchrun by hand) stay
-# outside, and every training process is inside. Not run yet: no Apptainer was at hand.
+# The Python inside the image of container.def, for LLAVA_PDROP_PYTHON: launchers (Slurm, torchrun by hand) stay outside,
+# training processes run inside. Not run yet: no Apptainer was available.
 #
-#   LLAVA_PDROP_IMAGE    the image, on a disk that all nodes see
-#   APPTAINER_BIND       what the processes must see besides the checkout and the home directory, e.g. /data
+#   LLAVA_PDROP_IMAGE    the image, on a disk shared by all nodes
+#   APPTAINER_BIND       other directories that the processes need besides the checkout and the home directory, e.g. /data
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains stage 2 (and stage 1 first where it is missing): bash scripts/finetune.sh [CONFIG] [section.key=value ...]
+# Trains stage 2 (stage 1 first if it is missing): bash scripts/finetune.sh [CONFIG] [section.key=value ...]
 # Default: the embedded example with PyramidDrop; `pyramid_drop=null output_dir=DIR` trains it vanilla. See launch.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: bash scripts/gpu_check.sh [--stages a,b] [--seconds N] [--device cpu] [--out DIR]
 # Tests, step times, synchronisations, profile, prefill and more (llava_pdrop/bench/gpu/stages.py), most valuable first. Each
-# stage has a limit, and its results are on the disk before the next one begins. It uses the Python that has CUDA, makes no
-# environment, installs nothing and needs no network. Exit status 1 where a stage did not find all that the README needs.
+# stage has a time limit and saves its results before the next one begins. It uses a Python that has CUDA, creates no
+# environment, installs nothing and needs no network. Exit status 1 if a stage did not measure all that the README needs.
 #
-#   --stages A,B     only these stages; default: all but learn, which takes a call of its own
-#   --seconds N      of all of them together; default: 580
+#   --stages A,B     only these stages; default: all but learn, which needs a call of its own
+#   --seconds N      time limit of all stages together; default: 580
 #   --device cpu     a rehearsal at tiny shapes
-#   --out DIR        gets summary.txt, gpu_check.json and gpu_check.tar.gz; default: checkpoints/gpu_check. Unpacked in the
-#                    checkout, the archive puts every bench file in its place in playground/benchmarks
+#   --out DIR        for summary.txt, gpu_check.json and gpu_check.tar.gz; default: checkpoints/gpu_check. Unpack the
+#                    archive in the checkout to put every bench file into playground/benchmarks
 #
-#   LLAVA_PDROP_PYTHON    the Python to use; default: the first that has CUDA of LLAVA_PDROP_VENV, .venv, python3, python
-#   LLAVA_PDROP_COMMIT    the commit of a checkout that came without its history
+#   LLAVA_PDROP_PYTHON    the Python to use; default: the first with CUDA among LLAVA_PDROP_VENV, .venv, python3, python
+#   LLAVA_PDROP_COMMIT    the commit, for a checkout without its history
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -65,7 +65,7 @@ fi
 
 cd "$ROOT"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# Batches differ in length: without this, blocks of a shorter one are of no use to a longer one. (Two names: torch
+# Batches differ in length: without this, memory blocks of a shorter batch cannot serve a longer one. (Two names: torch
 # renamed it.)
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-$PYTORCH_CUDA_ALLOC_CONF}"

@@ -1,19 +1,19 @@
 # Sourced by the other scripts: `launch COMMAND DEFAULT_CONFIG [CONFIG] [section.key=value ...]` runs one command of
-# llava-pdrop in the world it finds, which is the first of these that is there:
+# llava-pdrop on the GPUs and nodes it detects. The first of these that applies:
 #
 #   Slurm step of several nodes       (srun bash scripts/...) this task's torchrun, one task per node
 #   Slurm job of several nodes        srun starts one torchrun per node (see slurm.sbatch)
-#   HOSTFILE=FILE                     the deepspeed launcher, with a hostfile as DeepSpeed has it
-#   NNODES, NODE_RANK, MASTER_ADDR    torchrun on this node, which is started by hand on every node
+#   HOSTFILE=FILE                     the deepspeed launcher, with DeepSpeed's hostfile
+#   NNODES, NODE_RANK, MASTER_ADDR    torchrun on this node; start the script by hand on every node
 #   several GPUs                      torchrun on this machine
 #   one GPU or none                   one process
 #
-#   NPROC_PER_NODE    processes per node; default: the GPUs this job may use, at least 1 (1 for configs/tiny/ and what
-#                     they leave, which run on the CPU). With HOSTFILE its slots say
+#   NPROC_PER_NODE    processes per node; default: the GPUs of this job, at least 1 (1 for configs/tiny/ and its runs, which
+#                     use the CPU). With HOSTFILE: its slots
 #   MASTER_PORT       default: 29500
 #   TORCHRUN_ARGS     more arguments for torchrun
-#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT    seconds that torchrun, told to stop, leaves the processes for finishing their step
-#                     and saving; default: 600. Before torch 2.12 it always leaves 30
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT    seconds that torchrun, when stopped, gives the processes to finish their step and save;
+#                     default: 600. Before torch 2.12 it is always 30
 #   DRY_RUN=1         prints the environment and the command, and starts nothing
 # shellcheck shell=bash disable=SC2154  # ROOT, python and fail come from environment.sh
 
@@ -34,8 +34,8 @@ count() {
     [[ "$2" =~ ^[0-9]{1,6}$ && "$((10#$2))" -ge "$3" ]] || fail "$1=$2 must be a whole number, at least $3"
 }
 
-# Nodes of the Slurm step that this shell is a task of; 0 outside of steps. (A batch script and the shell that salloc
-# opens are steps too, with numbers of their own, but not what is to be spread over nodes.)
+# Nodes of the Slurm step that this shell is a task of; 0 outside steps. (A batch script and the shell of salloc are steps
+# too, with special ids, but they are not to be spread over nodes.)
 step_nodes() {
     case "${SLURM_STEP_ID:-}" in
         "" | 4294967290 | 4294967291) printf '0\n' ;;
@@ -53,7 +53,7 @@ launch() {
             words+=("$word")
         fi
     done
-    # A path is meant from where the user stands; the paths inside configs are meant from the checkout.
+    # A path given here is relative to the user's directory; paths inside configs are relative to the checkout.
     if [[ "$config" != /* && -e "$config" ]]; then config="$(pwd)/$config"; fi
     if [[ "${HOSTFILE:-/}" != /* && -e "$HOSTFILE" ]]; then HOSTFILE="$(pwd)/$HOSTFILE"; fi
     config="${config#"$ROOT"/}"
@@ -77,9 +77,9 @@ launch() {
         if [[ "$inside" -eq 0 ]]; then
             nodes="$SLURM_JOB_NUM_NODES" list="${SLURM_JOB_NODELIST:?is not set, though SLURM_JOB_NUM_NODES is}"
             step=(srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1)
-            # Since Slurm 22.05 a step takes one core per task where it is not told what the job has.
+            # Since Slurm 22.05 a step takes one core per task unless it is told what the job has.
             [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || step+=(--cpus-per-task "$SLURM_CPUS_PER_TASK")
-            # Slurm starts tasks with all signals as they are by default: what `start` says about USR1 is said there again.
+            # Slurm resets all signals of its tasks, so the rule of `start` for USR1 is set here again.
             # shellcheck disable=SC2016
             step+=(bash -c 'trap "" USR1; exec "$@"' torchrun)
         else
@@ -110,8 +110,8 @@ launch() {
     fi
 }
 
-# Runs the command in place of this script, or prints it. SIGUSR1 (save and stop, see slurm.sbatch) would end a launcher;
-# it is ignored by all that is started here but the training processes, which listen to it.
+# Runs the command in place of this script, or prints it. SIGUSR1 (save and stop, see slurm.sbatch) would end a launcher, so
+# everything started here ignores it, except the training processes, which handle it.
 start() {
     trap '' USR1
     if [[ -z "${DRY_RUN:-}" ]]; then exec "$@"; fi

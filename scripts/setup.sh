@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the virtual environment of this checkout and installs the project with its tested versions.
-# A second run finds the stamp of the first and ends at once. Nothing outside the environment is changed.
+# Creates the virtual environment of this checkout and installs the project with its tested versions.
+# A second run finds the stamp of the first and exits at once. Nothing outside the environment is changed.
 #
 #   PYTHON              interpreter to use (3.11 or newer); default: the first one found
-#   LLAVA_PDROP_VENV    where the environment lies; default: .venv in the checkout
-#   CONSTRAINTS         file of versions, seen from here or from the checkout; default: what the environment was made with
-#                       before, else scripts/constraints.txt. For GPUs: CONSTRAINTS=scripts/constraints-cuda.txt
+#   LLAVA_PDROP_VENV    directory of the environment; default: .venv in the checkout
+#   CONSTRAINTS         file of versions, relative to here or to the checkout; default: the one used before, else
+#                       scripts/constraints.txt. For GPUs: CONSTRAINTS=scripts/constraints-cuda.txt
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -31,7 +31,7 @@ choice="$pins"
 [[ "$pins" == /* ]] || pins="$ROOT/$pins"
 [[ -f "$pins" ]] || fail "there is no file $pins: name one, such as CONSTRAINTS=scripts/constraints-cuda.txt"
 
-# What the environment depends on. The path is part of it: an environment does not survive being moved.
+# What the environment depends on, its path included: it does not survive being moved.
 fingerprint() {
     { printf '%s\n' "$ROOT" "$EXTRAS"; cat "$ROOT/setup.py" "$pins"; } | cksum
 }
@@ -57,7 +57,7 @@ find_python() {
     fail "no Python 3.11 or newer found: install one, or name it with PYTHON=/path/to/python"
 }
 
-# One step: its name, then its command. The output is shown only if it fails.
+# One step: its name, then its command. Output is shown only on failure.
 step() {
     local name="$1" log
     shift
@@ -75,7 +75,8 @@ is_ready && exit 0
 
 python="$(find_python)"
 mkdir -p "$VENV"
-# Of two setups at once the second waits here. The lock belongs to the open file, so it outlives the Python that takes it.
+# If two setups run at once, the second waits here. The lock belongs to the open file, so it outlives the Python that
+# takes it.
 exec 9>"$VENV/.llava_pdrop_lock"
 "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' || say "no file locks here: do not run two setups at once"
 is_ready && exit 0

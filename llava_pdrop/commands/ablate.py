@@ -8,9 +8,9 @@ import os
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
-    parser.add_argument("config", metavar="ABLATION", help="YAML file: a config and the variants of it")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to every variant")
-    parser.add_argument("--plan", action="store_true", help="check and show the variants, and start nothing")
+    parser.add_argument("config", metavar="ABLATION", help="YAML file: a config and its variants")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides for every variant")
+    parser.add_argument("--plan", action="store_true", help="check and list the variants; train nothing")
 
 
 def run(args: argparse.Namespace) -> None:

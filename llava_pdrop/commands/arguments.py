@@ -8,4 +8,4 @@ import argparse
 def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG and its overrides."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         own = kinds.add_parser(
             name,
             help=summary,
-            description=f"Measures {summary}, with random weights and made-up batches, on one device.",
+            description=f"Measure {summary}, with random weights and synthetic batches, on one device.",
         )
         add(own)
         own.add_argument(
@@ -36,14 +36,18 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
     parser.add_argument(
         "--schedule", nargs="+", type=Path, default=[], metavar="FILE",
-        help="YAML with a pyramid_drop section, or a bare schedule, measured beside vanilla (default: as CONFIG or the "
-        "shape)",
+        help="YAML with a pyramid_drop section, or a bare schedule, to measure beside vanilla (default: that of "
+        "CONFIG or the shape)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="counted steps of every schedule")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them")
-    parser.add_argument("--samples", type=int, metavar="N", help="of a micro-batch (default: as CONFIG or the shape)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, lengths and pictures")
-    parser.add_argument("--images", default="mixture", help="mixture (drawn as in training) or full (every tile used)")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="measured steps per schedule")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them, not counted")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="samples per micro-batch (default: as CONFIG or the shape)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, lengths and pictures")
+    parser.add_argument(
+        "--images", default="mixture", help="mixture (picture sizes as in training) or full (every tile used)"
+    )
     parser.add_argument("--optimizer", default="auto", help="auto (what fits), adamw, sharded (one of 8) or none")
     parser.add_argument(
         "--recompute", action=argparse.BooleanOptionalAction,
@@ -52,9 +56,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", metavar="BACKEND", help="auto, sdpa, varlen or flash_attn (default: as CONFIG, else auto)"
     )
-    parser.add_argument("--compare", action="store_true", help="also measure every choice against its alternative")
+    parser.add_argument(
+        "--compare", action="store_true", help="also measure each design choice against its alternative"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where the three files go")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="directory of the three reports")
 
 
 OUT = Path("playground/benchmarks")
@@ -65,23 +71,23 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     that follows an option.)"""
     parser.add_argument(
         "overrides", nargs="*", metavar="CONFIG",
-        help="the YAML file of a run, or its directory, and section.key=value to change it: what is measured is its "
-        "model, without weights and data",
+        help="YAML file or directory of a run, and section.key=value overrides: measures its model, without "
+        "weights and data",
     )  # fmt: skip
-    parser.add_argument("--shape", help="a model shape instead (default: llava-next-7b on CUDA, else tiny)")
+    parser.add_argument("--shape", help="a model shape instead of CONFIG (default: llava-next-7b on CUDA, else tiny)")
 
 
 def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes. (No import of torch: this also runs for ``--help``.)"""
     add_shape_arguments(parser)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="prompts at once")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="batch sizes, in prompts")
     parser.add_argument(
         "--image-tokens", type=int, nargs="+", metavar="N",
-        help="per prompt (default: those of CONFIG's largest picture, or of 1, 5 and 9 tiles)",
+        help="image tokens per prompt (default: CONFIG's largest picture, or 1, 5 and 9 tiles)",
     )  # fmt: skip
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens of every answer")
-    parser.add_argument("--runs", type=int, default=10, metavar="N", help="counted runs of every method")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and pictures")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens per answer")
+    parser.add_argument("--runs", type=int, default=10, metavar="N", help="measured runs per method")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, prompts and pictures")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of the Hugging Face model")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where the three files go")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="directory of the three reports")

@@ -12,9 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     add_config(parser)
     parser.description = (
-        f"{parser.description}. With run directories instead (RUN RUN ...): shows finished runs beside "
+        f"{parser.description}. With run directories instead (RUN RUN ...): compare finished runs with each other and "
     )
-    parser.description += "each other and beside what the paper reports, as checkpoints/runs.md and runs.png."
+    parser.description += "with what the paper reports, in checkpoints/runs.md and runs.png."
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.config.paths import check_paths
 
     config = load_config(args.config, args.overrides)
-    check_paths(config)  # before the imports of training: a missing path is then said within seconds
+    check_paths(config)  # before the imports of training: a missing path is then reported within seconds
     from llava_pdrop.compare.compare import compare
 
     compare(config)

@@ -1,11 +1,11 @@
 """``llava-pdrop convert SRC DST --to llava-hf|llava``: a checkpoint in another layout.
 
-Weights go from file to file, one shard at a time, and no model is built. Files are mapped, so that what is needed in
-memory is what changes: the embedding and the head once in float32, and with ``--dtype`` one output shard (5 GB).
+Weights go from file to file, one shard at a time; no model is built. Files are memory-mapped, so only what changes
+needs memory: the embedding and the head once in float32, and with ``--dtype`` one output shard (5 GB).
 
 Round trips are bit-exact. The original layout has no rows for ``<image>``, ``<pad>`` and the padding of the vocabulary:
-they are cut, and on the way back each is the mean of the others. That is what they were where this command made them; a
-checkpoint of the hub comes back with other spare rows, whose embeddings nothing reads.
+they are cut, and on the way back each becomes the mean of the others, as this command makes them. A checkpoint from the
+hub comes back with other spare rows, whose embeddings nothing reads.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ DTYPES = ("bfloat16", "float16", "float32", "keep")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("source", metavar="SRC", help="directory or hub id: llava-hf, original LLaVA, or a LoRA run")
-    parser.add_argument("target", metavar="DST", help="directory to write")
+    parser.add_argument("target", metavar="DST", help="directory to write to")
     parser.add_argument("--to", required=True, choices=("llava-hf", "llava"), help="layout to write")
     parser.add_argument("--base", metavar="LLM", help="model under a LoRA run or an mm_projector.bin")
-    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP tower instead of the one that SRC names")
+    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP tower to use instead of the one SRC names")
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="precision to write (default: keep)")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST")
 

@@ -1,6 +1,6 @@
-"""Arguments of ``llava-pdrop doctor``: is this data set fit to train on, and what will that cost?
+"""Arguments of ``llava-pdrop doctor``: is this data set fit for training, and what will training cost?
 
-Exit status: 0 training would start and use every record; 1 there are records that it refuses; 2 a user's error.
+Exit status: 0 training would start and use every record; 1 it would refuse some; 2 a user's error.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ REPORT, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file, or the directory of a run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
     parser.add_argument("--eval", action="store_true", help="check data.eval too")
-    parser.add_argument("--out", metavar="DIR", help="where the report goes (default: OUTPUT_DIR/doctor)")
+    parser.add_argument("--out", metavar="DIR", help="directory of the report (default: OUTPUT_DIR/doctor)")
     parser.add_argument("--decode", action="store_true", help="read images in full, not only their headers")
-    parser.add_argument("--no-tokens", action="store_true", help="do not count tokens, so that no tokenizer is needed")
-    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer to count with (default: that of the model)")
+    parser.add_argument("--no-tokens", action="store_true", help="do not count tokens; needs no tokenizer")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer to count with (default: the model's)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: number of CPUs, at most 16)")
     parser.add_argument(
         "--listed", type=int, default=1000, metavar="N", help="problems listed per kind (default: 1000)"
     )
     rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--measured", metavar="PATH", help="run directory or bench JSON that hours are predicted from")
-    rate.add_argument("--tflops-per-second", type=float, metavar="X", help="or the operations per second of a GPU")
+    rate.add_argument("--measured", metavar="PATH", help="predict hours from this run directory or bench JSON")
+    rate.add_argument("--tflops-per-second", type=float, metavar="X", help="or from this speed of a GPU, in TFLOP/s")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -14,35 +14,35 @@ from llava_pdrop.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file, or the directory of a run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--average-tokens",
         type=float,
         metavar="N",
-        help="solve for the ratios that leave N image tokens of a full picture, averaged over the layers",
+        help="solve for ratios that keep N image tokens of a full picture, averaged over the layers",
     )
     budget.add_argument(
-        "--tflops", type=float, metavar="X", help="solve for the ratios that cost X TFLOP as the paper counts"
+        "--tflops", type=float, metavar="X", help="solve for ratios that cost X TFLOP by the paper's formula"
     )
     parser.add_argument(
         "--gpus",
         default="8",
         metavar="N[xGIB]",
-        help="over how many GPUs is sharded (default: 8); 8x80, eight GPUs of 80 GiB, also advises how to train there",
+        help="number of GPUs to shard over (default: 8); 8x80 (eight GPUs of 80 GiB) also advises how to train there",
     )
     parser.add_argument("--memory-budget", type=float, metavar="GIB", help="memory of one GPU in GiB (default: 80)")
     parser.add_argument(
         "--mfu",
         type=float,
         metavar="X",
-        help="share of a GPU's peak that the advice takes for granted where it gives hours (default: 0.4)",
+        help="MFU, the share of a GPU's peak, that the advice assumes to predict hours (default: 0.4)",
     )
     parser.add_argument(
         "--global-batch",
         type=int,
         metavar="N",
-        help="samples of an optimizer step, which the advice keeps (default: the config's, on the 8 GPUs it is for)",
+        help="samples per optimizer step, kept by the advice (default: the config's, on 8 GPUs)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
