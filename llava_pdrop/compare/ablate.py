@@ -29,7 +29,7 @@ STEPS_COUNTED = 100
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow:
     """One variant in the table. ``plan`` is of a picture that fills every tile; ``predicted`` and ``realised`` are
     shares saved of what a training step costs without drops, or, where a checkpoint is evaluated, of the prompt's
     operations and of the time of an answer. ``seconds`` are of a step or an answer, on ``device``. ``paper`` is about
@@ -45,7 +45,7 @@ class Row:
     paper: PaperRow | None = None
 
 
-def plan(ablation: Ablation) -> list[Row]:
+def plan(ablation: Ablation) -> list[AblationRow]:
     """The table as far as it is known without weights and data.
 
     Raises:
@@ -55,11 +55,11 @@ def plan(ablation: Ablation) -> list[Row]:
     for variant in ablation.variants:
         predicted = _predicted_by_plan(ablation, variant.config)
         paper = variant.config.paper if ablation.checkpoint is None else None
-        rows.append(Row(variant.name, make_plan(variant.config), predicted, paper=paper))
+        rows.append(AblationRow(variant.name, make_plan(variant.config), predicted, paper=paper))
     return rows
 
 
-def ablate(ablation: Ablation, rows: list[Row]) -> list[Row] | None:
+def ablate(ablation: Ablation, rows: list[AblationRow]) -> list[AblationRow] | None:
     """Trains what is not finished yet and measures; None on all but the first process. Names, files and questions of
     every variant are checked before the first one starts.
 

@@ -16,12 +16,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from llava_pdrop.compare.ablate import Row
+from llava_pdrop.compare.ablate import AblationRow
 from llava_pdrop.compare.variants import Ablation
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.style import COLOURS, INK, STYLE, markdown_table, print_table, text_of
 
-REPORT_FILE, RESULTS_FILE, PICTURE_FILE = "ablation.md", "ablation.json", "ablation.png"
+ABLATION_FILE, RESULTS_FILE, PICTURE_FILE = "ablation.md", "ablation.json", "ablation.png"
 
 TRAINED = (
     "Seconds are medians of training steps without warm-up; *realised* is against the variant without drops; "
@@ -34,7 +34,7 @@ EVALUATED = (
 )
 
 
-def table_rows(ablation: Ablation, rows: Sequence[Row]) -> list[list[str]]:
+def table_rows(ablation: Ablation, rows: Sequence[AblationRow]) -> list[list[str]]:
     """The table as text, head first. Columns of which nothing is known are left out."""
     clock = "GPU" if any(row.device == "cuda" for row in rows) else "CPU"
     unit = "step" if ablation.checkpoint is None else "answer"
@@ -56,12 +56,12 @@ def table_rows(ablation: Ablation, rows: Sequence[Row]) -> list[list[str]]:
     return [[head for head, _ in known], *map(list, zip(*(cells for _, cells in known)))]
 
 
-def show(ablation: Ablation, rows: Sequence[Row], title: str) -> None:
+def show(ablation: Ablation, rows: Sequence[AblationRow], title: str) -> None:
     """Prints the table."""
     print_table(title, table_rows(ablation, rows))
 
 
-def write(ablation: Ablation, rows: Sequence[Row]) -> Path:
+def write(ablation: Ablation, rows: Sequence[AblationRow]) -> Path:
     """Writes ``ablation.md``, ``ablation.json`` and ``ablation.png`` into the ablation's directory."""
     directory = ablation.output_dir
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,12 +70,12 @@ def write(ablation: Ablation, rows: Sequence[Row]) -> Path:
         figure = draw(ablation, rows)
         figure.savefig(directory / PICTURE_FILE, facecolor="white")
         plt.close(figure)
-    file = directory / REPORT_FILE
+    file = directory / ABLATION_FILE
     file.write_text("\n".join(_markdown(ablation, rows)))
     return file
 
 
-def draw(ablation: Ablation, rows: Sequence[Row]) -> plt.Figure:
+def draw(ablation: Ablation, rows: Sequence[AblationRow]) -> plt.Figure:
     """Bars side by side, a variant per line: image tokens, time saved (with marks where the count of operations and the
     paper have it) and accuracy."""
     panels = 2 + any(row.evaluation for row in rows)
@@ -114,7 +114,7 @@ def draw(ablation: Ablation, rows: Sequence[Row]) -> plt.Figure:
 
 def _bars(
     axes: plt.Axes,
-    rows: Sequence[Row],
+    rows: Sequence[AblationRow],
     values: Sequence[float | None],
     text: str,
     marks: Mapping[str, tuple[str, Sequence[float | None]]] = MappingProxyType({}),
@@ -139,11 +139,11 @@ def _bars(
             axes.plot(*zip(*points), marker, color=INK, markersize=9, label=label)
 
 
-def _kind(row: Row) -> str:
+def _kind(row: AblationRow) -> str:
     return "pyramid_drop" if row.plan.schedule.layers else "vanilla"
 
 
-def _markdown(ablation: Ablation, rows: Sequence[Row]) -> list[str]:
+def _markdown(ablation: Ablation, rows: Sequence[AblationRow]) -> list[str]:
     head, *lines = table_rows(ablation, rows)
     trained = ablation.checkpoint is None
     text = [f"# {ablation.name}", "", markdown_table(head, lines)]
@@ -164,7 +164,7 @@ def _markdown(ablation: Ablation, rows: Sequence[Row]) -> list[str]:
     return [*text, ""]
 
 
-def _plain(ablation: Ablation, rows: Sequence[Row]) -> dict[str, Any]:
+def _plain(ablation: Ablation, rows: Sequence[AblationRow]) -> dict[str, Any]:
     """The report for programs; shares between 0 and 1."""
     entries = [
         {
@@ -188,7 +188,7 @@ def _plain(ablation: Ablation, rows: Sequence[Row]) -> dict[str, Any]:
     return {"name": ablation.name, "checkpoint": ablation.checkpoint, "environment": where, "variants": entries}
 
 
-def _saved_in_paper(row: Row) -> float | None:
+def _saved_in_paper(row: AblationRow) -> float | None:
     return row.paper.saved if row.paper and row.plan.schedule.layers else None
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from llava_pdrop.checkpoint.build import Parts, build_parts
 from llava_pdrop.compare import report
-from llava_pdrop.compare.rows import Comparison, Row
+from llava_pdrop.compare.rows import Comparison, ComparisonRow
 from llava_pdrop.compare.turns import saving
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import predicted_reduction
@@ -68,7 +68,7 @@ def compare(config: Config) -> Path:
     runs[DROPPING] = train(_subrun(config, DROPPING))
     comparison = collect(config, runs)
     if comparison is None:
-        return Path(config.output_dir) / report.REPORT_FILE
+        return Path(config.output_dir) / report.COMPARISON_FILE
     wide = console if console.is_terminal else Console(width=TABLE_WIDTH)
     wide.print(table(comparison.rows))
     file = report.write(comparison, Path(config.output_dir), table_rows(comparison.rows))
@@ -103,7 +103,7 @@ def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
                 schedules |= {f"{VANILLA} + {key}": s for key, s in config.training_free(layers).items()}
             for label, schedule in schedules.items():
                 result = answer(config, parts, questions, schedule, label, team) if questions else None
-                rows.append(Row(label, schedule, result, timings.get(label)))
+                rows.append(ComparisonRow(label, schedule, result, timings.get(label)))
             if name != DROPPING:
                 del parts
                 release_memory()
@@ -141,7 +141,7 @@ def training_batches(config: Config, parts: Parts) -> list[PackedBatch]:
     return [PackedBatch.pack([sample(index) for index in batch]) for batch in batches]
 
 
-def table_rows(rows: Sequence[Row]) -> list[list[str]]:
+def table_rows(rows: Sequence[ComparisonRow]) -> list[list[str]]:
     """The table as text, the first line being its head."""
     cuda = any(row.timing is not None and row.timing.device == "cuda" for row in rows)
     head = ["run", "accuracy", "chance", "image tokens per stage", "CPU s/step", "wall s/step"]
@@ -165,7 +165,7 @@ def table_rows(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[ComparisonRow]) -> Table:
     """The table for a terminal."""
     head, *lines = table_rows(rows)
     shown = Table(title="Vanilla and PyramidDrop", header_style="bold", box=box.SIMPLE_HEAD)
@@ -176,7 +176,7 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def _realised(row: Row) -> str:
+def _realised(row: ComparisonRow) -> str:
     """The realised saving, its quartiles where there are any, and how much of the predicted one it is."""
     if row.saving is None:
         return ""
@@ -192,7 +192,7 @@ def _subrun(config: Config, name: str) -> Config:
     return replace(config, name=f"{config.name}/{name}", output_dir=str(Path(config.output_dir) / name))
 
 
-def _with_savings(config: Config, rows: list[Row], counted: Counted, directory: Path) -> list[Row]:
+def _with_savings(config: Config, rows: list[ComparisonRow], counted: Counted, directory: Path) -> list[ComparisonRow]:
     """Adds to the row with dropping, whose run lies in ``directory``, what was saved of the vanilla step's time, and
     what the operation count predicts for the same batches."""
     before, after = (next((r.timing for r in rows if r.name == name), None) for name in (VANILLA, DROPPING))

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from llava_pdrop.compare.rows import Comparison, Example, Row
+from llava_pdrop.compare.rows import Comparison, ComparisonRow, Example
 from llava_pdrop.report.style import COLOURS, GRID, INK, STYLE
 
 LABELS = {"vanilla": "vanilla", "pyramid_drop": "PyramidDrop"}
@@ -58,7 +58,7 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def step_times(rows: Sequence[Row]) -> plt.Figure:
+def step_times(rows: Sequence[ComparisonRow]) -> plt.Figure:
     """Bars of seconds per step, with a mark where the count of operations says PyramidDrop's should end."""
     timed = [row for row in rows if row.timing is not None]
     kind = "wall seconds (CUDA events)" if timed[0].timing.device == "cuda" else "CPU seconds"

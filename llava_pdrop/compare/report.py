@@ -25,7 +25,7 @@ from llava_pdrop.geometry import NEWLINE, ImageGeometry
 from llava_pdrop.report.environment import commit, package_version, processor
 from llava_pdrop.report.style import markdown_table
 
-REPORT_FILE, RESULTS_FILE = "report.md", "results.json"
+COMPARISON_FILE, RESULTS_FILE = "report.md", "results.json"
 EXAMPLES = 6
 """Held-out pictures shown with the image tokens that survive."""
 
@@ -85,7 +85,7 @@ def write(comparison: Comparison, directory: Path, rows: list[list[str]]) -> Pat
         if row.result is not None:
             row.result.write(directory / "predictions", row.name.replace(" + ", "_on_") + ".jsonl")
     (directory / RESULTS_FILE).write_text(json.dumps(_plain(comparison), indent=1, ensure_ascii=False) + "\n")
-    file = directory / REPORT_FILE
+    file = directory / COMPARISON_FILE
     file.write_text(markdown(comparison, rows, pictures))
     return file
 

@@ -16,7 +16,7 @@ from llava_pdrop.train.metrics import Timing
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One line of the table. ``predicted`` is the share of the vanilla step's operations saved, ``saving`` what was
     saved of its time; ``timing`` is None where nothing was trained."""
 
@@ -38,7 +38,7 @@ class Comparison:
     ``examples``: answered questions with what survived (see `Example`)."""
 
     config: Config
-    rows: list[Row]
+    rows: list[ComparisonRow]
     losses: dict[str, list[tuple[int, float]]]
     runs: dict[str, Path]
     examples: list[Example] = field(default_factory=list)

@@ -35,7 +35,7 @@ RESERVE = 0.1
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """One picture: tokens before any drop and after each one, and the paper's TFLOP without and with the schedule."""
 
     size: tuple[int, int]
@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlanStage:
     """Layers ``first`` to ``last`` and the image tokens that enter each of them, of a picture that fills the canvas."""
 
     first: int
@@ -65,14 +65,14 @@ class Plan:
     layers: int
     average: float
     average_tokens: float
-    rows: list[Row]
+    rows: list[PlanRow]
     picture: tuple[int, int]
-    stages: list[Stage]
-    paper: Row
+    stages: list[PlanStage]
+    paper: PlanRow
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """Operations of one micro-batch of a training step: ``samples`` samples of ``text_tokens`` text tokens and a
     picture that fills the canvas."""
 
@@ -105,14 +105,14 @@ def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = PICTURES) ->
     model = model_of(config)
     schedule = config.schedule.check(model.layers)
 
-    def row(size: tuple[int, int], n: int) -> Row:
-        return Row(size, image_tokens_by_stage([n], schedule), model.tflop(n), model.tflop(n, schedule))
+    def row(size: tuple[int, int], n: int) -> PlanRow:
+        return PlanRow(size, image_tokens_by_stage([n], schedule), model.tflop(n), model.tflop(n, schedule))
 
     full = full_picture(model.geometry)
     n = model.geometry.num_tokens(full)
     edges = (0, *schedule.layers, model.layers)
     stages = [
-        Stage(first, stop - 1, tokens, tokens / n)
+        PlanStage(first, stop - 1, tokens, tokens / n)
         for first, stop, tokens in zip(edges, edges[1:], image_tokens_by_stage([n], schedule))
     ]
     return Plan(
@@ -148,7 +148,7 @@ def solve(config: Config, average_tokens: float | None = None, tflop: float | No
     return solve_budget(lambda schedule: model.tflop(n, schedule), tflop, n, model.layers, config.schedule)
 
 
-def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Step:
+def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> PlanStep:
     """Operations of a micro-batch of ``config``: forward, backward and recomputation.
 
     Args:
@@ -168,7 +168,7 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Step
         return replace(flops, decoder=flops.decoder + adapters)
 
     vanilla, dropping = [wanted, wanted] if recomputed is None else [(count > 0, count) for count in recomputed]
-    return Step(
+    return PlanStep(
         samples=len(batch.seq_lens),
         text_tokens=FULL_TEXT_TOKENS,
         vanilla=operations(Schedule(), *vanilla),

@@ -18,7 +18,16 @@ from llava_pdrop.cost.lora import NOT_MODELLED, adapter_parameters
 from llava_pdrop.cost.memory import GIB, Memory
 from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, checkpointing, model_of, states_of
 from llava_pdrop.cost.paper import Solution
-from llava_pdrop.cost.plan import RESERVE, MemoryRow, Plan, Step, least_recomputed, make_plan, plan_memory, plan_step
+from llava_pdrop.cost.plan import (
+    RESERVE,
+    MemoryRow,
+    Plan,
+    PlanStep,
+    least_recomputed,
+    make_plan,
+    plan_memory,
+    plan_step,
+)
 from llava_pdrop.cost.states import States
 from llava_pdrop.schedule import Schedule
 
@@ -51,12 +60,12 @@ class Report:
     of LoRA adapters; ``advice``: how to train on GPUs of a known size, where asked."""
 
     plan: Plan
-    step: Step
+    step: PlanStep
     states: States
     memory: list[MemoryRow]
     budget: float
     least: tuple[int | None, int | None]
-    fitting: Step | None
+    fitting: PlanStep | None
     solution: Solution | None = None
     adapters: int = 0
     advice: Advice | None = None
@@ -217,7 +226,7 @@ def _pictures(config: Config, plan: Plan) -> Table:
     return table
 
 
-def _operations(step: Step) -> Table:
+def _operations(step: PlanStep) -> Table:
     table = _table("Operations of a training step's micro-batch")
     table.add_column("TFLOP (2 per multiply-accumulate)")
     for title in ("vanilla", "dropping", "saved"):

@@ -25,7 +25,7 @@ from llava_pdrop.eval.benchmarks import BENCHMARKS, Question
 from llava_pdrop.eval.generation import generating, model_inputs, prompt_sample, until_stop
 from llava_pdrop.eval.scoring import SCORERS, normalise
 from llava_pdrop.eval.team import ALONE, Team, team_of
-from llava_pdrop.generate.prefill import Step
+from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.runtime.device import autocast_dtype
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
@@ -63,7 +63,7 @@ class Result:
     image_tokens: list[float]
     seconds: float
     cpu_seconds: float
-    steps: list[Step] = field(default_factory=list, repr=False)
+    steps: list[ForwardStep] = field(default_factory=list, repr=False)
 
     def write(self, directory: Path, name: str = PREDICTIONS_FILE) -> Path:
         """One line per prediction."""
@@ -121,7 +121,7 @@ def evaluate(
     if scorer not in SCORERS:
         raise UserError(f"unknown eval.scorer {scorer!r}: choose one of {sorted(SCORERS)}")
     device, start, cpu_start = next(hf.parameters()).device, time.perf_counter(), time.process_time()
-    steps: list[Step] = []
+    steps: list[ForwardStep] = []
     own = Answers()
     batches = [questions[first : first + batch_size] for first in range(0, len(questions), batch_size)]
     with (
@@ -150,7 +150,7 @@ def evaluate(
     return _result(team.gather(own), schedule, steps)
 
 
-def _result(shares: Sequence[Answers], schedule: Schedule, steps: list[Step]) -> Result:
+def _result(shares: Sequence[Answers], schedule: Schedule, steps: list[ForwardStep]) -> Result:
     """The answers of all processes put together."""
     batches = {number: batch for share in shares for number, batch in share.batches.items()}
     predictions = [entry for number in sorted(batches) for entry in batches[number]]

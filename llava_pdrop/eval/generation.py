@@ -14,7 +14,7 @@ from llava_pdrop.data.images import load_image, preprocess
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.eval.benchmarks import Question
 from llava_pdrop.generate.plugin import attach, detach
-from llava_pdrop.generate.prefill import Step
+from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import Sample
@@ -45,7 +45,7 @@ def model_inputs(samples: Sequence[Sample], tokenizer: Any, hf: Any) -> dict[str
 
 
 @contextmanager
-def generating(hf: Any, schedule: Schedule, trace: list[Step] | None = None) -> Iterator[None]:
+def generating(hf: Any, schedule: Schedule, trace: list[ForwardStep] | None = None) -> Iterator[None]:
     """``hf`` in evaluation mode with ``schedule`` attached; it and the random numbers afterwards as before."""
     training, device = hf.training, next(hf.parameters()).device
     hf.eval()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import PromptStages, remember, sliding_window, stage_mask
-from llava_pdrop.generate.prefill import Prefill, Step, image_lengths
+from llava_pdrop.generate.prefill import ForwardStep, Prefill, image_lengths
 from llava_pdrop.model.decoder import Rope
 from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.vision import PackByGeometry
@@ -62,17 +62,17 @@ class Call:
     rope: Rope | None = None
     before_BND: Tensor | None = None
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
-    step: Step | None = None
+    step: ForwardStep | None = None
 
 
-def attach(model: Model, schedule: Schedule | None = None, trace: list[Step] | None = None) -> Model:
+def attach(model: Model, schedule: Schedule | None = None, trace: list[ForwardStep] | None = None) -> Model:
     """Makes a Hugging Face vision-language model drop image tokens by ``schedule``; attaching again replaces.
 
     Args:
         model: a model with a LLaMA-like decoder (`LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration`
             over llama, mistral, qwen2, qwen3, ...), attention ``eager``, ``sdpa``, ``llava_pdrop`` or flash attention.
         schedule: when and how much; default: the one in the model's config (``pyramid_drop``), else none.
-        trace: where given, receives one `Step` per forward.
+        trace: where given, receives one `ForwardStep` per forward.
 
     Returns:
         the same model.
@@ -100,7 +100,7 @@ def detach(model: Model) -> Model:
 class _Plugin:
     """The hooks of one attached model. Holds settings only; the state of a forward is in its `Call`."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule, trace: list[Step] | None) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, trace: list[ForwardStep] | None) -> None:
         base = getattr(model, "base_model", model)
         self.decoder = _decoder_of(base)
         self.config = model.config
@@ -142,7 +142,7 @@ class _Plugin:
         """Pre-hook of the model: opens a `Call` where there is something to do."""
         given = {**dict(zip(self.parameters, args)), **kwargs}
         mask, stages = given.get("attention_mask"), getattr(given.get("past_key_values"), "stages", None)
-        call = Call(mask, stages=stages, step=None if self.trace is None else Step())
+        call = Call(mask, stages=stages, step=None if self.trace is None else ForwardStep())
         if stages is not None and stages.schedule != self.schedule:
             raise UserError(
                 "this cache was pruned by another schedule than the attached one: start with an empty cache"

@@ -26,7 +26,7 @@ from llava_pdrop.types import PackedBatch
 
 
 @dataclass
-class Step:
+class ForwardStep:
     """What one forward of an attached model did, on the host.
 
     Attributes:

@@ -240,7 +240,7 @@ class Span:
 # Where the time of a training step goes, measured in every step by hooks on modules: on CUDA with events, so that
 # nothing waits for the device before the log line is written.
 
-PARTS = ("tower", "decoder", "ranking", "other_forward", "backward", "optimizer")
+TIME_PARTS = ("tower", "decoder", "ranking", "other_forward", "backward", "optimizer")
 """``ranking`` is from the end of a layer before a drop to the start of the next one. ``other_forward`` is the rest of
 the forward: plan, embedding, projector, head and loss. ``backward`` includes the exchange of gradients between ranks,
 and under DeepSpeed, which makes its step there, the optimizer. What a step does besides (see `StepMeter.drain`) is not
@@ -289,7 +289,7 @@ class StepClock:
             self._closed.append((part, began, self._mark()))
 
     def drain(self) -> dict[str, float]:
-        """Seconds of the `PARTS` that were measured; call it where the device is waited for anyway."""
+        """Seconds of the `TIME_PARTS` that were measured; call it where the device is waited for anyway."""
         seconds: dict[str, float] = defaultdict(float)
         if self._closed and self.device.type == "cuda":
             self._closed[-1][2].synchronize()
@@ -299,7 +299,7 @@ class StepClock:
         if "forward" in seconds:
             seconds["other_forward"] = seconds["forward"] - seconds["tower"] - seconds["decoder"]
             seconds["decoder"] -= seconds["ranking"]
-        return {part: seconds[part] for part in PARTS if part in seconds}
+        return {part: seconds[part] for part in TIME_PARTS if part in seconds}
 
     def _start(self, name: str) -> None:
         if self.in_forward:

@@ -17,7 +17,7 @@ from llava_pdrop.data.dataset import ConversationDataset, collate
 from llava_pdrop.errors import UserError
 from llava_pdrop.types import PackedBatch, Sample
 
-REPORT_FILE = "bad_samples.jsonl"
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
 """In ``output_dir``: the samples that ``train.on_bad_sample: skip`` replaced."""
 
 

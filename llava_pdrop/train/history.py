@@ -19,7 +19,7 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.data.mixture import data_files
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.runtime.ranks import number_of_processes
-from llava_pdrop.train.bad_samples import REPORT_FILE
+from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE
 from llava_pdrop.train.checkpoints import STAGING, all_checkpoints, newest_whole, read_manifest, what_is_torn
 from llava_pdrop.train.metrics import writing
 
@@ -126,7 +126,7 @@ def clear(output: Path) -> None:
     """Removes what a new run in ``output`` could be mistaken for: checkpoints, and the mark of a finished run."""
     for old in (*all_checkpoints(output), output / STAGING):
         shutil.rmtree(old, ignore_errors=True)
-    for name in (FINISHED_FILE, REPORT_FILE):
+    for name in (FINISHED_FILE, BAD_SAMPLES_FILE):
         (output / name).unlink(missing_ok=True)
 
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.vlm import Output
-from llava_pdrop.runtime.clock import PARTS, StepClock
+from llava_pdrop.runtime.clock import TIME_PARTS, StepClock
 from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
 
 METRICS_FILE = "metrics.jsonl"
@@ -107,7 +107,7 @@ class StepMeter(TrainerCallback):
             self.wall += sum(start.elapsed_time(stop) for start, stop in self._marks) / 1000
         stages = len(self.image_tokens)
         parts = {} if self.clock is None else self.clock.drain()
-        times = [self.data, *(parts.get(part, 0.0) for part in PARTS)]
+        times = [self.data, *(parts.get(part, 0.0) for part in TIME_PARTS)]
         sums = total([self.flops, self.samples, self.tokens, *times, *self.stage_tokens, *self.image_tokens])
         flops, all_samples, tokens, *sums = sums
         data, *seconds = (value / ranks for value in sums[: len(times)])
@@ -125,7 +125,7 @@ class StepMeter(TrainerCallback):
         if self.peak_flops is not None:
             metrics["mfu"] = flops / (passed * self.peak_flops * ranks)
         if self.clock is not None:
-            metrics |= {f"{part}_seconds": value / steps for part, value in zip(PARTS, seconds) if part in parts}
+            metrics |= {f"{part}_seconds": value / steps for part, value in zip(TIME_PARTS, seconds) if part in parts}
             metrics["rest_seconds"] = max(0.0, passed - data - sum(seconds)) / steps
         metrics |= {f"tokens_{k}": n / samples for k, n in enumerate(per_stage[:stages])}
         metrics |= {f"image_tokens_{k}": n / samples for k, n in enumerate(per_stage[stages:])}

@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from llava_pdrop.report.style import STYLE
-from llava_pdrop.train.bad_samples import REPORT_FILE as BAD_SAMPLES_FILE
+from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, stages, steps_of, writing
 
-REPORT_FILE, PICTURE_FILE = "training.md", "training.png"
+TRAINING_FILE, PICTURE_FILE = "training.md", "training.png"
 
 TITLES = {
     "tower": ("vision tower, forward", "#3E5C76"),
@@ -43,7 +43,7 @@ def write_report(directory: Path, name: str) -> Path | None:
         return None
     with writing(directory / PICTURE_FILE):
         _draw(rows, directory / PICTURE_FILE)
-    report = directory / REPORT_FILE
+    report = directory / TRAINING_FILE
     with writing(report):
         report.write_text(_text(rows, name, directory))
     return report

@@ -33,7 +33,7 @@ from llava_pdrop.runtime.ranks import from_every_rank, number_of_ranks
 from llava_pdrop.runtime.watchdog import Watchdog
 from llava_pdrop.train.adapters import fingerprint_of_base, is_adapted, load_adapters, save_adapters
 from llava_pdrop.train.arguments import peak_of, recomputes_activations
-from llava_pdrop.train.bad_samples import REPORT_FILE, BadSample, CheckedSamples, collate_checked
+from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE, BadSample, CheckedSamples, collate_checked
 from llava_pdrop.train.checkpoints import read_manifest
 from llava_pdrop.train.metrics import MetricsFile, Progress, StepMeter
 from llava_pdrop.train.optim import parameter_groups, part_of
@@ -111,7 +111,7 @@ class PyramidTrainer(SavingTrainer):
         output = Path(args.output_dir)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_checked)
         self.model_accepts_loss_kwargs = True  # says the same to a Trainer that does not know `loss_is_scaled_for_ga`
-        self.samples = CheckedSamples(train_dataset, skip_bad_samples, max_bad_samples, output / REPORT_FILE)
+        self.samples = CheckedSamples(train_dataset, skip_bad_samples, max_bad_samples, output / BAD_SAMPLES_FILE)
         self.preemption = Preemption(output)
         self.guard = StepGuard(args.device, args.process_index, self.preemption)
         self.watchdog = watchdog or Watchdog(output, args.process_index, args.world_size, args.ddp_timeout)

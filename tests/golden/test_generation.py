@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llava_pdrop.generate.plugin import attach, detach
-from llava_pdrop.generate.prefill import Step
+from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import pack_by_geometry
 from llava_pdrop.model.vlm import PyramidLlava
@@ -40,7 +40,7 @@ def test_generate(case: Case) -> None:
     """Cached decoding with per-layer cache lengths."""
     (sample,) = case.samples()
     case.check_pixels([sample])
-    steps: list[Step] = []
+    steps: list[ForwardStep] = []
     tokens, logits = generate(case, sample, case.schedule, steps)
     if case.flagged:
         check_expectation(case, sample, tokens, steps)
@@ -78,7 +78,7 @@ def test_recomputation(case: Case) -> None:
     case.same("decode positions", decoded, case.tensors["infer.decode_position_ids"].tolist())
 
 
-def generate(case: Case, sample: Sample, schedule: Schedule, steps: list[Step] | None = None):
+def generate(case: Case, sample: Sample, schedule: Schedule, steps: list[ForwardStep] | None = None):
     """Greedy tokens and logits (steps, V) of at most 16 new tokens."""
     hf = case.parts(padded=True).hf.eval()
     official = case.original_config["vocab_size"]
@@ -110,7 +110,7 @@ def teacher_forced(model: PyramidLlava, sample: Sample, answer: torch.Tensor):
     return model.eval().logits(batch)[-len(answer) - 1 : -1].cpu(), plan
 
 
-def check_expectation(case: Case, sample: Sample, tokens: list[int], steps: list[Step]) -> None:
+def check_expectation(case: Case, sample: Sample, tokens: list[int], steps: list[ForwardStep]) -> None:
     reason = REASONS.get(case.info["case"], DEFAULT)
     for stage in range(len(steps[0].survivors)):
         for (start, stop), kept in zip(sample.image_spans, steps[0].kept(stage), strict=True):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llava_pdrop.bench.gpu.stages import STAGES, Stage, missing
+from llava_pdrop.bench.gpu.stages import STAGES, CheckStage, missing
 from llava_pdrop.report.environment import environment
 
 BROKEN = 75
@@ -132,7 +132,7 @@ def run_stages(names: list[str], ends: dict[str, float], work: Path, device: tor
     return 0
 
 
-def run_stage(stage: Stage, check: Check) -> None:
+def run_stage(stage: CheckStage, check: Check) -> None:
     """One stage, to its end, its error or the end of its time."""
     try:
         signal.setitimer(signal.ITIMER_REAL, check.left)

@@ -32,7 +32,7 @@ NULL_ON_CPU = frozenset(
 
 
 @dataclass(frozen=True)
-class Stage:
+class CheckStage:
     """One stage.
 
     Attributes:
@@ -53,25 +53,25 @@ class Stage:
         return getattr(import_module(f"llava_pdrop.bench.gpu.{self.module}"), self.function)
 
 
-STAGES: dict[str, Stage] = {
-    "env": Stage(
+STAGES: dict[str, CheckStage] = {
+    "env": CheckStage(
         "env", 45,
         ("gpu", "driver", "cuda", "memory_gib", "torch", "transformers", "commit", "matmul_tflops", "linear_tflops",
          "copy_tb_per_s", "rotary_error"),
     ),
-    "tests": Stage("suite", 130, ("passed", "failed", "skipped", "failures")),
-    "next": Stage("measured", 100, TRAINING, "train_next"),
-    "inside": Stage(
+    "tests": CheckStage("suite", 130, ("passed", "failed", "skipped", "failures")),
+    "next": CheckStage("measured", 100, TRAINING, "train_next"),
+    "inside": CheckStage(
         "inside", 115,
         ("synchronisations.vanilla", "synchronisations.dropping", "counted_by", "profile.vanilla.kinds_ms",
          "profile.dropping.kinds_ms", "profile.vanilla.busy_share", "profile.dropping.busy_share", "remedies"),
     ),
-    "prefill": Stage("measured", 60, tuple(f"batch_{n}.{key}" for n in (1, 8) for key in PREFILL), "prefill"),
-    "l15": Stage("measured", 45, TRAINING, "train_l15"),
-    "p9": Stage("measured", 55, TRAINING, "train_p9"),
-    "mixture": Stage("measured", 30, TRAINING, "train_mixture"),
-    "ranks": Stage("ranks", 240, ("gpus", "engines"), "run"),
-    "learn": Stage(
+    "prefill": CheckStage("measured", 60, tuple(f"batch_{n}.{key}" for n in (1, 8) for key in PREFILL), "prefill"),
+    "l15": CheckStage("measured", 45, TRAINING, "train_l15"),
+    "p9": CheckStage("measured", 55, TRAINING, "train_p9"),
+    "mixture": CheckStage("measured", 30, TRAINING, "train_mixture"),
+    "ranks": CheckStage("ranks", 240, ("gpus", "engines"), "run"),
+    "learn": CheckStage(
         "learning", 240,
         (*(f"arms.{arm}.{key}" for arm in ("vanilla", "pyramid_drop", "random", "fastv") for key in LEARN), "chance",
          "questions"),
@@ -111,7 +111,7 @@ def ends(names: Sequence[str], seconds: float) -> dict[str, float]:
     return found
 
 
-def missing(stage: Stage, result: dict[str, Any], on_cpu: bool) -> list[str]:
+def missing(stage: CheckStage, result: dict[str, Any], on_cpu: bool) -> list[str]:
     """The keys that ``stage`` needs and ``result`` has not, or has as None."""
     lacking = []
     for key in stage.needs:

@@ -17,7 +17,7 @@ import torch
 
 from llava_pdrop.bench.gpu import check, inside, runner, suite
 from llava_pdrop.bench.gpu.__main__ import SECONDS, main
-from llava_pdrop.bench.gpu.stages import LATER, STAGES, Stage, chosen, ends, missing
+from llava_pdrop.bench.gpu.stages import LATER, STAGES, CheckStage, chosen, ends, missing
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_an_error_costs_one_stage(work: Path, monkeypatch: pytest.MonkeyPatch, c
         given.put(found=given.name)
         raise KeyError(f"planted in {given.name}")
 
-    monkeypatch.setattr(Stage, "load", lambda stage: broken)
+    monkeypatch.setattr(CheckStage, "load", lambda stage: broken)
     assert check.run_stages(list(STAGES), soon(list(STAGES)), work, CPU) == 0
     for name, record in records(work).items():
         assert (record["status"], record["result"]) == ("failed", {"found": name})
@@ -88,8 +88,8 @@ def test_an_error_costs_one_stage(work: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_a_module_that_does_not_import_costs_one_stage(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STAGES, "env", Stage("no_such_module", 45, ()))
-    monkeypatch.setitem(STAGES, "tests", Stage("stages", 45, (), "exit_now"))
+    monkeypatch.setitem(STAGES, "env", CheckStage("no_such_module", 45, ()))
+    monkeypatch.setitem(STAGES, "tests", CheckStage("stages", 45, (), "exit_now"))
     assert check.run_stages(["env", "tests"], soon(["env", "tests"]), work, CPU) == 0
     assert {name: record["error"].split(":")[0] for name, record in records(work).items()} == {
         "env": "ModuleNotFoundError",
@@ -105,7 +105,7 @@ def test_a_stage_ends_with_its_time(work: Path, monkeypatch: pytest.MonkeyPatch)
         except Exception:  # noqa: BLE001 - what a stage does about its errors must not keep it alive
             time.sleep(60)
 
-    monkeypatch.setattr(Stage, "load", lambda stage: stubborn)
+    monkeypatch.setattr(CheckStage, "load", lambda stage: stubborn)
     monkeypatch.setattr(check, "LEAST", 0.1)
     began = time.time()
     times = {"env": began + 1.0, "tests": began + 5.0, "next": began + 5.05}
@@ -119,7 +119,7 @@ def test_a_stage_ends_with_its_time(work: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_broken_device_ends_the_process(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stage, "load", lambda stage: lambda given: None)
+    monkeypatch.setattr(CheckStage, "load", lambda stage: lambda given: None)
     monkeypatch.setattr(check, "works", lambda device: False)
     assert check.run_stages(["env", "tests"], soon(["env", "tests"]), work, CPU) == check.BROKEN
     assert list(records(work)) == ["env"]
@@ -129,7 +129,7 @@ PLANTED = """
 import os, signal, sys, time
 from llava_pdrop.bench.gpu import check, runner
 from llava_pdrop.bench.gpu.__main__ import main
-from llava_pdrop.bench.gpu.stages import Stage
+from llava_pdrop.bench.gpu.stages import CheckStage
 
 def run(given):
     given.put(found=os.getpid())
@@ -141,7 +141,7 @@ def run(given):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
         time.sleep(60)
 
-Stage.load = lambda stage: run
+CheckStage.load = lambda stage: run
 check.LEAST = 0.1
 sys.exit(main())
 """
@@ -156,7 +156,7 @@ def test_what_breaks_the_process_costs_one_stage(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(runner, "ends", lambda names, seconds: dict.fromkeys(names, 100.0) | {"inside": 20.0})
     names = ["env", "tests", "next", "inside", "prefill"]
     for name in names:
-        monkeypatch.setitem(STAGES, name, Stage("unused", 20, ()))
+        monkeypatch.setitem(STAGES, name, CheckStage("unused", 20, ()))
     assert runner.check(names, 100.0, "cpu", tmp_path / "out") == 1
     found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["stages"]
     status = {name: record["status"] for name, record in found.items()}
@@ -203,7 +203,7 @@ def test_wrong_words_are_said(words: list[str], said: str, capsys: pytest.Captur
 
 
 def test_what_is_missing_is_named() -> None:
-    stage = Stage("unused", 1, ("vanilla.mfu", "vanilla.predicted_peak_gib", "saved"))
+    stage = CheckStage("unused", 1, ("vanilla.mfu", "vanilla.predicted_peak_gib", "saved"))
     result: dict[str, Any] = {"vanilla": {"mfu": None, "predicted_peak_gib": None}}
     assert missing(stage, result, on_cpu=False) == ["vanilla.mfu", "vanilla.predicted_peak_gib", "saved"]
     assert missing(stage, result, on_cpu=True) == ["vanilla.mfu", "saved"]

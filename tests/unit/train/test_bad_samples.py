@@ -10,7 +10,7 @@ import pytest
 
 from llava_pdrop.config.load import load_config
 from llava_pdrop.train import run
-from llava_pdrop.train.bad_samples import REPORT_FILE, BadSample, CheckedSamples, collate_checked
+from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE, BadSample, CheckedSamples, collate_checked
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 
 
@@ -40,7 +40,7 @@ def losing(tiny_config, tmp_path, monkeypatch):
 
 def checked(config, skip: bool, limit: int = 10) -> CheckedSamples:
     dataset = run.build_dataset(config, run.load_parts(config))
-    return CheckedSamples(dataset, skip, limit, Path(config.output_dir) / REPORT_FILE)
+    return CheckedSamples(dataset, skip, limit, Path(config.output_dir) / BAD_SAMPLES_FILE)
 
 
 def test_stop_names_record_and_file(losing):
@@ -89,5 +89,5 @@ def test_in_a_run_it_is_one_line_or_nothing_lost(losing, workers):
     output = run.train(losing(4, train={**arguments, "on_bad_sample": "skip"}))
     rows = [row for row in read_metrics(output / METRICS_FILE) if "loss" in row]
     assert len(rows) == 12 and all(row["samples"] == 2 for row in rows)
-    (line,) = (output / REPORT_FILE).read_text().splitlines()
+    (line,) = (output / BAD_SAMPLES_FILE).read_text().splitlines()
     assert json.loads(line)["id"] == "train4"

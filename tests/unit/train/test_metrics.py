@@ -11,12 +11,12 @@ import torch
 
 from llava_pdrop.config.load import load_config
 from llava_pdrop.model.vlm import Output
-from llava_pdrop.runtime.clock import PARTS
+from llava_pdrop.runtime.clock import TIME_PARTS
 from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
 from llava_pdrop.train.checkpoints import what_is_torn
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, MetricsFile, StepMeter, read_metrics, steps_of
-from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE, per_sample, time_split
+from llava_pdrop.train.report import PICTURE_FILE, TRAINING_FILE, per_sample, time_split
 from llava_pdrop.train.run import train
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_meter_adds_up_to_the_time_that_passed(now):
     metrics = meter.drain(lambda mine: [2 * n + 3.0 * (place == 3) for place, n in enumerate(mine)], ranks=2)
     assert metrics["data_seconds"] == (1.0 + 4.0) / 2 and metrics["data_wait_share"] == 2.5 / 11.0
     assert {part: metrics[f"{part}_seconds"] for part in measured} == measured
-    assert {f"{part}_seconds" for part in PARTS} & metrics.keys() == {f"{part}_seconds" for part in measured}
+    assert {f"{part}_seconds" for part in TIME_PARTS} & metrics.keys() == {f"{part}_seconds" for part in measured}
     assert metrics["rest_seconds"] == 11.0 - 2.5 - sum(measured.values())
     assert metrics["tokens_per_second"] == 40 / 11.0
 
@@ -128,7 +128,7 @@ def test_a_line_that_has_no_room_ends_the_run(tiny_config, monkeypatch):
 
 
 @needs_full_disk
-@pytest.mark.parametrize("name", [REPORT_FILE, PICTURE_FILE, FINISHED_FILE])
+@pytest.mark.parametrize("name", [TRAINING_FILE, PICTURE_FILE, FINISHED_FILE])
 def test_a_file_of_a_run_that_has_no_room_is_named(tiny_config, name):
     section = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True}
     config = load_config(tiny_config(train=section))

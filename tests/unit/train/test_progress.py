@@ -20,11 +20,11 @@ from PIL import Image
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.runtime.clock import PARTS, StepClock
+from llava_pdrop.runtime.clock import TIME_PARTS, StepClock
 from llava_pdrop.train import arguments, checks, metrics, report, trainer
 from llava_pdrop.train.arguments import prepare_reporting
 from llava_pdrop.train.metrics import METRICS_FILE, Progress, StepMeter, describe, read_metrics
-from llava_pdrop.train.report import PICTURE_FILE, REPORT_FILE, TITLES, time_split, write_report
+from llava_pdrop.train.report import PICTURE_FILE, TITLES, TRAINING_FILE, time_split, write_report
 from llava_pdrop.train.run import train
 from llava_pdrop.types import PackedBatch
 from tests.faults.processes import run_ranks
@@ -88,7 +88,7 @@ def test_every_part_of_a_step_is_measured_once(checkpointing, monkeypatch):
     whole = sum(stop - start for name, start, stop in clock._closed if name in ("forward", "backward"))
     seconds = clock.drain()
     assert sum(seconds.values()) == pytest.approx(whole) and all(value > 0 for value in seconds.values())
-    assert set(seconds) == set(PARTS) - {"optimizer"}
+    assert set(seconds) == set(TIME_PARTS) - {"optimizer"}
     assert clock.drain() == {}
 
 
@@ -104,12 +104,12 @@ def test_a_run_leaves_a_report_of_what_it_measured(tiny_config):
     output = train(load_config(tiny_config(pyramid_drop=DROP)))
     rows = read_metrics(output / METRICS_FILE)[:3]
     split = time_split(rows)
-    assert set(split) == {*PARTS, "data", "rest"} == set(TITLES) and all(value > 0 for value in split.values())
+    assert set(split) == {*TIME_PARTS, "data", "rest"} == set(TITLES) and all(value > 0 for value in split.values())
     parts = sum(split.values()) - split["data"] - split["rest"]
     assert parts <= 1.05 * sum(row["step_seconds"] for row in rows) / 3
     passed = [row["data_seconds"] / row["data_wait_share"] for row in rows]
     assert sum(split.values()) == pytest.approx(sum(passed) / 3, rel=1e-6)
-    text = (output / REPORT_FILE).read_text()
+    text = (output / TRAINING_FILE).read_text()
     assert "| steps | 3 |" in text and "| 3 | " in text and "ranking and dropping" in text
     assert "MFU" not in text  # a CPU has no published peak
     assert Image.open(output / PICTURE_FILE).width > 500
@@ -232,7 +232,7 @@ def test_mfu_counts_every_micro_batch_of_the_run(tiny_config, monkeypatch):
         work = sum(row["mfu"] * passed * 1e9 for row, passed in zip(rows, seconds))
         assert work == pytest.approx(last["total_flos"], rel=1e-6)
         total[name] = work
-        assert "| MFU, median |" in (output / REPORT_FILE).read_text()
+        assert "| MFU, median |" in (output / TRAINING_FILE).read_text()
     assert total["dropped"] < 0.95 * total["whole"]
 
 
@@ -242,7 +242,7 @@ def test_the_report_of_a_resumed_run_is_of_all_of_it(tiny_config):
         output = train(load_config(tiny_config(train={**run, "max_steps": steps})))
     rows = read_metrics(output / METRICS_FILE)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
-    text = (output / REPORT_FILE).read_text()
+    text = (output / TRAINING_FILE).read_text()
     assert "| steps | 4 |" in text and f"{rows[0]['loss']:.4f} and" in text
 
 
