@@ -5,7 +5,7 @@ PYTHON_VENV := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup test test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
+.PHONY: help setup test test-fast test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -15,6 +15,10 @@ setup: ## make .venv and install the project with its tested versions
 
 test: setup ## run all tests (PYTEST_ARGS="-k name" for some, JOBS=1 for one after the other)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+test-fast: setup ## unit, parity and golden tests that start no process and train nothing (under 2 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup --fast tests/unit tests/parity tests/golden \
+		$(PYTEST_ARGS)
 
 test-faults: setup ## kill training runs at 20 random moments per engine and compare their ends, bit by bit (long)
 	OMP_NUM_THREADS=1 LLAVA_PDROP_FAULTS=$(if $(LLAVA_PDROP_FAULTS),$(LLAVA_PDROP_FAULTS),20) \

@@ -1,22 +1,51 @@
-"""For all tests: no network, one thread (the test processes already share the cores), a line about the golden cases."""
+"""For all tests: no network, one thread (the test processes already share the cores), the fast set, a line about the
+golden cases."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 
-from tests import restarts
+from tests import kinds, restarts
 
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="only tests that start no process, train nothing, are not slow"
+    )
+
+
 def pytest_configure(config) -> None:
     restarts.begin(config)
+    if config.getoption("fast"):
+        os.environ["PDROP_GOLDEN"] = str(Path(__file__).parent / "golden" / "reference")  # the subset
+
+
+def pytest_collection_modifyitems(config, items: list) -> None:
+    """Marks what starts processes and what trains; ``--fast`` leaves these and the slow ones out."""
+    for item in items:
+        kinds.mark(item)
+    if config.getoption("fast"):
+        chosen = [i for i in items if not any(map(i.get_closest_marker, ("process", "trains", "slow")))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item) -> Iterator[None]:
+    with kinds.neither_process_nor_training() if item.config.getoption("fast") else nullcontext():
+        return (yield)
 
 
 def pytest_unconfigure(config) -> None:

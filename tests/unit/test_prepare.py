@@ -57,6 +57,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.process
 def test_forms_seed_reproduces_bytes(pages: Path, tmp_path: Path) -> None:
     forms.prepare(tmp_path / "same", seed=3, grid=16, counts=SMALL, turns=8)
     forms.prepare(tmp_path / "other", seed=4, grid=16, counts=SMALL, turns=8)

@@ -70,6 +70,7 @@ def test_the_rehearsal_finds_all_that_the_readme_needs(tmp_path: Path) -> None:
         assert f"playground/benchmarks/gpu/{stage}/{bench}-tiny-cpu.json" in names
 
 
+@pytest.mark.process
 def test_an_error_costs_one_stage(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Whichever it is, and also half-way; what it had found stays."""
 
@@ -87,6 +88,7 @@ def test_an_error_costs_one_stage(work: Path, monkeypatch: pytest.MonkeyPatch, c
     assert len(re.findall(r"failed in \d+ s: KeyError", capsys.readouterr().out)) == len(STAGES)
 
 
+@pytest.mark.process
 def test_a_module_that_does_not_import_costs_one_stage(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STAGES, "env", CheckStage("no_such_module", 45, ()))
     monkeypatch.setitem(STAGES, "tests", CheckStage("stages", 45, (), "exit_now"))
@@ -97,6 +99,7 @@ def test_a_module_that_does_not_import_costs_one_stage(work: Path, monkeypatch: 
     }
 
 
+@pytest.mark.process
 def test_a_stage_ends_with_its_time(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stubborn(given: check.Check) -> None:
         given.put(found=1)
@@ -118,6 +121,7 @@ def test_a_stage_ends_with_its_time(work: Path, monkeypatch: pytest.MonkeyPatch)
     assert found["env"]["result"] == {"found": 1} and found["next"]["error"] == "no time was left"
 
 
+@pytest.mark.process
 def test_a_broken_device_ends_the_process(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CheckStage, "load", lambda stage: lambda given: None)
     monkeypatch.setattr(check, "works", lambda device: False)

@@ -217,6 +217,7 @@ def test_a_name_becomes_the_name_of_a_file() -> None:
     assert file_name("train", "../my runs/a&b", "cpu") == "train-..-my-runs-a-b-cpu"
 
 
+@pytest.mark.trains
 def test_a_config_is_measured_without_data(tmp_path: Path) -> None:
     """Overrides may follow options; options go before the config."""
     words = ["bench", "train", "--steps", "2", "--warmup", "0", "--device", "cpu", "--out", str(tmp_path), TINY]
@@ -239,6 +240,7 @@ def test_a_config_is_measured_without_data(tmp_path: Path) -> None:
     assert "drawn from LLaVA-1.5's 665K samples" in text
 
 
+@pytest.mark.trains
 def test_a_vanilla_config_is_measured_alone(tmp_path: Path) -> None:
     words = [TINY, "pyramid_drop=null", "compare=null", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["bench", "train", *words, "--steps", "1", "--warmup", "0", "--samples", "1"]) == 0
@@ -251,6 +253,7 @@ def test_a_vanilla_config_is_measured_alone(tmp_path: Path) -> None:
     ("changes", "methods"),
     [([], ["vanilla", "PyramidDrop", "FastV"]), (["pyramid_drop=null", "compare=null"], ["vanilla", "FastV"])],
 )
+@pytest.mark.process
 def test_prefill_of_a_config_has_the_tokens_of_its_pictures(
     changes: list[str], methods: list[str], tmp_path: Path
 ) -> None:

@@ -18,6 +18,8 @@ from llava_pdrop.schedule import Schedule
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
+pytestmark = pytest.mark.trains  # the command is chosen by its name
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -99,6 +99,7 @@ def test_evaluation_data_count_too(tiny_config, spoilt, capsys):
     assert "use every record. 2 of 12 records of data.eval cannot be used." in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_data_are_made_where_the_config_says_how(tiny_config, tiny_files, tmp_path):
     train = tmp_path / "made.json"
     (tmp_path / "make.py").write_text(

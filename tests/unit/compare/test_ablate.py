@@ -223,6 +223,7 @@ def test_a_whole_ablation_interrupted_once(
         assert min(picture.size) > 300
 
 
+@pytest.mark.process
 def test_one_checkpoint_with_every_schedule(write, tmp_path: Path, questions: int, capsys) -> None:
     train = {"variants": {"vanilla": {"pyramid_drop": None}}}
     assert main(["ablate", str(write(**train))]) == 0

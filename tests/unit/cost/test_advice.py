@@ -17,6 +17,8 @@ from llava_pdrop.cost.nominal import checkpointing, model_of, recomputed_layers,
 from llava_pdrop.cost.plan import RESERVE, plan_memory, plan_step
 from llava_pdrop.cost.run_length import RECIPES, run_length
 
+pytestmark = pytest.mark.slow  # all of them together: a minute and a half
+
 ROOT = Path(__file__).parents[3]
 ONE, NEXT = "configs/llava15_7b/finetune_pdrop.yaml", "configs/llava_next_7b/finetune_pdrop.yaml"
 VANILLA = "configs/llava_next_7b/finetune.yaml"

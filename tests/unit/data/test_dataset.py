@@ -115,7 +115,7 @@ def data_file(tmp_path, picture):
     return path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_unusable_records_are_left_out_and_listed(make_dataset, data_file, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(survey, "BLOCK", 2)
     monkeypatch.setattr(survey, "LARGE", 1)
