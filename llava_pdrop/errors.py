@@ -107,8 +107,9 @@ def line_of(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what a YAML library, the system or any other code complains of; the kind of the error where
     the message is empty or only a name."""
-    text = str(getattr(error, "problem", None) or getattr(error, "strerror", None) or error).strip()
-    kind = type(error).__name__
+    text, kind = str(getattr(error, "problem", None) or error).strip(), type(error).__name__
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = text.removeprefix(f"[Errno {error.errno}] ")
     if not text:
         return kind
     return f"{kind} {text.splitlines()[0]}" if isinstance(error, KeyError) else text.splitlines()[0]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_pdrop.bench import prefill as bench
 from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, Case, Prompt, generate, measure
-from llava_pdrop.bench.prefill_report import bench_prefill, predicted_cache_bytes, prefill_flops, quartiles
+from llava_pdrop.bench.prefill_report import bench_prefill, predicted_cache_bytes, prefill_flops, spread
 from llava_pdrop.bench.run import run_prefill
 from llava_pdrop.bench.shapes import SHAPES, make_model
 from llava_pdrop.commands.bench import add_prefill_arguments
@@ -265,5 +265,5 @@ def test_wrong_arguments_are_one_line(words, message):
     assert "\n" not in str(caught.value)
 
 
-def test_quartiles():
-    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0], 10) == {"q1": 20.0, "median": 30.0, "q3": 40.0}
+def test_spread():
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0], 10) == {"q1": 20.0, "median": 30.0, "q3": 40.0}
