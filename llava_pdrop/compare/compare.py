@@ -71,6 +71,9 @@ def compare(config: Config) -> Path:
         return Path(config.output_dir) / report.COMPARISON_FILE
     wide = console if console.is_terminal else Console(width=TABLE_WIDTH)
     wide.print(table(comparison.rows))
+    for row in comparison.rows:
+        if row.saving is not None:
+            console.print(row.saving.describe(), style="dim", highlight=False, markup=False)
     file = report.write(comparison, Path(config.output_dir), table_rows(comparison.rows))
     console.print(f"report: {file}", soft_wrap=True)
     return file

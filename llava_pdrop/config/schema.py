@@ -252,6 +252,8 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least(0, "seed", self.seed)
+        if self.seed >= 2**32:
+            raise Problem("seed", f"seed must be less than 2**32, got {self.seed}: choose a smaller one")
         if self.lora is not None and "language_model" not in self.model.trainable:
             raise Problem(
                 "lora", "lora trains the language_model, which model.trainable leaves out: add it, or lora=null"

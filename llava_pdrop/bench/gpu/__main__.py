@@ -41,9 +41,11 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--seconds must be more than 0, got {seconds:g}")
     try:
         names = chosen(args.stages, args.device, _gpus(args.device))
+        return runner.check(names, seconds, args.device, args.out)
     except UserError as error:
         parser.error(str(error))
-    return runner.check(names, seconds, args.device, args.out)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _gpus(device: str) -> int:

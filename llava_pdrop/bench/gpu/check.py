@@ -119,7 +119,7 @@ def run_stages(names: list[str], ends: dict[str, float], work: Path, device: tor
         (work / "current").write_text(name)
         check = Check(name, work, device, ends[name])
         if check.left < LEAST:
-            check.status, check.error = "not run", "no time was left"
+            check.status, check.error = "not run", f"less than {LEAST:g} s were left: give more --seconds"
             check.save()
             continue
         check.save()

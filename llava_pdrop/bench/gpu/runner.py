@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.bench.gpu.stages import STAGES, ends
+from llava_pdrop.errors import UserError
 
 SUMMARY, REPORT, ARCHIVE = "summary.txt", "gpu_check.json", "gpu_check.tar.gz"
 
@@ -38,8 +39,17 @@ TRACES = ".trace.json.gz"
 
 
 def check(names: list[str], seconds: float, device: str, out: Path) -> int:
-    """Runs the stages ``names`` within ``seconds``; returns 0 if all of them found all that they need, else 1."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Runs the stages ``names`` within ``seconds``; returns 0 if all of them found all that they need, else 1.
+
+    Raises:
+        UserError: ``out`` cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}: name a directory that can be written to") from None
     started = time.time()
     clock = {name: started + end for name, end in ends(names, seconds).items()}
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as directory:
@@ -99,7 +109,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _mark_broken(work: Path, name: str, status: int) -> None:
     """The stage that a process did not survive. One that was over (the device broke after it) stays as it is."""
     file = work / "stages" / f"{name}.json"
-    record = json.loads(file.read_text())
+    never = {"stage": name, "status": "running", "missing": list(STAGES[name].needs), "result": {}}
+    record = json.loads(file.read_text()) if file.is_file() else never  # it may have come to its name and no further
     if record["status"] == "running":
         record |= {"status": "broken", "error": f"its process ended with {_ending(status)}: {_last_line(work)}"}
         file.write_text(json.dumps(record, indent=1) + "\n")
@@ -129,7 +140,8 @@ def _finish(work: Path, out: Path, names: list[str]) -> int:
         record = records.get(name, {"status": "not run", "missing": list(STAGES[name].needs)})
         if record["status"] != "done" or record["missing"]:
             lacking = f", missing {', '.join(record['missing'])}" if record["missing"] else ""
-            failed.append(f"{name}: {record['status']}{lacking}")
+            why = f" ({record['error']})" if record.get("error") else ""
+            failed.append(f"{name}: {record['status']}{why}{lacking}")
     for line in failed:
         _say(work, f"NOT COMPLETE: {line}")
     if not failed:

@@ -172,6 +172,7 @@ def test_round_trip_with_everything_set(run: Path, tmp_path: Path) -> None:
         ("train.per_device_train_batch_size=1", "write data.samples_per_batch or data.tokens_per_batch"),
         ("seed=1.5", "seed must be a whole number, got 1.5"),
         ("seed=true", "seed must be a whole number, got True"),
+        ("seed=99999999999999999999", "seed must be less than 2**32, got 99999999999999999999"),
         ("data=3", "data must be a section of keys, got 3"),
         ("data.prepare=x.py", "data.prepare must be a list, each entry text"),
         ("model.pinpoints=[[1,2,3]]", "model.pinpoints[0] must be a list of 2 entries"),
