@@ -158,16 +158,17 @@ def test_what_breaks_the_process_costs_one_stage(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(runner, "GRACE", 1.0)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(runner, "ends", lambda names, seconds: dict.fromkeys(names, 100.0) | {"inside": 20.0})
-    names = ["env", "tests", "next", "inside", "prefill"]
+    names = ["inside", "env", "tests", "next", "prefill"]  # first the one whose end is a time: others wait for imports
     for name in names:
         monkeypatch.setitem(STAGES, name, CheckStage("unused", 20, ()))
     assert runner.check(names, 100.0, "cpu", tmp_path / "out") == 1
     found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["stages"]
     status = {name: record["status"] for name, record in found.items()}
-    assert status == {"env": "done", "tests": "broken", "next": "done", "inside": "broken", "prefill": "done"}
+    assert status == {"inside": "broken", "env": "done", "tests": "broken", "next": "done", "prefill": "done"}
     assert "signal 11" in found["tests"]["error"] and "signal 6" in found["inside"]["error"]
-    processes = [record["result"]["found"] for record in found.values()]
-    assert processes[0] == processes[1] and len(set(processes)) == 4  # each of three left the rest to another
+    processes = {name: record["result"]["found"] for name, record in found.items()}
+    assert processes["env"] == processes["tests"]
+    assert len(set(processes.values())) == 4  # each of three left the rest to another
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "NOT COMPLETE: tests: broken (its process ended with signal 11" in summary
     assert "NOT COMPLETE: inside: broken" in summary
