@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests import kinds, restarts
+from tests.messages import Says
 
 torch.set_num_threads(1)
 
@@ -30,6 +31,11 @@ def pytest_configure(config) -> None:
     restarts.begin(config)
     if config.getoption("fast"):
         os.environ["PDROP_GOLDEN"] = str(Path(__file__).parent / "golden" / "reference")  # the subset
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A test with the pattern of a message is called by the message's parts."""
+    return " ".join(val.parts) if isinstance(val, Says) else None
 
 
 def pytest_collection_modifyitems(config, items: list) -> None:

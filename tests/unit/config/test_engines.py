@@ -9,6 +9,7 @@ import pytest
 
 from llava_pdrop.config.load import ENGINES, load_config, to_yaml
 from llava_pdrop.errors import ConfigError
+from tests.messages import meant, says
 
 ROOT = Path(__file__).parents[3]
 
@@ -64,18 +65,18 @@ def test_a_name_replaces_an_inherited_engine_however_that_was_said(tiny_config, 
 
 
 def test_one_file_says_its_engine_once(tiny_config):
-    with pytest.raises(ConfigError, match=r"run\.yaml: train\.deepspeed is said by train\.engine here \(zero3\)"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: train\.deepspeed " + says("train.engine", "zero3")):
         engine_of(tiny_config(train={"engine": "zero3", **ENGINES["zero2"]}))
 
 
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("train.engine=zero", r"train.engine cannot be 'zero': .*did you mean 'zero2'"),
-        ("train.engine=3", r"train.engine cannot be 3: choose one of \['ddp', "),
-        ("train.engine=[zero2]", r"train.engine cannot be \['zero2'\]"),
-        ("train.deepspeed=null", r"train.deepspeed is said by train.engine here \(zero2\): leave it away"),
-        ("train.fsdp=true", r"train.fsdp is said by train.engine here \(zero2\)"),
+        ("train.engine=zero", says("train.engine", "'zero'", meant("zero2"))),
+        ("train.engine=3", says("train.engine", "3", "'ddp'")),
+        ("train.engine=[zero2]", says("train.engine", "['zero2']")),
+        ("train.deepspeed=null", says("train.deepspeed", "train.engine", "zero2")),
+        ("train.fsdp=true", says("train.fsdp", "train.engine", "zero2")),
     ],
 )
 def test_mistakes(tiny_config, override, line):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from llava_pdrop.config.paths import check_paths, decoder_layers, missing_model,
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.schedule import Schedule
+from tests.messages import meant, says
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "ablations")
@@ -154,95 +156,101 @@ def test_round_trip_with_everything_set(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.trian=x", "unknown key 'data.trian' (did you mean 'data.train'?)"),
-        ("max_length=3", "unknown key 'max_length' (did you mean 'data.max_length'?)"),
-        ("pyramid_drop.layer=[1]", "did you mean 'pyramid_drop.layers'?"),
-        ("train.learning_rat=1", "did you mean 'train.learning_rate'?"),
-        ("train.learning_rate=fast", "train.learning_rate must be a number, got 'fast'"),
-        ("train.max_steps=1.5", "train.max_steps must be a whole number, got 1.5"),
-        ("train.bf16=1", "train.bf16 must be true or false, got 1"),
-        ("train.optim=adamw", "train.optim cannot be 'adamw': choose 'adamw_torch' or "),
-        ("train.optim=adamw", "(did you mean 'adamw_torch'?)"),
-        ("train.lr_scheduler_type=cosin", "(did you mean 'cosine'?)"),
-        ("train.log_level=loud", "train.log_level cannot be 'loud': choose "),
-        ("train.save_strategy=no", """'epoch' or 'best' (YAML reads a bare no as false: write "no")"""),
-        ("train.gradient_accumulation_steps=0", "train.gradient_accumulation_steps must be at least 1, got 0"),
-        ("train.output_dir=x", "write output_dir (top level)"),
-        ("train.warmup_ratio=0.03", "write train.warmup_steps"),
-        ("train.per_device_train_batch_size=1", "write data.samples_per_batch or data.tokens_per_batch"),
-        ("seed=1.5", "seed must be a whole number, got 1.5"),
-        ("seed=true", "seed must be a whole number, got True"),
-        ("seed=99999999999999999999", "seed must be less than 2**32, got 99999999999999999999"),
-        ("data=3", "data must be a section of keys, got 3"),
-        ("data.prepare=x.py", "data.prepare must be a list, each entry text"),
-        ("model.pinpoints=[[1,2,3]]", "model.pinpoints[0] must be a list of 2 entries"),
-        ("model.aspect=pda", "model.aspect cannot be 'pda': choose 'pad' or 'anyres' (did you mean 'pad'?)"),
-        ("model.aspect=anyres", "needs model.pinpoints"),
-        ("model.trainable=[tower]", "did you mean 'vision_tower'?"),
-        ("model.trainable=[]", "nothing would be trained"),
-        ("model.path=x", "exclude each other"),
-        ("model.vision_tower=null", "both model.language_model and model.vision_tower"),
-        ("data.tokens_per_batch=4096", "exclude each other"),
-        ("data.samples_per_batch=null", "set data.samples_per_batch or data.tokens_per_batch"),
-        ("data.samples_per_batch=0", "must be at least 1"),
-        ("pyramid_drop.layers=[1,2,4]", "the decoder has 4 layers: the last possible entry is 3"),
-        ("pyramid_drop.layers=[0,1,2]", "pyramid_drop.layers must be at least 1"),
-        ("pyramid_drop.layers=[2,1,3]", "pyramid_drop.layers must grow"),
-        ("pyramid_drop.layers=[1,2]", "pyramid_drop.layers has 2 entries and pyramid_drop.ratios has 3"),
-        ("pyramid_drop.ratios=[.5,.6,.1]", "pyramid_drop.ratios must not grow"),
-        ("pyramid_drop.ratios=[1.5,.6,.1]", "pyramid_drop.ratios must lie in [0, 1]"),
-        ("pyramid_drop.ratios=[.5,.2,-0.1]", "pyramid_drop.ratios must lie in [0, 1]"),
-        ("pyramid_drop.ranker=fastvv", "unknown pyramid_drop.ranker 'fastvv'"),
-        ("pyramid_drop.positions=drop", "pyramid_drop.positions cannot be 'drop'"),
-        ("compare.training_free.x=3", "compare.training_free.x must be 'same' or a mapping"),
-        ("compare.training_free.x={layer: 1}", "did you mean 'compare.training_free.x.layers'?"),
-        ("compare.training_free.x={ranker: best}", "unknown compare.training_free.x.ranker 'best'"),
-        ("compare.training_free.x={single_drop: 4}", "compare.training_free.x: "),
-        ("compare.training_free.x={single_drop: 3}", "compare.training_free.x: a single drop after layer 3 of 4"),
-        ("name", "must have the form section.key=value"),
-        ("a.b=[", "a.b=["),
+        ("data.trian=x", says("'data.trian'", meant("data.train'"))),
+        ("max_length=3", says("'max_length'", meant("data.max_length'"))),
+        ("pyramid_drop.layer=[1]", says("'pyramid_drop.layer'", meant("pyramid_drop.layers'"))),
+        ("train.learning_rat=1", says("'train.learning_rat'", meant("train.learning_rate'"))),
+        ("train.learning_rate=fast", says("train.learning_rate", "number", "'fast'")),
+        ("train.max_steps=1.5", says("train.max_steps", "whole number", "1.5")),
+        ("train.bf16=1", says("train.bf16", "true", "false", "1")),
+        ("train.optim=adamw", says("train.optim", "'adamw'", "'adamw_torch'", "'adafactor'")),
+        ("train.optim=adamw", says("train.optim", meant("adamw_torch'"))),
+        ("train.lr_scheduler_type=cosin", says("train.lr_scheduler_type", "'cosin'", meant("cosine'"))),
+        ("train.log_level=loud", says("train.log_level", "'loud'", "'debug'")),
+        ("train.save_strategy=no", says("train.save_strategy", "'epoch'", "'best'", '"no"', "YAML")),
+        ("train.gradient_accumulation_steps=0", says("train.gradient_accumulation_steps", "1", "0")),
+        ("train.output_dir=x", says("train.output_dir", "output_dir (top level)")),
+        ("train.warmup_ratio=0.03", says("train.warmup_ratio", "train.warmup_steps")),
+        (
+            "train.per_device_train_batch_size=1",
+            says("train.per_device_train_batch_size", "data.samples_per_batch", "data.tokens_per_batch"),
+        ),
+        ("seed=1.5", says("seed", "whole number", "1.5")),
+        ("seed=true", says("seed", "whole number", "True")),
+        ("seed=99999999999999999999", says("seed", "2**32", "99999999999999999999")),
+        ("data=3", says("data", "section", "3")),
+        ("data.prepare=x.py", says("data.prepare", "list")),
+        ("model.pinpoints=[[1,2,3]]", says("model.pinpoints[0]", "2 entries")),
+        ("model.aspect=pda", says("model.aspect", "'pda'", "'anyres'", meant("pad'"))),
+        ("model.aspect=anyres", says("model.aspect", "model.pinpoints")),
+        ("model.trainable=[tower]", says("model.trainable", "'tower'", meant("vision_tower'"))),
+        ("model.trainable=[]", says("model.trainable", "nothing")),
+        ("model.path=x", says("model.path", "model.language_model", "exclude")),
+        ("model.vision_tower=null", says("both", "model.language_model", "model.vision_tower")),
+        ("data.tokens_per_batch=4096", says("data.samples_per_batch", "data.tokens_per_batch", "exclude")),
+        ("data.samples_per_batch=null", says("set", "data.samples_per_batch", "data.tokens_per_batch")),
+        ("data.samples_per_batch=0", says("data.samples_per_batch", "1", "0")),
+        ("pyramid_drop.layers=[1,2,4]", says("pyramid_drop.layers", "4 layers", "3")),
+        ("pyramid_drop.layers=[0,1,2]", says("pyramid_drop.layers", "at least 1")),
+        ("pyramid_drop.layers=[2,1,3]", says("pyramid_drop.layers", "grow")),
+        ("pyramid_drop.layers=[1,2]", says("pyramid_drop.layers", "2", "pyramid_drop.ratios", "3")),
+        ("pyramid_drop.ratios=[.5,.6,.1]", says("pyramid_drop.ratios", "grow")),
+        ("pyramid_drop.ratios=[1.5,.6,.1]", says("pyramid_drop.ratios", "[0, 1]")),
+        ("pyramid_drop.ratios=[.5,.2,-0.1]", says("pyramid_drop.ratios", "[0, 1]")),
+        ("pyramid_drop.ranker=fastvv", says("pyramid_drop.ranker", "'fastvv'")),
+        ("pyramid_drop.positions=drop", says("pyramid_drop.positions", "'drop'")),
+        ("compare.training_free.x=3", says("compare.training_free.x", "'same'")),
+        ("compare.training_free.x={layer: 1}", says(meant("compare.training_free.x.layers'"))),
+        ("compare.training_free.x={ranker: best}", says("compare.training_free.x.ranker", "'best'")),
+        ("compare.training_free.x={single_drop: 4}", says("compare.training_free.x")),
+        ("compare.training_free.x={single_drop: 3}", says("compare.training_free.x", "layer 3 of 4")),
+        ("name", says("name", "section.key=value")),
+        ("a.b=[", says("a.b=[")),
     ],
 )
 def test_a_wrong_override_is_one_line(run: Path, override: str, expected: str) -> None:
     message = complaint(run, override)
-    assert expected in message and message.startswith("command line: ")
+    assert re.search(expected, message) and message.startswith("command line: ")
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("trian: {}", "unknown key 'trian' (did you mean 'train'?)"),
-        ("base: run.yaml\ngrid: {seed: [1, 2]}", "is an ablation, which has several runs: llava-pdrop ablate /"),
-        ("model: [", "line "),
-        ("- a", "must be a mapping of keys"),
-        ("3", "not readable as YAML: Invalid loaded object type: int"),
-        ("seed: ${nowhere}", "nowhere"),
-        ("pyramid_drop: {layers: [1], ratios: [0.5, 0.2]}", "one ratio per layer"),
-        ("model: {language_model: llm, vision_tower: tower}", "data is missing"),
-        ("seed: 0\nseed: 1", "line "),
-        ("base: [a.yaml, b.yaml]", "'base' must be the path of one YAML file"),
+        ("trian: {}", says("'trian'", meant("train'"))),
+        ("base: run.yaml\ngrid: {seed: [1, 2]}", says("llava-pdrop ablate /")),
+        ("model: [", r"line \d"),
+        ("- a", says("mapping")),
+        ("3", says("YAML", "int")),
+        ("seed: ${nowhere}", says("nowhere")),
+        (
+            "pyramid_drop: {layers: [1], ratios: [0.5, 0.2]}",
+            says("pyramid_drop.layers", "1", "pyramid_drop.ratios", "2"),
+        ),
+        ("model: {language_model: llm, vision_tower: tower}", says("data", "missing")),
+        ("seed: 0\nseed: 1", r"line \d"),
+        ("base: [a.yaml, b.yaml]", says("'base'", "one")),
     ],
 )
 def test_a_wrong_file_is_named(run: Path, tmp_path: Path, text: str, expected: str) -> None:
     path = write(tmp_path / "wrong.yaml", text)
     message = complaint(path)
-    assert expected in message and message.startswith(str(path))
+    assert re.search(expected, message) and message.startswith(str(path))
 
 
 def test_the_file_that_sets_a_key_is_the_one_named(run: Path, tmp_path: Path) -> None:
     child = write(tmp_path / "child.yaml", "base: run.yaml\nseed: 1")
     run.write_text(run.read_text().replace("layers: [1, 2, 3]", "layers: [1, 3, 2]"))
-    assert complaint(child).startswith(f"{run}: pyramid_drop.layers must grow")
+    assert re.match(re.escape(f"{run}: ") + says("pyramid_drop.layers", "grow"), complaint(child))
 
 
 def test_bases_that_do_not_exist_or_come_back(run: Path, tmp_path: Path) -> None:
     lost = write(tmp_path / "lost.yaml", "base: rum.yaml")
-    assert "base of lost.yaml: no config file" in complaint(lost)
-    assert f"did you mean '{run}'?" in complaint(lost)
+    assert re.search(says("base of lost.yaml", "rum.yaml", meant(f"{run}'")), complaint(lost))
+
     first = write(tmp_path / "first.yaml", "base: second.yaml")
     write(tmp_path / "second.yaml", "base: first.yaml")
     assert "first.yaml -> second.yaml -> first.yaml" in complaint(first)
-    assert "did you mean" in complaint(tmp_path / "ruN.yaml")
+    assert re.search(says("ruN.yaml", meant(f"{run}'")), complaint(tmp_path / "ruN.yaml"))
 
 
 def test_paths_that_exist_pass(run: Path) -> None:
@@ -252,24 +260,25 @@ def test_paths_that_exist_pass(run: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.train=no.json", "data.train: the data file no.json does not exist"),
-        ("data.eval=no.json", "data.eval: the data file no.json does not exist"),
-        ("data.image_root=nowhere", "data.image_root: the image directory nowhere does not exist"),
-        ("data.prepare=[no.py]", "data.prepare: the script no.py does not exist"),
-        ("pretrain=no.yaml", "pretrain: the stage-1 config no.yaml does not exist"),
-        ("model.projector=no.bin", "model.projector: the projector file no.bin does not exist"),
-        ("model.vision_tower=a/b/c", "model.vision_tower: no directory a/b/c"),
-        ("model.vision_tower=images", "model.vision_tower: directory images has no config.json"),
-        ("model.language_model=lmsys/vicuna-7b-v1.5", "hub id lmsys/vicuna-7b-v1.5 is not in the local cache"),
-        ("train.resume=checkpoint-9", "train.resume: the checkpoint checkpoint-9 does not exist"),
-        ("train.deepspeed=no.json", "train.deepspeed: the DeepSpeed settings file no.json does not exist"),
+        ("data.train=no.json", says("data.train", "no.json")),
+        ("data.eval=no.json", says("data.eval", "no.json")),
+        ("data.image_root=nowhere", says("data.image_root", "nowhere")),
+        ("data.prepare=[no.py]", says("data.prepare", "no.py")),
+        ("pretrain=no.yaml", says("pretrain", "no.yaml")),
+        ("model.projector=no.bin", says("model.projector", "no.bin")),
+        ("model.vision_tower=a/b/c", says("model.vision_tower", "a/b/c")),
+        ("model.vision_tower=images", says("model.vision_tower", "images", "config.json")),
+        ("model.language_model=lmsys/vicuna-7b-v1.5", says("model.language_model", "lmsys/vicuna-7b-v1.5", "cache")),
+        ("train.resume=checkpoint-9", says("train.resume", "checkpoint-9")),
+        ("train.deepspeed=no.json", says("train.deepspeed", "no.json")),
     ],
 )
 def test_a_missing_path_is_one_line(run: Path, override: str, expected: str) -> None:
     config = load_config(run, [override])
     with pytest.raises(ConfigError) as error:
         check_paths(config)
-    assert expected in str(error.value) and str(error.value).startswith(f"{run}: ") and "\n" not in str(error.value)
+    said = str(error.value)
+    assert re.search(expected, said) and said.startswith(f"{run}: ") and "\n" not in said
 
 
 def test_data_that_a_command_makes_may_be_missing(run: Path, tmp_path: Path) -> None:
@@ -281,7 +290,9 @@ def test_the_full_size_recipe_stops_with_the_missing_hub_id(monkeypatch: pytest.
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = load_config("configs/llava_next_7b/finetune_pdrop.yaml")
-    with pytest.raises(ConfigError, match=r"^configs/llava_next_7b/\S+: model.language_model: hub id lmsys/vicuna"):
+    with pytest.raises(
+        ConfigError, match=r"^configs/llava_next_7b/\S+: " + says("model.language_model", "lmsys/vicuna-7b-v1.5")
+    ):
         check_paths(config)
 
 
@@ -313,28 +324,29 @@ def test_number_of_layers_is_found_where_it_stands(run: Path, tmp_path: Path) ->
 
 def test_missing_model_says_nothing_about_directories_that_are_there(run: Path) -> None:
     assert missing_model("llm") is None
-    assert "does not look like a hub id" in str(missing_model("llm/no"))
+    assert re.search(says("llm/no", "hub id"), str(missing_model("llm/no")))
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("seed=-1", "seed must be at least 0, got -1"),
-        ("eval.limit=0", "eval.limit must be at least 1, got 0"),
-        ("model.image_size=0", "model.image_size must be at least 1, got 0"),
+        ("seed=-1", says("seed", "0", "-1")),
+        ("eval.limit=0", says("eval.limit", "1", "0")),
+        ("model.image_size=0", says("model.image_size", "1", "0")),
     ],
 )
 def test_numbers_too_small_are_named(run: Path, override: str, expected: str) -> None:
-    assert complaint(run, override) == f"command line: {expected}"
+    assert re.match("command line: " + expected, complaint(run, override))
 
 
 def test_two_half_precisions_exclude_each_other(run: Path) -> None:
-    assert "train.bf16 and train.fp16 exclude each other" in complaint(run, "train.bf16=true", "train.fp16=true")
+    said = complaint(run, "train.bf16=true", "train.fp16=true")
+    assert re.search(says("train.bf16", "train.fp16", "exclude"), said)
 
 
 def test_a_broken_config_json_is_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "llm" / "config.json").write_text("{")
-    assert complaint(run).startswith("llm/config.json: not readable as JSON")
+    assert re.match("llm/config.json: " + says("JSON"), complaint(run))
 
 
 def test_config_is_the_schema(run: Path) -> None:
