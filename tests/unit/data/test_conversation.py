@@ -8,6 +8,7 @@ import pytest
 
 from llava_pdrop.data.conversation import TEMPLATES, Template, image_to_front
 from llava_pdrop.types import Turn
+from tests.messages import says
 
 
 def turns(*texts):
@@ -166,13 +167,13 @@ def test_image_to_front(text, expected):
 @pytest.mark.parametrize(
     ("name", "conversation", "message"),
     [
-        ("v1", [], "no question"),
-        ("v1", [Turn("gpt", "Hi")], "no question"),
-        ("v1", [Turn("gpt", "<image>"), *turns("What?", "A cat.")], "starts with an answer that shows an image"),
-        ("v1", [Turn("human", "a"), Turn("human", "b")], "two turns by 'human' in a row"),
-        ("v1", [*turns("a", "b"), Turn("gpt", "c")], "two turns by 'gpt' in a row"),
-        ("plain", turns("What?", "A cat."), "exactly one question with an image"),
-        ("plain", turns("<image>", "a", "b", "c"), "exactly one question with an image"),
+        ("v1", [], says("no question")),
+        ("v1", [Turn("gpt", "Hi")], says("no question")),
+        ("v1", [Turn("gpt", "<image>"), *turns("What?", "A cat.")], says("answer", "shows an image")),
+        ("v1", [Turn("human", "a"), Turn("human", "b")], says("two", "'human'")),
+        ("v1", [*turns("a", "b"), Turn("gpt", "c")], says("two", "'gpt'")),
+        ("plain", turns("What?", "A cat."), says("one question", "image")),
+        ("plain", turns("<image>", "a", "b", "c"), says("one question", "image")),
     ],
 )
 def test_conversations_a_template_cannot_write(name, conversation, message):

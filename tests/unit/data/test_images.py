@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessorPil
 
 from llava_pdrop.data.images import image_size, load_image, preprocess
 from llava_pdrop.geometry import ImageGeometry
+from tests.messages import says
 
 TINY_PINPOINTS = ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))
 PAD = ImageGeometry(56, 14)
@@ -36,7 +37,7 @@ def test_every_shape_gives_the_tiles_the_geometry_says(processor, geometry, size
 
 
 def test_a_processor_of_another_size_is_refused(processor):
-    with pytest.raises(ValueError, match="makes tiles of 56x56 pixels, the model's geometry wants 112x112"):
+    with pytest.raises(ValueError, match=says("56x56", "112x112")):
         preprocess(Image.new("RGB", (9, 9)), ImageGeometry(112, 14), processor)
 
 
@@ -122,7 +123,7 @@ def test_a_gigantic_picture_is_refused_by_its_header(tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
     for read in (load_image, image_size):
-        with pytest.raises(ValueError, match=r"bomb\.png: cannot be read as an image, it is too large") as error:
+        with pytest.raises(ValueError, match=says("bomb.png", "too large")) as error:
             read(path)
         assert "\n" not in str(error.value)
 
@@ -139,13 +140,13 @@ def test_unreadable_files_are_named(tmp_path, picture):
     torn = picture(name="torn.avif")  # its decoder raises what no other does
     torn.write_bytes(torn.read_bytes().replace(b"infe", b"infx"))
     for path in (text, short, empty, torn, tmp_path):
-        with pytest.raises(ValueError, match="cannot be read as an image") as error:
+        with pytest.raises(ValueError, match=says("read", "image")) as error:
             load_image(path)
         assert str(path) in str(error.value)
     for read in (load_image, image_size):
-        with pytest.raises(FileNotFoundError, match=r"none\.png: no such image"):
+        with pytest.raises(FileNotFoundError, match=says("none.png", "no such")):
             read(tmp_path / "none.png")
-    with pytest.raises(ValueError, match=r"text\.png: cannot be read"):
+    with pytest.raises(ValueError, match=says("text.png", "read")):
         image_size(text)
-    with pytest.raises(ValueError, match=r"empty\.jpg: cannot be read as an image \(the file is empty\)"):
+    with pytest.raises(ValueError, match=says("empty.jpg", "empty")):
         image_size(empty)

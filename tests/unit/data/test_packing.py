@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
+from tests.messages import says
 
 LENGTHS = np.random.default_rng(3).integers(20, 900, size=203).tolist()
 SIZES = [{"samples_per_batch": 4}, {"tokens_per_batch": 2000}]
@@ -112,12 +113,15 @@ def test_sampler():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lengths": [], "samples_per_batch": 1}, "empty data set"),
-        ({"lengths": [1]}, "either samples_per_batch or tokens_per_batch"),
-        ({"lengths": [1], "samples_per_batch": 1, "tokens_per_batch": 1}, "either"),
-        ({"lengths": [1], "samples_per_batch": 0}, "samples_per_batch must be at least 1"),
-        ({"lengths": [1], "samples_per_batch": 1, "world_size": 0}, "world_size must be at least 1"),
-        ({"lengths": [3, 50], "tokens_per_batch": 10}, "sample 1 has 50 tokens, more than tokens_per_batch=10"),
+        ({"lengths": [], "samples_per_batch": 1}, says("empty")),
+        ({"lengths": [1]}, says("either", "samples_per_batch", "tokens_per_batch")),
+        (
+            {"lengths": [1], "samples_per_batch": 1, "tokens_per_batch": 1},
+            says("either", "samples_per_batch", "tokens_per_batch"),
+        ),
+        ({"lengths": [1], "samples_per_batch": 0}, says("samples_per_batch", "at least 1")),
+        ({"lengths": [1], "samples_per_batch": 1, "world_size": 0}, says("world_size", "at least 1")),
+        ({"lengths": [3, 50], "tokens_per_batch": 10}, says("sample 1", "50 tokens", "tokens_per_batch=10")),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -126,5 +130,5 @@ def test_bad_arguments(arguments, message):
 
 
 def test_no_such_rank():
-    with pytest.raises(ValueError, match="rank 2 is not one of 2"):
+    with pytest.raises(ValueError, match=says("rank 2", "of 2")):
         BatchPlan([1, 2], samples_per_batch=1, world_size=2).micro_batches(0, 2)
