@@ -29,6 +29,7 @@ from llava_pdrop.checkpoint.vocabulary import add_special_tokens
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
+from tests.messages import says
 from tests.tiny import make_sample
 from tests.unit.checkpoint.layout_files import MODELS, TOKENIZER, TOWER, original, with_tokenizer, write
 
@@ -98,17 +99,17 @@ def test_a_lora_run_names_its_base(tmp_path):
     assert adapter["base_model_name_or_path"] == str(base)
     assert build_parts(str(run)).geometry.patches == 16
     (run / "adapter_config.json").write_text(json.dumps(adapter | {"base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match=r"holds only a LoRA run: name the model under it"):
+    with pytest.raises(ValueError, match=says("LoRA")):
         build_parts(str(run))
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ("partner", r"model\.layers\.0\.\S+ has no partner matrix"),
-        ("place", r"model\.layers\.99\.\S+ has no weight in the base model"),
-        ("shape", r"model\.layers\.0\.\S+ \(\d+, 4\) x \(4, 3\) for a weight"),
-        ("kind", r"unexpected: model\.layers\.0\.\S+: not a matrix of plain LoRA"),
+        ("partner", r"model\.layers\.0\.\S+.* partner"),
+        ("place", r"model\.layers\.99\.\S+.* base model"),
+        ("shape", r"model\.layers\.0\.\S+ .*\(\d+, 4\) x \(4, 3\)"),
+        ("kind", r"unexpected: model\.layers\.0\.\S+.*LoRA"),
         ("projector", r"missing: model\.multi_modal_projector\.linear_2\.bias"),
     ],
 )
@@ -134,7 +135,7 @@ def test_a_spoilt_lora_run(tmp_path, spoil, message):
 
 def test_other_adapters_are_refused_by_name(tmp_path):
     run, base, _ = lora_run(tmp_path, use_dora=True)
-    with pytest.raises(ValueError, match="adapter_config.json: use_dora True is not supported, only False$"):
+    with pytest.raises(ValueError, match=says("adapter_config.json", "use_dora True", "False")):
         build_parts(str(run), language_model=str(base))
 
 
@@ -149,12 +150,12 @@ def test_a_projector_on_a_base(tmp_path):
     whole = build_parts(str(write(tmp_path / "whole", config, tensors))).hf
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, hf.state_dict()[name]), name
-    with pytest.raises(ValueError, match="holds only a projector: name the model under it"):
+    with pytest.raises(ValueError, match=says("only a projector")):
         build_parts(str(run))
-    with pytest.raises(ValueError, match="is whole, so that it takes no base model"):
+    with pytest.raises(ValueError, match=says("whole", "base model")):
         build_parts(str(tmp_path / "whole"), language_model=str(base))
     (run / "mm_projector.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no model\*.safetensors"):
+    with pytest.raises(FileNotFoundError, match=says("model*.safetensors")):
         build_parts(str(run), language_model=str(base))
 
 
@@ -197,7 +198,7 @@ def test_another_tower_is_refused_by_name(tmp_path):
     (tmp_path / "siglip" / "config.json").write_text('{"model_type": "siglip_vision_model"}')
     config, tensors = original()
     write(tmp_path / "model", config | {"mm_vision_tower": str(tmp_path / "siglip")}, tensors)
-    with pytest.raises(ValueError, match="a 'siglip_vision_model' vision tower is not supported, only CLIP's"):
+    with pytest.raises(ValueError, match=says("'siglip_vision_model'", "vision tower", "CLIP")):
         build_parts(str(tmp_path / "model"))
 
 
@@ -207,19 +208,25 @@ def test_another_tower_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mm_projector_type": "linear"}, "mm_projector_type 'linear' is not supported, only 'mlp2x_gelu'"),
-        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type 'mlp3x_gelu' is not supported"),
-        ({"mm_projector_type": None}, "mm_projector_type None is not supported"),
-        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is not supported"),
-        ({"mm_use_im_patch_token": True}, "mm_use_im_patch_token is not supported"),
-        ({"model_type": "llava_mpt"}, "model_type 'llava_mpt' is not supported, only llava_llama, llava_mistral"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised weights are not supported"),
-        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "(1x1),(6x6)"}, "image_grid_pinpoints is not a list"),
-        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [56, 56]}, "is not a list of .width, height."),
-        ({"layer_list": [2, 4]}, "image_token_ratio_list is missing"),
-        ({"layer_list": [2, 40], "image_token_ratio_list": [0.5, 0.2]}, "pyramid_drop.layers holds 40"),
-        ({"pyramid_drop": {"layers": [2], "sieve": 1}}, "is no schedule"),
-        ({"mm_vision_tower": "no/where"}, "no/where is no directory, and not to be had from the hub"),
+        ({"mm_projector_type": "linear"}, says("mm_projector_type 'linear'", "'mlp2x_gelu'")),
+        ({"mm_projector_type": "mlp3x_gelu"}, says("mm_projector_type 'mlp3x_gelu'")),
+        ({"mm_projector_type": None}, says("mm_projector_type None")),
+        ({"mm_use_im_start_end": True}, says("mm_use_im_start_end")),
+        ({"mm_use_im_patch_token": True}, says("mm_use_im_patch_token")),
+        ({"model_type": "llava_mpt"}, says("model_type 'llava_mpt'", "llava_llama", "llava_mistral")),
+        ({"quantization_config": {"load_in_4bit": True}}, says("quantised weights")),
+        (
+            {"image_aspect_ratio": "anyres", "image_grid_pinpoints": "(1x1),(6x6)"},
+            says("image_grid_pinpoints", "list with entries"),
+        ),
+        (
+            {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [56, 56]},
+            says("image_grid_pinpoints", "list", "[56, 56]"),
+        ),
+        ({"layer_list": [2, 4]}, says("image_token_ratio_list", "missing")),
+        ({"layer_list": [2, 40], "image_token_ratio_list": [0.5, 0.2]}, says("pyramid_drop.layers", "40")),
+        ({"pyramid_drop": {"layers": [2], "sieve": 1}}, says("pyramid_drop", "sieve")),
+        ({"mm_vision_tower": "no/where"}, says("no/where", "directory", "hub")),
     ],
 )
 def test_unsupported_fields_are_one_line(tmp_path, fields, message):
@@ -232,7 +239,7 @@ def test_unsupported_fields_are_one_line(tmp_path, fields, message):
 def test_a_missing_projector_type_is_linear_as_in_the_original_code(tmp_path):
     config, tensors = original()
     write(tmp_path, {name: value for name, value in config.items() if name != "mm_projector_type"}, tensors)
-    with pytest.raises(ValueError, match="mm_projector_type 'linear' is not supported"):
+    with pytest.raises(ValueError, match=says("mm_projector_type 'linear'")):
         build_parts(str(tmp_path))
 
 
@@ -333,17 +340,15 @@ def test_a_head_that_contradicts_its_tie_is_refused(tmp_path):
     write(llm, config, tensors | {"lm_head.weight": head})
     assert build_parts(language_model=str(llm), vision_tower=str(TOWER)).hf.config.tie_word_embeddings
     write(llm, config, tensors | {"lm_head.weight": head + 1})
-    with pytest.raises(ValueError, match=r"lm_head.weight differs from|embed_tokens.weight differs from"):
+    with pytest.raises(ValueError, match=r"(lm_head|embed_tokens)\.weight.* differs"):
         build_parts(language_model=str(llm), vision_tower=str(TOWER))
 
 
 def test_hub_ids_that_cannot_be_had_are_one_line():
-    with pytest.raises(
-        FileNotFoundError, match="^nobody/nothing is no directory, and not to be had from the hub [^\n]*$"
-    ):
+    with pytest.raises(FileNotFoundError, match=says("nobody/nothing", "directory", "hub") + r"[^\n]*\Z"):
         build_parts("nobody/nothing")
 
 
 def test_what_is_no_llava_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="model_type 'clip_vision_model' is neither llava nor llava_next"):
+    with pytest.raises(ValueError, match=says("model_type 'clip_vision_model'", "llava", "llava_next")):
         build_parts(str(MODELS / "clip56"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.checkpoint.layouts import EMBEDDINGS, MEMORY_TO_HF, rename_one
 from llava_pdrop.checkpoint.shards import open_tensors
+from tests.messages import says
 from tests.unit.checkpoint.layout_files import TOWER, original, with_tokenizer, write, write_file
 
 
@@ -42,12 +44,12 @@ def test_what_is_there_stays_unless_asked(source, tmp_path, capsys):
     assert main(words) == 0
     (tmp_path / "hf" / "note").write_text("old")
     assert main(words) == 2
-    assert "exists already: give another directory, or --overwrite" in capsys.readouterr().err
+    assert re.search(says("exists", "--overwrite"), capsys.readouterr().err)
     assert main([*words, "--overwrite"]) == 0
     assert not (tmp_path / "hf" / "note").exists()
     (tmp_path / "hf" / "config.json").unlink()
     assert main([*words, "--overwrite"]) == 2
-    assert "is no checkpoint" in capsys.readouterr().err
+    assert re.search(says("no checkpoint"), capsys.readouterr().err)
 
 
 def test_a_failed_conversion_leaves_the_old_one(source, tmp_path, monkeypatch, capsys):
@@ -68,13 +70,13 @@ def test_a_failed_conversion_leaves_the_old_one(source, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["SOURCE", "SOURCE/inside", "--to", "llava-hf"], "source and target must not lie in each other"),
-        (["SOURCE", "OUT", "--to", "llava-hf", "--base", "SOURCE"], "is whole, so that it takes no base model"),
-        (["HF", "OUT", "--to", "llava-hf", "--vision-tower", "TOWER"], "has its own vision tower"),
-        (["HF", "OUT", "--to", "llava", "--base", "SOURCE"], "is whole, so that it takes neither"),
-        (["SOURCE", "FILE/out", "--to", "llava"], "is a file: give another directory"),
-        (["FILE", "OUT", "--to", "llava"], "is a file; a checkpoint is a directory"),
-        (["nobody/nothing", "OUT", "--to", "llava"], "nobody/nothing is no directory"),
+        (["SOURCE", "SOURCE/inside", "--to", "llava-hf"], says("source", "target", "in each other")),
+        (["SOURCE", "OUT", "--to", "llava-hf", "--base", "SOURCE"], says("whole", "base model")),
+        (["HF", "OUT", "--to", "llava-hf", "--vision-tower", "TOWER"], says("own", "vision tower")),
+        (["HF", "OUT", "--to", "llava", "--base", "SOURCE"], says("whole", "neither")),
+        (["SOURCE", "FILE/out", "--to", "llava"], says("file", "another directory")),
+        (["FILE", "OUT", "--to", "llava"], says("file", "checkpoint is a directory")),
+        (["nobody/nothing", "OUT", "--to", "llava"], says("nobody/nothing", "directory")),
     ],
 )
 def test_errors_are_one_line(source, tmp_path, capsys, words, message):
@@ -86,7 +88,7 @@ def test_errors_are_one_line(source, tmp_path, capsys, words, message):
     full = [str(source / "inside") if word == "SOURCE/inside" else str(places.get(word, word)) for word in words]
     assert main(["convert", *full]) == 2
     error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error
+    assert re.search(message, error) and "\n" not in error
     assert not (tmp_path / "out").exists()
 
 
@@ -109,25 +111,25 @@ def edited(directory: Path, file: str = "config.json", **fields) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": None}, "hidden_size must be a whole number, got None"),
-        ({"vocab_size": "320"}, "vocab_size must be a whole number, got '320'"),
-        ({"num_attention_heads": 7}, "The hidden size (64) is not a multiple of the number of attention heads (7)."),
-        ({"mm_vision_tower": ""}, "mm_vision_tower names no directory or hub id: ''"),
-        ({"mm_vision_tower": "no/tower"}, "mm_vision_tower: no/tower is no directory"),
-        ({"image_aspect_ratio": "square"}, "image_aspect_ratio 'square' is not supported"),
-        ({"layer_list": [2]}, "image_token_ratio_list is missing"),
-        ({"pyramid_drop": {"layers": [99], "ratios": [0.5]}}, "pyramid_drop.layers holds 99, but the decoder has 8"),
-        ({"pyramid_drop": {"layers": [2], "ratios": ["a"]}}, "could not convert string to float: 'a'"),
+        ({"hidden_size": None}, says("hidden_size", "whole number", "None")),
+        ({"vocab_size": "320"}, says("vocab_size", "whole number", "'320'")),
+        ({"num_attention_heads": 7}, says("64", "attention heads", "7")),
+        ({"mm_vision_tower": ""}, says("mm_vision_tower", "''")),
+        ({"mm_vision_tower": "no/tower"}, says("mm_vision_tower", "no/tower")),
+        ({"image_aspect_ratio": "square"}, says("image_aspect_ratio 'square'")),
+        ({"layer_list": [2]}, says("image_token_ratio_list", "missing")),
+        ({"pyramid_drop": {"layers": [99], "ratios": [0.5]}}, says("pyramid_drop.layers", "99", "8")),
+        ({"pyramid_drop": {"layers": [2], "ratios": ["a"]}}, says("'a'", "float")),
     ],
 )
 def test_a_config_that_says_nonsense_is_named(source, tmp_path, capsys, fields, message):
     error = complaint([edited(source, **fields), tmp_path / "out", "--to", "llava-hf"], capsys)
-    assert error.startswith(f"error: {source / 'config.json'}: ") and message in error
+    assert re.match(re.escape(f"error: {source / 'config.json'}: ") + message, error)
 
 
 def test_a_feature_layer_that_the_tower_lacks(source, tmp_path, capsys):
     error = complaint([edited(source, mm_vision_select_layer=-9), tmp_path / "out", "--to", "llava-hf"], capsys)
-    assert "vision_feature_layer (mm_vision_select_layer) -9: the tower has 3 layers" in error
+    assert re.search(says("mm_vision_select_layer", "-9", "3 layers"), error)
 
 
 def test_a_llava_hf_that_is_not_whole_is_one_line(source, tmp_path, capsys):
@@ -140,7 +142,7 @@ def test_a_llava_hf_that_is_not_whole_is_one_line(source, tmp_path, capsys):
     assert f"{hf / 'preprocessor_config.json'}: no such file: copy it" in complaint(words, capsys)
     shutil.copy(TOWER / "preprocessor_config.json", hf)
     edited(hf, text_config={"hidden_size": "x"})
-    assert f"{hf / 'config.json'}: Validation error for field 'hidden_size'" in complaint(words, capsys)
+    assert re.search(says(str(hf / "config.json"), "'hidden_size'"), complaint(words, capsys))
 
 
 def test_an_index_with_other_things_than_names(tmp_path, capsys):
@@ -153,7 +155,7 @@ def test_code_in_a_pickle_is_not_run_and_nobody_is_told_to_run_it(tmp_path, caps
     source = write(tmp_path / "source", *original(), "bin")
     torch.save(Trap(tmp_path / "sprung"), source / "pytorch_model.bin")
     error = complaint([source, tmp_path / "out", "--to", "llava"], capsys)
-    assert "not a whole file of plain tensors" in error and "weights_only" not in error
+    assert re.search(says("whole file", "tensors"), error) and "weights_only" not in error
     assert not (tmp_path / "sprung").exists()
 
 
@@ -188,7 +190,7 @@ def test_spare_rows_of_the_hub_come_back_as_the_mean(source, tmp_path):
 def test_an_original_adapter_without_a_rank_is_named(source, tmp_path, capsys):
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 8}))
     error = complaint([source, tmp_path / "out", "--to", "llava-hf", "--base", source], capsys)
-    assert "adapter_config.json: r must be a number above 0, got None" in error
+    assert re.search(says("adapter_config.json", "r", "above 0", "None"), error)
 
 
 def test_a_whole_original_checkpoint_is_read_without_warnings(tmp_path, capfd, recwarn):

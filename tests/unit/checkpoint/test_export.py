@@ -25,6 +25,7 @@ from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.run import train
 from llava_pdrop.types import Turn
+from tests.messages import says
 from tests.tiny import ANYRES, DECODERS, make_tiny_hf
 from tests.unit.checkpoint.layout_files import TOKENIZER, TOWER, original, with_tokenizer, write
 
@@ -77,7 +78,7 @@ def test_saved_names_do_not_depend_on_those_in_memory(tmp_path, gathered, nested
 def test_a_gathered_state_with_foreign_keys_is_not_written(tmp_path):
     hf = make_tiny_hf()
     state = {f"module.{name}": tensor for name, tensor in hf.state_dict().items()}
-    with pytest.raises(ValueError, match=r"no keys of a LLaVA: module\.lm_head\.weight"):
+    with pytest.raises(ValueError, match=says("keys", "module.lm_head.weight")):
         save_pretrained(hf, None, tmp_path, state)
     assert not list(tmp_path.glob("*.safetensors"))
 
@@ -199,7 +200,7 @@ def test_rows_are_cut_by_the_tokenizer_where_no_config_of_ours_says_how_many(who
     fields = read_json(tmp_path / "hf" / "config.json")
     fields.pop("original_llava")
     (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="does not say which CLIP its vision tower is: name it"):
+    with pytest.raises(ValueError, match=says("CLIP", "vision tower", "name")):
         convert(str(tmp_path / "hf"), tmp_path / "original", "llava")
     convert(str(tmp_path / "hf"), tmp_path / "original", "llava", vision_tower=str(TOWER))
     again, before = open_tensors(tmp_path / "original"), original("e2e_l15")[1]
@@ -240,7 +241,7 @@ def test_clip_l_is_known_by_its_shape():
 def test_what_the_original_code_cannot_open_is_refused(tmp_path):
     save_pretrained(make_tiny_hf("qwen2"), None, tmp_path / "qwen")
     (tmp_path / "qwen" / "preprocessor_config.json").write_bytes((TOWER / "preprocessor_config.json").read_bytes())
-    with pytest.raises(ValueError, match="the original LLaVA code has no qwen2 decoder, only llama, mistral"):
+    with pytest.raises(ValueError, match=says("qwen2", "decoder", "llama", "mistral")):
         convert(str(tmp_path / "qwen"), tmp_path / "out", "llava", vision_tower=str(TOWER))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen"]  # nothing half-written
 
@@ -249,7 +250,7 @@ def test_what_has_no_room_is_named_and_not_kept(whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))  # bytes a file may have: as good as a full disk
     try:
-        with pytest.raises(ValueError, match=rf"^{tmp_path}/hf could not be written, and nothing of it is kept: "):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/hf " + says("written", "nothing")):
             convert(str(whole), tmp_path / "hf", "llava-hf")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

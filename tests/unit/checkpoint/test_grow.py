@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_pdrop.checkpoint.grow import grow_decoder, grow_projector
+from tests.messages import says
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +72,10 @@ def test_projector_into_copied_features():
 @pytest.mark.parametrize(
     ("layers", "hidden", "noise", "message"),
     [
-        (6, 32, 0.0, "num_hidden_layers 6 must be a multiple of the decoder's 4"),
-        (4, 48, 0.0, "hidden_size 48 must be a multiple of the decoder's 32"),
-        (4, 16, 0.0, "hidden_size 16 must be"),
-        (4, 32, -1.0, "noise must be at least 0, got -1"),
+        (6, 32, 0.0, says("num_hidden_layers 6", "multiple", "4")),
+        (4, 48, 0.0, says("hidden_size 48", "multiple", "32")),
+        (4, 16, 0.0, says("hidden_size 16", "32")),
+        (4, 32, -1.0, says("noise", "0", "-1")),
     ],
 )
 def test_what_cannot_be(small, layers, hidden, noise, message):

@@ -14,6 +14,7 @@ from llava_pdrop.checkpoint.convert import convert
 from llava_pdrop.checkpoint.layouts import rename
 from llava_pdrop.checkpoint.load import load_projector, save_projector
 from llava_pdrop.checkpoint.shards import Stored, open_tensors, write_shards
+from tests.messages import says
 from tests.unit.checkpoint.layout_files import FORMATS, LAYOUTS, MODELS, in_layout, original, write
 
 EVERY = ("original", *LAYOUTS)
@@ -58,7 +59,7 @@ def test_a_spoilt_key_is_listed(layout, spoil, part, hf, tmp_path):
         tensor = tensors.pop(name)
         tensors |= {f"{name}_misspelt": tensor} if spoil == "rename" else {}
     write(tmp_path, config, tensors, "safetensors-shards")
-    with pytest.raises(ValueError, match=rf"does not fit the model; .*{expected}: [^;]*{re.escape(listed)}"):
+    with pytest.raises(ValueError, match=rf"{expected}: [^;]*{re.escape(listed)}"):
         build_parts(str(tmp_path))
 
 
@@ -76,7 +77,7 @@ def test_a_tower_with_a_missing_key(tmp_path):
     kept = {name: tensor.read() for name, tensor in tower.items() if not name.endswith(SPOILT["tower"])}
     write(tmp_path / "tower", json.loads((MODELS / "clip56" / "config.json").read_text()), kept)
     write(tmp_path / "model", config | {"mm_vision_tower": str(tmp_path / "tower")}, tensors)
-    with pytest.raises(ValueError, match=r"tower does not fit a CLIP tower; missing: .*layers\.1\.mlp\.fc1\.bias$"):
+    with pytest.raises(ValueError, match=r"tower .*CLIP.*missing: .*layers\.1\.mlp\.fc1\.bias$"):
         build_parts(str(tmp_path / "model"))
 
 
@@ -89,7 +90,7 @@ def test_a_raw_llm_with_a_missing_key(tmp_path):
     config["vocab_size"] = 1000
     decoder["model.embed_tokens.weight"] = torch.zeros(1000, 64)
     write(tmp_path, {k: v for k, v in config.items() if not k.startswith("mm_")} | {"model_type": "llama"}, decoder)
-    with pytest.raises(ValueError, match="does not fit the model; missing: lm_head.weight$"):
+    with pytest.raises(ValueError, match=r"missing: lm_head\.weight$"):
         build_parts(language_model=str(tmp_path), vision_tower=str(MODELS / "clip56"))
 
 
@@ -103,7 +104,7 @@ def shards(tmp_path: Path, kind: str = "safetensors-shards") -> tuple[Path, list
 def test_a_missing_shard_is_named(tmp_path, kind):
     directory, files, _ = shards(tmp_path, kind)
     files[1].unlink()
-    with pytest.raises(ValueError, match=f"index.json: names shards that are not there: {files[1].name}$"):
+    with pytest.raises(ValueError, match=says("index.json", "names", files[1].name)):
         build_parts(str(directory))
 
 
@@ -112,7 +113,7 @@ def test_a_missing_shard_is_noticed_without_an_index(tmp_path):
     index.unlink()
     assert len(open_tensors(directory)) == len(original()[1])
     files[2].unlink()
-    with pytest.raises(ValueError, match="has 2 of 3"):
+    with pytest.raises(ValueError, match=says("2 of 3")):
         build_parts(str(directory))
 
 
@@ -121,7 +122,7 @@ def test_a_shard_that_the_index_does_not_name(tmp_path):
     table = json.loads(index.read_text())
     table["weight_map"] = {k: v for k, v in table["weight_map"].items() if v != files[2].name}
     index.write_text(json.dumps(table))
-    with pytest.raises(ValueError, match=f"does not name {files[2].name}"):
+    with pytest.raises(ValueError, match=says("not name", files[2].name)):
         build_parts(str(directory))
 
 
@@ -131,7 +132,7 @@ def test_an_index_that_names_keys_its_shards_lack(tmp_path):
     moved = next(name for name, file in table["weight_map"].items() if file == files[0].name)
     table["weight_map"] |= {"model.ghost": files[0].name, moved: files[1].name}
     index.write_text(json.dumps(table))
-    with pytest.raises(ValueError, match="missing from the shard it names: ") as error:
+    with pytest.raises(ValueError, match=says("missing", "shard")) as error:
         build_parts(str(directory))
     assert "model.ghost" in str(error.value) and f"{moved} ({files[1].name})" in str(error.value)
 
@@ -141,7 +142,7 @@ def test_a_key_that_the_index_forgot(tmp_path):
     table = json.loads(index.read_text())
     table["weight_map"].pop("lm_head.weight")
     index.write_text(json.dumps(table))
-    with pytest.raises(ValueError, match="in a shard but not in it: lm_head.weight"):
+    with pytest.raises(ValueError, match=says("in a shard", "lm_head.weight")):
         build_parts(str(directory))
 
 
@@ -149,7 +150,7 @@ def test_a_key_in_two_shards(tmp_path):
     directory, files, index = shards(tmp_path)
     index.unlink()
     files[1].write_bytes(files[0].read_bytes())
-    with pytest.raises(ValueError, match="which another file of"):
+    with pytest.raises(ValueError, match=says("another file")):
         build_parts(str(directory))
 
 
@@ -158,14 +159,14 @@ def test_a_truncated_file_is_named(tmp_path, kind):
     write(tmp_path, *original(), kind)
     file = next(tmp_path.glob(f"*.{kind}"))
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=rf"{file.name}: not a whole "):
+    with pytest.raises(ValueError, match=says(file.name, "whole")):
         build_parts(str(tmp_path))
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     write(tmp_path, *original(), "bin")
     torch.save({"lm_head.weight": Path("/")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: not a whole file of plain tensors"):
+    with pytest.raises(ValueError, match=says("pytorch_model.bin", "whole file", "tensors")):
         build_parts(str(tmp_path))
 
 
@@ -175,7 +176,7 @@ def test_old_pickles_open(tmp_path):
 
 
 def test_two_names_for_one_tensor():
-    with pytest.raises(ValueError, match="twice under different names"):
+    with pytest.raises(ValueError, match=says("twice")):
         rename({"model.vision_tower.vision_tower.a": 1, "model.vision_tower.vision_tower.vision_model.a": 2})
 
 
@@ -221,5 +222,5 @@ def test_a_spoilt_projector_is_listed(hf, tmp_path, change):
     else:
         projector["model.mm_projector.4.bias" if change == "unexpected" else name] = torch.zeros(3)
     torch.save(projector, tmp_path / "mm_projector.bin")
-    with pytest.raises(ValueError, match=f"mm_projector.bin does not fit the projector; {change}: "):
+    with pytest.raises(ValueError, match=says("mm_projector.bin", "projector", f"{change}:")):
         load_projector(build_parts(str(hf)).hf, tmp_path / "mm_projector.bin")
