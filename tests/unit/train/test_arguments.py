@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.run import train
 from tests.engines import CONFIGS, deepspeed_arguments, needs_deepspeed
 from tests.faults.processes import run_ranks
+from tests.messages import says
 
 
 def complaint(file, *overrides: str) -> str:
@@ -40,47 +42,50 @@ def complaint(file, *overrides: str) -> str:
     [
         (
             "eval_strategy=epoch",
-            "eval_strategy: 'epoch' needs a run that evaluates itself, none does: llava-pdrop",
+            says("train.eval_strategy", "'epoch'", "evaluates", "llava-pdrop"),
         ),
-        ("save_strategy=best", "save_strategy: 'best' needs a run that evaluates itself"),
-        ("load_best_model_at_end=true", "load_best_model_at_end: True needs a run that evaluates itself"),
-        ("lr_scheduler_type=greedy", "lr_scheduler_type: 'greedy' needs a run that evaluates itself"),
-        ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_type: cosine_with_min_lr: One of min_lr or min_lr_rate"),
-        ("lr_scheduler_kwargs={speed: 1}", "lr_scheduler_type: linear: "),
-        ("optim=adamw_torch_npu_fused", "optim: adamw_torch_npu_fused: Trainer failed to import FusedAdamW"),
-        ("adam_beta1=2", "optim: adamw_torch_fused: Invalid beta parameter at index 0: 2"),
-        ("fsdp=true", "fsdp shards the model over several processes, and this is one: launch more"),
-        ("neftune_noise_alpha=5", "neftune_noise_alpha: 5 cannot be done here (the embeddings are"),
-        ("label_smoothing_factor=0.1", "label_smoothing_factor: 0.1 cannot be done here (the loss is"),
-        ("auto_find_batch_size=true", "auto_find_batch_size: True cannot be done here (the order of"),
-        ("data_seed=3", "data_seed: 3 cannot be done here (seed is"),
-        ("dataloader_drop_last=true", "dataloader_drop_last: True cannot be done here (every sample"),
-        ("train_sampling_strategy=group_by_length", "train_sampling_strategy: 'group_by_length' cannot be done here ("),
-        ("max_steps=0", "max_steps must be above 0, or -1 (as many as train.num_train_epochs has), got 0"),
-        ("use_liger_kernel=true", "use_liger_kernel: True cannot be done here ("),
-        ("include_num_input_tokens_seen=all", "include_num_input_tokens_seen: 'all' cannot be done here ("),
+        ("save_strategy=best", says("train.save_strategy", "'best'", "evaluates")),
+        ("load_best_model_at_end=true", says("train.load_best_model_at_end", "True", "evaluates")),
+        ("lr_scheduler_type=greedy", says("train.lr_scheduler_type", "'greedy'", "evaluates")),
+        (
+            "lr_scheduler_type=cosine_with_min_lr",
+            says("train.lr_scheduler_type", "cosine_with_min_lr", "min_lr", "min_lr_rate"),
+        ),
+        ("lr_scheduler_kwargs={speed: 1}", says("train.lr_scheduler_type", "linear", "speed")),
+        ("optim=adamw_torch_npu_fused", says("train.optim", "adamw_torch_npu_fused", "FusedAdamW")),
+        ("adam_beta1=2", says("train.optim", "adamw_torch_fused", "beta", "2")),
+        ("fsdp=true", says("train.fsdp", "several processes")),
+        ("neftune_noise_alpha=5", says("train.neftune_noise_alpha", "5", "embeddings")),
+        ("label_smoothing_factor=0.1", says("train.label_smoothing_factor", "0.1", "loss")),
+        ("auto_find_batch_size=true", says("train.auto_find_batch_size", "True", "order")),
+        ("data_seed=3", says("train.data_seed", "3", "seed")),
+        ("dataloader_drop_last=true", says("train.dataloader_drop_last", "True", "every sample")),
+        ("train_sampling_strategy=group_by_length", says("train.train_sampling_strategy", "'group_by_length'")),
+        ("max_steps=0", says("train.max_steps", "-1", "train.num_train_epochs", "0")),
+        ("use_liger_kernel=true", says("train.use_liger_kernel", "True")),
+        ("include_num_input_tokens_seen=all", says("train.include_num_input_tokens_seen", "'all'")),
         (
             "torch_compile_backend=induktor",
-            "torch_compile_backend cannot be 'induktor': choose one of ['no', ",
+            says("train.torch_compile_backend", "'induktor'", "'inductor'"),
         ),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(tiny_config, override, line):
-    assert f"run.yaml: train.{line}" in complaint(tiny_config(), f"train.{override}")
+    assert re.search("run.yaml: " + line, complaint(tiny_config(), f"train.{override}"))
 
 
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("dataloader_prefetch_factor=2", "--dataloader_prefetch_factor can only be set when"),
-        ("warmup_steps=-1", "warmup_steps"),
-        ("accelerator_config=no.json", "No such file or directory: 'no.json'"),
-        ("debug=loud", "loud is not a valid DebugOption"),
+        ("dataloader_prefetch_factor=2", says("dataloader_prefetch_factor")),
+        ("warmup_steps=-1", says("warmup_steps")),
+        ("accelerator_config=no.json", says("'no.json'")),
+        ("debug=loud", says("loud", "DebugOption")),
     ],
 )
 def test_what_transformers_refuses_is_one_line(tiny_config, override, line):
     said = complaint(tiny_config(), f"train.{override}")
-    assert "run.yaml: train: " in said and line in said
+    assert re.search("run.yaml: train: " + line, said)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +103,12 @@ def test_settings_that_can_work_pass(tiny_config, words):
 
 def test_a_rate_below_the_one_that_the_schedule_ends_with(tiny_config):
     said = complaint(tiny_config(), "train.lr_scheduler_type=polynomial", "train.learning_rate=1e-8")
-    assert "lr_scheduler_type: polynomial: lr_end (1e-07) must be smaller than initial lr (1e-08)" in said
+    assert re.search(says("train.lr_scheduler_type", "polynomial", "lr_end", "1e-07", "1e-08"), said)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
 def test_tf32_needs_a_gpu(tiny_config):
-    assert "run.yaml: train.tf32 needs a GPU" in complaint(tiny_config(), "train.tf32=true")
+    assert re.search(says("run.yaml", "train.tf32", "GPU"), complaint(tiny_config(), "train.tf32=true"))
 
 
 class RotaryByProduct(torch.nn.Module):
@@ -132,9 +137,9 @@ def product(request, monkeypatch) -> bool:
 @pytest.mark.parametrize(
     ("words", "key", "remedy"),
     [
-        (["tf32=true"], "tf32 cannot be", "train.tf32=null"),
-        (["torch_compile=true", "use_cpu=false", "bf16=true"], "torch_compile allows TF32", "train.tf32=false"),
-        (["torch_compile_mode=default", "use_cpu=false"], "torch_compile allows TF32", "train.tf32=false"),
+        (["tf32=true"], "train.tf32", "train.tf32=null"),
+        (["torch_compile=true", "use_cpu=false", "bf16=true"], "train.torch_compile", "train.tf32=false"),
+        (["torch_compile_mode=default", "use_cpu=false"], "train.torch_compile", "train.tf32=false"),
     ],
 )
 def test_tf32_where_it_would_round_positions(tiny_config, product, words, key, remedy):
@@ -144,8 +149,7 @@ def test_tf32_where_it_would_round_positions(tiny_config, product, words, key, r
     with pytest.raises(ConfigError) as error:
         check_engine(config)
     said = str(error.value)
-    assert f"run.yaml: train.{key}" in said and "by a matrix product" in said and "\n" not in said
-    assert f"{remedy}, or transformers from 5.19 on" in said
+    assert re.search(f"run.yaml: {key}" + says("product", remedy, "5.19"), said) and "\n" not in said
 
 
 @pytest.mark.parametrize("words", [
@@ -163,7 +167,7 @@ def test_rotary_angles_of_this_transformers():
 
 def test_a_saving_step_must_come(tiny_config):
     said = complaint(tiny_config(), "train.save_strategy=steps", "train.save_steps=0")
-    assert "run.yaml: train.save_steps must be above 0, got 0" in said
+    assert re.search(says("run.yaml", "train.save_steps", "0"), said)
 
 
 def test_looking_at_them_changes_nothing(tiny_config, monkeypatch):
@@ -183,10 +187,10 @@ def test_looking_at_them_changes_nothing(tiny_config, monkeypatch):
 @pytest.mark.parametrize(
     ("stage2", "line"),
     [
-        ({"eval_strategy": "steps"}, r"stage2\.yaml: train\.eval_strategy: "),
-        ({"recompute_layers": 2}, r"stage2\.yaml: train\.recompute_layers needs train\.gradient_checkpointing=true"),
-        ({"optim": "adamw_torch_npu_fused"}, r"stage2\.yaml: train\.optim: "),
-        ({"debug": "loud"}, r"stage2\.yaml: train: loud "),
+        ({"eval_strategy": "steps"}, says("stage2.yaml", "train.eval_strategy")),
+        ({"recompute_layers": 2}, says("stage2.yaml", "train.recompute_layers", "train.gradient_checkpointing=true")),
+        ({"optim": "adamw_torch_npu_fused"}, says("stage2.yaml", "train.optim")),
+        ({"debug": "loud"}, says("stage2.yaml", "train", "loud")),
     ],
 )
 def test_stage_1_does_not_begin_where_stage_2_could_not(tiny_config, tmp_path, stage2, line):
@@ -202,7 +206,7 @@ def test_stage_1_does_not_begin_where_stage_2_could_not(tiny_config, tmp_path, s
 def test_a_place_where_nothing_can_be_written_is_said_before_stage_1(tiny_config, tmp_path, place):
     (tmp_path / "file").touch()
     config = load_config(tiny_config("stage2", pretrain=str(tiny_config("stage1"))), [f"output_dir={tmp_path}/{place}"])
-    with pytest.raises(ConfigError, match=rf"stage2\.yaml: output_dir: {tmp_path}/file is no directory: give another"):
+    with pytest.raises(ConfigError, match=says("stage2.yaml", "output_dir", f"{tmp_path}/file", "directory")):
         train(config)
     assert not (tmp_path / "out").exists()
 
@@ -210,7 +214,7 @@ def test_a_place_where_nothing_can_be_written_is_said_before_stage_1(tiny_config
 def test_a_directory_of_somebody_else_is_said(tiny_config, tmp_path, monkeypatch):
     """The tests may run as root, whom no permission stops."""
     monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))
-    with pytest.raises(ConfigError, match=rf"output_dir: {tmp_path} cannot be written to: give another output_dir"):
+    with pytest.raises(ConfigError, match=says("output_dir", f"{tmp_path}", "written")):
         train(load_config(tiny_config(), [f"output_dir={tmp_path}/a/b"]))
 
 
@@ -222,16 +226,16 @@ def test_a_finished_stage_1_is_used_where_it_could_not_be_trained(tiny_config, t
     monkeypatch.setattr(os, "access", lambda path, mode: not path.startswith(str(output)))
     check_run(config)
     again = load_config(first, ["train.fsdp=true", "train.resume=never"])
-    with pytest.raises(ConfigError, match=r"stage1\.yaml: train\.fsdp shards the model over several processes"):
+    with pytest.raises(ConfigError, match=says("stage1.yaml", "train.fsdp", "several processes")):
         train(again)
     (output / FINISHED_FILE).unlink()
-    with pytest.raises(ConfigError, match=r"stage1\.yaml: output_dir: .* cannot be written to"):
+    with pytest.raises(ConfigError, match=says("stage1.yaml", "output_dir", "written")):
         check_run(config)
 
 
 def test_data_of_an_unknown_format_are_said_before_stage_1_too(tiny_config, tmp_path):
     config = load_config(tiny_config("stage2", pretrain=str(tiny_config("stage1"))), ["data.format=lava"])
-    with pytest.raises(ConfigError, match=r"stage2\.yaml: unknown data\.format 'lava'"):
+    with pytest.raises(ConfigError, match=says("stage2.yaml", "data.format", "'lava'")):
         train(config)
     assert not (tmp_path / "out").exists()
 
@@ -240,8 +244,8 @@ def test_data_of_an_unknown_format_are_said_before_stage_1_too(tiny_config, tmp_
 def test_processes_that_would_each_train_alone_are_refused(tiny_config):
     ended = run_ranks(tiny_config(), "train.use_cpu=false", ranks=2)
     assert ended.codes == [2, 2]
-    line = "2 processes were started, but without GPUs each of them would train alone: train.use_cpu=true makes one run"
-    assert all(line in text for text in ended.texts)
+    line = says("2 processes", "alone", "train.use_cpu=true")
+    assert all(re.search(line, text) for text in ended.texts)
 
 
 # ---- DeepSpeed and FSDP ----
@@ -264,33 +268,33 @@ def changed(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"gradient_clipping": None}, ' needs "gradient_clipping": "auto"'),
-        ({"gradient_accumulation_steps": None}, ' needs "gradient_accumulation_steps": "auto"'),
-        ({"gradient_accumulation_steps": 4}, " does not say what the config says: ds gradient_accumulation_steps=4 vs"),
+        ({"gradient_clipping": None}, says('"gradient_clipping": "auto"')),
+        ({"gradient_accumulation_steps": None}, says('"gradient_accumulation_steps": "auto"')),
+        ({"gradient_accumulation_steps": 4}, says("gradient_accumulation_steps=4", "hf")),
         (
             {"train_micro_batch_size_per_gpu": 7},
-            "ds train_micro_batch_size_per_gpu=7 vs hf per_device_train",
+            says("train_micro_batch_size_per_gpu=7", "hf"),
         ),
         (
             {"optimizer": {"type": "AdamW"}},
-            "would replace that of the run: remove it, and set train.optim",
+            says("'optimizer'", "train.optim"),
         ),
-        ({"scheduler": {}}, ": its 'scheduler' would replace that of the run"),
-        ({"bf16": True}, ": its 'bf16' must be a mapping of keys, got True"),
-        ({"zero_optimization": {"stage": 7}}, ": zero_optimization.stage must be one of [0, 1, 2, 3], got 7"),
+        ({"scheduler": {}}, says("'scheduler'")),
+        ({"bf16": True}, says("'bf16'", "mapping", "True")),
+        ({"zero_optimization": {"stage": 7}}, says("zero_optimization.stage", "[0, 1, 2, 3]", "7")),
         (
             {"zero_optimization": {"stage": 3}},
-            "zero_optimization.stage3_gather_16bit_weights_on_model_save: true",
+            says("zero_optimization.stage3_gather_16bit_weights_on_model_save: true"),
         ),
         (
             {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": "auto"}},
-            "zero_optimization.stage3_gather_16bit_weights_on_model_save: true",
+            says("zero_optimization.stage3_gather_16bit_weights_on_model_save: true"),
         ),
     ],
 )
 def test_deepspeed_settings_that_cannot_work_are_named(tiny_config, changed, changes, line):
     said = complaint(tiny_config(), changed(**changes))
-    assert "run.yaml: train.deepspeed: " in said and line in said
+    assert re.search(says("run.yaml: train.deepspeed") + line, said)
 
 
 @needs_deepspeed
@@ -302,20 +306,21 @@ def test_the_shipped_deepspeed_settings_pass_and_leave_nothing_behind(tiny_confi
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("{", "not readable as JSON: "), ("[1]", "must be a mapping of keys, got list"), (None, "Is a directory")],
+    [("{", says("JSON")), ("[1]", says("mapping", "list")), (None, says("directory"))],
 )
 def test_settings_that_are_no_json_are_named(tiny_config, tmp_path, monkeypatch, text, line):
     file = tmp_path / "engine.json"
     file.mkdir() if text is None else file.write_text(text)
-    assert f"run.yaml: train.deepspeed: {file}: {line}" in complaint(tiny_config(), f"train.deepspeed={file}")
+    said = complaint(tiny_config(), f"train.deepspeed={file}")
+    assert re.search(f"run.yaml: train.deepspeed: {file}: {line}", said)
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = complaint(tiny_config(), "train.fsdp=true", f"train.fsdp_config={file}")
-    assert f"run.yaml: train.fsdp_config: {file}: {line}" in said
+    assert re.search(f"run.yaml: train.fsdp_config: {file}: {line}", said)
 
 
 def test_two_engines_exclude_each_other(tiny_config, changed):
     said = complaint(tiny_config(), "train.fsdp=true", changed())
-    assert said.endswith("train.fsdp and train.deepspeed exclude each other: say it by train.engine alone")
+    assert re.search(says("train.fsdp", "train.deepspeed", "train.engine", "exclude"), said)
 
 
 @pytest.fixture
@@ -341,4 +346,4 @@ def test_a_compilation_that_nobody_finishes_is_named(settings_of, tmp_path, monk
     warn_of_locks(settings_of("zero2"))
     assert not caplog.messages
     warn_of_locks(settings_of("zero2_offload"))
-    assert f"this run waits for {lock}: if no other one is compiling" in caplog.text
+    assert re.search(says(str(lock), "compiling"), caplog.text)

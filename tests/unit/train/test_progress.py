@@ -28,6 +28,7 @@ from llava_pdrop.train.report import PICTURE_FILE, TITLES, TRAINING_FILE, time_s
 from llava_pdrop.train.run import train
 from llava_pdrop.types import PackedBatch
 from tests.faults.processes import run_ranks
+from tests.messages import says
 from tests.tiny import PYRAMID, make_tiny_hf, mixed_samples
 
 CPU = torch.device("cpu")
@@ -359,8 +360,8 @@ def test_every_training_of_a_process_has_its_own_place(tiny_config, nobodys_serv
 def test_a_service_that_is_unknown_or_not_installed_is_one_line(tiny_config, monkeypatch):
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     config = load_config(tiny_config(), ["train.report_to=wandb"])
-    with pytest.raises(ConfigError, match=r"run\.yaml: train\.report_to: wandb is not installed: pip install wandb"):
+    with pytest.raises(ConfigError, match=says("run.yaml", "train.report_to", "wandb", "installed")):
         checks.check_reporting(config)
-    for service, line in (("wanbd", "unknown service 'wanbd'.*wandb"), ("mlflow", "package of mlflow is not inst")):
+    for service, line in (("wanbd", "'wanbd'.*wandb"), ("mlflow", "mlflow.*installed")):
         with pytest.raises(ConfigError, match=rf"run\.yaml: train\.report_to: .*{line}"):
             checks.check_reporting(load_config(tiny_config(), [f"train.report_to=[{service}]"]))

@@ -9,6 +9,7 @@ import pytest
 from llava_pdrop.config.schema import Config, DataSection, ModelSection, TrainSection
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.train.checks import check_arguments
+from tests.messages import says
 
 
 def config(tmp_path, **arguments) -> Config:
@@ -19,7 +20,7 @@ def config(tmp_path, **arguments) -> Config:
 
 
 def test_it_needs_activation_checkpointing(tmp_path):
-    with pytest.raises(ConfigError, match="train.recompute_layers needs train.gradient_checkpointing=true"):
+    with pytest.raises(ConfigError, match=says("train.recompute_layers", "train.gradient_checkpointing=true")):
         check_arguments(config(tmp_path))
     check_arguments(config(tmp_path, gradient_checkpointing=True))
 
