@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 import types
@@ -15,6 +16,7 @@ from llava_pdrop import __main__ as cli
 from llava_pdrop.config.load import load_config
 from llava_pdrop.cost.plan import make_plan
 from llava_pdrop.errors import ConfigError
+from tests.messages import meant, says
 
 ROOT = Path(__file__).parents[2]
 FULL_SIZE = "configs/llava15_7b/finetune_pdrop.yaml"
@@ -55,7 +57,8 @@ def test_options_may_stand_anywhere(seen: list[Any]) -> None:
 def test_a_users_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", FULL_SIZE, "seeed=5"]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "error: command line: unknown key 'seeed' (did you mean 'seed'?)\n" and not captured.out
+    assert re.match("error: command line: " + says("'seeed'", meant("seed'")), captured.err)
+    assert captured.err.count("\n") == 1 and not captured.out
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -85,12 +88,12 @@ def test_a_missing_file_is_one_line_and_a_fault_of_ours_is_not_hidden(
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied"),
-        (OSError(errno.EROFS, "Read-only file system", "/a/b", None, "/a/c"), "/a/b: Read-only file system"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room and start the same"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), says("/a/b", "Permission denied")),
+        (OSError(errno.EROFS, "Read-only file system", "/a/b", None, "/a/c"), says("/a/b", "Read-only file system")),
+        (OSError(errno.ENOSPC, "No space left on device"), says("No space left on device", "room")),
         (
             OSError(errno.EDQUOT, "Disk quota exceeded", "/a/b"),
-            "/a/b: Disk quota exceeded: make room and start",
+            says("/a/b", "Disk quota exceeded", "room"),
         ),
     ],
 )
@@ -103,7 +106,7 @@ def test_what_the_system_says_about_a_file_is_one_line(
     monkeypatch.setattr(sys.modules["llava_pdrop.train.run"], "train", fail)
     assert cli.main(["train", FULL_SIZE]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {line}") and said.count("\n") == 1
+    assert re.match("error: " + line, said) and said.count("\n") == 1
     with pytest.raises(OSError, match=error.strerror):
         cli.main(["train", FULL_SIZE, "--debug"])
 
@@ -118,23 +121,23 @@ def test_a_fault_that_names_no_file_is_not_hidden(seen: list[Any], monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("words", "parts"),
     [
-        (["train", "{dir}"], "{dir} is a directory: give a YAML file"),
-        (["compare", "{tiny}", "data.index={dir}"], "{tiny}: data.index: {dir} is a directory: name the file in it"),
-        (["eval", "{dir}"], "{dir} is no run and no model: it has neither llava_pdrop.yaml nor config.json"),
-        (["train", "{file}/x.yaml"], "no config file {file}/x.yaml"),
-        (["plan", "{ablation}"], "{ablation}: is an ablation, which has several runs: llava-pdrop ablate "),
-        (["eval", "{ablation}"], "{ablation}: is an ablation, which has several runs: llava-pdrop ablate "),
+        (["train", "{dir}"], ["{dir}", "directory", "YAML"]),
+        (["compare", "{tiny}", "data.index={dir}"], ["{tiny}", "data.index", "{dir}", "directory"]),
+        (["eval", "{dir}"], ["{dir}", "llava_pdrop.yaml", "config.json"]),
+        (["train", "{file}/x.yaml"], ["{file}/x.yaml"]),
+        (["plan", "{ablation}"], ["{ablation}", "llava-pdrop ablate"]),
+        (["eval", "{ablation}"], ["{ablation}", "llava-pdrop ablate"]),
         (
             ["compare", "{ablation}"],
-            "{ablation}: is an ablation, which has several runs: llava-pdrop ablate ",
+            ["{ablation}", "llava-pdrop ablate"],
         ),
-        (["ablate", "{tiny}"], "{tiny}: neither variants nor grid, so it is no ablation: llava-pdrop train {tiny} "),
+        (["ablate", "{tiny}"], ["{tiny}", "variants", "grid", "llava-pdrop train {tiny}"]),
     ],
 )
 def test_a_path_of_the_wrong_kind_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], line: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], parts: list[str]
 ) -> None:
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").touch()
@@ -142,14 +145,14 @@ def test_a_path_of_the_wrong_kind_is_one_line(
     names |= {"tiny": Path("configs/tiny/finetune_pdrop.yaml"), "ablation": Path("configs/ablations/tiny.yaml")}
     assert cli.main([word.format(**names) for word in words]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {line.format(**names)}") and said.count("\n") == 1
+    assert re.match("error: " + says(*(part.format(**names) for part in parts)), said) and said.count("\n") == 1
 
 
 def test_every_rank_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["plan", FULL_SIZE, "seeed=5"]) == 2
-    assert capsys.readouterr().err.startswith("[rank 1] error: command line: unknown key")
+    assert re.match(r"\[rank 1\] error: command line: " + says("'seeed'"), capsys.readouterr().err)
 
 
 def test_compare_at_full_size_names_what_is_missing(

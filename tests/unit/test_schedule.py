@@ -6,6 +6,7 @@ import pytest
 
 from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
+from tests.messages import says
 
 PAPER = Schedule(layers=(8, 16, 24), ratios=(0.5, 0.25, 0.125))
 
@@ -13,13 +14,16 @@ PAPER = Schedule(layers=(8, 16, 24), ratios=(0.5, 0.25, 0.125))
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": [8, 16], "ratios": [0.5]}, "2 entries and pyramid_drop.ratios has 1"),
-        ({"layers": [16, 8], "ratios": [0.5, 0.25]}, "must grow"),
-        ({"layers": [8, 8], "ratios": [0.5, 0.25]}, "must grow"),
-        ({"layers": [0], "ratios": [0.5]}, "at least 1"),
-        ({"layers": [8], "ratios": [1.5]}, r"lie in \[0, 1\]"),
-        ({"layers": [8, 16], "ratios": [0.25, 0.5]}, "must not grow"),
-        ({"layers": [8], "ratios": [0.5], "positions": "shuffle"}, "'renumber' or 'keep'"),
+        ({"layers": [8, 16], "ratios": [0.5]}, says("pyramid_drop.layers", "2", "pyramid_drop.ratios", "1")),
+        ({"layers": [16, 8], "ratios": [0.5, 0.25]}, says("pyramid_drop.layers", "grow")),
+        ({"layers": [8, 8], "ratios": [0.5, 0.25]}, says("pyramid_drop.layers", "grow")),
+        ({"layers": [0], "ratios": [0.5]}, says("pyramid_drop.layers", "at least 1")),
+        ({"layers": [8], "ratios": [1.5]}, says("pyramid_drop.ratios", "[0, 1]")),
+        ({"layers": [8, 16], "ratios": [0.25, 0.5]}, says("pyramid_drop.ratios", "grow")),
+        (
+            {"layers": [8], "ratios": [0.5], "positions": "shuffle"},
+            says("pyramid_drop.positions", "'renumber'", "'keep'"),
+        ),
     ],
 )
 def test_impossible_settings_are_named(settings, message):
@@ -29,7 +33,7 @@ def test_impossible_settings_are_named(settings, message):
 
 def test_layer_behind_the_decoder():
     assert PAPER.check(32) is PAPER
-    with pytest.raises(ValueError, match="the decoder has 24 layers: the last possible entry is 23"):
+    with pytest.raises(ValueError, match=says("pyramid_drop.layers", "24 layers", "23")):
         PAPER.check(24)
 
 

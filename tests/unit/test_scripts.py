@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.messages import says
+
 ROOT = Path(__file__).parents[2]
 
 FAKE_PYTHON = """\
@@ -135,30 +137,30 @@ def test_constraints_from_where_the_user_stands(checkout: Checkout, tmp_path: Pa
     assert checkout.run("setup.sh").returncode == 0 and checkout.called() == []  # from anywhere else, too
     (tmp_path / "mine.txt").unlink()
     done = checkout.run("setup.sh")
-    assert done.returncode == 2 and done.stderr.startswith(f"error: there is no file {tmp_path}/mine.txt: name one")
+    assert done.returncode == 2 and re.match("error: " + says(f"{tmp_path}/mine.txt"), done.stderr)
     done = checkout.run("setup.sh", CONSTRAINTS="scripts/constraints-gpu.txt")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"there is no file {checkout.root}/scripts/constraints-gpu.txt: name one" in done.stderr
+    assert re.match("error: " + says(f"{checkout.root}/scripts/constraints-gpu.txt"), done.stderr)
 
 
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({"TOO_OLD": "1"}, "is not Python 3.11 or newer"),
-        ({"PYTHON": "no-such-python"}, "PYTHON=no-such-python is not a program"),
+        ({"TOO_OLD": "1"}, says("3.11")),
+        ({"PYTHON": "no-such-python"}, says("PYTHON=no-such-python")),
     ],
 )
 def test_a_bad_interpreter_is_one_line(checkout: Checkout, env: dict[str, str], expected: str) -> None:
     for script in ("setup.sh", "finetune_pdrop.sh"):
         done = checkout.run(script, **env)
         assert done.returncode == 2
-        assert expected in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert re.match("error: " + expected, done.stderr) and done.stderr.count("\n") == 1
         assert not (checkout.root / ".venv").exists()
 
 
 def test_a_failed_step_shows_its_output_and_is_tried_again(checkout: Checkout) -> None:
     done = checkout.run("setup.sh", BROKEN_PIP="1")
-    assert done.returncode == 2 and "no such package" in done.stderr and "setup stopped at: PyTorch" in done.stderr
+    assert done.returncode == 2 and "no such package" in done.stderr and "PyTorch" in done.stderr.splitlines()[-1]
     assert checkout.run("setup.sh").returncode == 0
 
 
@@ -286,18 +288,19 @@ def test_bench_with_a_python_that_is_there_already(checkout: Checkout) -> None:
     assert done.returncode == 0 and len(benches(checkout.called())) == 1
     assert not (checkout.root / ".venv").exists()
     done = checkout.run("bench.sh", "cpu", LLAVA_PDROP_PYTHON="no-such-python")
-    assert done.returncode == 2 and done.stderr == "error: LLAVA_PDROP_PYTHON=no-such-python is not a program\n"
+    assert done.returncode == 2 and re.match("error: " + says("LLAVA_PDROP_PYTHON=no-such-python"), done.stderr)
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_bench_that_fails_or_hangs_does_not_stop_the_others(checkout: Checkout) -> None:
     for broken, expected in (
-        ("exit 3", "failed: tiny-train: exit status 3"),
-        ("exec sleep 60", "failed: tiny-train: stopped after 1 seconds"),
+        ("exit 3", says("tiny-train", "3")),
+        ("exec sleep 60", says("tiny-train", "1 seconds")),
     ):
         checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', f'case "$*" in *"bench train "*) {broken} ;;'))
         done = checkout.run("bench.sh", "tiny", LLAVA_PDROP_PYTHON=str(checkout.python), BENCH_LIMIT="1")
         assert done.returncode == 1 and len(benches(checkout.called())) == 2
-        assert done.stderr.splitlines() == [expected]
+        assert re.search(expected, done.stderr) and done.stderr.count("\n") == 1
 
 
 def test_an_interrupted_bench_is_the_last_one(checkout: Checkout) -> None:
@@ -309,7 +312,7 @@ def test_an_interrupted_bench_is_the_last_one(checkout: Checkout) -> None:
 def test_benches_that_no_time_is_left_for_are_listed(checkout: Checkout) -> None:
     done = checkout.run("bench.sh", "tiny", LLAVA_PDROP_PYTHON=str(checkout.python), BENCH_SECONDS="0")
     assert done.returncode == 1 and benches(checkout.called()) == []
-    assert done.stderr.count("not started, 0 seconds were over") == 2
+    assert len(re.findall(r"not started.*\b0 seconds", done.stderr)) == 2
 
 
 def test_a_dry_run_shows_every_bench_and_measures_none(checkout: Checkout) -> None:
@@ -323,8 +326,9 @@ def test_a_dry_run_shows_every_bench_and_measures_none(checkout: Checkout) -> No
 def test_an_unknown_bench_is_one_line(checkout: Checkout) -> None:
     for words in (["laptop"], ["configs/no.yaml", "seed=1"], ["seed=1"], ["--steps", "3"]):
         done = checkout.run("bench.sh", *words)
-        expected = f"error: unknown bench {words[0]}: choose tiny, cpu or gpu, or name the YAML file of a run\n"
-        assert done.returncode == 2 and done.stderr == expected
+
+        expected = says(words[0], "tiny", "cpu", "gpu", "YAML")
+        assert done.returncode == 2 and re.match("error: " + expected, done.stderr) and done.stderr.count("\n") == 1
     assert checkout.called() == []
 
 
@@ -371,7 +375,10 @@ def test_a_config_that_cannot_be_trained_on_still_has_its_prefill_measured(check
     checkout.python.write_text(FAKE_PYTHON.replace('case "$*" in', 'case "$*" in *"bench train"*) exit 2 ;;'))
     done = checkout.run("bench.sh", "mine.yaml", LLAVA_PDROP_PYTHON=str(checkout.python))
     assert done.returncode == 1 and len(benches(checkout.called())) == 2
-    assert done.stderr == f"failed: {checkout.root.name.replace(' ', '-')}-mine/train: exit status 2\n"
+    assert (
+        re.search(says(f"{checkout.root.name.replace(' ', '-')}-mine/train", "2"), done.stderr)
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_scripts_and_ci_are_strict_and_executable() -> None:
@@ -437,10 +444,12 @@ def test_the_python_of_the_container(checkout: Checkout, tmp_path: Path) -> None
     apptainer.chmod(0o755)
     inside = {"LLAVA_PDROP_PYTHON": "scripts/container_python.sh", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     done = checkout.run("finetune_pdrop.sh", "c.yaml", "pyramid_drop.layers=[1, 2]", **inside)
-    assert done.returncode == 2 and done.stderr.startswith("error: LLAVA_PDROP_IMAGE does not say which image")
+    assert done.returncode == 2 and re.match("error: " + says("LLAVA_PDROP_IMAGE"), done.stderr)
     inside["LLAVA_PDROP_IMAGE"] = str(tmp_path / "image.sif")
     done = checkout.run("finetune_pdrop.sh", "c.yaml", **inside)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "image.sif does not exist" in done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.count("\n") == 1 and re.match("error: " + says("image.sif"), done.stderr)
+    )
     (tmp_path / "image.sif").touch()
     assert checkout.run("finetune_pdrop.sh", "c.yaml", "pyramid_drop.layers=[1, 2]", **inside).returncode == 0
     here = str(checkout.root)
@@ -451,4 +460,4 @@ def test_the_python_of_the_container(checkout: Checkout, tmp_path: Path) -> None
     assert not (checkout.root / ".venv").exists()
     if shutil.which("apptainer") is None:
         done = checkout.run("finetune_pdrop.sh", **{**inside, "PATH": os.environ["PATH"]})
-        assert done.returncode == 2 and done.stderr.startswith("error: apptainer is not installed here")
+        assert done.returncode == 2 and re.match("error: " + says("apptainer", "installed"), done.stderr)
