@@ -12,6 +12,7 @@ from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.mixtures import LLAVA_15, OPEN_LLAVA_NEXT
 from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, full_picture
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
+from tests.messages import says
 
 CPU = torch.device("cpu")
 MIXED = dataclasses.replace(SHAPES["tiny"], picture=None, text_tokens=None, samples=12, max_length=4096)
@@ -103,7 +104,7 @@ def test_a_batch_of_text_has_no_pixels() -> None:
 
 
 def test_an_unknown_kind_of_images_is_said() -> None:
-    with pytest.raises(ValueError, match="unknown images 'all'"):
+    with pytest.raises(ValueError, match=says("images", "'all'")):
         Workload(MIXED, "all")
 
 

@@ -15,6 +15,7 @@ from llava_pdrop.bench.run import read_schedules
 from llava_pdrop.report.style import markdown_table
 from llava_pdrop.runtime.device import PEAK_TFLOPS, device_named, known_gpu, peak_flops
 from llava_pdrop.schedule import Schedule
+from tests.messages import says
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -96,25 +97,25 @@ def test_the_markdown_has_a_line_per_run_and_the_picture(files: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--shape", "tinny"], "unknown shape 'tinny'"),
-        (["--shape", "tiny", "--steps", "0"], "--steps must be at least 1"),
-        (["--shape", "tiny", "--images", "all"], "unknown images 'all'"),
-        (["--shape", "tiny", "--optimizer", "sgd"], "unknown --optimizer 'sgd'"),
-        (["--shape", "tiny", "--attention", "eager"], "unknown model.attention 'eager'"),
-        (["--shape", "tiny", "--seed", "-1"], "--seed must be at least 0"),
-        (["--shape", "tiny", "--seed", "99999999999999999999"], "--seed must be less than 2**32"),
-        (["--shape", "tiny", "--samples", "0"], "--samples must be at least 1, got 0"),
-        (["--shape", "tiny", "--warmup", "-1"], "--warmup must be at least 0, got -1"),
-        (["--shape", "tiny", "--out", "/proc/none"], "--out /proc/none: No such file or directory: name a directory"),
-        (["--shape", "tiny", "--out", f"{CONFIGS}/README.md/deeper"], "README.md is a file: name a directory"),
-        (["--shape", "tiny", "--device", "abacus"], "--device 'abacus' is no device"),
-        (["--shape", "tiny", "--schedule", "nowhere.yaml"], "there is no file nowhere.yaml"),
+        (["--shape", "tinny"], says("shape", "'tinny'", "tiny")),
+        (["--shape", "tiny", "--steps", "0"], says("--steps", "1", "0")),
+        (["--shape", "tiny", "--images", "all"], says("images", "'all'")),
+        (["--shape", "tiny", "--optimizer", "sgd"], says("--optimizer", "'sgd'")),
+        (["--shape", "tiny", "--attention", "eager"], says("model.attention", "'eager'")),
+        (["--shape", "tiny", "--seed", "-1"], says("--seed", "0", "-1")),
+        (["--shape", "tiny", "--seed", "99999999999999999999"], says("--seed", "2**32")),
+        (["--shape", "tiny", "--samples", "0"], says("--samples", "1", "0")),
+        (["--shape", "tiny", "--warmup", "-1"], says("--warmup", "0", "-1")),
+        (["--shape", "tiny", "--out", "/proc/none"], says("--out", "/proc/none", "No such file")),
+        (["--shape", "tiny", "--out", f"{CONFIGS}/README.md/deeper"], says("--out", "README.md", "file")),
+        (["--shape", "tiny", "--device", "abacus"], says("--device", "'abacus'")),
+        (["--shape", "tiny", "--schedule", "nowhere.yaml"], says("nowhere.yaml")),
     ],
 )
 def test_what_is_wrong_is_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "train", *words]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and line in error
+    assert error.count("\n") == 1 and re.search(line, error)
 
 
 def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> None:
@@ -128,10 +129,10 @@ def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("layers: [9]\nratios: [0.5]\n", "bad.yaml: .*9"),
-        ("layers: [4]\nratio: [0.5]\n", "bad.yaml: unknown key"),
-        ("layers: [4]\nratios: [1.5]\n", "bad.yaml: .*ratios"),
-        ("layers: [4\n", "bad.yaml is no YAML: while parsing"),
+        ("layers: [9]\nratios: [0.5]\n", says("bad.yaml", "layers", "9")),
+        ("layers: [4]\nratio: [0.5]\n", says("bad.yaml", "key", "'ratio'")),
+        ("layers: [4]\nratios: [1.5]\n", says("bad.yaml", "ratios", "1.5")),
+        ("layers: [4\n", says("bad.yaml", "YAML", "parsing")),
     ],
 )
 def test_a_bad_schedule_names_its_file(tmp_path: Path, text: str, line: str) -> None:
@@ -144,7 +145,7 @@ def test_a_bad_schedule_names_its_file(tmp_path: Path, text: str, line: str) -> 
 def test_two_schedules_of_one_name_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "same.yaml"
     file.write_text("layers: [4]\nratios: [0.5]\n")
-    with pytest.raises(ValueError, match="the name 'same' is taken"):
+    with pytest.raises(ValueError, match=says("'same'", "taken")):
         read_schedules([file, file], 8)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.runtime.preemption import EXIT_CODE
 from llava_pdrop.train.trainer import PyramidTrainer
+from tests.messages import meant, says
 
 ROOT = Path(__file__).parents[3]
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
@@ -107,30 +109,33 @@ def test_own_keys_on_the_command_line(write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({}, "neither variants nor grid"),
-        ({"variants": {}, "grid": {}}, "neither variants nor grid"),
-        ({"variants": {"a": {"pyramid_drop.ration": 1}}}, "a: unknown key 'pyramid_drop.ration' (did you mean"),
-        ({"variants": {"a": {"pyramid_drop.ratios": [0.5]}}}, "a: pyramid_drop.layers has 3 entries"),
-        ({"variants": {"a": {"pyramid_drop.layers": [1, 2, 9]}}}, "a: pyramid_drop.layers holds 9"),
-        ({"variants": {"a": {"train.max_steps": "many"}}}, "a: train.max_steps must be a whole number, got 'many'"),
-        ({"variants": {"a": {"name": "x"}}}, "variants.a.name: is the ablation's to give"),
-        ({"variants": {"a": 3}}, "variants.a must be keys to change"),
-        ({"variants": {"a/b": {"seed": 1}}}, "'a/b' cannot name a directory"),
-        ({"variants": {"a": {"seed": 1}, "b": {"seed": 1}}}, "a and b are the same run"),
-        ({"variants": {"a": "nowhere.yaml"}}, "a: no config file"),
-        ({"variants": {"seed_1": {"seed": 1}}, "grid": {"seed": [1]}}, "two variants are called 'seed_1'"),
-        ({"grid": {"seed": []}}, "grid.seed must be a list of one value or more, got []"),
-        ({"grid": {"name": ["a", "b"]}}, "grid.name: names no setting to vary: use variants"),
-        ({"grid": {"base": ["a.yaml"]}}, "grid.base: names no setting to vary: use variants"),
-        ({"grid": {"seed": 3}}, "grid.seed must be a list of one value or more, got 3"),
-        ({"variants": LAMBDAS, "base": "nowhere.yaml"}, "base: no config file"),
-        ({"variants": LAMBDAS, "base": 3}, "base must be text, got 3"),
-        ({"varaints": {}, "grid": {"seed": [1]}}, "unknown key 'varaints' (did you mean 'variants'?)"),
+        ({}, says("variants", "grid")),
+        ({"variants": {}, "grid": {}}, says("variants", "grid")),
+        (
+            {"variants": {"a": {"pyramid_drop.ration": 1}}},
+            says("a", "'pyramid_drop.ration'", meant("pyramid_drop.ratios'")),
+        ),
+        ({"variants": {"a": {"pyramid_drop.ratios": [0.5]}}}, says("a", "pyramid_drop.layers", "3 entries", "1")),
+        ({"variants": {"a": {"pyramid_drop.layers": [1, 2, 9]}}}, says("a", "pyramid_drop.layers", "9")),
+        ({"variants": {"a": {"train.max_steps": "many"}}}, says("a", "train.max_steps", "'many'")),
+        ({"variants": {"a": {"name": "x"}}}, says("variants.a.name")),
+        ({"variants": {"a": 3}}, says("variants.a", "keys")),
+        ({"variants": {"a/b": {"seed": 1}}}, says("'a/b'", "directory")),
+        ({"variants": {"a": {"seed": 1}, "b": {"seed": 1}}}, says("a and b", "same")),
+        ({"variants": {"a": "nowhere.yaml"}}, says("a", "nowhere.yaml")),
+        ({"variants": {"seed_1": {"seed": 1}}, "grid": {"seed": [1]}}, says("two", "'seed_1'")),
+        ({"grid": {"seed": []}}, says("grid.seed", "list", "[]")),
+        ({"grid": {"name": ["a", "b"]}}, says("grid.name", "variants")),
+        ({"grid": {"base": ["a.yaml"]}}, says("grid.base", "variants")),
+        ({"grid": {"seed": 3}}, says("grid.seed", "list", "3")),
+        ({"variants": LAMBDAS, "base": "nowhere.yaml"}, says("base", "nowhere.yaml")),
+        ({"variants": LAMBDAS, "base": 3}, says("base", "text", "3")),
+        ({"varaints": {}, "grid": {"seed": [1]}}, says("'varaints'", meant("variants'"))),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(write, content: dict, expected: str) -> None:
     file = write(**content)
-    assert complaint(file).startswith(f"{file}: {expected}")
+    assert re.match(re.escape(f"{file}: ") + expected, complaint(file))
 
 
 def test_a_file_that_is_none(tmp_path: Path, write) -> None:
@@ -141,13 +146,13 @@ def test_a_file_that_is_none(tmp_path: Path, write) -> None:
     file.write_text("- a\n")
     assert complaint(file) == f"{file}: must be a mapping of keys, got a list"
     file.write_text("3\n")
-    assert complaint(file) == f"{file}: not readable as YAML: Invalid loaded object type: int"
+    assert re.match(re.escape(f"{file}: ") + says("YAML", "int"), complaint(file))
     file.write_text("variants: {a: {seed: 1}}\n")
-    assert complaint(file) == f"{file}: base is missing"
+    assert re.match(re.escape(f"{file}: ") + says("base", "missing"), complaint(file))
 
 
 def test_a_wrong_word_on_the_command_line_is_said_once(write) -> None:
-    assert complaint(write(variants=LAMBDAS), "seeed=1").startswith("command line: unknown key 'seeed'")
+    assert re.match("command line: " + says("'seeed'"), complaint(write(variants=LAMBDAS), "seeed=1"))
 
 
 def test_a_checkpoint_is_evaluated_with_other_schedules_only(write, tmp_path: Path) -> None:
@@ -238,7 +243,7 @@ def test_one_checkpoint_with_every_schedule(write, tmp_path: Path, questions: in
     assert "Nothing was trained" in (tmp_path / "ab" / "ablation.md").read_text()
     capsys.readouterr()
     assert main(["ablate", str(write(variants=LAMBDAS)), f"checkpoint={tmp_path}/nowhere"]) == 2
-    assert f"checkpoint: no directory {tmp_path}/nowhere" in capsys.readouterr().err
+    assert re.search(says("checkpoint", f"{tmp_path}/nowhere"), capsys.readouterr().err)
 
 
 def test_what_the_table_will_lack_is_said(write) -> None:
@@ -257,10 +262,10 @@ def test_plan_starts_nothing(write, tmp_path: Path, capsys) -> None:
 def test_all_variants_are_checked_before_the_first_starts(write, tmp_path: Path, capsys) -> None:
     variants = {**LAMBDAS, "last": {"eval.scorer": "exact"}}
     assert main(["ablate", str(write(variants=variants))]) == 2
-    assert "unknown eval.scorer 'exact'" in capsys.readouterr().err and not (tmp_path / "ab").exists()
+    assert re.search(says("eval.scorer", "'exact'"), capsys.readouterr().err) and not (tmp_path / "ab").exists()
     variants = {**LAMBDAS, "last": {"train.report_to": "wandbb"}}
     assert main(["ablate", str(write(variants=variants))]) == 2
-    assert "unknown service 'wandbb'" in capsys.readouterr().err and not (tmp_path / "ab").exists()
+    assert re.search(says("train.report_to", "'wandbb'"), capsys.readouterr().err) and not (tmp_path / "ab").exists()
     variants = {**LAMBDAS, "last": {"data.image_root": "nowhere"}}
     assert main(["ablate", str(write(variants=variants))]) == 2
-    assert "the image directory nowhere does not exist" in capsys.readouterr().err and not (tmp_path / "ab").exists()
+    assert re.search(says("data.image_root", "nowhere"), capsys.readouterr().err) and not (tmp_path / "ab").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from llava_pdrop.__main__ import main
 from llava_pdrop.compare.runs import compare_runs, read_run, table_rows, with_savings
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
+from tests.messages import says
 
 ROOT = Path(__file__).parents[3]
 
@@ -80,15 +82,15 @@ def test_no_picture_without_anything_saved(runs: list[Path], tmp_path: Path) -> 
 def test_not_a_finished_run(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path} is no finished run, it has no {RUN_FILE}: name one of {tmp_path}/pdrop" in error
+    assert re.search(says(str(tmp_path), RUN_FILE, f"{tmp_path}/pdrop"), error)
 
 
 def test_a_run_named_twice_and_files_that_are_no_json(runs: list[Path], tmp_path: Path, capsys) -> None:
     assert main(["compare", str(runs[0]), str(tmp_path / "." / runs[0].name)]) == 2
-    assert "vanilla is named twice: name every run once" in capsys.readouterr().err
+    assert re.search(says("vanilla", "twice"), capsys.readouterr().err)
     (runs[1] / "evaluation.json").write_text("{")
     assert main(["compare", *map(str, runs)]) == 2
-    assert "evaluation.json: not a JSON file" in capsys.readouterr().err
+    assert re.search(says("evaluation.json", "JSON"), capsys.readouterr().err)
 
 
 def test_a_run_without_results_is_shown_with_what_it_has(runs: list[Path], tmp_path: Path) -> None:

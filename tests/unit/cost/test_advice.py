@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from llava_pdrop.cost.memory import GIB, Parameters
 from llava_pdrop.cost.nominal import checkpointing, model_of, recomputed_layers, samples_of, states_of
 from llava_pdrop.cost.plan import RESERVE, plan_memory, plan_step
 from llava_pdrop.cost.run_length import RECIPES, run_length
+from tests.messages import says
 
 pytestmark = pytest.mark.slow  # all of them together: a minute and a half
 
@@ -239,22 +241,22 @@ def test_gpus_are_a_number_or_a_number_and_a_size():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--gpus", "8x"], "--gpus takes a number, or a number and the GiB of each, such as 8 or 8x80, got '8x'"),
-        (["--gpus", "x80"], "got 'x80'"),
-        (["--gpus", "8x0"], "--gpus 8x0: a GPU must have more than 0 GiB"),
-        (["--gpus", "8x80", "--memory-budget", "40"], "--gpus 8x80 and --memory-budget 40 contradict each other"),
-        (["--gpus", "6x80"], "a global batch of 128 samples (4 samples x 4 accumulated x the 8 GPUs"),
-        (["--gpus", "8x80", "--global-batch", "12"], "cannot be shared out evenly: give another number of GPUs, or"),
-        (["--gpus", "8x80", "--global-batch", "0"], "--global-batch must be at least 1, got 0"),
-        (["--gpus", "8x80", "--mfu", "40"], "--mfu must be more than 0 and at most 1, got 40"),
-        (["--mfu", "0.4"], "--mfu belongs to the advice for GPUs of a known size: add --gpus 8x80"),
-        (["--global-batch", "64"], "--global-batch belongs to the advice"),
+        (["--gpus", "8x"], says("--gpus", "8x80", "'8x'")),
+        (["--gpus", "x80"], says("--gpus", "8x80", "'x80'")),
+        (["--gpus", "8x0"], says("--gpus 8x0", "0 GiB")),
+        (["--gpus", "8x80", "--memory-budget", "40"], says("--gpus 8x80", "--memory-budget 40")),
+        (["--gpus", "6x80"], says("128 samples", "4 samples x 4", "8 GPUs", "6")),
+        (["--gpus", "8x80", "--global-batch", "12"], says("12", "--global-batch", "evenly")),
+        (["--gpus", "8x80", "--global-batch", "0"], says("--global-batch", "1", "0")),
+        (["--gpus", "8x80", "--mfu", "40"], says("--mfu", "0", "1", "40")),
+        (["--mfu", "0.4"], says("--mfu", "--gpus 8x80")),
+        (["--global-batch", "64"], says("--global-batch", "--gpus 8x80")),
     ],
 )
 def test_what_is_wrong_is_one_line(words, line, capsys):
     assert main(["plan", NEXT, *words]) == 2
     error = capsys.readouterr().err
-    assert line in error and error.count("\n") == 1
+    assert re.search(line, error) and error.count("\n") == 1
 
 
 def test_the_same_memory_may_be_said_twice(capsys):

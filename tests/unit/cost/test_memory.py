@@ -28,6 +28,7 @@ from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.types import ImageInput, PackedBatch, Sample
 from tests.gpu.test_bench import HALF_BILLION
+from tests.messages import says
 
 DECODER = ("projector", "language_model")
 DROP_4 = Schedule((1, 2, 3), (0.5, 0.25, 0.125))
@@ -286,7 +287,7 @@ def test_the_optimizer_step_copies_gradients_to_float32():
 
 
 def test_impossible_states():
-    with pytest.raises(ValueError, match="ZeRO stage 1 is not modelled"):
+    with pytest.raises(ValueError, match=says("ZeRO", "1")):
         States(zero=1)
     with pytest.raises(ValueError, match="at least 1 GPU"):
         States(gpus=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from llava_pdrop.cost.report import PAPER_7B, make_report, paper_note, schedule_
 from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.schedule import Schedule
+from tests.messages import says
 
 ROOT = Path(__file__).parents[3]
 ONE, NEXT = "configs/llava15_7b/finetune_pdrop.yaml", "configs/llava_next_7b/finetune_pdrop.yaml"
@@ -96,7 +98,7 @@ def test_tflops_are_counted_as_the_paper_does():
 
 def test_exactly_one_budget():
     for budget in ({}, {"average_tokens": 128, "tflop": 1}):
-        with pytest.raises(ValueError, match="either --average-tokens or --tflops"):
+        with pytest.raises(ValueError, match=says("--average-tokens", "--tflops")):
             solve(load_config(ONE), **budget)
 
 
@@ -186,22 +188,22 @@ def test_the_directory_of_a_run_stands_for_its_config(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--gpus", "0"], "at least 1 GPU, got 0"),
-        (["--memory-budget", "-5"], "--memory-budget must be more than 0 GiB, got -5"),
-        (["--memory-budget", "nan"], "--memory-budget must be more than 0 GiB, got nan"),
-        (["train.recompute_layers=99"], "train.recompute_layers must be at most 32"),
-        (["train.engine=nowhere.json"], "train.deepspeed: nowhere.json cannot be read"),
+        (["--gpus", "0"], says("1 GPU", "0")),
+        (["--memory-budget", "-5"], says("--memory-budget", "0 GiB", "-5")),
+        (["--memory-budget", "nan"], says("--memory-budget", "0 GiB", "nan")),
+        (["train.recompute_layers=99"], says("train.recompute_layers", "32", "99")),
+        (["train.engine=nowhere.json"], says("train.deepspeed", "nowhere.json")),
     ],
 )
 def test_what_is_wrong_is_one_line(words, line, capsys):
     assert main(["plan", ONE, *words]) == 2
     error = capsys.readouterr().err
-    assert line in error and error.count("\n") == 1
+    assert re.search(line, error) and error.count("\n") == 1
 
 
 def test_an_impossible_budget_is_one_line(capsys):
     assert main(["plan", ONE, "--average-tokens", "600"]) == 2
-    assert "must lie between 0 and what the model costs without drops, 576" in capsys.readouterr().err
+    assert re.search(says("0", "without drops", "576"), capsys.readouterr().err)
 
 
 # ---- LoRA ----

@@ -28,6 +28,7 @@ from llava_pdrop.doctor.images import SAMPLE, look, same_content
 from llava_pdrop.doctor.report import describe
 from llava_pdrop.errors import RecordError
 from llava_pdrop.geometry import ImageGeometry
+from tests.messages import says
 
 SQUARE = ImageGeometry(56, 14)
 IMAGE_TOKENS = 16
@@ -345,10 +346,10 @@ def test_index_round_trip_and_what_it_refuses(write, check, images):
     assert data_digest(read_data(path, images / "out")) == index.digest  # another image folder, the same data
 
     path.write_text(path.read_text().replace("a cat", "a car"))
-    with pytest.raises(ValueError, match=r"index.json: made for other data \(.*, 3 records; now there are 3\)"):
+    with pytest.raises(ValueError, match=says("index.json", "other data", "3 records")):
         index.choose(read_data(path), "index.json")
     empty = CleanIndex(index.data, data_digest(read_data(path)), 3, np.array([], dtype=np.int64))
-    with pytest.raises(ValueError, match="none of the 3 records can be used"):
+    with pytest.raises(ValueError, match=says("none", "3 records")):
         empty.choose(read_data(path), "index.json")
 
 
@@ -364,7 +365,7 @@ def test_an_index_goes_with_its_data(write, check, images, tmp_path):
                                      '{"data": "d", "digest": "x", "records": 2, "indices": [0, 2]}'])  # fmt: skip
 def test_a_file_that_is_no_index(tmp_path, content):
     (tmp_path / "i.json").write_text(content)
-    with pytest.raises(ValueError, match="i.json: (not a clean index|its indices do not grow)"):
+    with pytest.raises(ValueError, match=r"i\.json: .*(clean index|grow)"):
         CleanIndex.read(tmp_path / "i.json")
-    with pytest.raises(FileNotFoundError, match="no.json: no such index"):
+    with pytest.raises(FileNotFoundError, match=says("no.json", "index")):
         CleanIndex.read(tmp_path / "no.json")
