@@ -130,7 +130,7 @@ def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> N
     ("text", "line"),
     [
         ("layers: [9]\nratios: [0.5]\n", says("bad.yaml", "layers", "9")),
-        ("layers: [4]\nratio: [0.5]\n", says("bad.yaml", "key", "'ratio'")),
+        ("layers: [4]\nratio: [0.5]\n", says("bad.yaml", "key", "pyramid_drop.ratio")),
         ("layers: [4]\nratios: [1.5]\n", says("bad.yaml", "ratios", "1.5")),
         ("layers: [4\n", says("bad.yaml", "YAML", "parsing")),
     ],
