@@ -299,9 +299,11 @@ class Config:
             layer = convert(changes.pop("single_drop", None), int | None, f"{key}.single_drop")
             schedule = build_schedule({**self.schedule.to_dict(), **changes}, key)
             if layer is not None and num_layers is not None:
+                if not 0 < layer < num_layers:
+                    raise Problem(key, f"{key}.single_drop must be from 1 to {num_layers - 1}, got {layer}")
                 try:
                     schedule = schedule.single_drop(layer, num_layers, schedule.ranker)
-                except (UserError, ZeroDivisionError) as error:
+                except UserError as error:
                     raise Problem(key, f"{key}: {error}") from None
             schedules[name] = self._check_one(schedule, key, num_layers)
         return schedules
