@@ -119,7 +119,8 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
     shape = SHAPES["tiny" if rehearsal else "llava-next-7b"]
     if engine == "ddp" and not rehearsal:
         shape = replace(shape, trainable=("projector",))
-    changes = ["train.gradient_accumulation_steps=1", f"train.max_steps={STEPS}", "train.logging_steps=1"]
+    steps, warmup = (4, 1) if rehearsal else (STEPS, WARMUP)
+    changes = ["train.gradient_accumulation_steps=1", f"train.max_steps={steps}", "train.logging_steps=1"]
     changes += [
         'train.save_strategy="no"',
         "train.report_to=none",
@@ -147,7 +148,7 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
         )
         trainer = PyramidTrainer(model.train(), args, samples, plan, learning_rates(config, args))
         trainer.train()
-        rows = [row for row in read_metrics(out / METRICS_FILE) if "loss" in row][WARMUP:]
+        rows = [row for row in read_metrics(out / METRICS_FILE) if "loss" in row][warmup:]
         trainer.accelerator.wait_for_everyone()
     tokens = sum(len(sample.input_ids) for sample in samples[: shape.samples * args.world_size])
     seconds = median(row["step_seconds"] for row in rows)
