@@ -209,6 +209,7 @@ def test_cutting_to_the_token_refuses_no_record(write, check, encoder):
     assert len(found.clean) == 1 + len(BAD) - len(refused | {"image_token", "not_tokenised"})
 
 
+@pytest.mark.process
 def test_workers_and_blocks_change_nothing(write, check, monkeypatch):
     path = write(*[{**GOOD, "id": f"g{i}"} for i in range(5)], *BAD.values(), GOOD)
     alone = describe(check(path), "data", LIMIT)
@@ -312,6 +313,7 @@ def test_a_mixture_counts_repeats_and_keeps_templates(write, check, images):
     assert [part["distinct_records"] for part in report["parts"]] == [2, 1]
 
 
+@pytest.mark.process
 def test_pictures_inside_containers(tmp_path, check, monkeypatch):
     import datasets
 
