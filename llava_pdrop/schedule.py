@@ -27,8 +27,9 @@ class Schedule:
     """Share of the ORIGINAL image tokens that stays after each drop: one per layer, in [0, 1], never growing."""
     ranker: str = "last_instruction"
     """What ranks the tokens: a key of ``RANKERS`` in ``llava_pdrop/model/pyramid_drop.py``."""
-    positions: Literal["renumber", "keep"] = "renumber"
-    """Position ids of the survivors: ``renumber`` closes the gaps (the paper), ``keep`` leaves them."""
+    positions: Literal["auto", "renumber", "keep"] = "auto"
+    """Position ids of the survivors: ``renumber`` closes the gaps (the paper), ``keep`` leaves them. ``auto`` is
+    ``renumber``, and ``keep`` where positions have several axes (Qwen-VL)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -48,8 +49,12 @@ class Schedule:
             raise UserError(
                 f"pyramid_drop.ratios must not grow (they count from the original tokens), got {list(self.ratios)}"
             )
-        if self.positions not in ("renumber", "keep"):
-            raise UserError(f"pyramid_drop.positions must be 'renumber' or 'keep', got {self.positions!r}")
+        if self.positions not in ("auto", "renumber", "keep"):
+            raise UserError(f"pyramid_drop.positions must be 'auto', 'renumber' or 'keep', got {self.positions!r}")
+
+    def at(self, positions: Literal["renumber", "keep"]) -> Schedule:
+        """The schedule with ``positions`` in the place of ``auto``."""
+        return replace(self, positions=positions) if self.positions == "auto" else self
 
     def check(self, num_layers: int) -> Schedule:
         """Returns the schedule itself if it fits a decoder of ``num_layers`` layers.

@@ -7,6 +7,7 @@ both, inside the cache, so that it is reordered, repeated, cropped and reset tog
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,8 @@ class PromptStages:
     Attributes:
         real_BN: (B, N_stage) bool, False at the padding on the left.
         shift_B: (B,) int64, what to subtract from a position id of the whole sequence to get the one of this stage.
+        column_BN: (B, N_stage) int64, where the tokens stood before any drop, which is where a sliding window looks for
+            them; None where positions were numbered anew: the window counts survivors.
         padded: False where no row has padding, so that no mask is needed.
         length: columns the prompt had before any drop (padding included).
         text_tail: how many of its last columns hold text in every row; only these may be cropped away again.
@@ -34,6 +37,7 @@ class PromptStages:
 
     real_BN: list[Tensor]
     shift_B: list[Tensor]
+    column_BN: list[Tensor] | None
     padded: list[bool]
     length: int
     text_tail: int
@@ -45,6 +49,7 @@ class PromptStages:
             self,
             real_BN=[real[index.to(real.device)] for real in self.real_BN],
             shift_B=[shift[index.to(shift.device)] for shift in self.shift_B],
+            column_BN=self.column_BN and [column[index.to(column.device)] for column in self.column_BN],
         )
 
     def without_last(self, columns: int) -> PromptStages:
@@ -61,6 +66,7 @@ class PromptStages:
         return replace(
             self,
             real_BN=[real[:, : real.shape[1] - columns] for real in self.real_BN],
+            column_BN=self.column_BN and [column[:, : column.shape[1] - columns] for column in self.column_BN],
             length=self.length - columns,
             text_tail=self.text_tail - columns,
         )
@@ -152,7 +158,7 @@ def stage_mask(
     hidden_BND: Tensor,
     window: int | None,
 ) -> Tensor | None:
-    """The attention mask of a layer behind drop number ``drop``, for the tokens about to enter it.
+    """The causal attention mask of a layer behind drop number ``drop``, for the tokens about to enter it.
 
     Args:
         implementation: name of the attention implementation, which decides the form.
@@ -165,37 +171,104 @@ def stage_mask(
         ``eager`` as numbers to add.
 
     Raises:
-        UserError: flex attention.
+        UserError: flex attention; flash attention, where the window has to look at positions with gaps.
     """
-    if implementation == "flex_attention":
-        raise UserError("attach() supports eager, sdpa, llava_pdrop and flash attention, not flex_attention")
+    check_implementation(implementation)
     batch, fed = hidden_BND.shape[:2]
-    keys, first = cache.get_mask_sizes(fed, layer) if cache is not None else (fed, 0)
-    past = cache.get_seq_length(layer) if cache is not None else 0
+    keys, first, past = mask_sizes(cache, layer, fed)
     # Rows of a later turn may be padded as well: reading the mask to find out would stall the device.
     padded = stages.padded[drop] or (batch > 1 and keys > fed and attention_mask is not None)
     grows = isinstance(past, int) and first + keys == past + fed  # a static cache has room that is not filled yet
-    fits = window is None or keys <= window
+    gaps = stages.column_BN is not None and window is not None
+    reach = stages.length + keys if gaps else keys
+    fits = window is None or reach <= window
     if grows and fits and not padded and implementation != "eager" and (fed == 1 or keys == fed):
         return None
 
-    real_BK = stages.real_BN[drop].to(hidden_BND.device)
+    device = hidden_BND.device
+    real_BK = stages.real_BN[drop].to(device)
     if attention_mask is not None:
         real_BK = torch.cat([real_BK, attention_mask[:, stages.length :].to(real_BK)], dim=1)
     real_BK = F.pad(real_BK, (0, max(0, first + keys - real_BK.shape[1])), value=True)[:, first : first + keys]
     if implementation.startswith("flash"):
+        if gaps and not fits:
+            raise UserError(
+                "attach() cannot tell flash attention's sliding window that tokens are missing: set "
+                "pyramid_drop.positions to 'renumber', or attn_implementation to 'sdpa'"
+            )
         return real_BK if padded else None
-    query_Q1 = past + torch.arange(fed, device=hidden_BND.device)[:, None]
-    key_K = first + torch.arange(keys, device=hidden_BND.device)
-    visible_QK = key_K <= query_Q1
+    query_Q1 = past + torch.arange(fed, device=device)[:, None]
+    key_K = first + torch.arange(keys, device=device)
+    visible_BQK = (key_K <= query_Q1)[None]
     if window is not None:
-        visible_QK = visible_QK & (key_K > query_Q1 - window)
+        place_BK, place_BQ1 = key_K[None], query_Q1[None]
+        if stages.column_BN is not None:  # survivors stand where they stood, later tokens behind the whole prompt
+            column_BN = stages.column_BN[drop].to(device)
+            place_BK = torch.where(
+                key_K < column_BN.shape[1],
+                column_BN[:, key_K.clamp(max=column_BN.shape[1] - 1)],
+                key_K - column_BN.shape[1] + stages.length,
+            )
+            place_BQ1 = place_BK.gather(1, (query_Q1.T - first).expand(batch, -1)).unsqueeze(-1)
+        visible_BQK = visible_BQK & (place_BK[:, None] > place_BQ1 - window)
     # Padding sees itself: a row that sees nothing would turn into NaN, and its values into everybody's.
-    allowed_B1QK = (visible_QK & real_BK[:, None, None]) | (key_K == query_Q1)
-    if implementation != "eager":
-        return allowed_B1QK
-    blocked = torch.finfo(hidden_BND.dtype).min
-    return torch.zeros_like(allowed_B1QK, dtype=hidden_BND.dtype).masked_fill(~allowed_B1QK, blocked)
+    allowed_B1QK = (visible_BQK[:, None] & real_BK[:, None, None]) | (key_K == query_Q1)
+    return as_added(allowed_B1QK, hidden_BND.dtype) if implementation == "eager" else allowed_B1QK
+
+
+def sliced_mask(
+    own_BHQK: Tensor, stages: PromptStages, drop: int, column_BN: Tensor, keys: int, window: int | None
+) -> Tensor:
+    """The mask that the model made for a whole prompt, for the tokens of it that survive drop number ``drop``.
+
+    Args:
+        own_BHQK: (B or 1, heads or 1, N, keys of the cache), bool or numbers to add.
+        column_BN: (B, N') columns of the survivors, any number at the padding.
+        keys: places in the cache of the layer, which may be more than N'.
+        window: sliding window of the layer, where it is to count survivors.
+    """
+    (batch, fed), heads = column_BN.shape, own_BHQK.shape[1]
+    real_BK = stages.real_BN[drop].to(column_BN.device)
+    row_B = torch.arange(batch, device=column_BN.device)[:, None, None, None]
+    head_H = torch.arange(heads, device=column_BN.device)[None, :, None, None]
+    own_BHQK = own_BHQK.expand(batch, -1, -1, -1)
+    kept_BHQK = own_BHQK[row_B, head_H, column_BN[:, None, :, None], column_BN[:, None, None, :]]
+    added = kept_BHQK.dtype != torch.bool
+    allowed_BHQK = kept_BHQK >= 0 if added else kept_BHQK
+    place_N = torch.arange(fed, device=column_BN.device)
+    if window is not None:
+        near_QK = (place_N <= place_N[:, None]) & (place_N > place_N[:, None] - window)
+        allowed_BHQK = allowed_BHQK | near_QK
+    allowed_BHQK = (allowed_BHQK & real_BK[:, None, None]) | (place_N == place_N[:, None])
+    allowed_BHQK = F.pad(allowed_BHQK, (0, keys - fed), value=False)
+    return as_added(allowed_BHQK, kept_BHQK.dtype) if added else allowed_BHQK
+
+
+def mask_sizes(cache: Cache | None, layer: int, fed: int) -> tuple[int, int, int]:
+    """Keys that ``fed`` tokens meet in a layer, the place of the first of them, and how many tokens came before."""
+    if cache is None:
+        return fed, 0, 0
+    return *cache.get_mask_sizes(fed, layer), cache.get_seq_length(layer)
+
+
+def check_implementation(implementation: str) -> None:
+    """Refuses what takes no mask that could be sliced.
+
+    Raises:
+        UserError: flex attention.
+    """
+    if implementation == "flex_attention":
+        raise UserError("attach() supports eager, sdpa, llava_pdrop and flash attention, not flex_attention")
+
+
+def as_added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to add to the logits: 0 where ``allowed``."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache among the arguments of a model or layer, whatever this version of transformers calls it."""
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
 
 
 def cached_tokens(cache: Cache) -> list[int]:

@@ -4,92 +4,102 @@
     model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     detach(model)
 
-Three hooks do it. The model's pre-hook looks at the prompt (which columns are image tokens, how many rows) and sends a
-`Call` down to the decoder layers as a keyword argument; the layers' pre-hooks drop tokens where the schedule says so
-and replace mask and positions from there on. What later steps need to know travels in the cache (`cache.py`).
+Hooks do it. The model's pre-hook opens a `Call`, the state of one forward; the layers' pre-hooks drop tokens where the
+schedule says so, and from there on give every layer its share of the mask and of the positions that the model made.
+What later steps need to know travels in the cache (`cache.py`).
 
-* Every batch of prompts works: padding, several images or none per row, beams, samples, prompt lookup, static cache,
-  ``use_cache=False``, plain ``model(**inputs)``. Logits come back for the surviving tokens only, padded on the left.
+* Every batch of prompts works: padding, several pictures or none per row, clips, beams, samples, prompt lookup, static
+  cache, ``use_cache=False``, plain ``model(**inputs)``. Logits come back for the surviving tokens only, padded on the
+  left. Every picture has its own budget (`families.py` says what a picture is).
 * The last token of the prompt ranks. A forward is a prompt when its cache is empty, not by its length.
 * Tokens that are added to a filled cache (a second turn) are never dropped, not even images. A pruned cache needs the
   schedule that pruned it: do not detach between two turns.
 * Rows without images, and calls without images, pass unchanged.
+* The model pickles, copies and saves as its vanilla self with its schedule.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import replace
 from types import MethodType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from llava_pdrop.errors import UserError
-from llava_pdrop.generate.cache import PromptStages, remember, sliding_window, stage_mask
-from llava_pdrop.generate.prefill import ForwardStep, Prefill, image_lengths
-from llava_pdrop.model.decoder import Rope
+from llava_pdrop.generate.cache import cache_in, check_implementation
+from llava_pdrop.generate.families import Family, family_of, resolved
+from llava_pdrop.generate.forward import Call
+from llava_pdrop.generate.pictures import entry_lengths, pictures_of
+from llava_pdrop.generate.prefill import ForwardStep, Prefill
+from llava_pdrop.generate.unhook import bare, unwrapped
+from llava_pdrop.model.attention import check_transformers
+from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.model.pyramid_drop import RANKERS
-from llava_pdrop.model.vision import PackByGeometry
 from llava_pdrop.schedule import Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_HANDLE = "_pyramid_drop"  # attribute of an attached model, and the keyword under which a Call reaches the layers
+_HANDLE = "_pyramid_drop"  # attribute of an attached model
 
-_PROMPT: ContextVar[tuple[Any, int | None] | None] = ContextVar("prompt", default=None)
-"""The plug-in whose ``generate`` is running and the columns of its prompt: assisted decoding and ``use_cache=False``
-feed more than the prompt to an empty cache."""
+_CALL: ContextVar[Call | None] = ContextVar("call", default=None)
+"""The forward that is running; None where no prompt is pruned and no cache was."""
 
+_PROMPT: ContextVar[tuple[Any, int | None, dict[str, Any]] | None] = ContextVar("prompt", default=None)
+"""The plug-in whose ``generate`` is running, the columns of its prompt (assisted decoding and ``use_cache=False`` feed
+more than the prompt to an empty cache), and the arguments of ``generate``."""
 
-@dataclass
-class Call:
-    """State of one forward on its way through the decoder layers.
-
-    ``prefill`` is there while a prompt is being pruned, ``stages`` from its first drop on (or out of the cache);
-    ``position_T`` are the positions of the packed prompt, ``before_BND`` what the previous layer was given.
-    """
-
-    attention_mask: Tensor | None
-    prefill: Prefill | None = None
-    stages: PromptStages | None = None
-    stage: int = 0
-    position_ids: Tensor | None = None
-    position_T: Tensor | None = None
-    rope: Rope | None = None
-    before_BND: Tensor | None = None
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
-    step: ForwardStep | None = None
+SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""How far logits may be from vanilla at ratio 1.0, in parts of the largest one, before an unchecked class is refused;
+other precisions: 0.05."""
 
 
-def attach(model: Model, schedule: Schedule | None = None, trace: list[ForwardStep] | None = None) -> Model:
+def attach(
+    model: Model,
+    schedule: Schedule | None = None,
+    trace: list[ForwardStep] | None = None,
+    *,
+    unchecked: bool = False,
+) -> Model:
     """Makes a Hugging Face vision-language model drop image tokens by ``schedule``; attaching again replaces.
 
     Args:
-        model: a model with a LLaMA-like decoder (`LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration`
-            over llama, mistral, qwen2, qwen3, ...), attention ``eager``, ``sdpa``, ``llava_pdrop`` or flash attention.
+        model: a model of a class in ``families.FAMILIES`` (``llava-pdrop families`` lists them), or PEFT's or
+            ``torch.compile``'s wrapper of one; attention ``eager``, ``sdpa``, ``llava_pdrop`` or flash attention.
         schedule: when and how much; default: the one in the model's config (``pyramid_drop``), else none.
         trace: where given, receives one `ForwardStep` per forward.
+        unchecked: take a class that is not in the table too. At the first prompt with a picture its logits at ratio 1.0
+            are compared with those of the detached model.
 
     Returns:
-        the same model.
+        the same model. Its config holds the schedule (``config.pyramid_drop``) until `detach`.
 
     Raises:
-        UserError: the decoder is not LLaMA-like, or the schedule does not fit it.
+        UserError: the class is not in the table, the schedule does not fit it, or transformers is a version that this
+            package has not been tested with. The model is left as it was.
     """
-    target = _unwrapped(detach(model))
+    check_transformers()
+    target = unwrapped(model)
     if schedule is None:
-        schedule = Schedule.from_dict(getattr(target.config, "pyramid_drop", None))
-    setattr(target, _HANDLE, _Plugin(target, schedule, trace))
+        schedule = Schedule.from_dict(getattr(getattr(target, "config", None), "pyramid_drop", None))
+    plugin = _Plugin(target, schedule, trace, unchecked)
+    detach(model)
+    plugin.install(target)
+    setattr(target, _HANDLE, plugin)
     return model
 
 
 def detach(model: Model) -> Model:
-    """Takes the schedule off again: hooks and attributes are as before `attach`. No-op on a model without one."""
-    target = _unwrapped(model)
+    """Takes the schedule off again: hooks, attributes and config are as before `attach`. No-op on a model without
+    one."""
+    target = unwrapped(model)
     plugin = vars(target).get(_HANDLE)
     if plugin is not None:
         plugin.remove(target)
@@ -100,172 +110,242 @@ def detach(model: Model) -> Model:
 class _Plugin:
     """The hooks of one attached model. Holds settings only; the state of a forward is in its `Call`."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule, trace: list[ForwardStep] | None) -> None:
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, trace: list[ForwardStep] | None, unchecked: bool = False
+    ) -> None:
         base = getattr(model, "base_model", model)
-        self.decoder = _decoder_of(base)
-        self.config = model.config
-        self.schedule = schedule.check(len(self.decoder.layers))
+        self.base, self.decoder = base, _decoder_of(model, base)
+        self.family: Family = family_of(model, self.decoder, unchecked)
         if schedule.ranker not in RANKERS:
             raise UserError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
-        self.image_token = getattr(model.config, "image_token_id", None)
+        self.given = schedule
+        self.schedule = resolved(schedule.check(len(self.decoder.layers)), self.family, model)
+        config: Any = model.config
+        self.image_token = getattr(config, "image_token_id", None)
+        self.video_token = getattr(config, "video_token_id", None)
         if self.image_token is None:
             raise UserError(f"the config of {type(model).__name__} has no image_token_id: which tokens are images?")
-        pack = base.__dict__.get("pack_image_features")
-        self.geometry = pack.geometry if isinstance(pack, PackByGeometry) else None
-        self.trace = trace
+        check_implementation(self.decoder.config._attn_implementation)
+        self.unchecked, self.trace = unchecked, trace
+        self.cheap = self.decoder.config.model_type in COVERED and not unchecked
         self.parameters = list(inspect.signature(base.forward).parameters)
+        self.layer_parameters = list(inspect.signature(self.decoder.layers[0].forward).parameters)
+
+    def install(self, model: nn.Module) -> None:
+        """Sets hooks, patches and the schedule in the config."""
         self.hooks = [
-            base.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            base.register_forward_hook(_check_reached, with_kwargs=True),
+            self.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self.base.register_forward_hook(self._after_model, always_call=True),
         ]
-        if base is not model:
-            self.hooks.append(model.register_forward_pre_hook(_refuse_labels, with_kwargs=True))
+        if self.unchecked:
+            self.hooks.append(model.register_forward_pre_hook(self._try_once, with_kwargs=True))
+        if self.base is not model:
+            refuse = functools.partial(_refuse_labels, list(inspect.signature(model.forward).parameters))
+            self.hooks.append(model.register_forward_pre_hook(refuse, with_kwargs=True))
+        self.hooks.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         for index, layer in enumerate(self.decoder.layers):
             hook = functools.partial(self._before_layer, index)
             self.hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         # generate() knows where the prompt ends; and for static caches it would build the masks of layer 0 for all.
-        patches = {"generate": _generate, "create_masks_for_generate": _two_dimensional_mask}
-        patches = patches if hasattr(model, "generate") else {}
-        self.shadowed = {name: model.__dict__.get(name) for name in patches}
-        for name, patch in patches.items():
-            setattr(model, name, MethodType(patch, model))
+        patches: dict[tuple[nn.Module, str], Callable] = {(model, "__reduce_ex__"): MethodType(_reduce, model)}
+        if hasattr(model, "generate"):
+            patches[model, "generate"] = MethodType(_generate, model)
+            patches[model, "create_masks_for_generate"] = MethodType(_two_dimensional_mask, model)
+        for name in ("image", "video"):
+            encoder = getattr(self.base, f"get_{name}_features", None)
+            if encoder is not None:
+                patches[self.base, f"get_{name}_features"] = _noting(name, encoder)
+        self.shadowed = {(owner, name): owner.__dict__.get(name) for owner, name in patches}
+        for (owner, name), patch in patches.items():
+            setattr(owner, name, patch)
+        config: Any = model.config
+        self.configured = vars(config).get("pyramid_drop", _HANDLE)
+        config.pyramid_drop = self.given.to_dict()
 
     def remove(self, model: nn.Module) -> None:
+        """Undoes `install`."""
         for hook in self.hooks:
             hook.remove()
-        for name, original in self.shadowed.items():
-            delattr(model, name)
+        for (owner, name), original in self.shadowed.items():
+            delattr(owner, name)
             if original is not None:
-                setattr(model, name, original)
+                setattr(owner, name, original)
+        config: Any = model.config
+        del config.pyramid_drop
+        if self.configured is not _HANDLE:
+            config.pyramid_drop = self.configured
 
-    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of the model: opens a `Call` where there is something to do."""
+        _CALL.set(None)
         given = {**dict(zip(self.parameters, args)), **kwargs}
-        mask, stages = given.get("attention_mask"), getattr(given.get("past_key_values"), "stages", None)
-        call = Call(mask, stages=stages, step=None if self.trace is None else ForwardStep())
+        cache, mask = cache_in(given), given.get("attention_mask")
+        stages = getattr(cache, "stages", None)
         if stages is not None and stages.schedule != self.schedule:
             raise UserError(
                 "this cache was pruned by another schedule than the attached one: start with an empty cache"
             )
-        if stages is None and self.schedule.layers:
-            call.prefill = self._plan(given)
-        if (call.prefill or stages) and mask is not None and getattr(mask, "ndim", 0) != 2:
+        prompt = bool(self.schedule.layers) and stages is None and self._is_prompt(given, cache)
+        if (prompt or stages) and mask is not None and getattr(mask, "ndim", 0) != 2:
             raise UserError("attach() builds the masks of pruned layers itself: give a 2-D attention_mask or none")
-        if call.step is not None:
-            self.trace.append(call.step)
-            call.step.image_spans = call.prefill.plan.stages[0].layout.image_spans if call.prefill else []
-        if call.prefill or stages or call.step:
-            return args, {**kwargs, _HANDLE: call}
-        return None
-
-    def _plan(self, given: dict[str, Any]) -> Prefill | None:
-        """The drops of a prompt; None where it shows no image. Reads ids and mask back from the device, once."""
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
-        features = (given.get("mm_encoder_outputs") or {}).get("image")
-        if ids is not None and features is None and given.get("pixel_values") is None:
-            return None
-        if cache is not None and int(cache.get_seq_length()):
-            return None  # a later turn, after a first one without images
-        if ids is None:
+        if stages and not self.family.causal and self._shows(given):
             raise UserError(
-                "attach() finds the image tokens in input_ids, but the prompt came as inputs_embeds: give input_ids "
-                "and pixel_values, or detach(model)"
+                f"{type(module).__name__} masks pictures in its own way, which a pruned cache does not allow for: begin "
+                "a turn with a picture with an empty cache"
             )
-        mask = given.get("attention_mask")
-        real = mask.to(ids.device) if getattr(mask, "ndim", 0) == 2 else torch.ones_like(ids)
-        image_BN, real_BN = torch.stack([ids == self.image_token, real != 0]).cpu().numpy()
-        if not image_BN.any():
-            return None
+        call = Call(self, self.decoder, self.schedule, self.cheap, given, mask, prompt, stages)
+        if self.trace is not None:
+            call.step = ForwardStep()
+            self.trace.append(call.step)
+        if prompt or stages or call.step:
+            _CALL.set(call)
+
+    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook behind the model: closes the `Call`. Has a prompt gone through all of its drops?"""
+        call = _CALL.get()
+        _CALL.set(None)
+        if output is None or call is None or not call.prompt:  # no output: an error is on its way
+            return
+        if call.stage < len(self.schedule.layers):
+            raise UserError(f"attach() cannot drop: {type(module).__name__} does not run all of its decoder layers")
+
+    def _is_prompt(self, given: dict[str, Any], cache: Any) -> bool:
+        """Whether this forward begins with pictures and an empty cache."""
+        if cache is not None and int(cache.get_seq_length()):
+            return False  # a later turn, after a first one without images
+        encoded = given.get("mm_encoder_outputs") or {}
+        pixels = [value for name, value in given.items() if name.startswith("pixel_values")]
+        if given.get("input_ids") is None:
+            if encoded or any(value is not None for value in pixels) or given.get("inputs_embeds") is not None:
+                raise UserError(
+                    "attach() finds the image tokens in input_ids, but the prompt came as inputs_embeds: give input_ids "
+                    "and pixel_values, or detach(model)"
+                )
+            return False
+        return self._shows(given)
+
+    def _shows(self, given: dict[str, Any]) -> bool:
+        """Whether any token of this forward is a placeholder. Reads it back from the device where there may be some."""
+        ids = given.get("input_ids")
+        if ids is None or (ids.shape[1] == 1 and cache_in(given) is not None):
+            return False
+        shown = ids == self.image_token
+        if self.video_token is not None:
+            shown = shown | (ids == self.video_token)
+        return bool(shown.any())
+
+    def _plan(self, call: Call, cached: bool) -> Prefill:
+        """The drops of a prompt, once its encoders have run. Reads ids and mask back from the device.
+
+        Args:
+            cached: whether the prompt is kept in a cache of the caller's.
+        """
+        ids, mask = call.given["input_ids"], call.given.get("attention_mask")
+        real = mask.to(ids.device) if mask is not None else torch.ones_like(ids)
+        ids_BN, real_BN = torch.stack([ids, real.to(ids.dtype)]).cpu().numpy()
         prompt = _PROMPT.get()
-        columns = prompt[1] if prompt is not None and prompt[0] is self else None
-        lengths = image_lengths(self.config, int(image_BN.sum()), given, self.geometry)
-        return Prefill.build(image_BN, real_BN, lengths, columns, self.schedule, ids.device)
+        ours = prompt if prompt is not None and prompt[0] is self else (self, None, {})
+        encoded = call.given.get("mm_encoder_outputs") or {}
+        for name in ("image", "video"):
+            if encoded.get(name) is not None:
+                setattr(call.shown, name, entry_lengths(encoded[name]))
+        clips = next(
+            (pixels for place in (call.given, ours[2]) if (pixels := place.get("pixel_values_videos")) is not None),
+            None,
+        )
+        call.shown.frames = None if clips is None else clips.shape[1]
+        picture_BN = pictures_of(ids_BN, real_BN != 0, self.family, self.image_token, self.video_token, call.shown)
+        if prompt is None and cached:
+            _refuse_no_question(picture_BN, real_BN != 0)
+        return Prefill.build(picture_BN, real_BN != 0, ours[1], self.schedule, ids.device)
 
-    def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Pre-hook of a decoder layer: drops before it if it ranks; behind a drop, gives it its mask and positions."""
-        call: Call | None = kwargs.pop(_HANDLE, None)
-        if call is None:
-            return args, kwargs
-        hidden_BND = args[0] if args else kwargs.pop("hidden_states")
-        pruned = call.prefill is not None or call.stages is not None
-        if pruned and index in self.schedule.layers:
-            hidden_BND = self._enter(call, index, hidden_BND, kwargs)
-        if call.prefill is not None and index + 1 in self.schedule.layers:
-            call.before_BND = hidden_BND
-        if call.stage:
-            kwargs["attention_mask"] = self._mask(call, index, hidden_BND, kwargs.get("past_key_values"))
-            kwargs["position_ids"], kwargs["position_embeddings"] = call.position_ids, call.rope
-        if call.step is not None:
-            positions = kwargs["position_ids"].expand(len(hidden_BND), -1)
-            call.step.position_ids.append(positions.detach().cpu().clone())
-        return (hidden_BND, *args[1:]), kwargs
+    def _try_once(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook of a model of an unchecked class: at its first prompt with a picture, keeping all tokens has to give
+        the logits of the detached model.
 
-    def _enter(self, call: Call, index: int, hidden_BND: Tensor, kwargs: dict) -> Tensor:
-        """Starts the next stage: prunes a prompt, or shifts the positions of later tokens. Returns hidden states."""
-        positions = kwargs["position_ids"]
-        if positions.ndim != 2:
-            raise UserError(f"attach() supports one position per token, but {type(self.decoder).__name__} has several")
-        if call.stage == 0 and kwargs.get("attention_mask") is None:
-            call.attention_mask = None  # the host has read the mask: nothing is padding in the whole sequence
-        if call.prefill is not None:
-            frame = call.prefill.frames[call.stage]
-            if call.stage == 0:
-                call.rope, call.position_T = kwargs["position_embeddings"], frame.pack(positions)
-                call.stages = call.prefill.stages(positions, self.schedule)
-                if kwargs.get("past_key_values") is not None:
-                    remember(kwargs["past_key_values"], call.stages)
-            index_K = call.prefill.rank(
-                self.decoder, index, self.schedule, call.stage, hidden_BND, call.before_BND, call.rope
+        Raises:
+            UserError: it does not.
+        """
+        given = {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
+        if not self.unchecked or not self.schedule.layers or not self._is_prompt(given, cache_in(given)):
+            return
+        schedule, self.unchecked = self.schedule, False
+        given = {name: value for name, value in given.items() if not isinstance(value, Cache)}
+        given |= {"use_cache": False, "logits_to_keep": 0}
+        logits: list[Tensor] = []
+        try:
+            for tried in (Schedule(), replace(schedule, ratios=(1.0,) * len(schedule.ratios))):
+                self.schedule = tried
+                output = model(**given)
+                logits.append(getattr(output, "logits", output[0]))
+        finally:
+            self.schedule = schedule
+        mask = given.get("attention_mask")
+        real = torch.ones_like(logits[0][..., 0], dtype=torch.bool) if mask is None else mask.bool()
+        left = torch.arange(logits[1].shape[1], device=real.device) >= logits[1].shape[1] - real.sum(1, keepdim=True)
+        vanilla, kept = logits[0][real].float(), logits[1][left].float()
+        allowed = SAME.get(logits[0].dtype, 0.05) * float(vanilla.abs().max())
+        if not (difference := float((vanilla - kept).abs().max())) <= allowed:
+            raise UserError(
+                f"attach() cannot take {type(model).__name__}: keeping all image tokens changes its logits by "
+                f"{difference:.1e}, and at most {allowed:.1e} is rounding"
             )
-            if call.step is not None:
-                call.step.drop(index_K)
-            hidden_TD, frame = frame.pack(hidden_BND), call.prefill.frames[call.stage + 1]
-            hidden_BND = frame.unpack(hidden_TD.index_select(0, index_K))
-            if self.schedule.positions == "keep":
-                call.position_T = call.position_T.index_select(0, index_K)
-            else:
-                call.position_T = call.prefill.plan.stages[call.stage + 1].position_T
-            call.position_ids = frame.unpack(call.position_T)
-        else:
-            call.position_ids = positions - call.stages.shift_B[call.stage][:, None]
-        call.stage += 1
-        call.masks.clear()
-        call.rope = self.decoder.rotary_emb(hidden_BND, call.position_ids)
-        return hidden_BND
 
-    def _mask(self, call: Call, index: int, hidden_BND: Tensor, cache: Any) -> Tensor | None:
-        """The mask of a layer behind a drop, in the form its attention implementation takes."""
-        config = self.decoder.config
-        window, implementation = sliding_window(config, index), config._attn_implementation
-        if window not in call.masks:
-            assert call.stages is not None, "behind a drop the prompt's stages are known"
-            call.masks[window] = stage_mask(
-                implementation, call.stages, call.stage - 1, call.attention_mask, cache, index, hidden_BND, window
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook of the decoder: plans the drops of a prompt, whose pictures the encoders have seen by now."""
+        call = _CALL.get()
+        if call is not None and call.owner is self and call.prompt:
+            cached = cache_in(kwargs) is not None or bool(kwargs.get("use_cache"))
+            call.prefill = self._plan(call, cached)
+
+    def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Pre-hook of a decoder layer."""
+        call = _CALL.get()
+        if call is None or call.owner is not self:
+            return None
+        kwargs = {**dict(zip(self.layer_parameters, args)), **kwargs}
+        hidden_BND, kwargs = call.at(index, layer, kwargs.pop(self.layer_parameters[0]), kwargs)
+        return (hidden_BND,), kwargs
+
+
+def _refuse_no_question(picture_BN: np.ndarray, real_BN: np.ndarray) -> None:
+    """A prompt that is cached before its question would be ranked without it.
+
+    Raises:
+        UserError: the last token of a row is part of a picture.
+    """
+    for row, (picture_N, real_N) in enumerate(zip(picture_BN, real_BN)):
+        if picture_N[real_N][-1:].max(initial=-1) >= 0:
+            raise UserError(
+                f"attach() ranks image tokens by the end of the prompt, but row {row} is cached with its image at the "
+                "end: give the question with it, or generate at once"
             )
-        return call.masks[window]
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper, whose ``generate`` goes past the wrapper's own hooks."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _noting(name: str, encoder: Callable) -> Callable:
+    """``encoder``, a model's own method, which notes in the running `Call` how long its features are."""
+
+    @functools.wraps(encoder)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        output, call = encoder(*args, **kwargs), _CALL.get()
+        if call is not None:
+            setattr(call.shown, name, entry_lengths(output))
+        return output
+
+    return noting
 
 
-def _decoder_of(base: nn.Module) -> nn.Module:
-    """The stack of decoder layers inside a vision-language model."""
+def _decoder_of(model: nn.Module, base: nn.Module) -> nn.Module:
+    """The stack of decoder layers inside a vision-language model.
+
+    Raises:
+        UserError: there is none.
+    """
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else getattr(base, "language_model", base)
-    layer = next(iter(getattr(decoder, "layers", [])), None)
-    attention = getattr(layer, "self_attn", None)
-    wanted = {
-        "norm": decoder,
-        "rotary_emb": decoder,
-        "input_layernorm": layer,
-        "q_proj": attention,
-        "k_proj": attention,
-    }
-    if any(getattr(part, name, None) is None for name, part in wanted.items()):
+    if len(getattr(decoder, "layers", [])) == 0 or not hasattr(getattr(model, "config", None), "model_type"):
         raise UserError(
-            "attach() needs a LLaMA-like decoder (norm, rotary_emb, layers with input_layernorm and self_attn.q_proj), "
-            f"{type(decoder).__name__} is none"
+            f"attach() needs a vision-language model of transformers with a stack of decoder layers, which "
+            f"{type(model).__name__} is not"
         )
     return decoder
 
@@ -274,12 +354,13 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of an attached model: the model's own, with the length of the prompt noted."""
     plugin = getattr(model, _HANDLE)
     prompt = next((p for p in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if p is not None), None)
-    settings = kwargs.get("generation_config") or model.generation_config
+    settings: Any = kwargs.get("generation_config") or model.generation_config
     chunked = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
-    if plugin.schedule.layers and chunked is not None and kwargs.get("pixel_values") is not None:
+    pictures = any(kwargs.get(name) is not None for name in kwargs if name.startswith("pixel_values"))
+    if plugin.schedule.layers and chunked is not None and pictures:
         raise UserError("attach() ranks with the end of the prompt: generate without prefill_chunk_size")
-    own = plugin.shadowed["generate"] or MethodType(type(model).generate, model)
-    token = _PROMPT.set((plugin, None if prompt is None else prompt.shape[1]))
+    own = plugin.shadowed[model, "generate"] or MethodType(type(model).generate, model)
+    token = _PROMPT.set((plugin, None if prompt is None else prompt.shape[1], kwargs))
     try:
         return own(*args, **kwargs)
     finally:
@@ -291,14 +372,18 @@ def _two_dimensional_mask(model: nn.Module, *, attention_mask: Tensor | None, **
     return attention_mask
 
 
-def _check_reached(model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-    """Hook behind the model: has a prompt gone through all of its drops?"""
-    call: Call | None = kwargs.get(_HANDLE)
-    if call is not None and call.prefill is not None and call.stage + 1 < len(call.prefill.frames):
-        raise UserError(f"attach() cannot drop: {type(model).__name__} hands no keyword arguments to its layers")
-
-
-def _refuse_labels(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    images = kwargs.get("pixel_values") is not None
-    if images and kwargs.get("labels") is not None and getattr(model, _HANDLE).schedule.layers:
+def _refuse_labels(parameters: list[str], model: nn.Module, args: tuple, kwargs: dict) -> None:
+    given = {**dict(zip(parameters, args)), **kwargs}
+    images = any(value is not None for name, value in given.items() if name.startswith("pixel_values"))
+    if images and given.get("labels") is not None and getattr(model, _HANDLE).schedule.layers:
         raise UserError("an attached model drops tokens, so labels no longer line up: train with PyramidLlava")
+
+
+def _reduce(model: nn.Module, protocol: Any) -> tuple:
+    """How an attached model is pickled and copied: as its vanilla self, which is attached again when it is read."""
+    plugin = getattr(model, _HANDLE)
+    return _again, (bare(model, plugin), plugin.given, plugin.unchecked)
+
+
+def _again(model: nn.Module, schedule: Schedule, unchecked: bool) -> nn.Module:
+    return attach(model, schedule, unchecked=unchecked)

@@ -1,28 +1,24 @@
 """The drop plan of a padded batch, as Hugging Face's ``generate`` feeds it to the decoder.
 
-The batch is planned as the packed stream of its real tokens (`model/stream.py`), with one `Frame` per stage that says
-where each token of the stream lies in the padded batch. From the first drop on, padding is on the left.
+The batch is planned as the stream of its real tokens, row after row, with one `Frame` per stage that says where each
+token of the stream lies in the padded batch. From the first drop on, padding is on the left. How many tokens every
+picture and row keeps is known beforehand; which ones, and where a picture of several runs keeps them, only the device
+knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import PromptStages
-from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.decoder import Rope, project_instruction
-from llava_pdrop.model.pyramid_drop import RANKERS, keep_index
-from llava_pdrop.model.stream import StreamPlan, send
-from llava_pdrop.model.vlm import geometry_of
+from llava_pdrop.model.pyramid_drop import RANKERS, Candidates, Instruction, keep_index
+from llava_pdrop.model.stream import send
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.types import PackedBatch
 
 
 @dataclass
@@ -30,15 +26,15 @@ class ForwardStep:
     """What one forward of an attached model did, on the host.
 
     Attributes:
-        position_ids: per decoder layer (B, tokens fed).
+        position_ids: per decoder layer that was given some, (B, tokens fed).
         survivors: per drop, the positions that survive it in the stream of the prompt's real tokens, row after row;
             empty lists in a forward that drops nothing.
-        image_spans: where the images lie in that stream.
+        pictures: of every picture, where its tokens lie in that stream.
     """
 
     position_ids: list[Tensor] = field(default_factory=list)
     survivors: list[list[int]] = field(default_factory=list)
-    image_spans: list[tuple[int, int]] = field(default_factory=list)
+    pictures: list[list[int]] = field(default_factory=list)
 
     def drop(self, index_K: Tensor) -> None:
         """Notes a drop, of which ``index_K`` are the survivors among those of the drop before."""
@@ -46,8 +42,9 @@ class ForwardStep:
         self.survivors.append([self.survivors[-1][position] for position in index] if self.survivors else index)
 
     def kept(self, drop: int) -> list[list[int]]:
-        """Per image, which of its original tokens 0..n-1 survive drop number ``drop``."""
-        return [[p - start for p in self.survivors[drop] if start <= p < stop] for start, stop in self.image_spans]
+        """Per picture, which of its original tokens 0..n-1 survive drop number ``drop``."""
+        alive = set(self.survivors[drop])
+        return [[number for number, place in enumerate(places) if place in alive] for places in self.pictures]
 
 
 @dataclass(frozen=True)
@@ -66,172 +63,153 @@ class Frame:
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, ...) or (1, N, ...), the same for every row -> (T, ...)."""
         flat = x.expand(self.shape[0], *x.shape[1:]).flatten(0, 1)
-        return flat.index_select(0, self.row_T) if self.padded else flat
+        return flat.index_select(0, self.row_T.to(x.device)) if self.padded else flat
 
     def unpack(self, x_T: Tensor) -> Tensor:
         """(T, ...) -> (B, N, ...), zeros at the padding."""
         if self.padded:
             empty = x_T.new_zeros(self.shape[0] * self.shape[1], *x_T.shape[1:])
-            x_T = empty.index_copy(0, self.row_T, x_T)
+            x_T = empty.index_copy(0, self.row_T.to(x_T.device), x_T)
         return x_T.unflatten(0, self.shape)
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """A prompt about to be pruned: the plan of its stream, a frame per stage and the columns of text at its end."""
+class PromptStage:
+    """The stream between two drops: where it lies in the batch, tokens per row, positions 0, 1, 2, ... of every row
+    (T,), the queries that rank (Q,), and of the tokens that the next drop may take the columns of `Candidates` that are
+    known before it (None behind the last drop)."""
 
-    plan: StreamPlan
-    frames: list[Frame]
+    frame: Frame
+    seq_lens: list[int]
+    position_T: Tensor
+    query_Q: Tensor
+    known: dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt about to be pruned.
+
+    Attributes:
+        stages: one more than there are drops.
+        queries: per row, 1 if it shows a picture, else 0: nothing is ranked there.
+        picture_T: (T,) number of the picture of every token before any drop, -1 for text.
+        text_tail: how many of the last columns hold text in every row.
+        places: of every picture, where its tokens lie in the stream before any drop.
+    """
+
+    stages: list[PromptStage]
+    queries: list[int]
+    picture_T: Tensor
     text_tail: int
+    places: list[list[int]]
 
     @staticmethod
     def build(
-        image_BN: np.ndarray,
-        real_BN: np.ndarray,
-        lengths: Sequence[int] | None,
-        prompt: int | None,
-        schedule: Schedule,
-        device: torch.device,
+        picture_BN: np.ndarray, real_BN: np.ndarray, prompt: int | None, schedule: Schedule, device: torch.device
     ) -> Prefill:
         """Plans the drops of a batch.
 
         Args:
-            image_BN, real_BN: (B, N) bool, which columns are image placeholders and which are no padding.
-            lengths: tokens of every image in order of appearance; None: every run of placeholders is one image.
+            picture_BN: (B, N) number of the picture of every token, rising in reading order; -1 for text.
+            real_BN: (B, N) bool, which columns are no padding.
             prompt: columns of the prompt, whose last token ranks; None: the last real token of each row ranks.
-
-        Raises:
-            UserError: ``lengths`` and the number of placeholders disagree.
         """
-        runs, seq_lens, starts, rows = [], [], [], []
-        offset = 0
-        for row, (image_N, real_N) in enumerate(zip(image_BN, real_BN)):
-            columns = np.flatnonzero(real_N)
-            edges = np.flatnonzero(np.diff(image_N[columns], prepend=False, append=False)) + offset
-            runs += [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2])]
-            ranking = len(columns) if prompt is None else int((columns < prompt).sum())
-            starts.append([offset + ranking] if len(edges) else [])
-            seq_lens.append(len(columns))
-            rows.append(columns + row * real_BN.shape[1])
-            offset += len(columns)
-        nothing = torch.empty(0, dtype=torch.int64)  # the plan needs the layout only: the tokens are embedded already
-        batch = PackedBatch(
-            input_ids=nothing,
-            labels=nothing,
-            pixels=torch.empty(0),
-            seq_lens=seq_lens,
-            image_spans=_split(runs, lengths),
-            image_sizes=[],
-            answer_starts=starts,
-            label_positions=[],
+        stream_T = picture_BN[real_BN]
+        seq_lens, rows = real_BN.sum(1), np.arange(len(real_BN)).repeat(real_BN.sum(1))
+        asking = seq_lens if prompt is None else real_BN[:, :prompt].sum(1)
+        ends = seq_lens.cumsum()
+        query_B = ends - seq_lens + asking - 1
+        shows_B = (picture_BN >= 0).any(1)
+        totals = np.bincount(stream_T[stream_T >= 0])
+        row_of = rows[np.unique(stream_T, return_index=True)[1][-len(totals) :]]
+        behind_B = ends - 1 - query_B  # guessed tokens behind the prompt
+        # A row keeps its query: one token of the last picture, where nothing else stands there.
+        text_B = np.bincount(
+            rows, weights=(stream_T < 0) & (np.arange(len(rows)) <= query_B[rows]), minlength=len(ends)
         )
-        plan = StreamPlan.build(batch, schedule, ImageGeometry(tile=1, patch=1), device)
-        frames = _frames(
-            [(seq_lens, rows, real_BN.shape[1])] + [_left_padded(stage.layout.seq_lens) for stage in plan.stages[1:]],
-            device,
+        alone_I = (text_B[row_of] == 0) & (np.append(np.diff(row_of), 1) > 0) & (totals > 0)
+        sent: dict[str, np.ndarray] = {"picture_T": stream_T}
+        lengths, counts, shapes = [seq_lens], [totals], [real_BN.shape]
+        for drop in range(len(schedule.layers)):
+            kept = [schedule.kept(int(total), drop) for total in totals]
+            counts.append(np.maximum(kept, alone_I.astype(int)))
+            lost_B = np.bincount(row_of, weights=totals - counts[-1], minlength=len(seq_lens)).astype(np.int64)
+            lengths.append(seq_lens - lost_B)
+            shapes.append((len(seq_lens), int(lengths[-1].max())))
+        for stage, (length_B, (_, width)) in enumerate(zip(lengths, shapes)):
+            real = real_BN if stage == 0 else np.arange(width) >= width - length_B[:, None]
+            sent[f"row_T {stage}"] = np.flatnonzero(real)
+            sent[f"last_B {stage}"] = length_B.cumsum() - 1
+            sent[f"position_T {stage}"] = np.concatenate([np.arange(length) for length in length_B])
+            sent[f"query_Q {stage}"] = (length_B.cumsum() - 1 - behind_B)[shows_B]
+            if stage < len(schedule.layers):
+                count_I = counts[stage]
+                columns = {
+                    "image_V": np.arange(len(totals)), "first_V": count_I.cumsum() - count_I, "count_V": count_I,
+                    "keep_V": counts[stage + 1],
+                }  # fmt: skip
+                sent |= {f"{name} {stage}": column.repeat(count_I) for name, column in columns.items()}
+        on_device = send({name: torch.from_numpy(row.astype(np.int64)) for name, row in sent.items()}, device)
+        stages = []
+        for stage, (length_B, shape) in enumerate(zip(lengths, shapes)):
+            frame = Frame(on_device[f"row_T {stage}"], on_device[f"last_B {stage}"], shape)
+            known = None
+            if stage < len(schedule.layers):
+                known = {name: on_device[f"{name} {stage}"] for name in ("image_V", "first_V", "count_V", "keep_V")}
+            position_T, query_Q = on_device[f"position_T {stage}"], on_device[f"query_Q {stage}"]
+            stages.append(PromptStage(frame, length_B.tolist(), position_T, query_Q, known))
+        last_image = int(np.nonzero((picture_BN >= 0).any(0))[0][-1])
+        places = np.split(np.argsort(stream_T, kind="stable")[-int(totals.sum()) :], totals.cumsum()[:-1])
+        return Prefill(
+            stages,
+            shows_B.astype(int).tolist(),
+            on_device["picture_T"],
+            picture_BN.shape[1] - 1 - last_image,
+            [place.tolist() for place in places],
         )
-        last_image = np.where(image_BN, np.arange(image_BN.shape[1]), -1).max()
-        return Prefill(plan, frames, text_tail=int(image_BN.shape[1] - 1 - last_image))
 
     @torch.no_grad()
-    def rank(
-        self,
-        decoder: nn.Module,
-        index: int,
-        schedule: Schedule,
-        stage: int,
-        hidden_BND: Tensor,
-        before_BND: Tensor | None,
-        rope: Rope,
-    ) -> Tensor:
-        """Positions (K,) of the packed prompt that survive the drop before layer ``index``.
+    def rank(self, stage: int, picture_T: Tensor, schedule: Schedule, asked: Callable[[], Instruction]) -> Tensor:
+        """Positions (K,) of the stream at ``stage`` that survive the next drop.
 
         Args:
-            stage: how many drops came before.
-            hidden_BND: what the layer would be given.
-            before_BND: what the previous layer was given, for rankers that use its projections.
-            rope: cos and sin at these positions, (B, N, E) or (1, N, E).
+            picture_T: (T,) number of the picture of every token of that stream, -1 for text.
+            asked: makes what rankers by attention need.
         """
-        frame, candidates = self.frames[stage], self.plan.stages[stage].candidates
-        assert candidates is not None, "every stage but the last has a drop"
-        ranker, instruction = RANKERS[schedule.ranker], None
-        if ranker.projections is not None:
-            layer = decoder.layers[index if ranker.projections == "next" else index - 1]
-            source_BND = hidden_BND if ranker.projections == "next" else before_BND
-            packed = (frame.pack(rope[0])[None], frame.pack(rope[1])[None])
-            instruction = project_instruction(layer, frame.pack(source_BND), packed, self.plan.stages[stage])
-        return keep_index(ranker.score(instruction, candidates), candidates, len(frame.row_T))
+        known, tokens = self.stages[stage].known, len(picture_T)
+        assert known is not None, "every stage but the last has a drop"
+        # Image tokens first, in their order: how many they are is known, so nothing is read back from the device.
+        row_V = (picture_T < 0).to(torch.uint8).argsort(stable=True)[: len(known["image_V"])]
+        survivors = sum(self.stages[stage + 1].seq_lens)
+        columns = {name: column.to(picture_T.device) for name, column in known.items()}
+        candidates = Candidates(row_V=row_V, **columns, survivors=survivors)
+        ranker = RANKERS[schedule.ranker]
+        instruction = asked() if ranker.projections is not None else None
+        return keep_index(ranker.score(instruction, candidates), candidates, tokens)
 
-    def stages(self, position_BN: Tensor, schedule: Schedule) -> PromptStages:
-        """What the cache has to remember, given the position ids (B, N) of the whole prompt."""
-        last_B = self.frames[0].pack(position_BN).index_select(0, self.frames[0].last_B)
+    def remembered(self, schedule: Schedule, position_BN: Tensor | None, device: torch.device) -> PromptStages:
+        """What the cache has to remember of the prompt. Where the survivors stood is noted drop by drop
+        (`PromptStages.column_BN`), if positions are kept.
+
+        Args:
+            position_BN: position ids (B or 1, N) of the whole prompt; needed where positions are numbered anew.
+        """
+        first, last_B = self.stages[0].frame, None
+        if schedule.positions == "renumber":
+            assert position_BN is not None, "checked before the first drop"
+            last_B = first.pack(position_BN).index_select(0, first.last_B.to(position_BN.device))
         shifts, real = [], []
-        for stage, frame in enumerate(self.frames[1:], start=1):
-            now_B = self.plan.stages[stage].position_T.index_select(0, frame.last_B)
-            shifts.append(last_B - now_B if schedule.positions == "renumber" else torch.zeros_like(last_B))
-            real.append(frame.unpack(torch.ones_like(frame.row_T, dtype=torch.bool)))
-        padded = [frame.padded for frame in self.frames[1:]]
-        return PromptStages(real, shifts, padded, self.frames[0].shape[1], self.text_tail, schedule)
-
-
-def image_lengths(
-    config: Any, placeholders: int, inputs: dict[str, Any], geometry: ImageGeometry | None = None
-) -> list[int] | None:
-    """Tokens of every image of a prompt, in order.
-
-    Counted from the features where they are there already, else by picture size (LLaVA-NeXT) or equal for all
-    (LLaVA); None for a model of which only the sum is known.
-
-    Args:
-        placeholders: image tokens in the prompt.
-        inputs: arguments of the model's forward.
-        geometry: by which the model was told to lay its features out (`vision.pack_by_geometry`); None: left alone.
-    """
-    features, sizes = (inputs.get("mm_encoder_outputs") or {}).get("image"), inputs.get("image_sizes")
-    if features is not None:
-        return [len(feature) for feature in features.pooler_output]
-    if config.model_type == "llava_next" and sizes is not None:
-        geometry = geometry or replace(geometry_of(config), merge="spatial_unpad", rounding="hf")
-        return [geometry.num_tokens((int(width), int(height))) for height, width in torch.as_tensor(sizes).tolist()]
-    images = len(inputs["pixel_values"])
-    if config.model_type in ("llava", "llava_next") and sizes is None and placeholders % images == 0:
-        return [placeholders // images] * images
-    return None
-
-
-def _split(runs: list[tuple[int, int]], lengths: Sequence[int] | None) -> list[tuple[int, int]]:
-    """Runs of placeholders -> one span per image (two images may follow each other without text between them)."""
-    if lengths is None:
-        return runs
-    placeholders = sum(stop - start for start, stop in runs)
-    if placeholders != sum(lengths):
-        raise UserError(f"the prompt has {placeholders} image placeholders, but its images have {sum(lengths)} tokens")
-    spans, queue = [], [length for length in lengths if length][::-1]
-    for start, stop in runs:
-        while start < stop:
-            length = queue.pop()
-            if start + length > stop:  # other tokens inside the image (Pixtral's row breaks): a budget for every run
-                return runs
-            spans.append((start, start + length))
-            start += length
-    return spans
-
-
-def _left_padded(lengths: list[int]) -> tuple[list[int], list[np.ndarray], int]:
-    """Tokens of each row, their places in the flattened batch and its columns, with the padding on the left."""
-    longest = max(lengths)
-    rows = [np.arange(longest - length, longest) + row * longest for row, length in enumerate(lengths)]
-    return lengths, rows, longest
-
-
-def _frames(stages: Sequence[tuple[list[int], list[np.ndarray], int]], device: torch.device) -> list[Frame]:
-    """A frame per stage, sent to the device at once."""
-    rows_by_name = {}
-    for stage, (lengths, rows, _) in enumerate(stages):
-        rows_by_name[f"row_T {stage}"] = torch.from_numpy(np.concatenate(rows))
-        rows_by_name[f"last_B {stage}"] = torch.from_numpy(np.cumsum(lengths) - 1)
-    sent = send(rows_by_name, device)
-    return [
-        Frame(sent[f"row_T {stage}"], sent[f"last_B {stage}"], (len(lengths), columns))
-        for stage, (lengths, _, columns) in enumerate(stages)
-    ]
+        for stage in self.stages[1:]:
+            now_B = stage.position_T.index_select(0, stage.frame.last_B).to(device)
+            shifts.append(torch.zeros_like(now_B) if last_B is None else last_B - now_B)
+            real.append(stage.frame.unpack(torch.ones_like(stage.frame.row_T, dtype=torch.bool)))
+        return PromptStages(
+            real,
+            shifts,
+            [] if schedule.positions == "keep" else None,
+            [stage.frame.padded for stage in self.stages[1:]],
+            first.shape[1],
+            self.text_tail,
+            schedule,
+        )

@@ -7,6 +7,7 @@ within each segment of a packed stream; called without, it is transformers' own 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -171,3 +173,22 @@ def register() -> None:
     """Makes `NAME` an attention implementation of transformers, with sdpa's masks for padded batches."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+OLDEST, NEWEST = "5.17", "5.24"
+"""Releases of transformers that the tests run on, and those between them; the same range stands in ``setup.py``."""
+
+
+def check_transformers() -> None:
+    """Refuses a transformers that nobody has tried: its layers may be called otherwise, and be silently wrong.
+
+    Raises:
+        UserError: a release before `OLDEST` or behind `NEWEST`.
+    """
+    release = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    oldest, newest = (tuple(map(int, version.split("."))) for version in (OLDEST, NEWEST))
+    if not oldest <= release <= newest:
+        raise UserError(
+            f"transformers {transformers.__version__} has not been tested with llava_pdrop, only {OLDEST} to {NEWEST}: "
+            f"pip install 'transformers=={NEWEST}.*'"
+        )

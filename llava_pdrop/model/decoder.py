@@ -1,7 +1,6 @@
 """The decoder loop with its drops: the only place that calls a Hugging Face decoder layer.
 
-Works for any decoder with ``layers``, ``norm`` and ``rotary_emb`` whose attention has q_proj and k_proj (LLaMA,
-Mistral, Qwen2, Qwen3). All modules are called as modules, on every rank in the same order whatever the data, so that
+Works for the decoders in `COVERED`; any other may scale, cap or mask where this file does not. All modules are called as modules, on every rank in the same order whatever the data, so that
 the hooks of ZeRO-3 and FSDP fire and never disagree.
 """
 
@@ -19,6 +18,9 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from llava_pdrop.model.pyramid_drop import RANKERS, Instruction, keep_index
 from llava_pdrop.model.stream import Stage, StreamPlan
 from llava_pdrop.schedule import Schedule
+
+COVERED = ("llama", "mistral", "qwen2", "qwen3")
+"""Decoders (``model_type``) that tests/parity proves this forward on: logits, gradients, rankings."""
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each (1, T, E)."""
@@ -80,15 +82,15 @@ def _rank(
     ranker = RANKERS[schedule.ranker]
     instruction = None
     if ranker.projections == "next":
-        instruction = _projecting(decoder.layers[index])(x_TD.detach(), rope, stage)
+        instruction = _projecting(decoder.layers[index])(x_TD.detach(), rope, *stage.asked)
     elif ranker.projections == "previous":
-        instruction = _projecting(decoder.layers[index - 1])(before_TD.detach(), rope, stage)
+        instruction = _projecting(decoder.layers[index - 1])(before_TD.detach(), rope, *stage.asked)
     assert stage.candidates is not None, "every stage but the last has a drop"
     score_V = ranker.score(instruction, stage.candidates)
     return score_V, keep_index(score_V, stage.candidates, len(x_TD))
 
 
-def _projecting(layer: nn.Module) -> Callable[[Tensor, Rope, Stage], Instruction]:
+def _projecting(layer: nn.Module) -> Callable[..., Instruction]:
     """`project_instruction` of ``layer``. FSDP2 gathers the weights of a layer when its forward begins; it must learn
     that this is another way into it."""
     if isinstance(layer, FSDPModule) and not hasattr(layer, "project_instruction"):
@@ -97,13 +99,14 @@ def _projecting(layer: nn.Module) -> Callable[[Tensor, Rope, Stage], Instruction
     return getattr(layer, "project_instruction", MethodType(project_instruction, layer))
 
 
-def project_instruction(layer: nn.Module, x_TD: Tensor, rope: Rope, stage: Stage) -> Instruction:
-    """What ``layer`` would attend with: queries of the instruction tokens only, keys of every token.
+def project_instruction(
+    layer: nn.Module, x_TD: Tensor, rope: Rope, row_Q: Tensor, seq_lens: list[int], queries: list[int]
+) -> Instruction:
+    """What ``layer`` would attend with: queries of the instruction tokens ``row_Q`` only, keys of every token.
 
     A stream without queries still projects one row: all ranks must run the same modules.
     """
     attention = layer.self_attn
-    row_Q = stage.query_Q
     probe_Q = row_Q if len(row_Q) else torch.zeros(1, dtype=torch.int64, device=x_TD.device)
     normed_TD = layer.input_layernorm(x_TD)
     with _without_dropout(attention.q_proj, attention.k_proj):
@@ -116,8 +119,8 @@ def project_instruction(layer: nn.Module, x_TD: Tensor, rope: Rope, stage: Stage
         query_QHE=rotate(query_QHE, cos_TE.index_select(0, probe_Q), sin_TE.index_select(0, probe_Q))[: len(row_Q)],
         key_TGE=rotate(key_TGE, cos_TE, sin_TE),
         row_Q=row_Q,
-        seq_lens=stage.layout.seq_lens,
-        queries=[len(starts) for starts in stage.layout.answer_starts],
+        seq_lens=seq_lens,
+        queries=queries,
         scaling=attention.scaling,
     )
 

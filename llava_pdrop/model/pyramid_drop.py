@@ -43,7 +43,9 @@ class Instruction:
     """What ranks: the query tokens (the last token of each instruction) against the keys of their own sample.
 
     ``query_QHE`` and ``key_TGE`` are rotated (RoPE) projections; ``row_Q`` the stream positions of the queries, sorted;
-    ``seq_lens`` (S) and ``queries`` (S) the number of tokens and of queries of each sample.
+    ``seq_lens`` (S) and ``queries`` (S) the number of tokens and of queries of each sample. ``softcap`` and ``sink_H``
+    are those of the layer's attention, where it has some: logits are squashed into (-softcap, softcap), and every head
+    has one more logit, of a token that nobody sees.
     """
 
     query_QHE: Tensor
@@ -52,6 +54,8 @@ class Instruction:
     seq_lens: list[int]
     queries: list[int]
     scaling: float
+    softcap: float | None = None
+    sink_H: Tensor | None = None
 
 
 @torch.no_grad()
@@ -79,21 +83,37 @@ def attention_score(instruction: Instruction) -> Tensor:
                 tensor[query : query + samples * count].unflatten(0, (samples, count))
                 for tensor in (query_QHE, instruction.row_Q)
             )
-            scores.append(_score_samples(query_SQHE, row_SQ, key_SNGE, place_SN))
+            scores.append(
+                _score_samples(query_SQHE, row_SQ, key_SNGE, place_SN, instruction.softcap, instruction.sink_H)
+            )
         else:
             scores.append(key_SNGE.new_zeros(samples * length, dtype=torch.float32))
         token, query = token + samples * length, query + samples * count
     return torch.cat(scores)
 
 
-def _score_samples(query_SQHE: Tensor, row_SQ: Tensor, key_SNGE: Tensor, place_SN: Tensor) -> Tensor:
+def _score_samples(
+    query_SQHE: Tensor,
+    row_SQ: Tensor,
+    key_SNGE: Tensor,
+    place_SN: Tensor,
+    softcap: float | None,
+    sink_H: Tensor | None,
+) -> Tensor:
     """Scores (S * N,) of S samples of N tokens: scaled queries at stream positions ``row_SQ``, keys at ``place_SN``."""
     groups = key_SNGE.shape[2]
     query_SQGRE = query_SQHE.unflatten(2, (groups, query_SQHE.shape[2] // groups))
     with torch.autocast(key_SNGE.device.type, enabled=False):  # half precision would round many scores to one value
         weight_SQGRN = torch.einsum("sqgre,snge->sqgrn", query_SQGRE, key_SNGE.float())
+    if softcap is not None:
+        weight_SQGRN = softcap * torch.tanh(weight_SQGRN / softcap)
     future_SQN = place_SN[:, None] > row_SQ[:, :, None]
-    weight_SQGRN = weight_SQGRN.masked_fill(future_SQN[:, :, None, None], float("-inf")).softmax(-1)
+    weight_SQGRN = weight_SQGRN.masked_fill(future_SQN[:, :, None, None], float("-inf"))
+    if sink_H is None:
+        weight_SQGRN = weight_SQGRN.softmax(-1)
+    else:
+        sink_SQGR1 = sink_H.float().unflatten(0, (groups, -1))[..., None].expand(*weight_SQGRN.shape[:-1], 1)
+        weight_SQGRN = torch.cat([weight_SQGRN, sink_SQGR1], dim=-1).softmax(-1)[..., :-1]
     return weight_SQGRN.mean((2, 3)).mean(1).flatten()
 
 

@@ -116,6 +116,11 @@ class Stage:
     query_Q: Tensor
     candidates: Candidates | None
 
+    @property
+    def asked(self) -> tuple[Tensor, list[int], list[int]]:
+        """Who ranks: the rows of the queries (Q,), and how many tokens and queries every sample has."""
+        return self.query_Q, self.layout.seq_lens, [len(starts) for starts in self.layout.answer_starts]
+
 
 @dataclass(frozen=True)
 class StreamPlan:

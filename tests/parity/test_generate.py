@@ -138,6 +138,6 @@ def test_plain_forward_drops_the_same(geometry):
     for batch in (left, right):
         with torch.no_grad():
             output = hf(**batch)
-        assert trace[0].survivors == trace[-1].survivors and trace[0].image_spans == trace[-1].image_spans
+        assert trace[0].survivors == trace[-1].survivors and trace[0].pictures == trace[-1].pictures
         same(output.logits[:, -1], generated.logits[0])
         assert cached_tokens(output.past_key_values) == cached_tokens(generated.past_key_values)

@@ -199,7 +199,7 @@ def test_what_cannot_work_says_so():
         attach(hf, Schedule(layers=(6,), ratios=(0.5,)))
     with pytest.raises(ValueError, match="unknown pyramid_drop.ranker"):
         attach(hf, Schedule(layers=(2,), ratios=(0.5,), ranker="best"))
-    with pytest.raises(ValueError, match="LLaMA-like decoder"):
+    with pytest.raises(ValueError, match="CLIPVisionModel"):
         attach(hf.model.vision_tower, PYRAMID)
 
 

@@ -1,0 +1,208 @@
+"""One forward of an attached model: what is dropped before a layer, and what the layers behind it are given.
+
+Masks and positions behind a drop are slices of those that the model made for the whole prompt; only where positions are
+numbered anew, and in decoding, where the model knows nothing of the drops, they are made here.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_pdrop.errors import UserError
+from llava_pdrop.generate.cache import (
+    PromptStages,
+    cache_in,
+    mask_sizes,
+    remember,
+    sliced_mask,
+    sliding_window,
+    stage_mask,
+)
+from llava_pdrop.generate.pictures import Shown
+from llava_pdrop.generate.prefill import ForwardStep, Prefill
+from llava_pdrop.generate.probe import probe
+from llava_pdrop.model.decoder import project_instruction
+from llava_pdrop.model.pyramid_drop import RANKERS, Instruction
+from llava_pdrop.schedule import Schedule
+
+
+@dataclass
+class Call:
+    """State of one forward on its way through the decoder layers.
+
+    Attributes:
+        owner: the plug-in that opened it.
+        decoder, schedule: the plug-in's.
+        cheap: whether queries and keys may be projected by `project_instruction`, which is exact for few decoders.
+        given: arguments of the model by name.
+        attention_mask: (B, N) of the whole sequence; None where nothing is padding.
+        prompt: whether this is a prompt with pictures that is being pruned.
+        stages: of the pruned prompt: out of the cache, or from the first drop on.
+        shown: what the encoders have made.
+        prefill: the plan of a prompt, from the decoder on.
+        stage: how many drops came before the layer that runs.
+        picture_T, column_T: picture and first column of every token of the packed prompt at this stage.
+        column_BN: the latter as it lies in the batch.
+        before: the previous layer and what it was given, for rankers that want its projections.
+        made: masks and positions of this stage, by what they were made from.
+        step: receives what this forward did.
+    """
+
+    owner: Any
+    decoder: nn.Module
+    schedule: Schedule
+    cheap: bool
+    given: dict[str, Any]
+    attention_mask: Tensor | None
+    prompt: bool
+    stages: PromptStages | None
+    shown: Shown = field(default_factory=Shown)
+    prefill: Prefill | None = None
+    stage: int = 0
+    picture_T: Tensor | None = None
+    column_T: Tensor | None = None
+    column_BN: Tensor | None = None
+    before: tuple[nn.Module, Tensor, dict[str, Any]] | None = None
+    made: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+    step: ForwardStep | None = None
+
+    def at(self, index: int, layer: nn.Module, hidden_BND: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict]:
+        """Hidden states and arguments of layer number ``index``, given those that the model hands to it."""
+        if (self.prompt or self.stages is not None) and index in self.schedule.layers:
+            if self.prompt:
+                hidden_BND = self._drop(index, layer, hidden_BND, kwargs)
+            self.stage += 1
+            self.made.clear()
+        if self.stage:
+            kwargs = kwargs | self._placed(index, hidden_BND, kwargs)
+        looks_back = RANKERS[self.schedule.ranker].projections == "previous"
+        if self.prompt and looks_back and index + 1 in self.schedule.layers:
+            self.before = (layer, hidden_BND, kwargs)
+        if self.step is not None and kwargs.get("position_ids") is not None:
+            positions = kwargs["position_ids"].expand(len(hidden_BND), -1)
+            self.step.position_ids.append(positions.detach().cpu().clone())
+        return hidden_BND, kwargs
+
+    def _once(self, key: Any, source: Any, make: Callable[[], Any]) -> Any:
+        """``make()``, once a stage for each ``key`` and ``source`` (kept, so that its id is not given away)."""
+        entry = self.made.get((key, id(source)))
+        if entry is None:
+            entry = self.made[key, id(source)] = (source, make())
+        return entry[1]
+
+    def _drop(self, index: int, layer: nn.Module, hidden_BND: Tensor, kwargs: dict) -> Tensor:
+        """Ranks the tokens of a prompt before ``layer`` and returns the hidden states of those that survive."""
+        prefill, stage = self.prefill, self.stage
+        assert prefill is not None, "planned before the first layer"
+        if self.stages is None:
+            self.stages = self._begin(prefill, layer, hidden_BND, kwargs)
+        here = kwargs | (self._placed(index, hidden_BND, kwargs) if self.stage else {})
+        source = (layer, hidden_BND, here)
+        if self.before is not None:
+            source, self.before = self.before, None
+        frame, after = prefill.stages[stage].frame, prefill.stages[stage + 1].frame
+        picture_T, column_T = (x.to(hidden_BND.device) for x in (self.picture_T, self.column_T))
+        index_K = prefill.rank(stage, picture_T, self.schedule, functools.partial(self._asked, *source))
+        if self.step is not None:
+            self.step.drop(index_K)
+        self.picture_T, self.column_T = picture_T.index_select(0, index_K), column_T.index_select(0, index_K)
+        self.column_BN = after.unpack(self.column_T)
+        if self.stages.column_BN is not None:
+            self.stages.column_BN.append(self.column_BN)
+        return after.unpack(frame.pack(hidden_BND).index_select(0, index_K))
+
+    def _begin(self, prefill: Prefill, layer: nn.Module, hidden_BND: Tensor, kwargs: dict) -> PromptStages:
+        """What the cache is to remember of this prompt, before its first drop."""
+        if kwargs.get("attention_mask") is None:
+            self.attention_mask = None  # the model has read the mask: nothing is padding in the whole sequence
+        positions, cache = kwargs.get("position_ids"), cache_in(kwargs)
+        if self.schedule.positions == "renumber" and (positions is None or positions.ndim != 2):
+            raise UserError(
+                f"pyramid_drop.positions: renumber needs one position per token, which {type(layer).__name__} is not "
+                "given: set 'keep'"
+            )
+        stages = prefill.remembered(self.schedule, positions, hidden_BND.device)
+        if cache is not None:
+            remember(cache, stages)
+        self.picture_T = prefill.picture_T
+        self.column_T = prefill.stages[0].frame.row_T % self.given["input_ids"].shape[1]
+        if self.step is not None:
+            self.step.pictures = prefill.places
+        return stages
+
+    def _asked(self, layer: nn.Module, hidden_BND: Tensor, kwargs: dict) -> Instruction:
+        """Queries of the last tokens of the prompt and keys of all, as ``layer`` makes them of ``hidden_BND``."""
+        now = self.prefill.stages[self.stage]
+        row_Q, frame = now.query_Q.to(hidden_BND.device), now.frame
+        asking = (row_Q, now.seq_lens, self.prefill.queries)
+        if self.cheap and not hasattr(layer, "_hf_hook"):  # where accelerate looks after the weights, the layer runs
+            rope = tuple(frame.pack(part)[None] for part in kwargs["position_embeddings"])
+            return project_instruction(layer, frame.pack(hidden_BND), rope, *asking)
+        got = probe(layer, hidden_BND, kwargs)
+        query_THE, key_TGE = (frame.pack(x.transpose(1, 2)) for x in (got.query_BHNE, got.key_BGNE))
+        return Instruction(query_THE.index_select(0, row_Q), key_TGE, *asking, got.scaling, got.softcap, got.sink_H)
+
+    def _placed(self, index: int, hidden_BND: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Mask and positions of a layer behind a drop, in the place of those that the model made."""
+        made = {"attention_mask": self._mask(index, hidden_BND, kwargs)}
+        ids, rope = kwargs.get("position_ids"), kwargs.get("position_embeddings")
+        if self.schedule.positions == "renumber":
+            if self.prompt:
+                stage = self.prefill.stages[self.stage]
+                ids = self._once("ids", None, lambda: stage.frame.unpack(stage.position_T.to(hidden_BND.device)))
+            else:
+                shift_B = self.stages.shift_B[self.stage - 1].to(hidden_BND.device)
+                ids = self._once("ids", ids, lambda: ids - shift_B[:, None])
+            kinds = getattr(self.decoder.config, "layer_types", None)
+            extra = (
+                (kinds[index],) if "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters else ()
+            )
+            if rope is not None:
+                rope = self._once(("rope", *extra), None, lambda: self.decoder.rotary_emb(hidden_BND, ids, *extra))
+        elif self.prompt:
+            column_BN = self.column_BN.to(hidden_BND.device)
+            if ids is not None:
+                ids = self._once("ids", ids, lambda: _taken(kwargs["position_ids"], column_BN, -1))
+            if rope is not None:
+                parts = kwargs["position_embeddings"]
+                rope = self._once("rope", parts, lambda: tuple(_taken(part, column_BN, -2) for part in parts))
+        given = {"position_ids": ids, "position_embeddings": rope}
+        return made | {name: value for name, value in given.items() if name in kwargs}
+
+    def _mask(self, index: int, hidden_BND: Tensor, kwargs: dict) -> Any:
+        """The mask of a layer behind a drop, in the form its attention implementation takes."""
+        config, own, cache = self.decoder.config, kwargs.get("attention_mask"), cache_in(kwargs)
+        window, implementation = sliding_window(config, index), config._attn_implementation
+        assert self.stages is not None, "behind a drop the prompt's stages are known"
+        if self.prompt and isinstance(own, Tensor) and own.ndim == 4:
+            keys = mask_sizes(cache, index, hidden_BND.shape[1])[0]
+            wide = window if self.schedule.positions == "renumber" else None
+            column_BN = self.column_BN.to(hidden_BND.device)
+            return self._once(
+                ("mask", wide, keys),
+                own,
+                lambda: sliced_mask(own, self.stages, self.stage - 1, column_BN, keys, wide),
+            )
+        return self._once(
+            ("mask", window),
+            None,
+            lambda: stage_mask(
+                implementation, self.stages, self.stage - 1, self.attention_mask, cache, index, hidden_BND, window
+            ),
+        )
+
+
+def _taken(x: Tensor, column_BN: Tensor, dim: int) -> Tensor:
+    """Columns (B, N') of every row of ``x``, whose tokens lie along ``dim`` and whose rows (one for all of them, or B)
+    along the dimension before."""
+    x = x.movedim((dim - 1, dim), (0, 1))
+    x = x.expand(len(column_BN), *x.shape[1:])
+    row_B1 = torch.arange(len(column_BN), device=x.device)[:, None]
+    return x[row_B1, column_BN].movedim((0, 1), (dim - 1, dim))

@@ -1,0 +1,177 @@
+"""Which tokens of a prompt belong to which picture.
+
+The budget is counted per picture, ``int(n * ratio)`` of its n tokens, so pictures have to be told apart: by the features
+that the model itself made of them, or where a feature is a tile, by the marks between the placeholders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from llava_pdrop.errors import UserError
+from llava_pdrop.generate.families import Family
+
+Lengths = list[int] | None
+"""Tokens of every entry of a list of features; None: not known."""
+
+
+@dataclass
+class Shown:
+    """What the encoders of a model have made for one prompt: tokens of every entry of their output, in order. ``frames``
+    of a clip, where an entry is a frame."""
+
+    image: Lengths = None
+    video: Lengths = None
+    frames: int | None = None
+
+
+def entry_lengths(output: Any) -> Lengths:
+    """Tokens of every entry of what ``get_image_features`` or ``get_video_features`` returned."""
+    entries = getattr(output, "pooler_output", output)
+    if (isinstance(entries, Tensor) and entries.ndim < 3) or entries is None:
+        return None  # one row of features after another: nothing tells where a picture ends
+    if not all(isinstance(entry, Tensor) for entry in entries):
+        return None
+    return [math.prod(entry.shape[:-1]) for entry in entries]
+
+
+def pictures_of(
+    ids_BN: np.ndarray, real_BN: np.ndarray, family: Family, image: int | None, video: int | None, shown: Shown
+) -> np.ndarray:
+    """Number of the picture (B, N) int64 that every token belongs to, -1 for text; pictures are numbered in the order in
+    which they begin, row after row. A clip counts as a picture.
+
+    Args:
+        ids_BN: input ids (B, N).
+        real_BN: (B, N) bool, False at the padding.
+        image, video: the placeholders' ids; None: the class has none.
+
+    Raises:
+        UserError: features and placeholders do not fit, or nothing tells the pictures apart.
+    """
+    number_BN = np.full(ids_BN.shape, -1)
+    kinds = [("image", image, family.unit, shown.image), ("video", video, family.clip, shown.video)]
+    if family.shared:  # one placeholder for both: whichever the model was shown
+        kinds = [kinds[0] if shown.image is not None else ("video", image, family.clip, shown.video)]
+    for name, token, unit, lengths in kinds:
+        if token is None or not ((ids_BN == token) & real_BN).any():
+            continue
+        if unit is None:
+            raise UserError(f"attach() knows no {name}s of this class of models: leave them out, or detach(model)")
+        place_BN = (ids_BN == token) & real_BN
+        if unit == "frames" and lengths is not None:
+            lengths = _clips(lengths, shown.frames)
+        found_P = UNITS[unit](name, ids_BN, real_BN, place_BN, lengths)
+        number_BN[place_BN] = found_P + number_BN.max() + 1
+    return _in_order(number_BN)
+
+
+def _in_order(number_BN: np.ndarray) -> np.ndarray:
+    """The numbers of ``number_BN`` exchanged for 0, 1, 2, ... in order of appearance.
+
+    Raises:
+        UserError: a picture begins in one row and goes on in the next.
+    """
+    rows, columns = np.nonzero(number_BN >= 0)
+    _, first, inverse = np.unique(number_BN[rows, columns], return_index=True, return_inverse=True)
+    order = np.empty(len(first), dtype=np.int64)
+    order[first.argsort()] = np.arange(len(first))
+    number_BN[rows, columns] = order[inverse]
+    row_of = rows[first]
+    if (rows != row_of[inverse]).any():
+        row = int(rows[rows != row_of[inverse]][0])
+        raise UserError(
+            f"the placeholders of row {row} are not those of whole pictures: rows of a batch and their pictures are "
+            "not in the same order"
+        )
+    return number_BN
+
+
+def _by_feature(
+    name: str, ids_BN: np.ndarray, real_BN: np.ndarray, place_BN: np.ndarray, lengths: Lengths
+) -> np.ndarray:
+    """Every feature map is a picture: the placeholders are its tokens, whatever stands between them."""
+    if lengths is None:
+        raise UserError(f"attach() cannot tell how many tokens each {name} of the prompt has: its features do not say")
+    places = int(place_BN.sum())
+    if places != sum(lengths):
+        raise UserError(f"the prompt has {places} {name} placeholders, but its {name}s have {sum(lengths)} tokens")
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _by_run(name: str, ids_BN: np.ndarray, real_BN: np.ndarray, place_BN: np.ndarray, lengths: Lengths) -> np.ndarray:
+    """Every run of placeholders without another token in it is a picture."""
+    return np.concatenate(
+        [np.repeat(np.arange(len(runs)) + first, runs) for first, runs in _rows_of(place_BN, real_BN)]
+    )
+
+
+def _by_run_of_one(
+    name: str, ids_BN: np.ndarray, real_BN: np.ndarray, place_BN: np.ndarray, lengths: Lengths
+) -> np.ndarray:
+    """A run is a picture if there are as many runs as feature maps; else they may be tiles of one, or pictures."""
+    runs = [length for _, row in _rows_of(place_BN, real_BN) for length in row]
+    if lengths is None or runs != lengths:
+        held = "of unknown length" if lengths is None else f"of {len(lengths)} feature maps"
+        raise UserError(
+            f"attach() cannot tell the {name}s of this prompt apart: {len(runs)} runs of placeholders hold {name}s {held}"
+            ". Put text between them, and do not split them into crops"
+        )
+    return _by_run(name, ids_BN, real_BN, place_BN, lengths)
+
+
+def _by_marks(name: str, ids_BN: np.ndarray, real_BN: np.ndarray, place_BN: np.ndarray, lengths: Lengths) -> np.ndarray:
+    """Tiles stand between marks, each behind a tag, and the whole picture comes last behind a tag of its own: the tag of
+    the last run of a row. A prompt without such marks holds a picture in every run."""
+    numbers, following = [], 0
+    for row, (_, runs) in enumerate(_rows_of(place_BN, real_BN)):
+        ids_N, place_N = ids_BN[row][real_BN[row]], place_BN[row][real_BN[row]]
+        starts, stops = _edges(place_N)
+        marked = len(starts) > 0 and starts[0] >= 2 and stops[-1] < len(ids_N)
+        marked = (
+            marked and (ids_N[starts - 2] == ids_N[starts[0] - 2]).all() and ids_N[stops[-1]] == ids_N[starts[0] - 2]
+        )
+        for start, length in zip(starts, runs):
+            numbers.append(np.full(length, following))
+            if not marked or ids_N[start - 1] == ids_N[starts[-1] - 1]:
+                following += 1
+    return np.concatenate(numbers)
+
+
+UNITS: dict[str, Callable[[str, np.ndarray, np.ndarray, np.ndarray, Lengths], np.ndarray]] = {
+    "feature": _by_feature,
+    "frames": _by_feature,
+    "run": _by_run,
+    "apart": _by_run_of_one,
+    "marks": _by_marks,
+}
+"""How placeholders are cut into pictures: numbers (P,) of the P placeholders, row after row."""
+
+
+def _clips(lengths: Sequence[int], frames: int | None) -> Lengths:
+    """Tokens of every clip, given those of every frame."""
+    if not frames or len(lengths) % frames:
+        return None
+    return [sum(lengths[start : start + frames]) for start in range(0, len(lengths), frames)]
+
+
+def _edges(place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and one past the last index of every run of True."""
+    edges = np.flatnonzero(np.diff(place_N, prepend=False, append=False))
+    return edges[::2], edges[1::2]
+
+
+def _rows_of(place_BN: np.ndarray, real_BN: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """For every row, how many runs come before it and the length of each of its own."""
+    rows, first = [], 0
+    for place_N, real_N in zip(place_BN, real_BN):
+        starts, stops = _edges(place_N[real_N])
+        rows.append((first, stops - starts))
+        first += len(starts)
+    return rows
