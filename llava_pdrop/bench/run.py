@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llava_pdrop.errors import UserError
-
-if TYPE_CHECKING:
-    from llava_pdrop.schedule import Schedule
+from llava_pdrop.schedule import Schedule
 
 TILES = (1, 5, 9)
 """Tiles of a picture whose tokens are measured by default: 576, 2,880 and 5,184 image tokens of a 336-pixel tower."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -16,13 +16,11 @@ from rich.table import Table
 
 from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.train_step import Measured, Trainer
+from llava_pdrop.bench.variants import Compared
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.style import markdown_table
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of, quartiles
 from llava_pdrop.runtime.device import peak_flops
-
-if TYPE_CHECKING:
-    from llava_pdrop.bench.variants import Compared
 
 CLOCKS = {
     "cuda": {

@@ -110,6 +110,11 @@ def test_imports_stand_at_the_top() -> None:
     assert {name for name in found if not name.startswith("commands.")} <= set(LAZY)
 
 
+def test_no_import_is_for_type_checkers_only() -> None:
+    """Imports go one way, so none is a circle; what takes long is imported inside the functions that need it."""
+    assert not [name_of(path) for path in CHECKED if "TYPE_CHECKING" in path.read_text(encoding="utf-8")]
+
+
 def test_the_parts_are_those_listed() -> None:
     found = {name.split(".")[0] for name in NAMES} - {"", "__main__"}
     assert found | PLANNED == set(PARTS)
