@@ -96,7 +96,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
 def _read(path: Path, own: Mapping[str, str | None]) -> AblationFile:
     if not path.is_file():
         raise ConfigError(f"no ablation file {path}{did_you_mean(str(path), map(str, path.parent.glob('*.yaml')))}")
-    content = read_mapping(path, resolve=True)
+    content = read_mapping(path, resolve=True, wanted="an ablation")
     if not content.get("variants") and not content.get("grid"):
         raise ConfigError(
             f"{path}: neither variants nor grid, so it is no ablation: llava-pdrop train {path} for one run, or write "

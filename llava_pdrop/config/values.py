@@ -17,23 +17,26 @@ from llava_pdrop.errors import ConfigError, Problem, UserError, did_you_mean, fi
 from llava_pdrop.schedule import Schedule
 
 
-def read_mapping(path: Path, resolve: bool = False) -> dict[str, Any]:
+def read_mapping(path: Path, resolve: bool = False, wanted: str = "a config") -> dict[str, Any]:
     """The content of a YAML file.
 
     Args:
         resolve: replace interpolations (``${seed}``) by what they stand for in this file.
+        wanted: what the file should be, for messages: somebody may have named a file of records instead.
 
     Raises:
         ConfigError: it cannot be read, or is no mapping.
     """
+    remedy = f"give {wanted}, a YAML file of keys (configs/README.md), which names records by data.train or data.eval"
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=resolve)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: also of a lone number
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not readable as YAML: {first_line(error)}") from None
+        line = f"{path}{where}: not readable as YAML: {first_line(error)}"
+        raise ConfigError(line if path.suffix in (".yaml", ".yml") else f"{line}; {remedy}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, got a list")
+        raise ConfigError(f"{path}: holds a list: {remedy}")
     return content  # type: ignore[return-value]
 
 

@@ -155,6 +155,21 @@ def test_every_rank_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert re.match(r"\[rank 1\] error: command line: " + says("'seeed'"), capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"), [('[{"id": 1}]', says("list")), ('{"id": ', says("YAML")), ('{"id": 1}\n[2]', says("YAML"))]
+)
+def test_a_file_of_records_in_place_of_a_config_is_told_from_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, reason: str
+) -> None:
+    file = tmp_path / "my.json"
+    file.write_text(content)
+    for command in ("doctor", "eval"):
+        assert cli.main([command, str(file)]) == 2
+        error = capsys.readouterr().err
+        assert re.match(f"error: {file}" + reason + says("config", "data.train", "data.eval"), error)
+        assert error.count("\n") == 1
+
+
 def test_compare_at_full_size_names_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -220,7 +220,7 @@ def test_a_wrong_override_is_one_line(run: Path, override: str, expected: str) -
         ("trian: {}", says("'trian'", meant("train'"))),
         ("base: run.yaml\ngrid: {seed: [1, 2]}", says("llava-pdrop ablate /")),
         ("model: [", r"line \d"),
-        ("- a", says("mapping")),
+        ("- a", says("list", "config")),
         ("3", says("YAML", "int")),
         ("seed: ${nowhere}", says("nowhere")),
         (
