@@ -54,7 +54,7 @@ class CheckedSamples(Dataset["Sample | BadSample"]):
         if isinstance(found, Sample):
             return found
         if not self.skip:
-            return BadSample(f"{found}; mend it, or set train.on_bad_sample=skip")
+            return BadSample(f"{found}; or set train.on_bad_sample=skip, and another sample takes its place")
         for other in self._shorter(index):
             replacement = self._load(other)
             if isinstance(replacement, Sample):

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llava_pdrop.config.load import load_config
 from llava_pdrop.train import run
@@ -53,6 +54,20 @@ def test_stop_names_record_and_file(losing):
     assert re.search(says("train.json[4]", "train4", "train4.png"), found.message)
     assert isinstance(collate_checked([samples[3], found]), BadSample)
     assert not samples.report.exists()
+
+
+def test_half_a_picture_is_advised_on_once(losing, tmp_path):
+    """Its header is whole, so that the survey takes it."""
+    config = losing()
+    picture = tmp_path / "images" / "train4.png"
+    Image.effect_noise((48, 48), 50).convert("RGB").save(picture, "JPEG")
+    picture.write_bytes(picture.read_bytes()[:700])
+    samples = checked(config, skip=False)
+    assert len(samples.dataset.lengths()) == 12
+    found = samples[4]
+    assert isinstance(found, BadSample)
+    assert re.search(says("train.json[4]", "train4.png", "truncated", "train.on_bad_sample=skip"), found.message)
+    assert len(re.findall(r"\b(replace|remove|mend|repair)\b", found.message)) == 2  # "replace or remove it"
 
 
 def test_skip_takes_the_longest_that_is_no_longer(losing):
