@@ -102,7 +102,8 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str],
         hint = nearest_key(problem.key, _all_keys(problem.key)) if problem.unknown else ""
         raise ConfigError(f"{_origin(problem.key, layers)}: {problem}{hint}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {first_line(error)}") from None
+        key = error.full_key or ""
+        raise ConfigError(f"{_origin(key, layers)}: {f'{key}: ' if key else ''}{first_line(error)}") from None
 
 
 def to_yaml(config: Config) -> str:
