@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from llava_pdrop.runtime.watchdog import DIRECTORY
 from llava_pdrop.train.checkpoints import step_of, what_is_torn
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from tests.faults.processes import Fault, run_ranks
+from tests.messages import says
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLED = -9
@@ -96,7 +98,7 @@ def test_a_signal_saves_after_the_step_and_ends_with_its_own_code(make_run, kind
     run_ranks(whole, ranks=ranks)
     ended = run_ranks(cut, ranks=ranks, fault=Fault(kind, 5, rank=ranks - 1))
     assert ended.codes == [EXIT_CODE] * ranks, ended.texts
-    assert "saved after step 5" in ended.texts[0]
+    assert re.search(says("saved", "step 5"), ended.texts[0])
     output = output_of(cut)
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-5"]
     assert json.loads((output / NOTE_FILE).read_text())["step"] == 5
@@ -145,10 +147,10 @@ def test_other_numbers_of_processes_are_refused_or_keep_the_data_order(make_run)
     assert run_ranks(cut, fault=Fault("kill_forward", 4)).codes == [KILLED]
     ended = run_ranks(cut, ranks=2)
     assert ended.codes == [2, 2]
-    assert "written by 1 processes x 2 micro-batches a step, this run has 2 x 2" in ended.texts[0]
-    assert "give train.gradient_accumulation_steps=1" in ended.texts[1]
+    for text in ended.texts:
+        assert re.search(says("1 processes x 2", "2 x 2", "train.gradient_accumulation_steps=1"), text)
     ended = run_ranks(cut, "train.gradient_accumulation_steps=1", "pyramid_drop.ranker=random", ranks=2)
-    assert ended.codes == [0, 0] and "same samples in every step" in ended.texts[0]
+    assert ended.codes == [0, 0] and re.search(says("1 processes x 2", "2 x 1", "same samples"), ended.texts[0])
     run_ranks(whole)
     rows = [[row for row in read_metrics(output_of(c) / METRICS_FILE) if "loss" in row] for c in (whole, cut)]
     assert [row["tokens_0"] for row in rows[0]] == [row["tokens_0"] for row in rows[1]]
@@ -165,7 +167,7 @@ def test_a_checkpoint_over_other_data_is_refused(make_run, tmp_path):
     data.write_text(json.dumps(records[:-1]))
     ended = run_ranks(config)
     assert ended.codes == [2]
-    assert "checkpoint-2 is a position in another order of batches" in ended.texts[0]
+    assert re.search(says("checkpoint-2", "order", "data", "train.resume=never"), ended.texts[0])
 
 
 def test_a_disk_that_is_full_for_one_rank_stops_all_and_spares_the_checkpoint_before(make_run):
@@ -173,8 +175,8 @@ def test_a_disk_that_is_full_for_one_rank_stops_all_and_spares_the_checkpoint_be
     ended = run_ranks(config, ranks=2, fault=Fault("full", 4, rank=1))
     assert ended.codes == [2, 2], ended.texts
     for rank, text in enumerate(ended.texts):
-        assert f"[rank {rank}] error: " in text and "checkpoint-4 could not be written: No space left on device" in text
-        assert "GiB are free; the last whole checkpoint is" in text
+        said = says("checkpoint-4", "No space left on device", "GiB", "free", "checkpoint-2")
+        assert re.search(rf"\[rank {rank}\] error: " + said, text)
     assert [path.name for path in output_of(config).glob("checkpoint-*")] == ["checkpoint-2"]
     assert run_ranks(config, ranks=2).codes == [0, 0]
 
@@ -184,7 +186,5 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all_by_name(make_run):
     ended = run_ranks(config, ranks=2, fault=Fault("nan", 3, rank=1))
     assert ended.codes == [2, 2], ended.texts
     for text in ended.texts:
-        assert (
-            "step 3 is not made, its loss is not a number: rank 1, micro-batch 1 of 1, loss nan, samples train" in text
-        )
+        assert re.search(says("step 3", "rank 1", "micro-batch 1", "loss nan") + r".*\btrain\d", text)
     assert [row[0] for row in losses(config)] == [1, 2]
