@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import PIL
@@ -19,6 +20,7 @@ from tests.golden.cases import REPOSITORY, Case, case_files, directories
 from tests.golden.test_cases import check_official
 from tests.golden.test_models import model_directories
 from tests.golden.test_text import judge, load
+from tests.messages import says
 
 KINDS = {"text": "*.json*", "preprocess": "geometry.json", "cases": "*.json", "models": "*/config.json"}
 """Folder -> its files that are compared."""
@@ -107,7 +109,7 @@ def test_other_pixels_are_an_error_but_for_an_older_pillow(monkeypatch, version)
         test(case)
         case = Case.load(end_to_end)
         case.info["images_summary"][0]["std"] += 1e-3
-        with pytest.raises(expected, match="100x60 has other pixels") as end:
+        with pytest.raises(expected, match=says("100x60", "pixels")) as end:
             test(case)
-        assert ("this is Pillow 12.3.0, which scales by other roundings than 13.0" in str(end.value)) == older
+        assert bool(re.search(says("Pillow 12.3.0", "13.0"), str(end.value))) == older
         assert bool(case.compared) == (test is test_cases.test_case)

@@ -139,7 +139,7 @@ def test_a_llava_hf_that_is_not_whole_is_one_line(source, tmp_path, capsys):
     (hf / "preprocessor_config.json").write_text("{")
     assert f"{hf / 'preprocessor_config.json'}: OSError" in complaint(words, capsys)
     (hf / "preprocessor_config.json").unlink()
-    assert f"{hf / 'preprocessor_config.json'}: no such file: copy it" in complaint(words, capsys)
+    assert re.search(says(str(hf / "preprocessor_config.json"), "no such file"), complaint(words, capsys))
     shutil.copy(TOWER / "preprocessor_config.json", hf)
     edited(hf, text_config={"hidden_size": "x"})
     assert re.search(says(str(hf / "config.json"), "'hidden_size'"), complaint(words, capsys))
@@ -148,7 +148,8 @@ def test_a_llava_hf_that_is_not_whole_is_one_line(source, tmp_path, capsys):
 def test_an_index_with_other_things_than_names(tmp_path, capsys):
     source = write(tmp_path / "source", *original(), "bin-shards")
     edited(source, "pytorch_model.bin.index.json", weight_map={"lm_head.weight": 3})
-    assert "has no weight_map of names and files" in complaint([source, tmp_path / "out", "--to", "llava"], capsys)
+    error = complaint([source, tmp_path / "out", "--to", "llava"], capsys)
+    assert re.search(says("pytorch_model.bin.index.json", "weight_map"), error)
 
 
 def test_code_in_a_pickle_is_not_run_and_nobody_is_told_to_run_it(tmp_path, capsys):

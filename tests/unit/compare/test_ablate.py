@@ -94,9 +94,8 @@ def test_vanilla_stays_vanilla(write) -> None:
     vanilla, low, _ = load_ablation(write(variants=LAMBDAS), ["pyramid_drop.ranker=fastv"]).variants
     assert vanilla.config.pyramid_drop is None and low.config.schedule.ranker == "fastv"
     grid = {"pyramid_drop": [None, DROP], "pyramid_drop.ranker": ["fastv", "random"]}
-    assert "pyramid_drop_null-ranker_fastv and pyramid_drop_null-ranker_random are the same run" in complaint(
-        write(grid=grid)
-    )
+    said = says("pyramid_drop_null-ranker_fastv", "pyramid_drop_null-ranker_random", "same")
+    assert re.search(said, complaint(write(grid=grid)))
 
 
 def test_own_keys_on_the_command_line(write, tmp_path: Path) -> None:
@@ -159,7 +158,7 @@ def test_a_checkpoint_is_evaluated_with_other_schedules_only(write, tmp_path: Pa
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     file = write(variants={**LAMBDAS, "longer": {"train.max_steps": 9}}, checkpoint=str(tmp_path / "model"))
-    assert "longer: train is not as in vanilla" in complaint(file)
+    assert re.search(says("longer", "train", "vanilla"), complaint(file))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda file: file.stem)
@@ -249,9 +248,9 @@ def test_one_checkpoint_with_every_schedule(write, tmp_path: Path, questions: in
 def test_what_the_table_will_lack_is_said(write) -> None:
     assert missing_lines(load_ablation(write(variants=LAMBDAS))) == []
     lines = missing_lines(load_ablation(write(grid={"seed": [1]}), ["data.eval=null"]))
-    assert lines[0].startswith("no variant without drops: no realised saving") and lines[1:] == [
-        "data.eval is null: no accuracy"
-    ]
+    assert len(lines) == 2
+    assert re.search(says("without drops", "no realised"), lines[0])
+    assert re.search(says("data.eval", "null", "no accuracy"), lines[1])
 
 
 def test_plan_starts_nothing(write, tmp_path: Path, capsys) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_whole_job(finished):
     saving = rows["pyramid_drop"]["saving"]
     assert rows["pyramid_drop"]["realised"] == saving["realised"] == statistics.median(saving["pairs"])
     assert len(saving["pairs"]) == 3 and saving["steps"] == [0, 1, 2] and saving["on_cpu"]
-    assert "the two schedules took turns" in text and "over 3 pairs of steps" in text
+    assert "took turns" in text and "3 pairs" in text
     assert rows["vanilla"]["saving"] is None
     assert 0 < rows["pyramid_drop"]["predicted"] < 1
     assert f"{rows['pyramid_drop']['predicted']:.1%}" in text
@@ -102,14 +103,13 @@ def test_a_run_of_several_processes_is_compared_by_its_own_steps(finished, tiny_
     saving = rows["pyramid_drop"]["saving"]
     assert saving["realised"] == pytest.approx(1 - seconds[1] / seconds[0])
     assert saving["quartiles"] is None and not saving["pairs"]
-    reason = "turns are taken by a run of one process, and this one had 2, now 1"
-    assert f"trained one after the other, so it holds what else the machine did ({reason})" in text
-    assert f"the realised saving is that of the two runs, one after the other: {reason}" in capsys.readouterr().out
+    assert re.search(says("one process", "had 2", "now 1"), saving["reason"])
+    assert f"({saving['reason']})" in text and saving["reason"] in capsys.readouterr().out
     assert "took turns" not in text
 
 
 def test_needs_something_to_compare(tiny_config):
-    with pytest.raises(ConfigError, match="nothing to compare"):
+    with pytest.raises(ConfigError, match=says("pyramid_drop", "nothing")):
         compare(load_config(tiny_config()))
 
 
@@ -119,7 +119,7 @@ def test_without_vanilla_and_without_questions(tiny_config, tiny_files, capsys):
     sections = {"pyramid_drop": DROP, "compare": {"vanilla": False}, "data": {**data, "samples_per_batch": 4}}
     file = compare(load_config(tiny_config("half", **sections)))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "compare.vanilla is false: no vanilla run" in printed and "data.eval is null: no accuracy" in printed
+    assert re.search(says("compare.vanilla", "false", "data.eval", "null", "no accuracy"), printed)
     text = file.read_text()
     assert "| pyramid_drop | - | - | - |" in text and "tokens.png" not in text and "vanilla |" not in text
     (row,) = json.loads((file.parent / "results.json").read_text())["rows"]

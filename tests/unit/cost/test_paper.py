@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from llava_pdrop.cost.paper import LEAST_RATIO, paper_tflop, solve_budget
@@ -43,7 +45,7 @@ def test_layers_move_only_where_they_must():
     assert stays.schedule.layers == (8, 16, 24) and "as in the paper" in stays.reason
     moves = solve_budget(average(576, 32), 128, 576, 32)  # 8 of 32 layers with 576 tokens are 144 on average already
     assert moves.schedule.layers == (5, 10, 15) and moves.ratio >= LEAST_RATIO
-    assert "with [8, 16, 24] the layers before the first drop leave too little" in moves.reason
+    assert re.search(says("[8, 16, 24]", "first drop"), moves.reason)
     later = Schedule((6, 12, 18), (1, 1, 1))
     assert solve_budget(average(576, 32), 128, 576, 32, later).ratio < LEAST_RATIO  # so [6, 12, 18] was not chosen
     assert solve_budget(average(576, 32), 64, 576, 32).schedule.layers == (2, 4, 6)

@@ -173,7 +173,7 @@ def test_tables_show_the_section_and_all_parts(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["plan", ONE, "--tflops", "1.0"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("layers [6, 12, 18]: with [8, 16, 24] the layers before the first drop leave too little")
+    assert re.match(re.escape("layers [6, 12, 18]: ") + says("[8, 16, 24]", "first drop"), out)
     assert "pyramid_drop:\n  layers: [6, 12, 18]\n  ratios: [0." in out
     for word in ("image tokens", "any size", "ranking", "activations", "decoder layers", "Predicted step time"):
         assert word in out
@@ -253,7 +253,7 @@ def test_only_adapters_projector_and_tower_have_gradients_and_optimizer_states()
 
 def test_what_is_not_modelled_of_lora_is_said(capsys):
     assert main(["plan", LORA]) == 0
-    assert "319.8 M parameters of adapters learn. Not modelled: what the adapters keep" in capsys.readouterr().out
+    assert re.search(says("319.8 M parameters", "adapters", "Not modelled"), capsys.readouterr().out)
     assert main(["plan", LORA, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lora"]["adapter_parameters"] == 319_815_680
     assert main(["plan", ONE, "--json"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_comparison_by_two_processes(tiny_config):
     assert rows["pyramid_drop"]["accuracy"] == alone.accuracy
     assert rows["pyramid_drop"]["image_tokens"] == alone.image_tokens
     saving = rows["pyramid_drop"]["saving"]
-    assert saving["quartiles"] is None and "this one had 2, now 2" in saving["reason"]
+    assert saving["quartiles"] is None and re.search(says("had 2", "now 2"), saving["reason"])
     assert "report: " in ended.texts[0] and "report: " not in ended.texts[1]
 
 
@@ -129,6 +130,5 @@ def test_a_stuck_rank_is_named(tiny_config):
     train(load_config(file))
     ended = run_ranks(file, ranks=2, command="eval", fault=Fault("sleep_answering", 1, rank=1), limit=300)
     assert ended.codes == [EXIT_CODE, EXIT_CODE], ended.texts
-    assert "waiting at gathering the answers: rank 1 (" in ended.texts[0]
-    assert "round 1 of the questions has not arrived" in ended.texts[0]
+    assert re.search(says("gathering", "rank 1 (", "round 1", "arrived"), ended.texts[0])
     assert "in prompt_sample" in ended.texts[1]

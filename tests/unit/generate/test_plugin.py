@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llava_pdrop.generate.plugin import _HANDLE, attach
+from tests.messages import says
 from tests.parity.generation import inputs, make_hf_model
 from tests.tiny import PYRAMID, make_sample
 
@@ -28,7 +29,7 @@ def test_a_drop_that_is_never_reached_is_an_error(lost):
     for index in lost:
         loses_the_call(hf.model.language_model.layers[index])
     attach(hf, PYRAMID)
-    with pytest.raises(ValueError, match=r"attach\(\) cannot drop.*hands no keyword arguments"):
+    with pytest.raises(ValueError, match=says("cannot drop", "keyword arguments")):
         hf(**inputs(hf, make_sample(1, (28, 28), 3)))
 
 

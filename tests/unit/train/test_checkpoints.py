@@ -50,18 +50,18 @@ def test_a_whole_one_has_every_file_in_its_manifest(tmp_path):
 
 
 @pytest.mark.parametrize(("tear", "reason"), [
-    (lambda path: (path / "model.bin").unlink(), "model.bin is missing"),
-    (lambda path: (path / "model.bin").write_bytes(b"weig"), "model.bin has 4 bytes instead of 7"),
-    (lambda path: (path / "global_step/shard.bin").write_bytes(b"shart"), "global_step/shard.bin has changed"),
-    (lambda path: (path / MANIFEST).unlink(), "no readable manifest.json"),
-    (lambda path: (path / MANIFEST).write_text('{"files"'), "no readable manifest.json"),
+    (lambda path: (path / "model.bin").unlink(), says("model.bin", "missing")),
+    (lambda path: (path / "model.bin").write_bytes(b"weig"), says("model.bin", "4 bytes", "7")),
+    (lambda path: (path / "global_step/shard.bin").write_bytes(b"shart"), says("global_step/shard.bin", "changed")),
+    (lambda path: (path / MANIFEST).unlink(), says("readable", "manifest.json")),
+    (lambda path: (path / MANIFEST).write_text('{"files"'), says("readable", "manifest.json")),
 ])  # fmt: skip
 def test_a_torn_one_is_named_and_passed_over(tmp_path, tear, reason):
     whole, torn = write(tmp_path, 9), write(tmp_path, 10)
     tear(torn)
     said = []
     assert newest_whole(tmp_path, said.append) == whole
-    assert len(said) == 1 and re.search(says(str(torn), "torn", reason), said[0])
+    assert len(said) == 1 and re.search(says(str(torn), "torn") + reason, said[0])
 
 
 def test_one_that_is_written_again_replaces_the_other(tmp_path):
