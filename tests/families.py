@@ -1,304 +1,198 @@
-"""Tiny random models of many vision-language families, and prompts as their processors lay them out.
+"""Tiny random models of the families of vision-language models that `attach` knows: `FAMILIES`.
 
-A prompt is described by pieces: a number is so many text tokens, a pair of numbers a picture (in the units of
-`Family.sizes`), a `Clip` a video. `make_row` draws it, `collate` pads rows on the left into the model's inputs.
+Each has its class's own text decoder or one of `family_prompts.DECODERS`, the smallest vision tower that the class
+takes, and the layout of its processor. Left out because nothing in the inputs tells them apart: the tiles of Aria.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-LAYERS, HIDDEN, VOCABULARY = 6, 32, 128
-TEXT = range(10, 100)
-SPECIAL = [*range(10), *range(100, VOCABULARY)]
-PAD, BOS, NEWLINE = 0, 1, 3
-IMAGE, VIDEO, START, END, BREAK, NEWLINES, GLOBAL, ROW_COLUMN = 120, 121, 122, 123, 124, 125, 126, 100
-
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A video of so many frames (Qwen: pairs of frames), each of a size."""
-
-    frames: int
-    size: Size
-
-
-Piece = int | Size | Clip
-
-
-@dataclass
-class Shown:
-    """A picture in a prompt: its ids with all markers, the offsets of its own tokens among them, the inputs it adds.
-
-    ``inputs`` are joined over the pictures of a batch along dimension 0; ``kind`` is 1 for an image, 2 for a video.
-    """
-
-    ids: list[int]
-    tokens: list[int]
-    inputs: dict[str, Tensor]
-    kind: int = 1
-
-    @staticmethod
-    def of(ids: Sequence[int], own: int | Sequence[int], inputs: dict[str, Tensor], kind: int = 1) -> Shown:
-        """``own``: the ids that stand for features."""
-        own = (own,) if isinstance(own, int) else own
-        return Shown(list(ids), [offset for offset, token in enumerate(ids) if token in own], inputs, kind)
-
-
-@dataclass
-class Row:
-    """One prompt: ids, types of its tokens (1 image, 2 video, 0 else) and the columns of every picture."""
-
-    ids: list[int]
-    types: list[int]
-    pictures: list[list[int]]
-    shown: list[Shown]
-    prompt: int = 0
-
-    def extended(self, answer: Sequence[int]) -> Row:
-        """The row with an answer behind its prompt (``prompt`` columns stay those of the prompt)."""
-        return Row(
-            self.ids + list(answer), self.types + [0] * len(answer), self.pictures, self.shown, self.prompt
-        )  # fmt: skip
-
-
-Collate = Callable[["Family", Sequence[Row]], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A class of models.
-
-    Attributes:
-        build: text decoder, options of its config -> model.
-        show: model, picture or clip, generator -> the picture as it stands in a prompt.
-        sizes: picture sizes to try; where there are tiles they have different numbers of them.
-        clip: a video, None for a family without.
-        decoders: text decoders to build it with, the first is the default.
-        types: name of the input with the types of tokens; "suffix" for token_type_ids that are 1 behind the prompt.
-        flat: whether positions are 1-D, so that they can be renumbered.
-        collate: joins the inputs of the pictures, default: along dimension 0.
-        first: the first layer that may drop.
-        bos: where BOS stands, "first" or "behind" the last picture.
-    """
-
-    build: Callable[..., nn.Module]
-    show: Callable[[Any, Size | Clip, torch.Generator], Shown]
-    sizes: tuple[Size, ...]
-    clip: Clip | None = None
-    decoders: tuple[str, ...] = ("own",)
-    types: str | None = None
-    flat: bool = True
-    collate: Collate | None = None
-    first: int = 1
-    bos: str = "first"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def make(self, decoder: str | None = None, implementation: str = "sdpa", **options: Any) -> Any:
-        """A model with wide random weights, so that attention is far from uniform."""
-        torch.manual_seed(0)
-        model = self.build(decoder or self.decoders[0], **{**self.options, **options})
-        widen(model)
-        eager_only = not all(part._supports_sdpa for part in model.modules() if isinstance(part, hf.PreTrainedModel))
-        model.set_attn_implementation("eager" if eager_only else implementation)
-        return model.float().eval()
-
-
-def widen(model: nn.Module, seed: int = 0) -> None:
-    """Draws the weights of a model anew: matrices N(0, 0.2), biases, norms and sinks off their start by N(0, 0.1)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.2 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
-    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, PAD if name == "pad_token_id" else None)
-
-
-def make_row(family: Family, model: Any, *pieces: Piece, seed: int = 0) -> Row:
-    """Draws a prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    row = Row([], [], [], [])
-    last = max((index for index, piece in enumerate(pieces) if not isinstance(piece, int)), default=-1)
-    opening = last + 1 if family.bos == "behind" else 0
-    for piece in [*pieces[:opening], None, *pieces[opening:]]:
-        if piece is None:
-            row.ids, row.types = [*row.ids, BOS], [*row.types, 0]
-            continue
-        if isinstance(piece, int):
-            row.ids += torch.randint(TEXT.start, TEXT.stop, (piece,), generator=generator).tolist()
-            row.types += [0] * piece
-            continue
-        shown = family.show(model, piece, generator)
-        row.pictures.append([len(row.ids) + offset for offset in shown.tokens])
-        row.types += [shown.kind if offset in shown.tokens else 0 for offset in range(len(shown.ids))]
-        row.ids += shown.ids
-        row.shown.append(shown)
-    row.prompt = len(row.ids)
-    return row
-
-
-def collate(family: Family, *rows: Row) -> dict[str, Tensor]:
-    """Rows -> keyword arguments of the model, padded on the left."""
-    longest = max(len(row.ids) for row in rows)
-    ids, mask, types = torch.zeros(3, len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        start = longest - len(row.ids)
-        ids[index, start:], types[index, start:] = torch.tensor(row.ids), torch.tensor(row.types)
-        mask[index, start:] = 1
-        if family.types == "suffix":
-            types[index] = 0
-            types[index, start + row.prompt :] = 1
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if family.types:
-        batch["token_type_ids" if family.types == "suffix" else family.types] = types
-    return {**batch, **(family.collate or join)(family, rows)}
-
-
-def join(family: Family, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """The inputs of all pictures, one behind the other."""
-    return _cat([shown.inputs for row in rows for shown in row.shown])
-
-
-def _cat(inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    names = dict.fromkeys(name for each in inputs for name in each)
-    return {name: torch.cat([each[name] for each in inputs if name in each]) for name in names}
-
-
-# ---- text decoders that a class may be built with
-
-COMMON = dict(
-    vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=None, pad_token_id=PAD,
-    tie_word_embeddings=False,
+from tests.family_prompts import (
+    ANY,
+    BREAK,
+    COMMON,
+    END,
+    EVERY,
+    GLOBAL,
+    HIDDEN,
+    IMAGE,
+    LAYERS,
+    NEWLINE,
+    NEWLINES,
+    ROW_COLUMN,
+    SPECIAL,
+    START,
+    VIDEO,
+    VIDEO_START,
+    VOCABULARY,
+    Clip,
+    Family,
+    Row,
+    Shown,
+    Size,
+    collate,
+    make_row,
+    pad_rows,
+    pad_shapes,
+    text_config,
 )  # fmt: skip
-DECODERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "llama": (hf.LlamaConfig, {}),
-    "mistral": (hf.MistralConfig, {"sliding_window": None}),
-    "qwen2": (hf.Qwen2Config, {}),
-    "qwen3": (hf.Qwen3Config, {"head_dim": 8}),
-}
-ANY = ("llama", "mistral", "qwen2", "qwen3")
 
+__all__ = ["FAMILIES", "LAYERS", "SPECIAL", "Clip", "Family", "Row", "collate", "make_row"]
 
-def text_config(decoder: str, **options: Any) -> Any:
-    kind, own = DECODERS[decoder]
-    return kind(**{**COMMON, **own, **options})
+TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+NO_TIE = {"tie_word_embeddings": False}
 
 
 def clip_tower() -> Any:
-    return hf.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
-    )
+    return hf.CLIPVisionConfig(**TOWER, image_size=28, patch_size=7)
 
 
-def siglip_tower(image_size: int = 28, **options: Any) -> Any:
-    return hf.SiglipVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=image_size,
-        patch_size=7, vision_use_head=False, **options,
-    )  # fmt: skip
+def siglip_tower() -> Any:
+    return hf.SiglipVisionConfig(**TOWER, image_size=28, patch_size=7, vision_use_head=False)
 
 
-def pixels(generator: torch.Generator, *shape: int) -> Tensor:
+def draw(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-# ---- llava, llava_next
+# ---- one picture, so many tokens: llava, vipllava, video_llava, aria, paligemma, gemma3
 
 
 def _llava(decoder: str, **options: Any) -> nn.Module:
     config = hf.LlavaConfig(
-        text_config=text_config(decoder, **options), vision_config=clip_tower(), image_token_id=IMAGE,
-        image_seq_length=16, tie_word_embeddings=False,
-    )  # fmt: skip
+        text_config=text_config(decoder, **options), vision_config=clip_tower(), image_token_id=IMAGE, **NO_TIE
+    )
     return hf.LlavaForConditionalGeneration(config)
 
 
-def _show_llava(model: Any, size: Size, generator: torch.Generator) -> Shown:
-    return Shown.of([IMAGE] * 16, IMAGE, {"pixel_values": pixels(generator, 1, 3, 28, 28)})
+def _vipllava(decoder: str, **options: Any) -> nn.Module:
+    config = hf.VipLlavaConfig(
+        text_config=text_config(decoder, **options), vision_config=clip_tower(), image_token_index=IMAGE,
+        vision_feature_layer=[-2, -1], **NO_TIE,
+    )  # fmt: skip
+    return hf.VipLlavaForConditionalGeneration(config)
 
+
+def _video_llava(decoder: str, **options: Any) -> nn.Module:
+    config = hf.VideoLlavaConfig(
+        text_config=text_config(decoder, **options), vision_config=clip_tower(), image_token_index=IMAGE,
+        video_token_index=VIDEO, **NO_TIE,
+    )  # fmt: skip
+    return hf.VideoLlavaForConditionalGeneration(config)
+
+
+def _paligemma(decoder: str, **options: Any) -> nn.Module:
+    config = hf.PaliGemmaConfig(
+        text_config=text_config(decoder, **options), vision_config=siglip_tower(), image_token_index=IMAGE,
+        vocab_size=VOCABULARY, projection_dim=HIDDEN, hidden_size=HIDDEN, **NO_TIE,
+    )  # fmt: skip
+    return hf.PaliGemmaForConditionalGeneration(config)
+
+
+def _gemma3(decoder: str, **options: Any) -> nn.Module:
+    text = {**COMMON, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 12, "sliding_window_pattern": 3}
+    config = hf.Gemma3Config(
+        text_config={**text, **options}, vision_config=siglip_tower(), image_token_index=IMAGE, boi_token_index=START,
+        eoi_token_index=END, mm_tokens_per_image=16, **NO_TIE,
+    )  # fmt: skip
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
+def _aria(decoder: str, **options: Any) -> nn.Module:
+    text = {**COMMON, "intermediate_size": 24, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    config = hf.AriaConfig(
+        text_config={**text, **options}, image_token_index=IMAGE, projector_patch_to_query_dict={16: 12},
+        vision_config={"model_type": "idefics3_vision", **TOWER, "image_size": 28, "patch_size": 7}, **NO_TIE,
+    )  # fmt: skip
+    return hf.AriaForConditionalGeneration(config)
+
+
+def _show_plain(model: Any, size: Size, generator: torch.Generator) -> Shown:
+    return Shown.of([IMAGE] * 16, IMAGE, {"pixel_values": draw(generator, 1, 3, 28, 28)})
+
+
+def _show_aria(model: Any, size: Size, generator: torch.Generator) -> Shown:
+    inputs = {"pixel_values": draw(generator, 1, 3, 28, 28), "pixel_mask": torch.ones(1, 28, 28).bool()}
+    return Shown.of([IMAGE] * 12, IMAGE, inputs)
+
+
+def _show_gemma3(model: Any, size: Size, generator: torch.Generator) -> Shown:
+    ids = [NEWLINES, START, *[IMAGE] * 16, END, NEWLINES]
+    return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, 1, 3, 28, 28)})
+
+
+def _show_video_llava(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
+    """Frames keep the class token of the tower, pictures do not."""
+    if not isinstance(piece, Clip):
+        return _show_plain(model, piece, generator)
+    inputs = {"pixel_values_videos": draw(generator, 1, piece.frames, 3, 28, 28)}
+    return Shown.of([VIDEO] * 17 * piece.frames, VIDEO, inputs, kind=2)
+
+
+# ---- tiles by picture size: llava_next, llava_next_video, llava_onevision
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 
 
+def _anyres(config: type, model: type, decoder: str, tower: Any, options: dict, **more: Any) -> nn.Module:
+    text = text_config(decoder, **options)
+    common = dict(image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS, **NO_TIE)
+    return model(config(text_config=text, vision_config=tower, **common, **more))
+
+
 def _llava_next(decoder: str, **options: Any) -> nn.Module:
-    config = hf.LlavaNextConfig(
-        text_config=text_config(decoder, **options), vision_config=clip_tower(), image_token_id=IMAGE,
-        image_grid_pinpoints=PINPOINTS, tie_word_embeddings=False,
-    )  # fmt: skip
-    return hf.LlavaNextForConditionalGeneration(config)
+    return _anyres(hf.LlavaNextConfig, hf.LlavaNextForConditionalGeneration, decoder, clip_tower(), options)
 
 
-def _show_anyres(model: Any, size: Size, generator: torch.Generator) -> Shown:
-    """A (height, width) picture, cut into the tiles of the pinpoint that fits it best, behind one of the whole."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+def _llava_next_video(decoder: str, **options: Any) -> nn.Module:
+    kinds = (hf.LlavaNextVideoConfig, hf.LlavaNextVideoForConditionalGeneration)
+    return _anyres(*kinds, decoder, clip_tower(), options, video_token_index=VIDEO)
 
-    sizes = torch.tensor([size])
-    tiles = image_size_to_num_patches(size, PINPOINTS, 28)
-    inputs = {"pixel_values": pixels(generator, 1, tiles, 3, 28, 28), "image_sizes": sizes}
+
+def _llava_onevision(decoder: str, **options: Any) -> nn.Module:
+    kinds = (hf.LlavaOnevisionConfig, hf.LlavaOnevisionForConditionalGeneration)
+    return _anyres(
+        *kinds, decoder, siglip_tower(), options, video_token_index=VIDEO, vision_aspect_ratio="anyres_max_4"
+    )
+
+
+def _show_anyres(model: Any, piece: Size | Clip, generator: torch.Generator, alone: bool = True) -> Shown:
+    """A (height, width) picture: the whole, then the tiles of the pinpoint that fits it best. A clip: its frames.
+
+    OneVision cuts only a picture that is ``alone`` in its row.
+    """
+    if isinstance(piece, Clip):
+        frames = {"pixel_values_videos": draw(generator, 1, piece.frames, 3, 28, 28)}
+        with torch.no_grad():
+            count = model.get_video_features(**frames).pooler_output[0].reshape(-1, HIDDEN).shape[0]
+        return Shown.of([VIDEO] * count, VIDEO, frames, kind=2)
+    tiles = image_size_to_num_patches(piece, PINPOINTS, 28) if alone else 1
+    inputs = {"pixel_values": draw(generator, 1, tiles, 3, 28, 28), "image_sizes": torch.tensor([piece])}
     with torch.no_grad():
-        count = len(model.get_image_features(**inputs).pooler_output[0])
+        company = {} if alone else {"batch_num_images": torch.tensor([2])}
+        count = len(model.get_image_features(**inputs, **company).pooler_output[0])
     return Shown.of([IMAGE] * count, IMAGE, inputs)
 
 
-def pad_tiles(family: Family, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Pictures with fewer tiles than the largest get tiles of zeros behind."""
-    inputs = [dict(shown.inputs) for row in rows for shown in row.shown]
-    most = max((len(each["pixel_values"][0]) for each in inputs if "pixel_values" in each), default=0)
-    for each in inputs:
-        if "pixel_values" in each:
-            tiles = each["pixel_values"]
-            each["pixel_values"] = nn.functional.pad(tiles, (0, 0) * 3 + (0, most - tiles.shape[1]))
-    return _cat(inputs)
+def _collate_onevision(rows: Any) -> dict[str, Tensor]:
+    images = [sum(shown.kind == 1 for shown in row.shown) for row in rows]
+    return pad_shapes(rows) | ({"batch_num_images": torch.tensor(images)} if any(images) else {})
 
 
-# ---- qwen2_vl
-
-
-def _qwen2_vl(decoder: str, **options: Any) -> nn.Module:
-    vision = dict(
-        depth=2, embed_dim=16, hidden_size=HIDDEN, num_heads=2, patch_size=4, spatial_merge_size=2,
-        temporal_patch_size=2, mlp_ratio=2,
-    )  # fmt: skip
-    text = {**COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 1]}}
-    config = hf.Qwen2VLConfig(
-        text_config={**text, **options}, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
-        vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=False,
-    )  # fmt: skip
-    return hf.Qwen2VLForConditionalGeneration(config)
-
-
-def _show_qwen(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
-    """A grid of (height, width) patches, merged 2 by 2; a clip repeats it for every pair of frames."""
-    frames, (height, width) = (piece.frames, piece.size) if isinstance(piece, Clip) else (1, piece)
-    patch = model.config.vision_config.patch_size
-    values = pixels(generator, frames * height * width, 3 * 2 * patch * patch)
-    grid, count = torch.tensor([[frames, height, width]]), frames * height * width // 4
-    if isinstance(piece, Clip):
-        inputs = {"pixel_values_videos": values, "video_grid_thw": grid}
-        return Shown.of([START, *[VIDEO] * count, END], VIDEO, inputs, kind=2)
-    return Shown.of([START, *[IMAGE] * count, END], IMAGE, {"pixel_values": values, "image_grid_thw": grid})
-
-
-# ---- internvl
+# ---- markers between tiles or rows: internvl, smolvlm, idefics3, mistral3
 
 
 def _internvl(decoder: str, **options: Any) -> nn.Module:
-    vision = dict(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=[24, 24],
-        patch_size=[4, 4], layer_scale_init_value=1.0,
-    )  # fmt: skip
+    vision = dict(**TOWER, image_size=[24, 24], patch_size=[4, 4], layer_scale_init_value=1.0)
     config = hf.InternVLConfig(
         text_config=text_config(decoder, **options), vision_config=vision, image_token_id=IMAGE, image_seq_length=9,
-        tie_word_embeddings=False,
+        **NO_TIE,
     )  # fmt: skip
     return hf.InternVLForConditionalGeneration(config)
 
@@ -309,48 +203,166 @@ def _show_internvl(model: Any, piece: Size | Clip, generator: torch.Generator) -
         ids: list[int] = []
         for frame in range(piece.frames):
             ids += [*[NEWLINE] * bool(frame), 50, 51 + frame, START, *[IMAGE] * 9, END]
-        return Shown.of(ids, IMAGE, {"pixel_values": pixels(generator, piece.frames, 3, 24, 24)})
+        return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, piece.frames, 3, 24, 24)}).frame_by_frame()
     tiles = piece[0] * piece[1] + (piece != (1, 1))
-    return Shown.of([START, *[IMAGE] * 9 * tiles, END], IMAGE, {"pixel_values": pixels(generator, tiles, 3, 24, 24)})
+    return Shown.of([START, *[IMAGE] * 9 * tiles, END], IMAGE, {"pixel_values": draw(generator, tiles, 3, 24, 24)})
 
 
-# ---- gemma3, paligemma
+def _idefics3(decoder: str, **options: Any) -> nn.Module:
+    return hf.Idefics3ForConditionalGeneration(hf.Idefics3Config(**_idefics_parts(decoder, options)))
 
 
-def _gemma3(decoder: str, **options: Any) -> nn.Module:
-    text = {**COMMON, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 12, "sliding_window_pattern": 3}
-    config = hf.Gemma3Config(
-        text_config={**text, **options}, vision_config=siglip_tower(), image_token_index=IMAGE, boi_token_index=START,
-        eoi_token_index=END, mm_tokens_per_image=16, tie_word_embeddings=False,
+def _smolvlm(decoder: str, **options: Any) -> nn.Module:
+    return hf.SmolVLMForConditionalGeneration(hf.SmolVLMConfig(**_idefics_parts(decoder, options)))
+
+
+def _idefics_parts(decoder: str, options: dict) -> dict[str, Any]:
+    vision = dict(**TOWER, image_size=24, patch_size=4)
+    text = text_config(decoder, **options)
+    return dict(text_config=text, vision_config=vision, image_token_id=IMAGE, scale_factor=2, **NO_TIE)
+
+
+def _show_idefics(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
+    """(rows, columns) of marked tiles and the whole at the end; (0, 0): the whole alone. A clip: timestamped frames."""
+    whole = [START, GLOBAL, *[IMAGE] * 9, START]
+    if isinstance(piece, Clip):
+        ids = [60, 61, *(token for frame in range(piece.frames) for token in (NEWLINE, 50, 51 + frame, *whole)), 62]
+        return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, piece.frames, 3, 24, 24)}).frame_by_frame()
+    ids = []
+    for row in range(piece[0]):
+        for column in range(piece[1]):
+            ids += [START, ROW_COLUMN + 4 * row + column, *[IMAGE] * 9]
+        ids += [NEWLINE] if row + 1 < piece[0] else [NEWLINES]
+    return Shown.of(ids + whole, IMAGE, {"pixel_values": draw(generator, piece[0] * piece[1] + 1, 3, 24, 24)})
+
+
+def _mistral3(decoder: str, **options: Any) -> nn.Module:
+    vision = dict(model_type="pixtral", **TOWER, head_dim=8, image_size=64, patch_size=4)
+    config = hf.Mistral3Config(
+        text_config=text_config(decoder, **options), vision_config=vision, image_token_index=IMAGE,
+        spatial_merge_size=2, **NO_TIE,
     )  # fmt: skip
-    return hf.Gemma3ForConditionalGeneration(config)
+    return hf.Mistral3ForConditionalGeneration(config)
 
 
-def _show_gemma3(model: Any, size: Size, generator: torch.Generator) -> Shown:
-    ids = [NEWLINES, START, *[IMAGE] * 16, END, NEWLINES]
-    return Shown.of(ids, IMAGE, {"pixel_values": pixels(generator, 1, 3, 28, 28)})
+def _show_mistral3(model: Any, size: Size, generator: torch.Generator) -> Shown:
+    """A (height, width) picture: a token per 8 x 8 pixels, a break behind every row, an end behind the last."""
+    line = [*[IMAGE] * (size[1] // 8), BREAK]
+    ids = [*(line * (size[0] // 8))[:-1], END]
+    return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, 1, 3, *size), "image_sizes": torch.tensor([size])})
 
 
-def _paligemma(decoder: str, **options: Any) -> nn.Module:
-    config = hf.PaliGemmaConfig(
-        text_config=text_config(decoder, **options), vision_config=siglip_tower(), image_token_index=IMAGE,
-        vocab_size=VOCABULARY, projection_dim=HIDDEN, hidden_size=HIDDEN, tie_word_embeddings=False,
-    )  # fmt: skip
-    return hf.PaliGemmaForConditionalGeneration(config)
+# ---- grids with 3-D positions: the Qwen-VL families, glm4v
 
 
-DECODERS["gemma"] = (hf.GemmaConfig, {"head_dim": 8})
-DECODERS["gemma2"] = (hf.Gemma2Config, {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 12})
+def _qwen(config: type, model: type, sections: list[int], vision: dict, text: dict, **more: Any) -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    vision = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, **vision)
+    common = dict(image_token_id=IMAGE, video_token_id=VIDEO, **NO_TIE, **more)
+    return model(config(text_config={**COMMON, "rope_parameters": rope, **text}, vision_config=vision, **common))
 
-ONE_SIZE = ((1, 1),)
-GRIDS = ((8, 8), (4, 12))
+
+QWEN_MARKERS = dict(vision_start_token_id=START, vision_end_token_id=END)
+
+
+def _qwen2_vl(decoder: str, **options: Any) -> nn.Module:
+    vision = dict(embed_dim=16, hidden_size=HIDDEN, mlp_ratio=2)
+    kinds = (hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration)
+    return _qwen(*kinds, [1, 2, 1], vision, options, **QWEN_MARKERS)
+
+
+def _qwen2_5_vl(decoder: str, **options: Any) -> nn.Module:
+    vision = dict(hidden_size=16, intermediate_size=32, out_hidden_size=HIDDEN, window_size=16)
+    kinds = (hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration)
+    return _qwen(*kinds, [1, 2, 1], {**vision, "fullatt_block_indexes": [1]}, options, **QWEN_MARKERS)
+
+
+QWEN3_VISION = dict(hidden_size=16, intermediate_size=32, out_hidden_size=HIDDEN, num_position_embeddings=64)
+DEEPSTACK = {"deepstack_visual_indexes": [0, 1]}
+
+
+def _qwen3_vl(decoder: str, **options: Any) -> nn.Module:
+    kinds = (hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration)
+    return _qwen(*kinds, [2, 1, 1], QWEN3_VISION | DEEPSTACK, {"head_dim": 8, **options}, **QWEN_MARKERS)
+
+
+def _qwen3_vl_moe(decoder: str, **options: Any) -> nn.Module:
+    experts = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    kinds = (hf.Qwen3VLMoeConfig, hf.Qwen3VLMoeForConditionalGeneration)
+    return _qwen(*kinds, [2, 1, 1], QWEN3_VISION | DEEPSTACK, experts | options, **QWEN_MARKERS)
+
+
+def _glm4v(decoder: str, **options: Any) -> nn.Module:
+    vision = dict(hidden_size=16, intermediate_size=32, out_hidden_size=HIDDEN, image_size=32)
+    markers = dict(image_start_token_id=START, image_end_token_id=END)
+    markers |= dict(video_start_token_id=VIDEO_START, video_end_token_id=GLOBAL)
+    return _qwen(hf.Glm4vConfig, hf.Glm4vForConditionalGeneration, [1, 2, 1], vision, options, **markers)
+
+
+def _patches(model: Any, piece: Size | Clip, generator: torch.Generator) -> tuple[dict[str, Tensor], int, int]:
+    """The inputs of a grid, (height, width) in patches that are merged 2 by 2; its frames and tokens per frame."""
+    frames, (height, width) = (piece.frames, piece.size) if isinstance(piece, Clip) else (1, piece)
+    patch = model.config.vision_config.patch_size
+    values = draw(generator, frames * height * width, 3 * 2 * patch * patch)
+    grid = torch.tensor([[frames, height, width]])
+    names = ("pixel_values_videos", "video_grid_thw") if isinstance(piece, Clip) else ("pixel_values", "image_grid_thw")
+    return dict(zip(names, (values, grid))), frames, height * width // 4
+
+
+def _show_qwen2(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
+    inputs, frames, tokens = _patches(model, piece, generator)
+    kind, own = (2, VIDEO) if isinstance(piece, Clip) else (1, IMAGE)
+    return Shown.of([START, *[own] * frames * tokens, END], own, inputs, kind)
+
+
+def _show_qwen2_5(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
+    shown = _show_qwen2(model, piece, generator)
+    shown.inputs |= {"second_per_grid_ts": torch.tensor([0.5])} if isinstance(piece, Clip) else {}
+    return shown
+
+
+def _show_qwen3(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
+    """The frames of a clip stand apart, each behind its time."""
+    inputs, frames, tokens = _patches(model, piece, generator)
+    if not isinstance(piece, Clip):
+        return Shown.of([START, *[IMAGE] * tokens, END], IMAGE, inputs)
+    ids = [token for frame in range(frames) for token in (50, 51 + frame, START, *[VIDEO] * tokens, END)]
+    return Shown.of(ids, VIDEO, inputs, kind=2)
+
+
+def _show_glm4v(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
+    """The frames of a clip are made of image tokens, between the marks of a video."""
+    inputs, frames, tokens = _patches(model, piece, generator)
+    picture = [START, *[IMAGE] * tokens, END]
+    if not isinstance(piece, Clip):
+        return Shown.of(picture, IMAGE, inputs)
+    ids = [VIDEO_START, *(token for frame in range(frames) for token in (*picture, 51 + frame)), GLOBAL]
+    return Shown.of(ids, IMAGE, inputs, kind=2)
+
+
+WIDE_TALL = ((30, 50), (80, 28))
+GRIDS = {"sizes": ((8, 8), (4, 12)), "clip": Clip(2, (4, 8)), "types": "mm_token_type_ids", "flat": False}
 FAMILIES: dict[str, Family] = {
-    "llava": Family(_llava, _show_llava, ONE_SIZE, decoders=ANY),
-    "llava_next": Family(_llava_next, _show_anyres, ((30, 50), (80, 28)), decoders=ANY, collate=pad_tiles),
-    "qwen2_vl": Family(
-        _qwen2_vl, _show_qwen, GRIDS, Clip(2, (4, 8)), types="mm_token_type_ids", flat=False
+    "llava": Family(_llava, _show_plain, decoders=EVERY),
+    "vipllava": Family(_vipllava, _show_plain, decoders=ANY),
+    "video_llava": Family(_video_llava, _show_video_llava, clip=Clip(2, (1, 1)), decoders=ANY),
+    "aria": Family(_aria, _show_aria),
+    "paligemma": Family(_paligemma, _show_plain, decoders=("gemma", "gemma2"), types="suffix", bos="behind"),
+    "gemma3": Family(_gemma3, _show_gemma3, types="token_type_ids"),
+    "llava_next": Family(_llava_next, _show_anyres, WIDE_TALL, decoders=ANY, collate=pad_shapes),
+    "llava_next_video": Family(
+        _llava_next_video, _show_anyres, WIDE_TALL, Clip(3, (1, 1)), decoders=ANY, collate=pad_shapes
+    ),
+    "llava_onevision": Family(
+        _llava_onevision, _show_anyres, WIDE_TALL, Clip(3, (1, 1)), ANY, collate=_collate_onevision, counts=True
     ),
     "internvl": Family(_internvl, _show_internvl, ((1, 1), (1, 2)), Clip(3, (1, 1)), decoders=ANY),
-    "gemma3": Family(_gemma3, _show_gemma3, ONE_SIZE, types="token_type_ids"),
-    "paligemma": Family(_paligemma, _show_llava, ONE_SIZE, decoders=("gemma", "gemma2"), types="suffix", bos="behind"),
-}  # fmt: skip
+    "smolvlm": Family(_smolvlm, _show_idefics, ((0, 0), (2, 1)), Clip(3, (1, 1)), decoders=ANY, collate=pad_rows),
+    "idefics3": Family(_idefics3, _show_idefics, ((0, 0), (2, 1)), decoders=ANY, collate=pad_rows),
+    "mistral3": Family(_mistral3, _show_mistral3, ((24, 32), (16, 40)), decoders=ANY, collate=pad_shapes),
+    "qwen2_vl": Family(_qwen2_vl, _show_qwen2, **GRIDS),
+    "qwen2_5_vl": Family(_qwen2_5_vl, _show_qwen2_5, **GRIDS),
+    "qwen3_vl": Family(_qwen3_vl, _show_qwen3, **GRIDS, first=2),
+    "qwen3_vl_moe": Family(_qwen3_vl_moe, _show_qwen3, **GRIDS, first=2),
+    "glm4v": Family(_glm4v, _show_glm4v, **GRIDS),
+}
