@@ -136,7 +136,7 @@ def make_row(family: Family, model: Any, *pieces: Piece, seed: int = 0) -> Row:
     row = Row([], [], [], [])
     visual = [index for index, piece in enumerate(pieces) if not isinstance(piece, int)]
     opening = visual[-1] + 1 if visual and family.bos == "behind" else 0
-    alone = {"alone": len(visual) == 1} if family.counts else {}
+    alone = {"alone": sum(isinstance(piece, tuple) for piece in pieces) == 1} if family.counts else {}
     for piece in [*pieces[:opening], None, *pieces[opening:]]:
         if piece is None:
             row.ids, row.types = [*row.ids, BOS], [*row.types, 0]

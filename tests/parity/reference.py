@@ -30,7 +30,8 @@ MASKS = {"eager": ("reference_eager", eager_mask), "sdpa": ("reference_sdpa", sd
 class Reference:
     """Logits (B, N, V) of all columns; which of them (B, N) are real and survive all drops; and per drop, row and
     picture the surviving tokens among 0..n-1. ``gap`` is the smallest distance, relative to the kept score, between
-    the scores of a kept and a dropped token of one picture: far above rounding, or the choice would be a coin's."""
+    the scores of a kept and a dropped token of one picture: far above rounding, or the choice would be a coin's.
+    ``windows`` are the sliding windows of the layers where one hides a real token from a later one."""
 
     logits: Tensor
     alive: Tensor
@@ -117,7 +118,8 @@ def _attention(
         allowed = mask if mask.dtype == torch.bool else mask == 0
         assert mask.dtype == torch.bool or bool((allowed | (mask <= -1e30)).all()), "a bias, not a mask"
     if sliding_window is not None:
-        run.windows[layer] = sliding_window
+        if (causal & run.real[:, None, :] & run.real[:, :, None] & ~allowed[:, 0]).any():
+            run.windows[layer] = sliding_window
         if run.renumber and run.dropped(layer).any():
             places = run.places(layer)
             near = places[:, :, None] - places[:, None, :] < sliding_window
@@ -132,8 +134,8 @@ def _attention(
     return torch.einsum("bhqk,bhke->bqhe", weights, value).contiguous(), weights
 
 
-IGNORED = {"is_causal", "use_cache", "position_ids", "output_attentions", "output_hidden_states", "return_dict"}
-"""Arguments that some families hand to the attention function and that change nothing in it."""
+IGNORED = {"is_causal", "use_cache", "position_ids", "logits_to_keep", "output_router_logits"}
+"""Arguments that some families hand down to the attention function and that change nothing in it."""
 
 for _name, _mask in MASKS.values():
     AttentionInterface.register(_name, _attention)

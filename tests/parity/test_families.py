@@ -1,0 +1,291 @@
+"""`attach` on every family of `tests.families` against the slow reference, which masks and never removes a token.
+
+The families' default decoders go through everything, the others through a prompt of three pictures and its answer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.schedule import Schedule
+from tests.families import FAMILIES, SPECIAL, Row, collate, make_row
+from tests.parity.reference import Reference, reference_logits
+
+NEW = 4
+TOLERANCE = 2e-5  # of the largest logit
+CLEAR = 2e-4  # prompts whose kept and dropped tokens score closer than this say nothing: others are drawn
+SLIDING = ("mistral_window", "qwen2_window", "cohere2", "gemma2", "gpt_oss")
+NAMES = list(FAMILIES)
+WITH_CLIPS = [name for name in NAMES if FAMILIES[name].clip]
+ALL = [pytest.param(name, decoder, id=f"{name}-{decoder}") for name in NAMES for decoder in FAMILIES[name].decoders]
+POSITIONS = [
+    pytest.param(name, positions, id=f"{name}-{positions}")
+    for name in NAMES
+    for positions in (("keep", "renumber") if FAMILIES[name].flat else ("keep",))
+]
+
+
+def schedule_of(name: str, positions: str = "keep", ratios: tuple[float, ...] = (0.55, 0.3, 0.13)) -> Schedule:
+    layers = (2, 3, 5) if FAMILIES[name].first <= 2 else (FAMILIES[name].first, 4, 5)
+    return Schedule(layers, ratios, positions=positions)
+
+
+@functools.cache
+def model_of(name: str, decoder: str | None = None) -> Any:
+    return FAMILIES[name].make(decoder)
+
+
+def pieces_of(name: str, kind: str) -> tuple:
+    """Prompts by name; the first and the last size of a family differ in their tiles, where it has any."""
+    small, large, clip = FAMILIES[name].sizes[0], FAMILIES[name].sizes[-1], FAMILIES[name].clip
+    return {
+        "one": (3, small, 4),
+        "large": (2, large, 3),
+        "apart": (2, large, 3, small, 2),
+        "adjacent": (1, small, large, 2),
+        "first": (large, 3),
+        "three": (2, small, large, 3, small, 2),
+        "none": (6,),
+        "more text": (3,),
+        "clip": (2, clip, 3),
+        "clips": (1, clip, clip, 2),
+        "mixed": (1, small, 2, clip, 2),
+    }[kind]
+
+
+@functools.cache
+def row_of(name: str, kind: str, decoder: str | None = None) -> tuple[Row, dict[str, Reference]]:
+    """A prompt that leaves no doubt about what is kept, and its reference for every kind of positions."""
+    family, model = FAMILIES[name], model_of(name, decoder)
+    for seed in range(10):
+        row = make_row(family, model, *pieces_of(name, kind), seed=seed)
+        references = {
+            positions: expected(name, [row], positions, decoder)
+            for positions in (("keep", "renumber") if family.flat else ("keep",))
+        }
+        if all(reference.gap > CLEAR for reference in references.values()):
+            return row, references
+    raise AssertionError("no prompt without near ties")
+
+
+def expected(name: str, rows: list[Row], positions: str, decoder: str | None = None) -> Reference:
+    pictures, prompts = [row.pictures for row in rows], [row.prompt for row in rows]
+    inputs = fresh(model_of(name, decoder), collate(FAMILIES[name], *rows))
+    schedule = schedule_of(name, positions)
+    return reference_logits(model_of(name, decoder), inputs, pictures, schedule, positions, prompts)
+
+
+def fresh(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Forgets what the Qwen families remember of an earlier prompt."""
+    for module in model.modules():
+        if hasattr(module, "rope_deltas"):
+            module.rope_deltas = None
+    return {key: value.clone() for key, value in inputs.items()}
+
+
+def forward(name: str, *rows: Row, decoder: str | None = None) -> Tensor:
+    model = model_of(name, decoder)
+    with torch.no_grad():
+        return model(**fresh(model, collate(FAMILIES[name], *rows))).logits
+
+
+def generate(name: str, *rows: Row, decoder: str | None = None) -> tuple[list[list[int]], Tensor]:
+    """Greedy answers without special tokens, and logits (B, new, V)."""
+    model = model_of(name, decoder)
+    output = model.generate(
+        **fresh(model, collate(FAMILIES[name], *rows)), max_new_tokens=NEW, do_sample=False, suppress_tokens=SPECIAL,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return output.sequences[:, -NEW:].tolist(), torch.stack(output.logits, dim=1)
+
+
+class attached:
+    """The family's model with a schedule, within the block."""
+
+    def __init__(self, name: str, schedule: Schedule, decoder: str | None = None) -> None:
+        self.model, self.schedule = model_of(name, decoder), schedule
+
+    def __enter__(self) -> Any:
+        return attach(self.model, self.schedule)
+
+    def __exit__(self, *error: object) -> None:
+        detach(self.model)
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    difference = ((got - want).abs().max() / want.abs().max()).item()
+    assert difference <= TOLERANCE, f"largest difference {difference:.1e} of the largest logit"
+
+
+def same_survivors(logits: Tensor, index: int, reference: Reference) -> None:
+    """Row ``index`` of an attached model's logits, padded on the left, against the reference of that row alone."""
+    want = reference.row(0)
+    assert logits.shape[1] >= len(want)
+    same(logits[index, -len(want) :], want)
+
+
+def decoded_like_recompute(name: str, row: Row, positions: str, decoder: str | None = None) -> None:
+    with attached(name, schedule_of(name, positions), decoder):
+        answers, logits = generate(name, row, decoder=decoder)
+    reference = expected(name, [row.extended(answers[0][:-1])], positions, decoder)
+    same(logits[0], reference.logits[0, row.prompt - 1 :])
+
+
+# ---- the bench itself
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "decoder"), ALL)
+def test_reference_without_drops_is_vanilla(name, decoder, implementation):
+    family, model = FAMILIES[name], model_of(name, decoder)
+    rows = [make_row(family, model, *pieces_of(name, kind)) for kind in ("apart", "none")]
+    inputs, real = collate(family, *rows), collate(family, *rows)["attention_mask"].bool()
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation(implementation if before == "sdpa" else before)
+    try:
+        vanilla = forward(name, *rows, decoder=decoder)
+        pictures = [row.pictures for row in rows]
+        reference = reference_logits(model, fresh(model, inputs), pictures, Schedule(), "keep")
+    finally:
+        model.set_attn_implementation(before)
+    assert torch.isfinite(vanilla[real]).all() and 0.5 < vanilla[real].std() < 5
+    same(reference.logits[real], vanilla[real])
+    if family.build.__name__ != "_paligemma":  # its prompt sees itself in both directions, whatever the window
+        assert bool(reference.windows) == (decoder in SLIDING or name == "gemma3")
+
+
+@pytest.mark.parametrize(("name", "decoder"), ALL)
+def test_vanilla_decoding_is_recompute(name, decoder):
+    model = model_of(name, decoder)
+    row = make_row(FAMILIES[name], model, *pieces_of(name, "apart"))
+    answers, logits = generate(name, row, decoder=decoder)
+    inputs = fresh(model, collate(FAMILIES[name], row.extended(answers[0][:-1])))
+    reference = reference_logits(model, inputs, [row.pictures], Schedule(), "keep", [row.prompt])
+    same(logits[0], reference.logits[0, row.prompt - 1 :])
+
+
+# ---- attach
+
+
+@pytest.mark.parametrize("kind", ["one", "large", "apart", "adjacent"])
+@pytest.mark.parametrize(("name", "positions"), POSITIONS)
+def test_survivors_have_the_logits_of_the_reference(name, positions, kind):
+    row, references = row_of(name, kind)
+    with attached(name, schedule_of(name, positions)):
+        same_survivors(forward(name, row), 0, references[positions])
+
+
+@pytest.mark.parametrize(("name", "positions"), POSITIONS)
+def test_eager_has_the_logits_of_the_reference(name, positions):
+    row, references = row_of(name, "apart")
+    model = model_of(name)
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with attached(name, schedule_of(name, positions)):
+            same_survivors(forward(name, row), 0, references[positions])
+    finally:
+        model.set_attn_implementation(before)
+
+
+@pytest.mark.parametrize(("name", "decoder"), ALL)
+def test_every_decoder_has_the_logits_of_the_reference(name, decoder):
+    row, references = row_of(name, "three", decoder)
+    for positions, reference in references.items():
+        with attached(name, schedule_of(name, positions), decoder):
+            same_survivors(forward(name, row, decoder=decoder), 0, reference)
+
+
+@pytest.mark.parametrize(("name", "decoder"), ALL)
+def test_decoding_equals_recompute(name, decoder):
+    row, references = row_of(name, "three", decoder)
+    for positions in references:
+        decoded_like_recompute(name, row, positions, decoder)
+
+
+@pytest.mark.parametrize(("name", "positions"), POSITIONS)
+def test_padded_batch_equals_singles(name, positions):
+    kinds = ("one", "apart", "none", "first")
+    rows, references = zip(*(row_of(name, kind) for kind in kinds))
+    with attached(name, schedule_of(name, positions)):
+        logits = forward(name, *rows)
+        for index, reference in enumerate(references):
+            same_survivors(logits, index, reference[positions])
+        answers, logits = generate(name, *rows)
+        for index, row in enumerate(rows):
+            single_answers, single_logits = generate(name, row)
+            assert single_answers[0] == answers[index]
+            same(logits[index], single_logits[0])
+
+
+@pytest.mark.parametrize(("name", "positions"), POSITIONS)
+def test_ratio_of_one_is_vanilla(name, positions):
+    rows = [row_of(name, kind)[0] for kind in ("adjacent", "none", "first")]
+    vanilla_answers, vanilla = generate(name, *rows)
+    with attached(name, schedule_of(name, positions, (1.0, 1.0, 1.0))):
+        answers, logits = generate(name, *rows)
+    assert answers == vanilla_answers
+    same(logits, vanilla)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_alone_is_vanilla(name):
+    rows = [row_of(name, kind)[0] for kind in ("none", "more text")]
+    vanilla = forward(name, *rows)
+    vanilla_answers, vanilla_logits = generate(name, *rows)
+    with attached(name, schedule_of(name)):
+        same(forward(name, *rows), vanilla)
+        answers, logits = generate(name, *rows)
+    assert answers == vanilla_answers
+    same(logits, vanilla_logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_detach_restores_the_model(name):
+    model, row = model_of(name), row_of(name, "apart")[0]
+    fresh(model, {})
+    before, logits = state(model), forward(name, row)
+    _, generated = generate(name, row)
+    with attached(name, schedule_of(name)):
+        forward(name, row)
+        generate(name, row)
+    assert torch.equal(forward(name, row), logits)
+    assert torch.equal(generate(name, row)[1], generated)
+    fresh(model, {})
+    assert state(model) == before
+
+
+def state(model: Any) -> dict[str, Any]:
+    """Hooks, attributes and config of a model and of what it is made of."""
+    kinds = [name for name in vars(model) if "_hooks" in name]
+    hooks = [dict(getattr(module, kind)) for module in model.modules() for kind in kinds]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    config = model.config.to_dict()
+    return {
+        "hooks": hooks,
+        "attributes": attributes,
+        "forwards": forwards,
+        "config": config,
+        "keys": [*model.state_dict()],
+    }
+
+
+@pytest.mark.parametrize("name", WITH_CLIPS)
+@pytest.mark.parametrize("kind", ["clip", "clips", "mixed"])
+def test_a_clip_is_a_picture(name, kind):
+    if name == "glm4v" and kind == "mixed":
+        pytest.skip("clips are made of image tokens: transformers takes no picture beside one")
+    row, references = row_of(name, kind)
+    for positions, reference in references.items():
+        with attached(name, schedule_of(name, positions)):
+            same_survivors(forward(name, row), 0, reference)
+        if kind == "clips":
+            decoded_like_recompute(name, row, positions)
