@@ -1,8 +1,8 @@
 """The model classes that `attach` has been proved on, one entry each (``llava-pdrop families`` prints the table).
 
-Queries, keys, masks and positions are taken from the model itself, so an entry only says what cannot be seen there: what
-one picture is, since every picture has its own budget, and whether positions can be numbered anew. A class is added by
-its entry here and a tiny model of it in ``tests/families.py``, which puts it through ``tests/parity/test_families.py``.
+Queries, keys, masks and positions are taken from the model itself, so an entry only says what cannot be seen there:
+what one picture is, since every picture has its own budget, and whether positions can be numbered anew. A class is
+added by its entry here and a tiny model of it in ``tests/families.py``, which ``tests/parity/test_families.py`` tries.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 """Text decoders proved in every class that takes any of them."""
 
 OTHERS = (
-    "cohere", "cohere2", "gemma", "gemma2", "glm", "glm4", "granite", "nemotron", "olmo2", "phi3", "smollm3", "stablelm",
-    "starcoder2",
+    "cohere", "cohere2", "gemma", "gemma2", "glm", "glm4", "gpt_oss", "granite", "nemotron", "olmo2", "olmoe", "phi3",
+    "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 """Text decoders proved inside of a LLaVA."""
 

@@ -160,10 +160,8 @@ class Call:
             else:
                 shift_B = self.stages.shift_B[self.stage - 1].to(hidden_BND.device)
                 ids = self._once("ids", ids, lambda: ids - shift_B[:, None])
-            kinds = getattr(self.decoder.config, "layer_types", None)
-            extra = (
-                (kinds[index],) if "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters else ()
-            )
+            typed = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
+            extra = (self.decoder.config.layer_types[index],) if typed else ()
             if rope is not None:
                 rope = self._once(("rope", *extra), None, lambda: self.decoder.rotary_emb(hidden_BND, ids, *extra))
         elif self.prompt:
@@ -180,7 +178,8 @@ class Call:
         """The mask of a layer behind a drop, in the form its attention implementation takes."""
         config, own, cache = self.decoder.config, kwargs.get("attention_mask"), cache_in(kwargs)
         window, implementation = sliding_window(config, index), config._attn_implementation
-        assert self.stages is not None, "behind a drop the prompt's stages are known"
+        stages, drop = self.stages, self.stage - 1
+        assert stages is not None, "behind a drop the prompt's stages are known"
         if self.prompt and isinstance(own, Tensor) and own.ndim == 4:
             keys = mask_sizes(cache, index, hidden_BND.shape[1])[0]
             wide = window if self.schedule.positions == "renumber" else None
@@ -188,14 +187,12 @@ class Call:
             return self._once(
                 ("mask", wide, keys),
                 own,
-                lambda: sliced_mask(own, self.stages, self.stage - 1, column_BN, keys, wide),
+                lambda: sliced_mask(own, stages, drop, column_BN, keys, wide),
             )
         return self._once(
             ("mask", window),
             None,
-            lambda: stage_mask(
-                implementation, self.stages, self.stage - 1, self.attention_mask, cache, index, hidden_BND, window
-            ),
+            lambda: stage_mask(implementation, stages, drop, self.attention_mask, cache, index, hidden_BND, window),
         )
 
 

@@ -1,7 +1,7 @@
 """Which tokens of a prompt belong to which picture.
 
-The budget is counted per picture, ``int(n * ratio)`` of its n tokens, so pictures have to be told apart: by the features
-that the model itself made of them, or where a feature is a tile, by the marks between the placeholders.
+The budget is counted per picture, ``int(n * ratio)`` of its n tokens, so pictures have to be told apart: by the
+features that the model itself made of them, or where a feature is a tile, by the marks between the placeholders.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Lengths = list[int] | None
 
 @dataclass
 class Shown:
-    """What the encoders of a model have made for one prompt: tokens of every entry of their output, in order. ``frames``
-    of a clip, where an entry is a frame."""
+    """What the encoders of a model have made for one prompt: tokens of every entry of their output, in order; and how
+    many ``frames`` a clip has."""
 
     image: Lengths = None
     video: Lengths = None
@@ -44,8 +44,8 @@ def entry_lengths(output: Any) -> Lengths:
 def pictures_of(
     ids_BN: np.ndarray, real_BN: np.ndarray, family: Family, image: int | None, video: int | None, shown: Shown
 ) -> np.ndarray:
-    """Number of the picture (B, N) int64 that every token belongs to, -1 for text; pictures are numbered in the order in
-    which they begin, row after row. A clip counts as a picture.
+    """Number of the picture (B, N) int64 that every token belongs to, -1 for text; pictures are numbered in the order
+    in which they begin, row after row. A clip counts as a picture.
 
     Args:
         ids_BN: input ids (B, N).
@@ -120,15 +120,15 @@ def _by_run_of_one(
     if lengths is None or runs != lengths:
         held = "of unknown length" if lengths is None else f"of {len(lengths)} feature maps"
         raise UserError(
-            f"attach() cannot tell the {name}s of this prompt apart: {len(runs)} runs of placeholders hold {name}s {held}"
-            ". Put text between them, and do not split them into crops"
+            f"attach() cannot tell the {name}s of this prompt apart: {len(runs)} runs of placeholders hold {name}s "
+            f"{held}. Put text between them, and do not split them into crops"
         )
     return _by_run(name, ids_BN, real_BN, place_BN, lengths)
 
 
 def _by_marks(name: str, ids_BN: np.ndarray, real_BN: np.ndarray, place_BN: np.ndarray, lengths: Lengths) -> np.ndarray:
-    """Tiles stand between marks, each behind a tag, and the whole picture comes last behind a tag of its own: the tag of
-    the last run of a row. A prompt without such marks holds a picture in every run."""
+    """Tiles stand between marks, each behind a tag, and the whole picture comes last behind a tag of its own: the tag
+    of the last run of a row. A prompt without such marks holds a picture in every run."""
     numbers, following = [], 0
     for row, (_, runs) in enumerate(_rows_of(place_BN, real_BN)):
         ids_N, place_N = ids_BN[row][real_BN[row]], place_BN[row][real_BN[row]]

@@ -190,8 +190,8 @@ class _Plugin:
             raise UserError("attach() builds the masks of pruned layers itself: give a 2-D attention_mask or none")
         if stages and not self.family.causal and self._shows(given):
             raise UserError(
-                f"{type(module).__name__} masks pictures in its own way, which a pruned cache does not allow for: begin "
-                "a turn with a picture with an empty cache"
+                f"{type(module).__name__} masks pictures in its own way, which a pruned cache does not allow for: give "
+                "a turn with a picture an empty cache"
             )
         call = Call(self, self.decoder, self.schedule, self.cheap, given, mask, prompt, stages)
         if self.trace is not None:
@@ -218,8 +218,8 @@ class _Plugin:
         if given.get("input_ids") is None:
             if encoded or any(value is not None for value in pixels) or given.get("inputs_embeds") is not None:
                 raise UserError(
-                    "attach() finds the image tokens in input_ids, but the prompt came as inputs_embeds: give input_ids "
-                    "and pixel_values, or detach(model)"
+                    "attach() finds the image tokens in input_ids, but the prompt came as inputs_embeds: give "
+                    "input_ids and pixel_values, or detach(model)"
                 )
             return False
         return self._shows(given)

@@ -19,8 +19,8 @@ def unwrapped(model: Any) -> Any:
 
 
 def bare(model: nn.Module, plugin: Any) -> nn.Module:
-    """``model`` without the hooks, patches and attribute that ``plugin`` gave it: new modules around the same parameters
-    and buffers. The attached model stays as it is."""
+    """``model`` without the hooks, patches and attribute that ``plugin`` gave it: new modules around the same
+    parameters and buffers. The attached model stays as it is."""
     ours = {hook.id for hook in plugin.hooks}
     patched = {(id(owner), name): original for (owner, name), original in plugin.shadowed.items()}
     copies: dict[int, nn.Module] = {}

@@ -82,9 +82,9 @@ def test_indices_are_sent_from_pinned_memory_without_waiting(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "to", to)
-    image = np.array([[False, True, True, False], [False, False, True, True]])
-    Prefill.build(image, np.ones_like(image), None, None, Schedule((1,), (0.5,)), torch.device("cuda"))
-    assert sent == [(True, "cuda", {"non_blocking": True})] * 2  # the plan of the stream, and the frames
+    picture = np.array([[-1, 0, 0, -1], [-1, 1, 1, -1]])
+    Prefill.build(picture, np.ones_like(picture, dtype=bool), None, Schedule((1,), (0.5,)), torch.device("cuda"))
+    assert sent == [(True, "cuda", {"non_blocking": True})]
 
 
 def test_budgets_are_taken_from_the_original_count():
