@@ -20,7 +20,11 @@ def unwrapped(model: Any) -> Any:
 
 def bare(model: nn.Module, plugin: Any) -> nn.Module:
     """``model`` without the hooks, patches and attribute that ``plugin`` gave it: new modules around the same
-    parameters and buffers. The attached model stays as it is."""
+    parameters and buffers. The attached model stays as it is.
+
+    The hooks by which transformers captures outputs go too (it sets them at the first forward, as local functions,
+    which keep a model from being pickled), and the mark that they are set: the next forward sets them again.
+    """
     ours = {hook.id for hook in plugin.hooks}
     patched = {(id(owner), name): original for (owner, name), original in plugin.shadowed.items()}
     copies: dict[int, nn.Module] = {}
@@ -34,10 +38,11 @@ def bare(model: nn.Module, plugin: Any) -> nn.Module:
                 value = patched[id(module), name]
                 if value is None:
                     continue
-            elif "_hooks" in name and isinstance(value, dict):
-                value = type(value)((key, hook) for key, hook in value.items() if key not in ours)
-            elif value is plugin:
+            elif value is plugin or name == "_output_capturing_hooks_installed":
                 continue
+            elif "_hooks" in name and isinstance(value, dict):
+                kept = ((key, hook) for key, hook in value.items() if key not in ours and not _captures(hook))
+                value = type(value)(kept)
             elif name == "_modules":
                 value = {key: child if child is None else copied(child) for key, child in value.items()}
             elif isinstance(value, nn.Module):
@@ -46,3 +51,7 @@ def bare(model: nn.Module, plugin: Any) -> nn.Module:
         return twin
 
     return copied(model)
+
+
+def _captures(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"

@@ -1,7 +1,8 @@
 """The decoder loop with its drops: the only place that calls a Hugging Face decoder layer.
 
 Works for the decoders in `COVERED`; any other may scale, cap or mask where this file does not. All modules are called
-as modules, on every rank in the same order whatever the data, so that the hooks of ZeRO-3 and FSDP fire and never disagree.
+as modules, on every rank in the same order whatever the data, so that the hooks of ZeRO-3 and FSDP fire and never
+disagree.
 """
 
 from __future__ import annotations

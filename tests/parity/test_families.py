@@ -8,13 +8,17 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from llava_pdrop.generate import forward as forward_of
+from llava_pdrop.generate import plugin
 from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.schedule import Schedule
 from tests.families import FAMILIES, SPECIAL, Row, collate, make_row
+from tests.messages import says
 from tests.parity.reference import Reference, reference_logits
 
 NEW = 4
@@ -174,9 +178,21 @@ def test_vanilla_decoding_is_recompute(name, decoder):
 # ---- attach
 
 
+def several(name: str) -> str:
+    """A prompt with several pictures, where possible side by side."""
+    return "apart" if name == "aria" else "three"
+
+
+def skip_what_cannot_be_told(name: str, kind: str) -> None:
+    """Aria's pictures side by side may as well be crops of one: `test_pictures_that_nothing_tells_apart`."""
+    if name == "aria" and kind in ("adjacent", "three"):
+        pytest.skip("nothing tells them apart: refused")
+
+
 @pytest.mark.parametrize("kind", ["one", "large", "apart", "adjacent"])
 @pytest.mark.parametrize(("name", "positions"), POSITIONS)
 def test_survivors_have_the_logits_of_the_reference(name, positions, kind):
+    skip_what_cannot_be_told(name, kind)
     row, references = row_of(name, kind)
     with attached(name, schedule_of(name, positions)):
         same_survivors(forward(name, row), 0, references[positions])
@@ -197,7 +213,7 @@ def test_eager_has_the_logits_of_the_reference(name, positions):
 
 @pytest.mark.parametrize(("name", "decoder"), ALL)
 def test_every_decoder_has_the_logits_of_the_reference(name, decoder):
-    row, references = row_of(name, "three", decoder)
+    row, references = row_of(name, several(name), decoder)
     for positions, reference in references.items():
         with attached(name, schedule_of(name, positions), decoder):
             same_survivors(forward(name, row, decoder=decoder), 0, reference)
@@ -205,7 +221,7 @@ def test_every_decoder_has_the_logits_of_the_reference(name, decoder):
 
 @pytest.mark.parametrize(("name", "decoder"), ALL)
 def test_decoding_equals_recompute(name, decoder):
-    row, references = row_of(name, "three", decoder)
+    row, references = row_of(name, several(name), decoder)
     for positions in references:
         decoded_like_recompute(name, row, positions, decoder)
 
@@ -227,7 +243,7 @@ def test_padded_batch_equals_singles(name, positions):
 
 @pytest.mark.parametrize(("name", "positions"), POSITIONS)
 def test_ratio_of_one_is_vanilla(name, positions):
-    rows = [row_of(name, kind)[0] for kind in ("adjacent", "none", "first")]
+    rows = [row_of(name, kind)[0] for kind in (several(name), "none", "first")]
     vanilla_answers, vanilla = generate(name, *rows)
     with attached(name, schedule_of(name, positions, (1.0, 1.0, 1.0))):
         answers, logits = generate(name, *rows)
@@ -289,3 +305,56 @@ def test_a_clip_is_a_picture(name, kind):
             same_survivors(forward(name, row), 0, reference)
         if kind == "clips":
             decoded_like_recompute(name, row, positions)
+
+
+def test_pictures_that_nothing_tells_apart():
+    model = model_of("aria")
+    row = make_row(FAMILIES["aria"], model, *pieces_of("aria", "adjacent"))
+    with attached("aria", schedule_of("aria")), pytest.raises(ValueError, match=says("1 runs", "2 feature maps")):
+        forward("aria", row)
+
+
+# ---- what the tests above would not let pass
+
+
+def rebuilt_causal(own: Tensor, stages: Any, drop: int, column_BN: Tensor, keys: int, window: int | None) -> Tensor:
+    """A plain causal mask instead of the model's own."""
+    columns = column_BN.shape[1]
+    allowed = torch.ones(columns, columns, dtype=torch.bool).tril().expand(len(column_BN), 1, -1, -1)
+    return torch.nn.functional.pad(allowed, (0, keys - columns))
+
+
+def first_columns(x: Tensor, column_BN: Tensor, dim: int) -> Tensor:
+    """Positions of the first tokens instead of those of the survivors."""
+    return x.narrow(dim, 0, column_BN.shape[1])
+
+
+def by_row(ids_BN: Any, real_BN: Any, family: Any, image: int | None, video: int | None, shown: Any) -> Any:
+    """One budget for all pictures of a row."""
+    place_BN = ((ids_BN == image) | (ids_BN == video)) & real_BN
+    return np.where(place_BN, np.cumsum(place_BN.any(1))[:, None] - 1, -1)
+
+
+MUTANTS = {
+    "mask rebuilt causal": (forward_of, "sliced_mask", rebuilt_causal),
+    "rope of unsliced positions": (forward_of, "_taken", first_columns),
+    "budget in the wrong unit": (plugin, "pictures_of", by_row),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_mutants_are_killed(name, mutant, monkeypatch):
+    """By a prompt with pictures of two sizes and a shorter one without, padded."""
+    rows, references = zip(*(row_of(name, kind) for kind in ("apart", "first")))
+
+    def survivors_are_those_of_the_reference() -> None:
+        with attached(name, schedule_of(name)):
+            logits = forward(name, *rows)
+            for index, reference in enumerate(references):
+                same_survivors(logits, index, reference["keep"])
+
+    survivors_are_those_of_the_reference()
+    monkeypatch.setattr(*MUTANTS[mutant])
+    with pytest.raises(AssertionError):
+        survivors_are_those_of_the_reference()
