@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
-        "transformers>=5.17,<6",
+        "transformers>=5.17,<5.25",
         "tokenizers>=0.22",
         "accelerate>=1.10",
         "safetensors>=0.5",

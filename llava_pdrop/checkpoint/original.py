@@ -119,7 +119,7 @@ def original_schedule(config: Mapping[str, Any]) -> Schedule | None:
     layers, ratios = _literal(layers, "layer_list"), _literal(ratios, "image_token_ratio_list")
     if len(ratios) == len(layers) + 1 and ratios[0] == 1.0:
         ratios = ratios[1:]  # train and eval scripts insert it (golden/README 4.1)
-    return Schedule(tuple(layers), tuple(ratios))
+    return Schedule(tuple(layers), tuple(ratios), positions="renumber")
 
 
 def written_schedule(section: Mapping[str, Any]) -> Schedule:

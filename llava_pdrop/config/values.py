@@ -54,7 +54,7 @@ def build_schedule(section: Any, key: str = "pyramid_drop") -> Schedule:
     """
     values = convert_fields(section, Schedule, key)
     try:
-        return Schedule(**values)
+        return Schedule(**values).at("renumber")  # the positions of a LLaVA have one axis
     except UserError as error:
         raise Problem(key, str(error) if key == "pyramid_drop" else f"{key}: {error}") from None
 

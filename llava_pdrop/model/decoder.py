@@ -11,17 +11,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from llava_pdrop.errors import UserError
 from llava_pdrop.model.pyramid_drop import RANKERS, Instruction, keep_index
 from llava_pdrop.model.stream import Stage, StreamPlan
 from llava_pdrop.schedule import Schedule
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3")
 """Decoders (``model_type``) that tests/parity proves this forward on: logits, gradients, rankings."""
+
+
+def check_decoder(config: Any, schedule: Schedule = Schedule()) -> None:
+    """Refuses what this forward would compute wrongly.
+
+    Args:
+        config: of the text decoder.
+
+    Raises:
+        UserError: a decoder that is not in `COVERED`, or one with a sliding window that would have to look at positions
+            with gaps.
+    """
+    kind, window = config.model_type, getattr(config, "sliding_window", None)
+    if kind not in COVERED:
+        raise UserError(f"a decoder of type {kind} cannot be trained here: the tests cover {', '.join(COVERED)}")
+    if schedule.layers and schedule.positions == "keep" and window and window < config.max_position_embeddings:
+        raise UserError(
+            f"pyramid_drop.positions: keep cannot be trained with a sliding window ({window} of "
+            f"{config.max_position_embeddings} positions), which counts surviving tokens: set 'renumber'"
+        )
+
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each (1, T, E)."""

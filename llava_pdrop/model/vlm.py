@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model import attention
-from llava_pdrop.model.decoder import Drop, run_decoder
+from llava_pdrop.model.decoder import Drop, check_decoder, run_decoder
 from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import dummy_pixels, image_features
@@ -80,15 +80,17 @@ class PyramidLlava(nn.Module):
             )
         if schedule.ranker not in RANKERS:
             raise UserError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
+        attention.check_transformers()
         attention.check_backend(backend)
+        check_decoder(hf.config.text_config, schedule)
         attention.register()
         hf.set_attn_implementation(attention.NAME)
         self.add_module(MODULE, hf)
-        self.schedule = schedule.check(depth)
+        self.schedule = schedule.check(depth).at("renumber")
         self.geometry = geometry or geometry_of(hf.config)
         self.backend = backend
         self.recompute_layers = recompute_layers
-        hf.config.pyramid_drop = schedule.to_dict()
+        hf.config.pyramid_drop = self.schedule.to_dict()
 
     def forward(self, batch: PackedBatch, trace: list[Drop] | None = None) -> Output:
         """Pixels and token ids of a packed batch -> loss.

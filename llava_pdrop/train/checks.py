@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from accelerate.utils import DynamoBackend
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, Trainer, TrainingArguments, get_scheduler
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -27,7 +28,9 @@ from llava_pdrop.config.paths import check_name, check_paths, number, part_confi
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
-from llava_pdrop.errors import ConfigError, did_you_mean, first_line
+from llava_pdrop.errors import ConfigError, UserError, did_you_mean, first_line
+from llava_pdrop.model.attention import check_transformers
+from llava_pdrop.model.decoder import check_decoder
 from llava_pdrop.runtime.ranks import environment_kept, number_of_processes
 from llava_pdrop.train.arguments import given_arguments, recomputes_activations
 from llava_pdrop.train.history import FINISHED_FILE
@@ -39,7 +42,12 @@ def check_run(config: Config) -> None:
     Raises:
         ConfigError: one line with file, key and remedy.
     """
+    try:
+        check_transformers()
+    except UserError as error:
+        raise ConfigError(f"{config.file}: {error}") from None
     check_paths(config)
+    check_decoder_type(config)
     check_name(config, "model.template", config.model.template, TEMPLATES)
     if config.data.format is not None:
         check_name(config, "data.format", config.data.format, READERS)
@@ -51,6 +59,23 @@ def check_run(config: Config) -> None:
     first = stage1_config(config)
     if first is not None:
         check_run(first)
+
+
+def check_decoder_type(config: Config) -> None:
+    """Raises `ConfigError` if the decoder is none that the training forward is proved on, before anything of it is
+    loaded. The layout of the original code names a decoder otherwise: it is looked at when it has been opened."""
+    language, _ = part_configs(config.model)
+    kind = (language or {}).get("model_type")
+    if language is None or kind is None or kind.startswith("llava"):
+        return
+    text = SimpleNamespace(model_type=kind)
+    if kind in CONFIG_MAPPING:
+        text = AutoConfig.for_model(**language)
+    try:
+        check_decoder(text, config.schedule)
+    except UserError as error:
+        entry = "model.path" if config.model.path is not None else "model.language_model"
+        raise ConfigError(f"{config.file}: {entry}: {error}") from None
 
 
 def check_output(config: Config) -> None:

@@ -68,7 +68,7 @@ def complaint(path: Path | str, *overrides: str) -> str:
 def test_values_arrive_under_their_names_and_types(run: Path) -> None:
     config = load_config(run)
     assert (config.name, config.output_dir, config.seed) == ("a run", "checkpoints/a run", 0)
-    assert config.schedule == Schedule((1, 2, 3), (0.5, 0.25, 0.125))
+    assert config.schedule == Schedule((1, 2, 3), (0.5, 0.25, 0.125)).at("renumber")
     assert config.train.projector_lr == 2e-3 and config.train.resume == "auto"
     assert config.train.arguments == {"learning_rate": 1e-3, "max_steps": 7}
     assert config.model.trainable == ("projector", "language_model")
@@ -100,7 +100,7 @@ def test_base_is_relative_to_the_file_and_merged_key_by_key(run: Path, tmp_path:
     grandchild = write(tmp_path / "grandchild.yaml", "base: sub/child.yaml\npyramid_drop: null\nseed: 3")
     config = load_config(child)
     assert config.train.arguments == {"learning_rate": 5e-4, "max_steps": 7}
-    assert config.schedule == Schedule((1, 2, 3), (0.4, 0.2, 0.1))
+    assert config.schedule == Schedule((1, 2, 3), (0.4, 0.2, 0.1)).at("renumber")
     assert sorted(config.training_free(LAYERS)) == ["early", "same_drop"]
     config = load_config(grandchild)
     assert config.pyramid_drop is None and config.seed == 3 and config.train.arguments["max_steps"] == 7
@@ -110,7 +110,7 @@ def test_overrides_win_and_are_yaml(run: Path) -> None:
     config = load_config(
         run, ["pyramid_drop.layers=[2,3]", "pyramid_drop.ratios=[.5,.1]", "train.learning_rate=1e-5", "data.eval=null"]
     )
-    assert config.schedule == Schedule((2, 3), (0.5, 0.1))
+    assert config.schedule == Schedule((2, 3), (0.5, 0.1)).at("renumber")
     assert config.train.arguments["learning_rate"] == 1e-5 and config.data.eval is None
     assert load_config(run, ["pyramid_drop=null", "compare.training_free=null"]).pyramid_drop is None
     assert load_config(run, ["name=a=b"]).name == "a=b"
@@ -119,8 +119,8 @@ def test_overrides_win_and_are_yaml(run: Path) -> None:
 
 def test_training_free_schedules(run: Path) -> None:
     schedules = load_config(run).training_free(LAYERS)
-    assert schedules["same_drop"] == Schedule((1, 2, 3), (0.5, 0.25, 0.125))
-    assert schedules["lucky"] == Schedule((1, 2, 3), (0.5, 0.25, 0.125), "random")
+    assert schedules["same_drop"] == Schedule((1, 2, 3), (0.5, 0.25, 0.125)).at("renumber")
+    assert schedules["lucky"] == Schedule((1, 2, 3), (0.5, 0.25, 0.125), "random").at("renumber")
     early = schedules["early"]
     assert early.layers == (1,) and early.ranker == "fastv"
     assert early.average_ratio(LAYERS) == pytest.approx(schedules["same_drop"].average_ratio(LAYERS))

@@ -19,9 +19,18 @@ from transformers.models.llama import modeling_llama
 
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
+from llava_pdrop.model.attention import NEWEST
+from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.train import checks as check_arguments_module
 from llava_pdrop.train.arguments import given_arguments, warn_of_locks
-from llava_pdrop.train.checks import check_arguments, check_engine, check_run, check_tf32, rotary_angles_are_a_product
+from llava_pdrop.train.checks import (
+    check_arguments,
+    check_decoder_type,
+    check_engine,
+    check_run,
+    check_tf32,
+    rotary_angles_are_a_product,
+)
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.run import train
 from tests.engines import CONFIGS, deepspeed_arguments, needs_deepspeed
@@ -200,6 +209,39 @@ def test_stage_1_does_not_begin_where_stage_2_could_not(tiny_config, tmp_path, s
     with pytest.raises(ConfigError, match=line):
         train(config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["granite", "gemma2", "phi3", "olmo2", "glm", "gemma3_text", "gpt_oss", "cohere", "qwen3_moe", "nobody_knows"],
+)
+def test_a_decoder_that_no_test_covers_is_refused_before_anything_is_loaded(tiny_config, tmp_path, monkeypatch, kind):
+    """Granite multiplies embeddings, residuals and logits: trained as a LLaMA its logits are off by 5.7."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "decoder" / "config.json").write_text(json.dumps({"model_type": kind, "num_hidden_layers": 4}))
+    config = load_config(tiny_config(), [f"model.language_model={tmp_path / 'decoder'}"])
+    with pytest.raises(ConfigError, match=says("model.language_model", kind, *COVERED)):
+        check_run(config)
+
+
+def test_positions_with_gaps_and_a_sliding_window_are_refused(tiny_config, tmp_path):
+    (tmp_path / "decoder").mkdir()
+    config = {"model_type": "mistral", "num_hidden_layers": 4, "sliding_window": 4096, "max_position_embeddings": 32768}
+    (tmp_path / "decoder" / "config.json").write_text(json.dumps(config))
+    words = [f"model.language_model={tmp_path / 'decoder'}"]
+    words += ["pyramid_drop.layers=[2]", "pyramid_drop.ratios=[0.5]", "pyramid_drop.positions=keep"]
+    with pytest.raises(ConfigError, match=says("pyramid_drop.positions", "keep", "4096")):
+        check_run(load_config(tiny_config(), words))
+    for more in (["pyramid_drop.positions=renumber"], ["pyramid_drop.layers=[]", "pyramid_drop.ratios=[]"]):
+        check_decoder_type(load_config(tiny_config(), words + more))
+
+
+def test_a_transformers_that_nobody_tried_is_refused(tiny_config, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.25.0")
+    with pytest.raises(ConfigError, match=says("transformers", "5.25.0", NEWEST)):
+        check_run(load_config(tiny_config(), []))
 
 
 @pytest.mark.parametrize("place", ["file", "file/below/it"])
