@@ -40,8 +40,13 @@ def schedule_of(name: str, positions: str = "keep", ratios: tuple[float, ...] = 
     return Schedule(layers, ratios, positions=positions)
 
 
-@functools.cache
 def model_of(name: str, decoder: str | None = None) -> Any:
+    """One model per family and decoder, shared by the tests."""
+    return _built(name, decoder or FAMILIES[name].decoders[0])
+
+
+@functools.cache
+def _built(name: str, decoder: str) -> Any:
     return FAMILIES[name].make(decoder)
 
 
@@ -63,9 +68,13 @@ def pieces_of(name: str, kind: str) -> tuple:
     }[kind]
 
 
-@functools.cache
 def row_of(name: str, kind: str, decoder: str | None = None) -> tuple[Row, dict[str, Reference]]:
     """A prompt that leaves no doubt about what is kept, and its reference for every kind of positions."""
+    return _drawn(name, kind, decoder or FAMILIES[name].decoders[0])
+
+
+@functools.cache
+def _drawn(name: str, kind: str, decoder: str) -> tuple[Row, dict[str, Reference]]:
     family, model = FAMILIES[name], model_of(name, decoder)
     for seed in range(10):
         row = make_row(family, model, *pieces_of(name, kind), seed=seed)
