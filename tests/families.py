@@ -25,41 +25,30 @@ from tests.family_prompts import (
     LAYERS,
     NEWLINE,
     NEWLINES,
+    NO_TIE,
     ROW_COLUMN,
     SPECIAL,
     START,
+    TOWER,
     VIDEO,
-    VIDEO_START,
     VOCABULARY,
     Clip,
     Family,
     Row,
     Shown,
     Size,
+    clip_tower,
     collate,
+    draw,
     make_row,
     pad_rows,
     pad_shapes,
+    siglip_tower,
     text_config,
 )  # fmt: skip
+from tests.grid_families import GRID_FAMILIES
 
 __all__ = ["FAMILIES", "LAYERS", "SPECIAL", "Clip", "Family", "Row", "collate", "make_row"]
-
-TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-NO_TIE = {"tie_word_embeddings": False}
-
-
-def clip_tower() -> Any:
-    return hf.CLIPVisionConfig(**TOWER, image_size=28, patch_size=7)
-
-
-def siglip_tower() -> Any:
-    return hf.SiglipVisionConfig(**TOWER, image_size=28, patch_size=7, vision_use_head=False)
-
-
-def draw(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator)
-
 
 # ---- one picture, so many tokens: llava, vipllava, video_llava, aria, paligemma, gemma3
 
@@ -204,7 +193,7 @@ def _show_internvl(model: Any, piece: Size | Clip, generator: torch.Generator) -
         for frame in range(piece.frames):
             ids += [*[NEWLINE] * bool(frame), 50, 51 + frame, START, *[IMAGE] * 9, END]
         return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, piece.frames, 3, 24, 24)}).frame_by_frame()
-    tiles = piece[0] * piece[1] + (piece != (1, 1))
+    tiles = tiles_of(piece)
     return Shown.of([START, *[IMAGE] * 9 * tiles, END], IMAGE, {"pixel_values": draw(generator, tiles, 3, 24, 24)})
 
 
@@ -245,103 +234,118 @@ def _mistral3(decoder: str, **options: Any) -> nn.Module:
     return hf.Mistral3ForConditionalGeneration(config)
 
 
-def _show_mistral3(model: Any, size: Size, generator: torch.Generator) -> Shown:
+def _pixtral(decoder: str, **options: Any) -> nn.Module:
+    vision = dict(model_type="pixtral", **TOWER, head_dim=8, image_size=64, patch_size=8)
+    config = hf.LlavaConfig(
+        text_config=text_config(decoder, **options), vision_config=vision, image_token_id=IMAGE,
+        vision_feature_layer=-1, vision_feature_select_strategy="full", **NO_TIE,
+    )  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _show_pixtral(model: Any, size: Size, generator: torch.Generator) -> Shown:
     """A (height, width) picture: a token per 8 x 8 pixels, a break behind every row, an end behind the last."""
     line = [*[IMAGE] * (size[1] // 8), BREAK]
     ids = [*(line * (size[0] // 8))[:-1], END]
     return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, 1, 3, *size), "image_sizes": torch.tensor([size])})
 
 
-# ---- grids with 3-D positions: the Qwen-VL families, glm4v
+def tiles_of(piece: Size) -> int:
+    """(rows, columns) of tiles, and the whole picture beside several."""
+    return piece[0] * piece[1] + (piece != (1, 1))
 
 
-def _qwen(config: type, model: type, sections: list[int], vision: dict, text: dict, **more: Any) -> nn.Module:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
-    vision = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, **vision)
-    common = dict(image_token_id=IMAGE, video_token_id=VIDEO, **NO_TIE, **more)
-    return model(config(text_config={**COMMON, "rope_parameters": rope, **text}, vision_config=vision, **common))
+def _got_ocr2(decoder: str, **options: Any) -> nn.Module:
+    vision = dict(
+        hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=4,
+        window_size=4, global_attn_indexes=[1], mlp_dim=32,
+    )  # fmt: skip
+    text = text_config(decoder, **options)
+    config = hf.GotOcr2Config(text_config=text, vision_config=vision, image_token_index=IMAGE, **NO_TIE)
+    return hf.GotOcr2ForConditionalGeneration(config)
 
 
-QWEN_MARKERS = dict(vision_start_token_id=START, vision_end_token_id=END)
+def _show_got_ocr2(model: Any, size: Size, generator: torch.Generator) -> Shown:
+    tiles = tiles_of(size)
+    return Shown.of([START, *[IMAGE] * 16 * tiles, END], IMAGE, {"pixel_values": draw(generator, tiles, 3, 64, 64)})
 
 
-def _qwen2_vl(decoder: str, **options: Any) -> nn.Module:
-    vision = dict(embed_dim=16, hidden_size=HIDDEN, mlp_ratio=2)
-    kinds = (hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration)
-    return _qwen(*kinds, [1, 2, 1], vision, options, **QWEN_MARKERS)
+def _deepseek_vl(decoder: str, **options: Any) -> nn.Module:
+    config = hf.DeepseekVLConfig(
+        text_config=text_config(decoder, **options), vision_config=siglip_tower(), image_token_id=IMAGE, **NO_TIE
+    )
+    return hf.DeepseekVLForConditionalGeneration(config)
 
 
-def _qwen2_5_vl(decoder: str, **options: Any) -> nn.Module:
-    vision = dict(hidden_size=16, intermediate_size=32, out_hidden_size=HIDDEN, window_size=16)
-    kinds = (hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration)
-    return _qwen(*kinds, [1, 2, 1], {**vision, "fullatt_block_indexes": [1]}, options, **QWEN_MARKERS)
+def _janus(decoder: str, **options: Any) -> nn.Module:
+    vision = dict(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2.0,
+        projection_dim=HIDDEN, num_image_tokens=16,
+    )  # fmt: skip
+    codes = dict(embed_dim=4, num_embeddings=8, latent_channels=32, base_channels=32, channel_multiplier=[1],
+                 num_res_blocks=1, num_patches=4, projection_dim=HIDDEN, image_token_embed_dim=HIDDEN)  # fmt: skip
+    text = text_config(decoder, **options)
+    config = hf.JanusConfig(text_config=text, vision_config=vision, vq_config=codes, image_token_id=IMAGE, **NO_TIE)
+    return hf.JanusForConditionalGeneration(config)
 
 
-QWEN3_VISION = dict(hidden_size=16, intermediate_size=32, out_hidden_size=HIDDEN, num_position_embeddings=64)
-DEEPSTACK = {"deepstack_visual_indexes": [0, 1]}
+def _show_janus(model: Any, size: Size, generator: torch.Generator) -> Shown:
+    return Shown.of([START, *[IMAGE] * 16, END], IMAGE, {"pixel_values": draw(generator, 1, 3, 28, 28)})
 
 
-def _qwen3_vl(decoder: str, **options: Any) -> nn.Module:
-    kinds = (hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration)
-    return _qwen(*kinds, [2, 1, 1], QWEN3_VISION | DEEPSTACK, {"head_dim": 8, **options}, **QWEN_MARKERS)
+def _aya_vision(decoder: str, **options: Any) -> nn.Module:
+    config = hf.AyaVisionConfig(
+        text_config=text_config(decoder, **options), vision_config=siglip_tower(42), image_token_index=IMAGE, **NO_TIE
+    )
+    return hf.AyaVisionForConditionalGeneration(config)
 
 
-def _qwen3_vl_moe(decoder: str, **options: Any) -> nn.Module:
-    experts = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    kinds = (hf.Qwen3VLMoeConfig, hf.Qwen3VLMoeForConditionalGeneration)
-    return _qwen(*kinds, [2, 1, 1], QWEN3_VISION | DEEPSTACK, experts | options, **QWEN_MARKERS)
+def _show_aya_vision(model: Any, size: Size, generator: torch.Generator) -> Shown:
+    """Numbered tiles, then the whole."""
+    tiles = tiles_of(size)
+    ids = [token for tile in range(tiles - 1) for token in (ROW_COLUMN + tile, *[IMAGE] * 9)]
+    ids = [START, *ids, GLOBAL, *[IMAGE] * 9, END]
+    return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, tiles, 3, 42, 42)})
 
 
-def _glm4v(decoder: str, **options: Any) -> nn.Module:
-    vision = dict(hidden_size=16, intermediate_size=32, out_hidden_size=HIDDEN, image_size=32)
-    markers = dict(image_start_token_id=START, image_end_token_id=END)
-    markers |= dict(video_start_token_id=VIDEO_START, video_end_token_id=GLOBAL)
-    return _qwen(hf.Glm4vConfig, hf.Glm4vForConditionalGeneration, [1, 2, 1], vision, options, **markers)
+def _cohere2_vision(decoder: str, **options: Any) -> nn.Module:
+    config = hf.Cohere2VisionConfig(
+        text_config=text_config(decoder, **options), vision_config=siglip_tower(42), image_token_id=IMAGE,
+        alignment_intermediate_size=32, **NO_TIE,
+    )  # fmt: skip
+    return hf.Cohere2VisionForConditionalGeneration(config)
 
 
-def _patches(model: Any, piece: Size | Clip, generator: torch.Generator) -> tuple[dict[str, Tensor], int, int]:
-    """The inputs of a grid, (height, width) in patches that are merged 2 by 2; its frames and tokens per frame."""
-    frames, (height, width) = (piece.frames, piece.size) if isinstance(piece, Clip) else (1, piece)
-    patch = model.config.vision_config.patch_size
-    values = draw(generator, frames * height * width, 3 * 2 * patch * patch)
-    grid = torch.tensor([[frames, height, width]])
-    names = ("pixel_values_videos", "video_grid_thw") if isinstance(piece, Clip) else ("pixel_values", "image_grid_thw")
-    return dict(zip(names, (values, grid))), frames, height * width // 4
+def _show_cohere2_vision(model: Any, size: Size, generator: torch.Generator) -> Shown:
+    """A break behind every tile."""
+    tiles = tiles_of(size)
+    ids = [START, *([*[IMAGE] * 9, BREAK] * tiles), END]
+    return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, tiles, 3, 42, 42)})
 
 
-def _show_qwen2(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
-    inputs, frames, tokens = _patches(model, piece, generator)
-    kind, own = (2, VIDEO) if isinstance(piece, Clip) else (1, IMAGE)
-    return Shown.of([START, *[own] * frames * tokens, END], own, inputs, kind)
+INDICATORS = [START, GLOBAL, BREAK, NEWLINES, END]  # of Ovis2: start, grid, column, row, end
 
 
-def _show_qwen2_5(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
-    shown = _show_qwen2(model, piece, generator)
-    shown.inputs |= {"second_per_grid_ts": torch.tensor([0.5])} if isinstance(piece, Clip) else {}
-    return shown
+def _ovis2(decoder: str, **options: Any) -> nn.Module:
+    vision = dict(**TOWER, image_size=24, patch_size=4, hidden_stride=2, vocab_size=24, qkv_bias=True)
+    config = hf.Ovis2Config(
+        text_config=text_config(decoder, **options), vision_config=vision, image_token_id=IMAGE,
+        visual_indicator_token_ids=INDICATORS, vocab_size=VOCABULARY, hidden_size=HIDDEN, **NO_TIE,
+    )  # fmt: skip
+    return hf.Ovis2ForConditionalGeneration(config)
 
 
-def _show_qwen3(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
-    """The frames of a clip stand apart, each behind its time."""
-    inputs, frames, tokens = _patches(model, piece, generator)
-    if not isinstance(piece, Clip):
-        return Shown.of([START, *[IMAGE] * tokens, END], IMAGE, inputs)
-    ids = [token for frame in range(frames) for token in (50, 51 + frame, START, *[VIDEO] * tokens, END)]
-    return Shown.of(ids, VIDEO, inputs, kind=2)
+def _show_ovis2(model: Any, size: Size, generator: torch.Generator) -> Shown:
+    """The whole, then the grid of tiles with marks between columns and rows."""
+    start, grid, column, row, end = INDICATORS
+    ids = [start, *[IMAGE] * 9, grid]
+    if size != (1, 1):
+        lines = [[token for _ in range(size[1]) for token in (*[IMAGE] * 9, column)][:-1] for _ in range(size[0])]
+        ids += [token for line in lines for token in (*line, row)][:-1]
+    return Shown.of([*ids, end], IMAGE, {"pixel_values": draw(generator, tiles_of(size), 3, 24, 24)})
 
 
-def _show_glm4v(model: Any, piece: Size | Clip, generator: torch.Generator) -> Shown:
-    """The frames of a clip are made of image tokens, between the marks of a video."""
-    inputs, frames, tokens = _patches(model, piece, generator)
-    picture = [START, *[IMAGE] * tokens, END]
-    if not isinstance(piece, Clip):
-        return Shown.of(picture, IMAGE, inputs)
-    ids = [VIDEO_START, *(token for frame in range(frames) for token in (*picture, 51 + frame)), GLOBAL]
-    return Shown.of(ids, IMAGE, inputs, kind=2)
-
-
-WIDE_TALL = ((30, 50), (80, 28))
-GRIDS = {"sizes": ((8, 8), (4, 12)), "clip": Clip(2, (4, 8)), "types": "mm_token_type_ids", "flat": False}
+WIDE_TALL, TILES = ((30, 50), (80, 28)), ((1, 1), (1, 2))
 FAMILIES: dict[str, Family] = {
     "llava": Family(_llava, _show_plain, decoders=EVERY),
     "vipllava": Family(_vipllava, _show_plain, decoders=ANY),
@@ -356,13 +360,16 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": Family(
         _llava_onevision, _show_anyres, WIDE_TALL, Clip(3, (1, 1)), ANY, collate=_collate_onevision, counts=True
     ),
-    "internvl": Family(_internvl, _show_internvl, ((1, 1), (1, 2)), Clip(3, (1, 1)), decoders=ANY),
+    "internvl": Family(_internvl, _show_internvl, TILES, Clip(3, (1, 1)), decoders=ANY),
     "smolvlm": Family(_smolvlm, _show_idefics, ((0, 0), (2, 1)), Clip(3, (1, 1)), decoders=ANY, collate=pad_rows),
     "idefics3": Family(_idefics3, _show_idefics, ((0, 0), (2, 1)), decoders=ANY, collate=pad_rows),
-    "mistral3": Family(_mistral3, _show_mistral3, ((24, 32), (16, 40)), decoders=ANY, collate=pad_shapes),
-    "qwen2_vl": Family(_qwen2_vl, _show_qwen2, **GRIDS),
-    "qwen2_5_vl": Family(_qwen2_5_vl, _show_qwen2_5, **GRIDS),
-    "qwen3_vl": Family(_qwen3_vl, _show_qwen3, **GRIDS, first=2),
-    "qwen3_vl_moe": Family(_qwen3_vl_moe, _show_qwen3, **GRIDS, first=2),
-    "glm4v": Family(_glm4v, _show_glm4v, **GRIDS),
+    "mistral3": Family(_mistral3, _show_pixtral, ((24, 32), (16, 40)), decoders=ANY, collate=pad_shapes),
+    "pixtral": Family(_pixtral, _show_pixtral, ((24, 32), (16, 40)), decoders=("mistral",), collate=pad_shapes),
+    "got_ocr2": Family(_got_ocr2, _show_got_ocr2, TILES, decoders=("qwen2",)),
+    "deepseek_vl": Family(_deepseek_vl, _show_plain, decoders=("llama",)),
+    "janus": Family(_janus, _show_janus, decoders=("llama",)),
+    "aya_vision": Family(_aya_vision, _show_aya_vision, TILES, decoders=("cohere2", "llama")),
+    "cohere2_vision": Family(_cohere2_vision, _show_cohere2_vision, TILES, decoders=("cohere2",)),
+    "ovis2": Family(_ovis2, _show_ovis2, TILES, decoders=("qwen2",)),
+    **GRID_FAMILIES,
 }

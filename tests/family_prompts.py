@@ -256,3 +256,20 @@ EVERY = tuple(DECODERS)
 def text_config(decoder: str, **options: Any) -> Any:
     kind, own = DECODERS[decoder]
     return kind(**{**COMMON, **own, **options})
+
+
+# Vision towers
+TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+NO_TIE = {"tie_word_embeddings": False}
+
+
+def clip_tower() -> Any:
+    return hf.CLIPVisionConfig(**TOWER, image_size=28, patch_size=7)
+
+
+def siglip_tower(image_size: int = 28) -> Any:
+    return hf.SiglipVisionConfig(**TOWER, image_size=image_size, patch_size=7, vision_use_head=False)
+
+
+def draw(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
