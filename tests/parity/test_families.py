@@ -19,7 +19,7 @@ from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.schedule import Schedule
 from tests.families import FAMILIES, SPECIAL, Row, collate, make_row
 from tests.messages import says
-from tests.parity.reference import Reference, reference_logits
+from tests.parity.reference import Reference, decoder_of, reference_logits
 
 NEW = 4
 TOLERANCE = 2e-5  # of the largest logit
@@ -182,6 +182,56 @@ def test_vanilla_decoding_is_recompute(name, decoder):
     inputs = fresh(model, collate(FAMILIES[name], row.extended(answers[0][:-1])))
     reference = reference_logits(model, inputs, [row.pictures], Schedule(), "keep", [row.prompt])
     same(logits[0], reference.logits[0, row.prompt - 1 :])
+
+
+@pytest.mark.parametrize(("name", "decoder"), ALL)
+def test_reference_is_what_removal_gives(name, decoder):
+    """The survivors of the reference, really taken out before the drop layers: its masks hide exactly the others."""
+    row, references = row_of(name, "three", decoder)
+    slides = decoder in SLIDING or name == "gemma3"
+    for positions, reference in references.items():
+        if positions == "keep" or not slides:  # renumbered, a window needs a new mask
+            logits = removed(name, decoder, row, reference.kept, positions)
+            same(logits[0], reference.row(0))
+
+
+def removed(name: str, decoder: str, row: Row, kept: list, positions: str) -> Tensor:
+    """Logits of a vanilla forward whose layers are given the survivors only, with slices of all that came along."""
+    model, layers = model_of(name, decoder), schedule_of(name).layers
+    text = decoder_of(model)
+    now = torch.arange(len(row.ids))
+
+    def before_layer(index: int, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        nonlocal now
+        hidden = args[0]
+        if index in layers:
+            survivors = kept[layers.index(index)][0]
+            gone = {
+                column
+                for picture, alive in zip(row.pictures, survivors)
+                for token, column in enumerate(picture)
+                if token not in alive
+            }
+            stay = torch.tensor([place for place, column in enumerate(now.tolist()) if column not in gone])
+            hidden, now = hidden[:, stay], now[stay]
+        if index >= layers[0]:
+            mask, rope = kwargs["attention_mask"], kwargs["position_embeddings"]
+            kwargs["attention_mask"] = None if mask is None else mask[:, :, now][..., now]
+            kwargs["position_embeddings"] = tuple(part[:, now] for part in rope)
+            if positions == "renumber":
+                kwargs["position_embeddings"] = text.rotary_emb(hidden, torch.arange(len(now))[None])
+        return (hidden, *args[1:]), kwargs
+
+    handles = [
+        layer.register_forward_pre_hook(functools.partial(before_layer, index), with_kwargs=True)
+        for index, layer in enumerate(text.layers)
+    ]
+    try:
+        with torch.no_grad():
+            return model(**fresh(model, collate(FAMILIES[name], row)), use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ---- attach
