@@ -293,58 +293,6 @@ def _show_janus(model: Any, size: Size, generator: torch.Generator) -> Shown:
     return Shown.of([START, *[IMAGE] * 16, END], IMAGE, {"pixel_values": draw(generator, 1, 3, 28, 28)})
 
 
-def _aya_vision(decoder: str, **options: Any) -> nn.Module:
-    config = hf.AyaVisionConfig(
-        text_config=text_config(decoder, **options), vision_config=siglip_tower(42), image_token_index=IMAGE, **NO_TIE
-    )
-    return hf.AyaVisionForConditionalGeneration(config)
-
-
-def _show_aya_vision(model: Any, size: Size, generator: torch.Generator) -> Shown:
-    """Numbered tiles, then the whole."""
-    tiles = tiles_of(size)
-    ids = [token for tile in range(tiles - 1) for token in (ROW_COLUMN + tile, *[IMAGE] * 9)]
-    ids = [START, *ids, GLOBAL, *[IMAGE] * 9, END]
-    return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, tiles, 3, 42, 42)})
-
-
-def _cohere2_vision(decoder: str, **options: Any) -> nn.Module:
-    config = hf.Cohere2VisionConfig(
-        text_config=text_config(decoder, **options), vision_config=siglip_tower(42), image_token_id=IMAGE,
-        alignment_intermediate_size=32, **NO_TIE,
-    )  # fmt: skip
-    return hf.Cohere2VisionForConditionalGeneration(config)
-
-
-def _show_cohere2_vision(model: Any, size: Size, generator: torch.Generator) -> Shown:
-    """A break behind every tile."""
-    tiles = tiles_of(size)
-    ids = [START, *([*[IMAGE] * 9, BREAK] * tiles), END]
-    return Shown.of(ids, IMAGE, {"pixel_values": draw(generator, tiles, 3, 42, 42)})
-
-
-INDICATORS = [START, GLOBAL, BREAK, NEWLINES, END]  # of Ovis2: start, grid, column, row, end
-
-
-def _ovis2(decoder: str, **options: Any) -> nn.Module:
-    vision = dict(**TOWER, image_size=24, patch_size=4, hidden_stride=2, vocab_size=24, qkv_bias=True)
-    config = hf.Ovis2Config(
-        text_config=text_config(decoder, **options), vision_config=vision, image_token_id=IMAGE,
-        visual_indicator_token_ids=INDICATORS, vocab_size=VOCABULARY, hidden_size=HIDDEN, **NO_TIE,
-    )  # fmt: skip
-    return hf.Ovis2ForConditionalGeneration(config)
-
-
-def _show_ovis2(model: Any, size: Size, generator: torch.Generator) -> Shown:
-    """The whole, then the grid of tiles with marks between columns and rows."""
-    start, grid, column, row, end = INDICATORS
-    ids = [start, *[IMAGE] * 9, grid]
-    if size != (1, 1):
-        lines = [[token for _ in range(size[1]) for token in (*[IMAGE] * 9, column)][:-1] for _ in range(size[0])]
-        ids += [token for line in lines for token in (*line, row)][:-1]
-    return Shown.of([*ids, end], IMAGE, {"pixel_values": draw(generator, tiles_of(size), 3, 24, 24)})
-
-
 WIDE_TALL, TILES = ((30, 50), (80, 28)), ((1, 1), (1, 2))
 FAMILIES: dict[str, Family] = {
     "llava": Family(_llava, _show_plain, decoders=EVERY),
@@ -368,8 +316,5 @@ FAMILIES: dict[str, Family] = {
     "got_ocr2": Family(_got_ocr2, _show_got_ocr2, TILES, decoders=("qwen2",)),
     "deepseek_vl": Family(_deepseek_vl, _show_plain, decoders=("llama",)),
     "janus": Family(_janus, _show_janus, decoders=("llama",)),
-    "aya_vision": Family(_aya_vision, _show_aya_vision, TILES, decoders=("cohere2", "llama")),
-    "cohere2_vision": Family(_cohere2_vision, _show_cohere2_vision, TILES, decoders=("cohere2",)),
-    "ovis2": Family(_ovis2, _show_ovis2, TILES, decoders=("qwen2",)),
     **GRID_FAMILIES,
 }

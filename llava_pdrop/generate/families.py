@@ -79,6 +79,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": _mrope("qwen3_vl_text", first_drop=_behind_deepstack),
     "qwen3_vl_moe": _mrope("qwen3_vl_moe_text", first_drop=_behind_deepstack),
     "glm4v": _mrope("glm4v_text", shared=True),
+    "glm4v_moe": _mrope("glm4v_moe_text", shared=True),
+    "glm46v": _mrope("glm4v_text", shared=True),
+    "glm_ocr": _mrope("glm_ocr_text", shared=True),
+    "video_llama_3": Family("feature", "an entry of image_grid_thw", LLAMA_LIKE, clip="feature"),
+    "got_ocr2": Family("run", "what stands between <img> and </img>: all its tiles", ("qwen2",)),
+    "deepseek_vl": Family("feature", "an entry of pixel_values", ("llama",)),
+    "janus": Family("feature", "an entry of pixel_values", ("llama",)),
     "smolvlm": Family("marks", "all tiles up to the one marked <global-img>; a frame of a video", LLAMA_LIKE),
     "idefics3": Family("marks", "all tiles up to the one marked <global-img>", LLAMA_LIKE),
     "gemma3": Family(
