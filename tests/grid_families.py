@@ -38,7 +38,7 @@ def _qwen(config: type, model: type, sections: list[int], vision: dict, text: di
     return model(config(text_config={**COMMON, "rope_parameters": rope, **text}, vision_config=vision, **common))
 
 
-QWEN_MARKERS = dict(vision_start_token_id=START, vision_end_token_id=END)
+QWEN_MARKERS: dict[str, Any] = dict(vision_start_token_id=START, vision_end_token_id=END)
 
 
 def _qwen2_vl(decoder: str, **options: Any) -> nn.Module:
@@ -69,7 +69,7 @@ def _qwen3_vl_moe(decoder: str, **options: Any) -> nn.Module:
 
 
 GLM_VISION = dict(hidden_size=16, intermediate_size=32, out_hidden_size=HIDDEN, image_size=32)
-GLM_MARKERS = dict(
+GLM_MARKERS: dict[str, Any] = dict(
     image_start_token_id=START, image_end_token_id=END, video_start_token_id=VIDEO_START, video_end_token_id=GLOBAL
 )
 

@@ -7,6 +7,7 @@ operations on queries and keys as the model gives them; the mask is the one that
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -185,6 +186,7 @@ def reference_logits(
     for layer, ratio in zip(schedule.layers, schedule.ratios):
         run = _Run(real, dict(hidden), positions == "renumber", layer, asking)
         _forward(model, inputs, run)
+        assert run.scores is not None, f"layer {layer} did not attend"
         gone = torch.zeros_like(real)
         for row, of_row in enumerate(spans):
             for picture, span in enumerate(of_row):
@@ -235,22 +237,23 @@ def _switched(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
 def _renumbered(decoder: Any, run: _Run) -> Iterator[None]:
     """From the first drop on, layers are given the rotary embeddings of positions that count survivors."""
 
-    def before_layer(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    types = getattr(decoder.config, "layer_types", None) or []
+    typed = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+
+    def before_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if any(layer >= start for start in run.hidden):
             given, places = kwargs["position_embeddings"], run.places(layer)
             more = {"layer_type": types[layer]} if typed else {}
-            embeddings = decoder.rotary_emb(args[0] if args else kwargs["hidden_states"], places, **more)
+            embeddings = decoder.rotary_emb(args[0], places, **more)
             assert [part.shape[1:] for part in embeddings] == [part.shape[1:] for part in given]
             kwargs = {**kwargs, "position_embeddings": embeddings, "position_ids": places}
         return args, kwargs
 
-    handles = []
-    if run.renumber:
-        types = getattr(decoder.config, "layer_types", None)
-        typed = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-        for index, module in enumerate(decoder.layers):
-            hook = lambda module, args, kwargs, layer=index: before_layer(layer, args, kwargs)  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    handles = [
+        layer.register_forward_pre_hook(functools.partial(before_layer, index), with_kwargs=True)
+        for index, layer in enumerate(decoder.layers)
+        if run.renumber
+    ]
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ POSITIONS = [
 ]
 
 
-def schedule_of(name: str, positions: str = "keep", ratios: tuple[float, ...] = (0.55, 0.3, 0.13)) -> Schedule:
+def schedule_of(name: str, positions: Any = "keep", ratios: tuple[float, ...] = (0.55, 0.3, 0.13)) -> Schedule:
     layers = (2, 3, 5) if FAMILIES[name].first <= 2 else (FAMILIES[name].first, 4, 5)
     return Schedule(layers, ratios, positions=positions)
 
@@ -188,14 +188,11 @@ def test_vanilla_decoding_is_recompute(name, decoder):
 def test_reference_is_what_removal_gives(name, decoder):
     """The survivors of the reference, really taken out before the drop layers: its masks hide exactly the others."""
     row, references = row_of(name, "three", decoder)
-    slides = decoder in SLIDING or name == "gemma3"
     for positions, reference in references.items():
-        if positions == "keep" or not slides:  # renumbered, a window needs a new mask
-            logits = removed(name, decoder, row, reference.kept, positions)
-            same(logits[0], reference.row(0))
+        same(removed(name, decoder, row, reference, positions)[0], reference.row(0))
 
 
-def removed(name: str, decoder: str, row: Row, kept: list, positions: str) -> Tensor:
+def removed(name: str, decoder: str, row: Row, reference: Reference, positions: str) -> Tensor:
     """Logits of a vanilla forward whose layers are given the survivors only, with slices of all that came along."""
     model, layers = model_of(name, decoder), schedule_of(name).layers
     text = decoder_of(model)
@@ -205,7 +202,7 @@ def removed(name: str, decoder: str, row: Row, kept: list, positions: str) -> Te
         nonlocal now
         hidden = args[0]
         if index in layers:
-            survivors = kept[layers.index(index)][0]
+            survivors = reference.kept[layers.index(index)][0]
             gone = {
                 column
                 for picture, alive in zip(row.pictures, survivors)
@@ -219,7 +216,14 @@ def removed(name: str, decoder: str, row: Row, kept: list, positions: str) -> Te
             kwargs["attention_mask"] = None if mask is None else mask[:, :, now][..., now]
             kwargs["position_embeddings"] = tuple(part[:, now] for part in rope)
             if positions == "renumber":
-                kwargs["position_embeddings"] = text.rotary_emb(hidden, torch.arange(len(now))[None])
+                places = torch.arange(len(now))
+                more = (text.config.layer_types[index],) if name == "gemma3" else ()
+                kwargs["position_embeddings"] = text.rotary_emb(hidden, places[None], *more)
+                window = reference.windows.get(index)
+                if window is not None:  # it counts survivors
+                    near = (places[:, None] >= places) & (places[:, None] - places < window)
+                    mask = kwargs["attention_mask"]
+                    kwargs["attention_mask"] = mask | near if mask.dtype == torch.bool else mask.masked_fill(near, 0)
         return (hidden, *args[1:]), kwargs
 
     handles = [
