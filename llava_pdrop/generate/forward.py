@@ -189,6 +189,10 @@ class Call:
                 own,
                 lambda: sliced_mask(own, stages, drop, column_BN, keys, wide),
             )
+        causal = getattr(getattr(self.decoder.layers[index], "self_attn", None), "is_causal", True)
+        if self.prompt and own is None and not causal:  # no mask: everything sees everything (PaliGemma)
+            fed, real_BK = hidden_BND.shape[1], stages.real_BN[drop].to(hidden_BND.device)
+            return real_BK[:, None, None].expand(-1, 1, fed, -1) if stages.padded[drop] else None
         return self._once(
             ("mask", window),
             None,

@@ -108,7 +108,10 @@ def _attention(
         gone = run.dropped(layer - 1)
         for row, last in enumerate(run.asking.tolist()):
             seen = run.real[row] & ~gone[row] & causal[last]
-            weights = scores[row, :, last].masked_fill(~seen, -torch.inf).softmax(dim=-1)
+            logits = scores[row, :, last].masked_fill(~seen, -torch.inf)
+            if s_aux is not None:
+                logits = torch.cat([logits, s_aux[:, None]], dim=-1)
+            weights = logits.softmax(dim=-1)[:, :tokens]
             run.scores = torch.zeros(run.real.shape) if run.scores is None else run.scores
             run.scores[row] = weights.mean(0)
 

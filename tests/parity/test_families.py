@@ -304,6 +304,26 @@ def test_padded_batch_equals_singles(name, positions):
             same(logits[index], single_logits[0])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_one_length_that_lose_different_numbers_of_tokens(name):
+    """No row is padded before the first drop, so the model may make no mask at all; behind it one is needed."""
+    row, references = row_of(name, "one")
+    length = len(row.ids)
+    text = next(text for n in range(length) if len((text := make_row(FAMILIES[name], model_of(name), n)).ids) == length)
+    plain = forward(name, text)
+    for implementation in ("sdpa", "eager"):
+        model = model_of(name)
+        before = model.config.get_text_config()._attn_implementation
+        model.set_attn_implementation(implementation)
+        try:
+            with attached(name, schedule_of(name)):
+                logits = forward(name, row, text)
+        finally:
+            model.set_attn_implementation(before)
+        same_survivors(logits, 0, references["keep"])
+        same(logits[1], plain[0])
+
+
 @pytest.mark.parametrize(("name", "positions"), POSITIONS)
 def test_ratio_of_one_is_vanilla(name, positions):
     rows = [row_of(name, kind)[0] for kind in (several(name), "none", "first")]
