@@ -65,8 +65,9 @@ fi
 
 cd "$ROOT"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# Batches differ in length: without this, memory blocks of a shorter batch cannot serve a longer one. (Two names: torch
-# renamed it.)
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
-export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-$PYTORCH_CUDA_ALLOC_CONF}"
+# Batches differ in length: without this, memory blocks of a shorter batch cannot serve a longer one. PyTorch prefers the
+# first name, so it must not override a value that the user has set under the second.
+if [[ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}" ]]; then
+    export PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"
+fi
 exec "$python" -m llava_pdrop.bench.gpu ${words[@]+"${words[@]}"}
