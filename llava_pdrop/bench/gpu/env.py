@@ -22,9 +22,6 @@ PACKAGES = (
 LENGTHS = (12512, 6656, 3728, 2264, 2940, 780, 420)
 """Tokens of LLaVA-NeXT's four stages with 4 samples of 5 tiles, and of a prefill's first and last ones."""
 
-TF32_ERROR = 1e-3
-"""Of a cosine: where TF32 makes more, rotary angles are rounded by it."""
-
 
 def run(check: Check) -> None:
     """Versions, card, rates of products in bfloat16 (a CPU: float32), of copies, and the error of rotary angles."""
@@ -56,7 +53,7 @@ def run(check: Check) -> None:
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, repeat: int = 20) -> float:
-    """Seconds of one call, the mean of ``repeat`` after three that are not counted."""
+    """Seconds of one call after three that are not counted: the mean of ``repeat``, on a CPU of one."""
     for _ in range(3):
         function()
     if device.type == "cpu":
