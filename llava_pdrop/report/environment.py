@@ -11,11 +11,12 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llava_pdrop.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 COMMIT = "LLAVA_PDROP_COMMIT"
 """Environment variable that names the commit of a copy without its history."""
@@ -23,6 +24,8 @@ COMMIT = "LLAVA_PDROP_COMMIT"
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:
     """Everything needed to run a bench again: device, versions, commit, date, command line and seed."""
+    import torch  # not at the top: who only asks where files may go needs none
+
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else processor(),

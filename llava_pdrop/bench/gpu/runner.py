@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.bench.gpu.stages import STAGES, ends
-from llava_pdrop.errors import UserError
+from llava_pdrop.report.environment import check_out
 
 SUMMARY, REPORT, ARCHIVE = "summary.txt", "gpu_check.json", "gpu_check.tar.gz"
 
@@ -44,12 +44,7 @@ def check(names: list[str], seconds: float, device: str, out: Path) -> int:
     Raises:
         UserError: ``out`` cannot be made or written to.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}: name a directory that can be written to") from None
+    check_out(out)
     started = time.time()
     clock = {name: started + end for name, end in ends(names, seconds).items()}
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as directory:
