@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 COMMIT = "LLAVA_PDROP_COMMIT"
 """Environment variable that names the commit of a copy without its history."""
 
+COMMAND = "LLAVA_PDROP_COMMAND"
+"""Environment variable that names the command line, in a process that another one of this project has started."""
+
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:
     """Everything needed to run a bench again: device, versions, commit, date, command line and seed."""
@@ -41,7 +44,7 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["llava-pdrop", *sys.argv[1:]]),
+        "command": os.environ.get(COMMAND) or " ".join(["llava-pdrop", *sys.argv[1:]]),
         "seed": seed,
     }
 

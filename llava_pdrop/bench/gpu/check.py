@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from llava_pdrop.bench.gpu.runner import DONE
 from llava_pdrop.bench.gpu.stages import STAGES, CheckStage, missing
 from llava_pdrop.report.environment import environment
 
@@ -128,7 +129,7 @@ def run_stages(names: list[str], ends: dict[str, float], work: Path, device: tor
         if not works(device):
             check.note("the device no longer works in this process")
             return BROKEN
-    (work / "current").write_text("done")
+    (work / "current").write_text(DONE)
     return 0
 
 

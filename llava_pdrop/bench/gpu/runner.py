@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.bench.gpu.stages import STAGES, ends
-from llava_pdrop.report.environment import check_out
+from llava_pdrop.report.environment import COMMAND, check_out
 
 SUMMARY, REPORT, ARCHIVE = "summary.txt", "gpu_check.json", "gpu_check.tar.gz"
 
@@ -32,6 +32,9 @@ PATIENCE = 60.0
 MOST_BYTES = 15 * 2**20
 """Of the archive. Traces are left out of one that would be larger."""
 
+DONE = "done"
+"""In the file ``current``, instead of a stage, when all of a process's stages are over."""
+
 PROCESS = (sys.executable, "-X", "faulthandler", "-m", "llava_pdrop.bench.gpu")
 """What runs stages."""
 
@@ -43,6 +46,7 @@ def check(names: list[str], seconds: float, device: str, out: Path) -> int:
 
     Raises:
         UserError: ``out`` cannot be made or written to.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM. What was found until then is packed.
     """
     check_out(out)
     started = time.time()
@@ -50,50 +54,57 @@ def check(names: list[str], seconds: float, device: str, out: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as directory:
         work = Path(directory)
         (work / "stages").mkdir()
+        command = f"bash scripts/gpu_check.sh --stages {','.join(names)} --seconds {seconds:g} --device {device}"
         left = list(names)
-        while left:
-            status, now = _one_process(left, clock, device, work, out)
-            if now == "done":
-                break
-            if now is None:  # it did not come to its first stage: neither would another
-                _say(work, f"no stage could begin, the process ended with {_ending(status)}: {_last_line(work)}")
-                break
-            _mark_broken(work, now, status)
-            left = left[left.index(now) + 1 :]
+        try:
+            while left:
+                status, now = _one_process(left, clock, device, command, work, out)
+                if now == DONE:
+                    break
+                if now is None:  # it did not come to its first stage: neither would another
+                    _say(work, f"no stage could begin, the process ended with {_ending(status)}: {_last_line(work)}")
+                    break
+                _mark_broken(work, now, status)
+                left = left[left.index(now) + 1 :]
+        except KeyboardInterrupt:
+            _say(work, "interrupted")
+            _finish(work, out, names)
+            raise
         return _finish(work, out, names)
 
 
 def _one_process(
-    names: list[str], clock: dict[str, float], device: str, work: Path, out: Path
+    names: list[str], clock: dict[str, float], device: str, command: str, work: Path, out: Path
 ) -> tuple[int, str | None]:
     """Runs as many of ``names`` as one process lives to; returns its exit status and the stage it was at (None: none
-    yet, ``done``: all are over)."""
+    yet, `DONE`: all are over). ``command`` is what reports name as their command line."""
     current = work / "current"
     current.unlink(missing_ok=True)
     words = ["--child", str(work), "--stages", ",".join(names), "--device", device, "--ends", json.dumps(clock)]
     with (work / "errors.txt").open("a") as errors:
-        process = subprocess.Popen([*PROCESS, *words], stderr=errors)
-        began, seen = time.time(), -1
+        process = subprocess.Popen([*PROCESS, *words], stderr=errors, env={**os.environ, COMMAND: command})
+        now, seen = "", -1
+        limits = {**clock, now: time.time() + PATIENCE}
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                now = current.read_text() if current.is_file() else ""
-                limit = clock.get(now, began + PATIENCE) + GRACE
-                if now != "done" and time.time() > limit:
+                now = (current.read_text() if current.is_file() else "") or now  # empty while it is being written
+                if time.time() > limits.setdefault(now, time.time()) + GRACE:  # `DONE`: it only has to end
                     _end(process)
                 written = sum(1 for _ in (work / "stages").glob("*.json"))
                 if written != seen:
                     seen = written
                     _pack(work, out)
         finally:
-            if process.poll() is None:  # Ctrl-C, or an error of this process
-                _end(process)
+            if process.poll() is None:  # interrupted, or an error of this process
+                _end(process, signal.SIGINT)
     return process.returncode, current.read_text() if current.is_file() else None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that does not come back: first by a signal at which it still says where it is."""
-    process.send_signal(signal.SIGABRT)
+def _end(process: subprocess.Popen[bytes], first: int = signal.SIGABRT) -> None:
+    """Ends a process: by ``first``, then by force. At SIGABRT one that does not come back still says where it is; at
+    SIGINT one that does ends the processes it has started."""
+    process.send_signal(first)
     try:
         process.wait(timeout=5)
     except subprocess.TimeoutExpired:

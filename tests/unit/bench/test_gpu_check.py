@@ -183,6 +183,53 @@ def test_a_check_that_cannot_begin_says_why(tmp_path: Path, monkeypatch: pytest.
     assert summary.count("NOT COMPLETE") == 2
 
 
+STUCK = """
+import sys, time
+from pathlib import Path
+current = Path(sys.argv[sys.argv.index("--child") + 1]) / "current"
+current.write_text(DONE)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_is_done_but_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "PROCESS", (sys.executable, "-c", STUCK.replace("DONE", repr(runner.DONE))))
+    monkeypatch.setattr(runner, "GRACE", 0.2)
+    began = time.time()
+    runner.check(["env"], 100.0, "cpu", tmp_path / "out")
+    assert time.time() - began < 30
+
+
+INTERRUPTED = """
+import os, signal, sys
+from llava_pdrop.bench.gpu.__main__ import main
+from llava_pdrop.bench.gpu.stages import CheckStage
+
+def run(given):
+    given.put(found=given.name)
+    if given.name == "next":
+        os.kill(os.getppid(), signal.SIGINT)
+        signal.pause()
+
+CheckStage.load = lambda stage: run
+sys.exit(main())
+"""
+
+
+def test_an_interrupted_check_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    monkeypatch.setattr(runner, "PROCESS", (sys.executable, str(script)))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.raises(KeyboardInterrupt):
+        runner.check(["env", "next"], 100.0, "cpu", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["stages"]
+    assert [found[name]["result"]["found"] for name in ("env", "next")] == ["env", "next"]
+    assert found["env"]["environment"]["command"].startswith(
+        "bash scripts/gpu_check.sh --stages env,next --seconds 100"
+    )
+
+
 def test_stages_and_their_time() -> None:
     one_call = chosen(None, "cuda", gpus=1)
     times = ends(one_call, SECONDS)
