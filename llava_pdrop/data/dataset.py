@@ -91,7 +91,7 @@ class ConversationDataset(Dataset[Sample]):
             listed = f", all of them listed in {report}" if report is not None else ""
             raise UserError(
                 f"{len(found.problems):,} of {len(self):,} records cannot be used{listed}; no more than a share of "
-                f"{most:g} may be left out. The first: {found.problems[min(found.problems)]}"
+                f"{most:g} (data.max_invalid) may be left out. The first: {found.problems[min(found.problems)]}"
             )
         usable = np.setdiff1d(np.arange(len(self)), list(found.problems))
         records = self.records.take(usable) if isinstance(self.records, Records) else [self.records[i] for i in usable]

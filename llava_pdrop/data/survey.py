@@ -51,10 +51,12 @@ class Survey:
     problems: dict[int, RecordError]
 
     def first_problem(self) -> str:
-        """One line on the first unusable record and on how many there are."""
-        line = str(self.problems[min(self.problems)])
-        others = len(self.problems) - 1
-        return line + (f" (and {others:,} more of {len(self.lengths):,} records cannot be used)" if others else "")
+        """One line on the first unusable record, how many there are, and what can be done."""
+        first, count = self.problems[min(self.problems)], len(self.problems)
+        return (
+            f"{first} ({count:,} of {len(self.lengths):,} records cannot be used: llava-pdrop doctor lists them, "
+            "data.on_invalid=skip leaves them out)"
+        )
 
     def write_report(self, path: Path) -> None:
         """Writes the unusable records as JSON lines: ``index``, ``origin``, ``id``, ``reason``."""

@@ -37,7 +37,7 @@ def load(tiny_config, tmp_path: Path):
 
 def test_an_unusable_record_stops_the_run(load):
     config = load()
-    with pytest.raises(ValueError, match=says("extra.json[1]", "bad", "no answer")):
+    with pytest.raises(ValueError, match=says("extra.json[1]", "bad", "no answer", "data.on_invalid=skip")):
         build_dataset(config, load_parts(config))
 
 
@@ -47,7 +47,7 @@ def test_skipping_lists_what_is_left_out(load):
     dataset = build_dataset(config, parts)
     (line,) = (Path(config.output_dir) / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "bad" and dataset.records[len(dataset) - 1].id == "good"
-    with pytest.raises(ValueError, match=says("1 of", "records", "skipped.jsonl")):
+    with pytest.raises(ValueError, match=says("1 of", "records", "skipped.jsonl", "data.max_invalid")):
         build_dataset(load("data.on_invalid=skip", "data.max_invalid=0"), parts)
 
 
