@@ -13,7 +13,8 @@ from llava_pdrop.checkpoint.export import save_llava_hf, save_original
 from llava_pdrop.checkpoint.lora import is_lora
 from llava_pdrop.checkpoint.open import Source, open_llava
 from llava_pdrop.checkpoint.shards import read_json, resolve
-from llava_pdrop.errors import UserError
+from llava_pdrop.config.load import runs_in
+from llava_pdrop.errors import MissingFileError, UserError
 
 
 def convert(
@@ -38,6 +39,8 @@ def convert(
         UserError: a checkpoint that is not whole or not supported, a ``target`` that may not be replaced, a full disk.
     """
     directory = resolve(origin)
+    if not (directory / "config.json").is_file():
+        raise MissingFileError(f"{directory} is no checkpoint, it has no config.json{runs_in(directory)}")
     takes_tower = "mm_vision_tower" in read_json(directory / "config.json") or is_lora(directory)
     if vision_tower is not None and not takes_tower and layout == "llava-hf":
         raise UserError(f"{origin}: has its own vision tower: --vision-tower is for the original layout and LoRA runs")

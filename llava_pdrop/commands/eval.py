@@ -25,13 +25,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> Any:
     """The config named on the command line. A directory stands for the run that was saved there, evaluated as it is."""
-    from llava_pdrop.config.load import RUN_FILE, load_config
+    from llava_pdrop.config.load import RUN_FILE, load_config, runs_in
     from llava_pdrop.errors import ConfigError
 
     path, overrides = Path(args.config), list(args.overrides)
     if path.is_dir() and not (path / RUN_FILE).is_file():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{path} is no run and no model: it has neither {RUN_FILE} nor config.json")
+            raise ConfigError(
+                f"{path} is no run and no model: it has neither {RUN_FILE} nor config.json{runs_in(path)}"
+            )
         return _foreign(path, overrides)
     if path.is_dir():
         whole = [f"model.path={path}", "model.language_model=null", "model.vision_tower=null", "model.projector=null"]

@@ -33,6 +33,13 @@ from llava_pdrop.schedule import Schedule
 RUN_FILE = "llava_pdrop.yaml"
 """Name under which the resolved config of a run is saved beside its weights."""
 
+
+def runs_in(directory: Path) -> str:
+    """The end of a message on a ``directory`` that is no run: the runs in it (`compare` leaves two), if any."""
+    runs = sorted(str(file.parent) for file in directory.glob(f"*/{RUN_FILE}"))
+    return f": name one of the runs in it, {' or '.join(runs)}" if runs else ""
+
+
 OVERRIDES = "command line"
 """Stands for the file in errors about a dotted override."""
 

@@ -67,6 +67,17 @@ def test_a_failed_conversion_leaves_the_old_one(source, tmp_path, monkeypatch, c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "source"]
 
 
+@pytest.mark.parametrize("words", [["eval"], ["convert", "OUT", "--to", "llava"]])
+def test_a_directory_of_runs_is_no_run_and_names_them(tmp_path, capsys, words):
+    """What ``compare`` leaves."""
+    run = tmp_path / "compared" / "pyramid_drop"
+    run.mkdir(parents=True)
+    (run / "llava_pdrop.yaml").touch()
+    command, *more = [str(tmp_path / "out") if word == "OUT" else word for word in words]
+    assert main([command, str(run.parent), *more]) == 2
+    assert re.search(says("config.json", str(run)), capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
