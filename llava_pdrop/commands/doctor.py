@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> None:
     encoder = None if args.no_tokens else make_encoder(config, args.tokenizer)
     geometry = encoder.geometry if encoder else geometry_of_config(config, needed=False)
     workers = min(os.cpu_count() or 1, 16) if args.workers is None else args.workers
-    if workers < 0 or args.listed < 0:
-        raise UserError("--workers and --listed count something: give 0 or more")
+    for name, value in (("workers", workers), ("listed", args.listed)):
+        if value < 0:
+            raise UserError(f"--{name} must be at least 0, got {value}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: the report needs a directory, and this is a file; give another --out")
 
@@ -104,6 +105,6 @@ def _show(report: dict[str, Any], out: Path) -> None:
     for name, found in report["data"].items():
         print(f"data.{name}: {found['usable']:,} of {found['records']:,} records can be used")
         for entry in found["problems"].values():
-            print(f"  {entry['records']:>9,}  {entry['summary']}" + ("" if entry["refused"] else " (taken)"))
+            print(f"  {entry['records']:>9,}  {entry['summary']}" + ("" if entry["refused"] else " (reported only)"))
     print(report["verdict"])
     print(f"report: {out / TEXT}, {out / REPORT}, {out / INDEX}")

@@ -161,7 +161,7 @@ def test_training_uses_exactly_the_clean_records(tiny_config, spoilt, tmp_path):
         (["--eval", "data.eval=null"], says("data.eval")),
         (["model.template=v11"], says("model.template", "'v11'")),
         (["--out", __file__], says("test_doctor.py", "directory")),
-        (["--listed", "-1"], says("--workers", "--listed")),
+        (["--listed", "-1"], says("--listed", "-1")),
         (["--measured", "none.json"], says("none.json", "bench")),
     ],
 )
