@@ -284,7 +284,9 @@ def prepare_data(config: Config) -> None:
         )
     for file in missing:
         if not file.exists():
-            raise MissingFileError(f"{config.file}: data.prepare ran, but did not write {file}")
+            raise MissingFileError(
+                f"{config.file}: {file} is not there, and data.prepare did not make it: correct the path"
+            )
     _prepared.add(config.data.prepare)
 
 
