@@ -73,7 +73,7 @@ def compare(config: Config) -> Path:
     wide.print(table(comparison.rows))
     for row in comparison.rows:
         if row.saving is not None:
-            console.print(row.saving.describe(), style="dim", highlight=False, markup=False)
+            console.print(row.saving.describe().replace("*", ""), style="dim", highlight=False, markup=False)
     file = report.write(comparison, Path(config.output_dir), table_rows(comparison.rows))
     console.print(f"report: {file}", soft_wrap=True)
     return file

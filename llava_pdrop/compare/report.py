@@ -101,7 +101,7 @@ def markdown(comparison: Comparison, rows: list[list[str]], pictures: dict[str, 
         "the distribution of the gold answers would reach (the sum of their squared shares). "
         "A row `vanilla + x` is the vanilla model with dropping at inference only. Seconds per step are "
         "medians of the two runs without warm-up, fetching data left out; CPU seconds are the time all cores were "
-        "busy. *Predicted* is what the matrix products and attention of the very same batches save, text, tower, "
+        "busy. *Predicted* is what the matrix products and attention of the same batches save, text, tower, "
         "ranking and backward included; the factor behind *realised* is realised over predicted."
         + "".join(f" {row.saving.describe()}" for row in comparison.rows if row.saving is not None),
         "",

@@ -83,7 +83,7 @@ class Saving:
         return (
             f"*Realised* is the median over {len(self.pairs)} pairs of steps, in brackets the first and third "
             "quartile: after training, the two schedules took turns on the same batches with one model and one "
-            f"optimizer ({clock}). *Predicted* is of these batches."
+            f"optimizer ({clock}). *Predicted* is for these batches."
         )
 
 
@@ -105,7 +105,7 @@ def saving(directory: Path, device: str, before: float, after: float) -> Saving:
     """
     reason = why_no_turns(directory, device)
     if reason is None:
-        say(f"timing: vanilla and PyramidDrop take turns, {PAIRS} steps each")
+        say(f"timing: vanilla and PyramidDrop take turns, up to {PAIRS} steps each")
         try:
             return take_turns(load_config(directory / RUN_FILE))
         except IMPOSSIBLE as error:
