@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures training and inference: bash scripts/bench.sh [tiny|cpu|gpu] [arguments for every `bench train`]
 #                              or: bash scripts/bench.sh CONFIG [section.key=value ...] [arguments for `bench train`]
-# tiny takes under a minute; cpu is the shape small-cpu; gpu is the same as scripts/gpu_check.sh, which measures the real
+# tiny takes a minute or two; cpu is the shape small-cpu; gpu is the same as scripts/gpu_check.sh, which measures the real
 # shapes on one 80 GB GPU in under ten minutes and has its own arguments.
 # CONFIG is the YAML file or the directory of a run. This measures what the run costs, without its weights and data, on the
 # GPU if there is one. It is always one process on one GPU, so communication between GPUs is not included: for that, see

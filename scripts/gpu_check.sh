@@ -56,7 +56,8 @@ for candidate in "${candidates[@]}"; do
     fi
 done
 if [[ -z "$python" ]]; then
-    what="PyTorch that sees a CUDA device: name one with LLAVA_PDROP_PYTHON, or rehearse with --device cpu"
+    what="PyTorch that sees a CUDA device: name one with LLAVA_PDROP_PYTHON, make one by"
+    what+=" CONSTRAINTS=scripts/constraints-cuda.txt bash scripts/setup.sh, or rehearse with --device cpu"
     [[ "$device" == cuda* ]] || what="PyTorch: name one with LLAVA_PDROP_PYTHON, or run make setup"
     printf 'error: none of %s has a %s\n' "${tried[*]}" "$what" >&2
     exit 2

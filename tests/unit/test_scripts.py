@@ -248,7 +248,7 @@ def test_the_gpu_check_makes_no_environment(checkout: Checkout) -> None:
     without_cuda.chmod(0o755)
     done = checkout.run("gpu_check.sh", LLAVA_PDROP_PYTHON=str(without_cuda))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    expected = says(str(without_cuda), "CUDA", "LLAVA_PDROP_PYTHON", "--device cpu")
+    expected = says(str(without_cuda), "LLAVA_PDROP_PYTHON", "scripts/constraints-cuda.txt", "--device cpu")
     assert re.match("error: " + expected, done.stderr)
     assert checkout.run("gpu_check.sh", "--device", "cpu", LLAVA_PDROP_PYTHON=str(without_cuda)).returncode == 0
     venv = checkout.root / ".venv" / "bin"
