@@ -41,7 +41,7 @@ RECIPE_GPUS = 8
 """GPUs that configs are written for (configs/README.md): what makes a global batch of what they say."""
 
 MFU = 0.4
-"""Default of ``--mfu``, as the rate `data_cost` assumes: 40 % of an A100's peak."""
+"""Default of ``--mfu``, as the rate ``llava-pdrop doctor`` assumes: 40 % of an A100's peak."""
 
 PEAKS = {name: PEAK_TFLOPS[name] * 1e12 for name in ("A100", "H100")}
 """GPU -> operations a second in bfloat16, which hours are given for."""

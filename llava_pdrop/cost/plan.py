@@ -1,6 +1,6 @@
 """What a config's schedule does to image tokens, operations and memory, before anything is trained.
 
-Numbers only: no weights, no pixels. `plan_command` prints them, `nominal` says what a config's model and batch are.
+Numbers only: no weights, no pixels. `report` prints them, `nominal` says what a config's model and batch are.
 """
 
 from __future__ import annotations
