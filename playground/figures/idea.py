@@ -12,7 +12,7 @@ import numpy as np
 TITLE = "Image tokens leave as the decoder gets deeper; text tokens always stay"
 NOTE = "ranked by the attention that the last instruction token gives them, in training and in inference"
 SIDE, CELL = 12, 11  # squares per side of a grid, pixels per square
-STAGES = (("layers 1-8", 576), ("layers 9-16", 288), ("layers 17-24", 144), ("layers 25-32", 72))
+STAGES = (("layers 0-7", 576), ("layers 8-15", 288), ("layers 16-23", 144), ("layers 24-31", 72))
 KEPT, GONE, INK, SOFT, TEXT = "#E2703A", "#E9ECEF", "#1F2933", "#6B7C8F", "#3A8FB7"
 WIDTH, GAP, LEFT, TOP = SIDE * CELL, 92, 24, 64
 
