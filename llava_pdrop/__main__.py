@@ -52,6 +52,7 @@ COMMANDS = {
     "plan": "show tokens per stage, operations and memory of a config, or solve for a budget; needs no weights",
     "bench": "measure training and inference at a model's real shape",
     "doctor": "check a data set before training: records, images, lengths, cost",
+    "families": "list the model classes that attach() has been proved on, and what a picture is in each",
     "convert": "write a checkpoint in another layout: llava-hf, or original LLaVA",
 }
 """Word of the command line -> what it does. How stands in the module of that name in ``llava_pdrop/commands``."""

@@ -212,7 +212,7 @@ def _stages(plan: Plan) -> Table:
 
 
 def _pictures(config: Config, plan: Plan) -> Table:
-    table = _table(f"{config.name}: image tokens of one picture")
+    table = _table(f"{config.name}: image tokens of one picture; every picture keeps int(n * ratio) of its own n")
     table.add_column("picture", no_wrap=True)
     for stage in plan.stages:
         table.add_column(f"layers {stage.first}-{stage.last}", justify="right")

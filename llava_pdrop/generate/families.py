@@ -1,4 +1,5 @@
-"""The model classes that `attach` has been proved on, one entry each (``llava-pdrop families`` prints the table).
+"""The model classes that `attach` has been proved on, one entry each (``llava-pdrop families`` prints the table; the
+one in ``README.md`` beside this file is made from it, see ``tests/unit/generate/test_families.py``).
 
 Queries, keys, masks and positions are taken from the model itself, so an entry only says what cannot be seen there:
 what one picture is, since every picture has its own budget, and whether positions can be numbered anew. A class is
@@ -57,9 +58,7 @@ def _behind_deepstack(config: Any) -> int:
     return max(1, len(config.vision_config.deepstack_visual_indexes))
 
 
-def _mrope(
-    decoder: str, picture: str = "an entry of image_grid_thw, which may be of any size", **options: Any
-) -> Family:
+def _mrope(decoder: str, picture: str = "an entry of image_grid_thw", **options: Any) -> Family:
     return Family("feature", picture, (decoder,), clip="feature", positions="keep", **options)
 
 
@@ -95,6 +94,23 @@ FAMILIES: dict[str, Family] = {
     "aria": Family("apart", "an entry of pixel_values; not several side by side, which may be crops", ("aria_text",)),
 }
 """``model_type`` -> what `attach` has to know."""
+
+HEADERS = ("model_type", "a picture, which has its own budget", "text decoders", "clips", "positions")
+
+
+def rows() -> list[tuple[str, ...]]:
+    """The table of `FAMILIES`, a row per class, under `HEADERS`."""
+    return [
+        (
+            kind,
+            family.picture,
+            ", ".join(family.decoders),
+            "one picture each" if family.clip else "",
+            "keep" if family.positions == "keep" else "renumber (default), keep",
+        )
+        for kind, family in FAMILIES.items()
+    ]
+
 
 UNCHECKED = Family("apart", "a run of placeholders, one per feature map of the tower", ())
 """What is taken for granted of a class that nobody has tried (``attach(..., unchecked=True)``)."""

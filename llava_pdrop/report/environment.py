@@ -11,12 +11,9 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_pdrop.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 COMMIT = "LLAVA_PDROP_COMMIT"
 """Environment variable that names the commit of a copy without its history."""
@@ -25,7 +22,7 @@ COMMAND = "LLAVA_PDROP_COMMAND"
 """Environment variable that names the command line, in a process that another one of this project has started."""
 
 
-def environment(device: torch.device, seed: int) -> dict[str, Any]:
+def environment(device: Any, seed: int) -> dict[str, Any]:
     """Everything needed to run a bench again: device, versions, commit, date, command line and seed."""
     import torch  # not at the top: who only asks where files may go needs none
 

@@ -39,18 +39,19 @@ COLOURS = {"vanilla": "#6B7C8F", "pyramid_drop": "#E2703A"}
 """Run -> colour, in all pictures."""
 
 
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column left and the others right aligned, ending with a newline."""
-    ruler = ["---", *["---:"] * (len(headers) - 1)]
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: bool = True) -> str:
+    """A Markdown table, ending with a newline; columns behind the first are aligned to the ``right``, being numbers."""
+    ruler = ["---", *["---:" if right else "---"] * (len(headers) - 1)]
     return "".join("| " + " | ".join(line) + " |\n" for line in (headers, ruler, *rows))
 
 
-def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Prints ``rows``, whose first one is the head; into a file at a width that cuts nothing."""
+def print_table(title: str, rows: Sequence[Sequence[str]], right: bool = True) -> None:
+    """Prints ``rows``, whose first one is the head; into a file at a width that cuts nothing. All columns but the first
+    are aligned to the ``right``, being numbers."""
     head, *lines = rows
     shown = Table(title=title, header_style="bold", box=box.SIMPLE_HEAD)
     for column, name in enumerate(head):
-        shown.add_column(name, justify="left" if column == 0 else "right")
+        shown.add_column(name, justify="right" if right and column else "left")
     for line in lines:
         shown.add_row(*line)
     console = Console()
