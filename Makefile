@@ -5,7 +5,13 @@ PYTHON_VENV := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup test test-fast test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
+# Kills, signals and full disks do not depend on the release of transformers.
+COMPATIBILITY := tests/unit/model tests/unit/generate tests/unit/train tests/parity tests/golden tests/distributed \
+	--ignore tests/unit/train/test_resume.py --ignore tests/unit/train/test_checkpoints.py
+on_transformers = set -e; overlay=$$(bash scripts/overlay.sh $(1)); PYTHONPATH=$$overlay OMP_NUM_THREADS=1 \
+	$(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(COMPATIBILITY) $(PYTEST_ARGS)
+
+.PHONY: help setup test test-newest test-oldest test-fast test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,6 +25,12 @@ test: setup ## run all tests (PYTEST_ARGS="-k name" for some, JOBS=1 for one aft
 test-fast: setup ## unit, parity and golden tests that start no process and train nothing (under 2 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup --fast tests/unit tests/parity tests/golden \
 		$(PYTEST_ARGS)
+
+test-newest: setup ## model, parity, golden, training and engine tests on the newest transformers that setup.py admits
+	$(call on_transformers,5.24)
+
+test-oldest: setup ## the same on the oldest one
+	$(call on_transformers,5.17)
 
 test-faults: setup ## kill training runs at 20 random moments per engine and compare their ends, bit by bit (long)
 	OMP_NUM_THREADS=1 LLAVA_PDROP_FAULTS=$(if $(LLAVA_PDROP_FAULTS),$(LLAVA_PDROP_FAULTS),20) \

@@ -129,7 +129,7 @@ def written_schedule(section: Mapping[str, Any]) -> Schedule:
         UserError: keys that no schedule has, or a schedule that cannot be.
     """
     try:
-        return Schedule.from_dict(section)
+        return Schedule.from_dict(section).at("renumber")  # the positions of a LLaVA have one axis
     except TypeError as error:
         raise UserError(f"config.json: pyramid_drop {section!r} is no schedule ({error})") from None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import replace
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from llava_pdrop.generate.plugin import detach
 from llava_pdrop.geometry import ImageGeometry
@@ -21,7 +21,7 @@ from tests.tiny import PAD, make_sample, make_tiny_hf
 NEW = 6
 DECODERS = ("llama", "llama_gqa", "llama_mqa", "mistral", "mistral_window", "qwen2", "qwen3")
 # Older transformers repeat the pictures of a row one by one for its beams (A A B B), which mixes up rows with several.
-REPEATS_ROWS = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+REPEATS_ROWS = Version(transformers.__version__) >= Version("5.19")
 
 SQUARE = (28, 28)
 ONE = (1, SQUARE, 3)

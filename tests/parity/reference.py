@@ -138,7 +138,7 @@ def _attention(
     return torch.einsum("bhqk,bhke->bqhe", weights, value).contiguous(), weights
 
 
-IGNORED = {"is_causal", "use_cache", "position_ids", "logits_to_keep", "output_router_logits"}
+IGNORED = {"is_causal", "pixel_values", "use_cache", "position_ids", "logits_to_keep", "output_router_logits"}
 """Arguments that some families hand down to the attention function and that change nothing in it."""
 
 for _name, _mask in MASKS.values():

@@ -29,7 +29,7 @@ from llava_pdrop.types import PackedBatch, Record, Turn
 from tests.golden.cases import directories
 from tests.messages import says
 
-SCHEDULE = Schedule(layers=(1, 2, 3), ratios=(0.5, 0.25, 0.125))
+SCHEDULE = Schedule(layers=(1, 2, 3), ratios=(0.5, 0.25, 0.125), positions="renumber")
 PINPOINTS = ((28, 56), (56, 28), (56, 56))
 
 

@@ -260,7 +260,7 @@ def test_pinpoints_may_be_text():
     ],
 )
 def test_schedules_of_original_configs(fields, expected):
-    assert original_schedule(fields) == (None if expected is None else Schedule(*expected))
+    assert original_schedule(fields) == (None if expected is None else Schedule(*expected).at("renumber"))
 
 
 @pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}])

@@ -90,12 +90,12 @@ def test_a_training_run_is_canonical_and_brings_its_schedule(tiny_config, tmp_pa
     for directory in (run, run / "checkpoint-1"):
         assert canonical(directory), directory
         parts = build_parts(str(directory))
-        assert parts.schedule == Schedule((1, 2), (0.5, 0.25))
+        assert parts.schedule == Schedule((1, 2), (0.5, 0.25)).at("renumber")
         assert (directory / "preprocessor_config.json").is_file() and (directory / "tokenizer.json").is_file()
         fields = read_json(directory / "config.json")
         assert fields["image_token_index"] == fields["image_token_id"] == parts.hf.config.image_token_id
     convert(str(run), tmp_path / "original", "llava")  # the run knows its tower
-    assert build_parts(str(tmp_path / "original")).schedule == Schedule((1, 2), (0.5, 0.25))
+    assert build_parts(str(tmp_path / "original")).schedule == Schedule((1, 2), (0.5, 0.25)).at("renumber")
     assert not read_json(tmp_path / "original" / "config.json")["unfreeze_mm_vision_tower"]
 
 
@@ -103,7 +103,7 @@ def test_a_vanilla_run_says_so(tmp_path):
     model = PyramidLlava(make_tiny_hf(), Schedule())
     save_pretrained(model.hf, None, tmp_path)
     (tmp_path / "preprocessor_config.json").write_bytes((TOWER / "preprocessor_config.json").read_bytes())
-    assert build_parts(str(tmp_path)).schedule == Schedule()
+    assert build_parts(str(tmp_path)).schedule == Schedule().at("renumber")
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
