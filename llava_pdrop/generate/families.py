@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from llava_pdrop.errors import UserError
+from llava_pdrop.model.attention import OLDEST, is_older
 from llava_pdrop.schedule import Schedule
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
@@ -41,6 +42,7 @@ class Family:
         shared: pictures and clips have the same placeholder.
         causal: False where the prompt is not masked causally, so that only the model can make its mask.
         first_drop: the first layer that may drop, given the config.
+        since: the first release of transformers where the class itself is right; with an older one it is refused.
     """
 
     unit: str
@@ -51,6 +53,7 @@ class Family:
     shared: bool = False
     causal: bool = True
     first_drop: Callable[[Any], int] = lambda config: 1
+    since: str = OLDEST
 
 
 def _behind_deepstack(config: Any) -> int:
@@ -67,10 +70,10 @@ _TILED = "an entry of image_sizes: the whole picture, its tiles and newlines"
 FAMILIES: dict[str, Family] = {
     "llava": Family("feature", "an entry of pixel_values", (*LLAMA_LIKE, *OTHERS)),
     "llava_next": Family("feature", _TILED, LLAMA_LIKE),
-    "llava_next_video": Family("feature", _TILED, LLAMA_LIKE, clip="feature"),
-    "llava_onevision": Family("feature", _TILED, LLAMA_LIKE, clip="feature"),
-    "video_llava": Family("feature", "an entry of pixel_values_images", LLAMA_LIKE, clip="frames"),
-    "vipllava": Family("feature", "an entry of pixel_values", LLAMA_LIKE),
+    "llava_next_video": Family("feature", _TILED, LLAMA_LIKE, clip="feature", since="5.18"),
+    "llava_onevision": Family("feature", _TILED, LLAMA_LIKE, clip="feature", since="5.18"),
+    "video_llava": Family("feature", "an entry of pixel_values_images", LLAMA_LIKE, clip="frames", since="5.21"),
+    "vipllava": Family("feature", "an entry of pixel_values", LLAMA_LIKE, since="5.22"),
     "internvl": Family("run", "what stands between <img> and </img>: all its tiles; a frame of a video", LLAMA_LIKE),
     "mistral3": Family("feature", "an entry of image_sizes: all its rows, without their [IMG_BREAK]", LLAMA_LIKE),
     "qwen2_vl": _mrope("qwen2_vl_text"),
@@ -85,17 +88,24 @@ FAMILIES: dict[str, Family] = {
     "got_ocr2": Family("run", "what stands between <img> and </img>: all its tiles", ("qwen2",)),
     "deepseek_vl": Family("feature", "an entry of pixel_values", ("llama",)),
     "janus": Family("feature", "an entry of pixel_values", ("llama",)),
-    "smolvlm": Family("marks", "all tiles up to the one marked <global-img>; a frame of a video", LLAMA_LIKE),
+    "smolvlm": Family(
+        "marks", "all tiles up to the one marked <global-img>; a frame of a video", LLAMA_LIKE, since="5.21"
+    ),
     "idefics3": Family("marks", "all tiles up to the one marked <global-img>", LLAMA_LIKE),
     "gemma3": Family(
         "feature", "an entry of pixel_values (a crop of pan-and-scan too)", ("gemma3_text",), causal=False
     ),
     "paligemma": Family("feature", "an entry of pixel_values", ("gemma", "gemma2"), causal=False),
-    "aria": Family("apart", "an entry of pixel_values; not several side by side, which may be crops", ("aria_text",)),
+    "aria": Family(
+        "apart", "an entry of pixel_values; not several side by side, which may be crops", ("aria_text",), since="5.20"
+    ),
 }
 """``model_type`` -> what `attach` has to know."""
 
-HEADERS = ("model_type", "a picture, which has its own budget", "text decoders", "clips", "positions")
+DECODERS_SINCE = {"gemma2": "5.21"}
+"""Text decoder -> the first release of transformers where it is right."""
+
+HEADERS = ("model_type", "a picture, which has its own budget", "text decoders", "clips", "positions", "transformers")
 
 
 def rows() -> list[tuple[str, ...]]:
@@ -107,6 +117,7 @@ def rows() -> list[tuple[str, ...]]:
             ", ".join(family.decoders),
             "one picture each" if family.clip else "",
             "keep" if family.positions == "keep" else "renumber (default), keep",
+            f"from {family.since} on",
         )
         for kind, family in FAMILIES.items()
     ]
@@ -138,6 +149,12 @@ def family_of(model: nn.Module, decoder: nn.Module, unchecked: bool) -> Family:
             f"attach() has not been proved on {type(model).__name__} with a text decoder of type {text}, only with "
             f"{', '.join(family.decoders)}; unchecked=True tries it all the same"
         )
+    for what, since in ((type(model).__name__, family.since), (text, DECODERS_SINCE.get(text, OLDEST))):
+        if is_older(since):
+            raise UserError(
+                f"attach() takes {what} from transformers {since} on, which computes it otherwise than older releases: "
+                f"pip install 'transformers>={since}'"
+            )
     return family
 
 

@@ -185,10 +185,18 @@ def check_transformers() -> None:
     Raises:
         UserError: a release before `OLDEST` or behind `NEWEST`.
     """
-    release = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    oldest, newest = (tuple(map(int, version.split("."))) for version in (OLDEST, NEWEST))
-    if not oldest <= release <= newest:
+    newest = tuple(map(int, NEWEST.split(".")))
+    if is_older(OLDEST) or _release() > newest:
         raise UserError(
             f"transformers {transformers.__version__} has not been tested with llava_pdrop, only {OLDEST} to {NEWEST}: "
             f"pip install 'transformers=={NEWEST}.*'"
         )
+
+
+def is_older(release: str) -> bool:
+    """Whether the installed transformers comes before ``release``, e.g. "5.21"."""
+    return _release() < tuple(map(int, release.split(".")))
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])

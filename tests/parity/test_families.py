@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from llava_pdrop.generate import families, plugin
 from llava_pdrop.generate import forward as forward_of
-from llava_pdrop.generate import plugin
 from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.model import attention
+from llava_pdrop.model.attention import OLDEST, is_older
 from llava_pdrop.schedule import Schedule
 from tests.families import FAMILIES, SPECIAL, Row, collate, make_row
 from tests.messages import says
@@ -25,9 +27,15 @@ NEW = 4
 TOLERANCE = 2e-5  # of the largest logit
 CLEAR = 2e-4  # prompts whose kept and dropped tokens score closer than this say nothing: others are drawn
 SLIDING = ("mistral_window", "qwen2_window", "cohere2", "gemma2", "gpt_oss")
-NAMES = list(FAMILIES)
+TABLE = {name: families.FAMILIES["llava" if name == "pixtral" else name] for name in FAMILIES}
+NAMES = [name for name in FAMILIES if not is_older(TABLE[name].since)]
 WITH_CLIPS = [name for name in NAMES if FAMILIES[name].clip]
-ALL = [pytest.param(name, decoder, id=f"{name}-{decoder}") for name in NAMES for decoder in FAMILIES[name].decoders]
+ALL = [
+    pytest.param(name, decoder, id=f"{name}-{decoder}")
+    for name in NAMES
+    for decoder in FAMILIES[name].decoders
+    if not is_older(families.DECODERS_SINCE.get(decoder, OLDEST))
+]
 POSITIONS = [
     pytest.param(name, positions, id=f"{name}-{positions}")
     for name in NAMES
@@ -441,3 +449,18 @@ def test_mutants_are_killed(name, mutant, monkeypatch):
     monkeypatch.setattr(*MUTANTS[mutant])
     with pytest.raises(AssertionError):
         survivors_are_those_of_the_reference()
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder", "since"),
+    [("smolvlm", None, TABLE["smolvlm"].since), ("llava", "gemma2", families.DECODERS_SINCE["gemma2"])],
+)
+def test_a_release_that_computes_a_class_otherwise_is_refused(name, decoder, since, monkeypatch):
+    model = FAMILIES[name].make(decoder)
+    for version, refused in ((OLDEST, True), (since, False)):
+        monkeypatch.setattr(attention.transformers, "__version__", f"{version}.0")
+        if refused:
+            with pytest.raises(ValueError, match=says("attach()", since)):
+                attach(model, schedule_of(name))
+        else:
+            detach(attach(model, schedule_of(name)))
