@@ -73,7 +73,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next_video": Family("feature", _TILED, LLAMA_LIKE, clip="feature", since="5.18"),
     "llava_onevision": Family("feature", _TILED, LLAMA_LIKE, clip="feature", since="5.18"),
     "video_llava": Family("feature", "an entry of pixel_values_images", LLAMA_LIKE, clip="frames", since="5.21"),
-    "vipllava": Family("feature", "an entry of pixel_values", LLAMA_LIKE, since="5.22"),
+    "vipllava": Family("feature", "an entry of pixel_values", LLAMA_LIKE, since="5.23"),
     "internvl": Family("run", "what stands between <img> and </img>: all its tiles; a frame of a video", LLAMA_LIKE),
     "mistral3": Family("feature", "an entry of image_sizes: all its rows, without their [IMG_BREAK]", LLAMA_LIKE),
     "qwen2_vl": _mrope("qwen2_vl_text"),
