@@ -34,6 +34,13 @@ TURNS = {
 }
 """EXIF orientation -> what brings the picture upright; 5 to 8 swap width and height."""
 
+LONGEST_SIDE = 65_535
+"""Pixels of the longer side of a picture that is taken, the most that a JPEG can have. Together with PIL's limit on all
+pixels it bounds the memory that a picture needs: its own pixels, and a few hundred bytes for each row of a square."""
+
+BAND = 1 << 22
+"""Pixels of a padded square that are there at a time."""
+
 READ_ERRORS = (
     Image.DecompressionBombError,
     EOFError,
@@ -58,8 +65,9 @@ def load_image(source: str | Path | ImageSource) -> Image.Image:
 
     Raises:
         MissingFileError: no such file.
-        UserError: the file cannot be read as a picture, or has more pixels than PIL accepts (twice
-            ``PIL.Image.MAX_IMAGE_PIXELS``, 179 million); the message names it.
+        UserError: the file cannot be read as a picture, has more pixels than PIL accepts (twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``, 179 million) or a longer side than `LONGEST_SIDE`, is larger than the memory
+            that is left, or has values that are no colours; the message names it.
     """
     with _opened(source) as image:
         orientation = _orientation(image)
@@ -90,7 +98,17 @@ def _opened(source: str | Path | ImageSource) -> Iterator[Image.Image]:
     source = Path(source) if isinstance(source, str) else source
     try:
         with source.open("rb") as file, Image.open(file) as image:
+            if max(image.size) > LONGEST_SIDE:
+                raise Image.DecompressionBombError(
+                    f"a side of {max(image.size):,} pixels, and at most {LONGEST_SIDE:,} are taken"
+                )
             yield image
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except MemoryError:
+        raise UserError(
+            f"{source}: cannot be read as an image, memory does not suffice for it; make it smaller"
+        ) from None
     except FileNotFoundError:
         raise MissingFileError(f"{source}: no such image; check the image root") from None
     except Image.DecompressionBombError as error:
@@ -110,21 +128,33 @@ def preprocess(image: Image.Image, geometry: ImageGeometry, processor: BaseImage
     """A picture as the tower wants it: `geometry.num_tiles` tiles of (3, tile, tile).
 
     Raises:
-        UserError: the processor's output is not of the geometry's tile size.
+        UserError: the processor's output is not of the geometry's tile size, or memory does not suffice.
     """
-    if geometry.aspect == "anyres":
-        # PIL's default filter, spelled out: the tiles must not change if PIL changes its mind
-        whole = image.resize((geometry.tile, geometry.tile), Image.Resampling.BICUBIC)
-        tiles = [whole, *_tiles(fit_to_canvas(image, geometry.canvas(image.size)), geometry.tile)]
-    else:
-        tiles = [pad_to_square(image, tuple(int(255 * mean) for mean in processor.image_mean))]
-    pixels = process_tiles(tiles, processor)
+    try:
+        pixels = process_tiles(_pictures(image, geometry, processor), processor)
+    except MemoryError:
+        width, height = image.size
+        raise UserError(f"memory does not suffice for a picture of {width}x{height} pixels; make it smaller") from None
     if pixels.shape[-2:] != (geometry.tile, geometry.tile):
         raise UserError(
             f"the image processor makes tiles of {pixels.shape[-1]}x{pixels.shape[-2]} pixels, the model's geometry "
             f"wants {geometry.tile}x{geometry.tile}; use the processor that belongs to the vision tower"
         )
     return ImageInput(pixels=pixels, size=image.size)
+
+
+def _pictures(image: Image.Image, geometry: ImageGeometry, processor: BaseImageProcessor) -> list[Image.Image]:
+    """The tiles as the processor is given them."""
+    if geometry.aspect == "anyres":
+        # PIL's default filter, spelled out: the tiles must not change if PIL changes its mind
+        whole = image.resize((geometry.tile, geometry.tile), Image.Resampling.BICUBIC)
+        return [whole, *_tiles(fit_to_canvas(image, geometry.canvas(image.size)), geometry.tile)]
+    colour = tuple(int(255 * mean) for mean in processor.image_mean)
+    size = dict(processor.size)
+    sides = {side for name, side in size.items() if name in ("shortest_edge", "height", "width") and side}
+    if not processor.do_resize or len(sides) != 1:
+        return [pad_to_square(image, colour)]
+    return [resized_square(image, colour, sides.pop(), processor.resample)]
 
 
 def process_tiles(tiles: list[Image.Image], processor: BaseImageProcessor) -> torch.Tensor:
@@ -143,6 +173,25 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def resized_square(image: Image.Image, colour: tuple[int, ...], side: int, resample: Image.Resampling) -> Image.Image:
+    """``pad_to_square(image, colour).resize((side, side), resample)`` to the bit, without the square, which of a long
+    picture is many times its own pixels.
+
+    PIL resizes the rows first, each for itself, and then the columns. So rows are padded and resized band by band;
+    those that hold no part of the picture keep their colour.
+    """
+    width, height = image.size
+    longer = max(width, height)
+    left, top = (longer - width) // 2, (longer - height) // 2
+    rows, step = Image.new("RGB", (side, longer), colour), max(1, BAND // longer)
+    for start in range(0, height, step):
+        stop = min(height, start + step)
+        band = Image.new("RGB", (longer, stop - start), colour)
+        band.paste(image.crop((0, start, width, stop)), (left, 0))
+        rows.paste(band.resize((side, stop - start), resample), (0, top + start))
+    return rows.resize((side, side), resample)
 
 
 def fit_to_canvas(image: Image.Image, canvas: tuple[int, int]) -> Image.Image:
@@ -181,9 +230,30 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
-        grey = np.asarray(image, dtype=np.float64)
-        sixteen_bits = image.mode.startswith("I;16") or grey.max() > 255
-        image = Image.fromarray((grey * (255 / 65535 if sixteen_bits else 1.0)).round().clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(_grey(np.asarray(image), image.mode))
     if image.mode == "P":  # by way of the palette's own alpha, which PIL otherwise warns about
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _grey(values: np.ndarray, mode: str) -> np.ndarray:
+    """Greys of 16 or 32 bits as 8 bits: 0 to 65535 where the format says so or a value above 255 shows it, 0 to 1 for
+    fractions none of which is above 1, else 0 to 255.
+
+    Raises:
+        UserError: a value that is no number, negative, or above 65535.
+    """
+    low, high = values.min(), values.max()  # NaN where there is one
+    if not (low >= 0 and high <= 65535):
+        raise UserError(
+            f"cannot be read as an image, its greys go from {low:g} to {high:g}: scale them to 0 to 1, 0 to 255 or "
+            "0 to 65535"
+        )
+    if mode.startswith("I;16") or high > 255:
+        scale = 255 / 65535
+    else:
+        scale = 255.0 if mode == "F" and high <= 1 else 1.0
+    scaled, rows = np.empty(values.shape, np.uint8), max(1, BAND // values.shape[1])
+    for start in range(0, len(values), rows):  # in 64 bits the whole picture would be eight times as large
+        scaled[start : start + rows] = (values[start : start + rows] * np.float64(scale)).round()
+    return scaled

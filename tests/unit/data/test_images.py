@@ -12,7 +12,9 @@ import pytest
 from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
+from llava_pdrop.data import images
 from llava_pdrop.data.images import image_size, load_image, preprocess
+from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from tests.messages import says
 
@@ -150,3 +152,95 @@ def test_unreadable_files_are_named(tmp_path, picture):
         image_size(text)
     with pytest.raises(ValueError, match=says("empty.jpg", "empty")):
         image_size(empty)
+
+
+SIZES = [
+    (1, 1),
+    (2, 1),
+    (1, 90),
+    (90, 1),
+    (56, 56),
+    (55, 57),
+    (640, 480),
+    (480, 640),
+    (333, 1000),
+    (1242, 200),
+    (7, 900),
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("resample", [2, 3], ids=["bilinear", "bicubic"])
+@pytest.mark.parametrize("band", [1, 1000, images.BAND])
+def test_a_resized_square_has_the_pixels_of_the_square_resized(monkeypatch, size, resample, band):
+    monkeypatch.setattr(images, "BAND", band)
+    noise = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture, colour = Image.fromarray(noise), (122, 116, 104)
+    whole = images.pad_to_square(picture, colour)
+    for side in (14, 56, whole.width, 91):
+        expected = whole.resize((side, side), resample)
+        assert np.array_equal(np.asarray(images.resized_square(picture, colour, side, resample)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(48_000, 400), (3, 12_000), (1242, 12_000), (65_535, 1), (2, 9_000)], ids=str)
+@pytest.mark.parametrize("geometry", [PAD, ANYRES], ids=["pad", "anyres"])
+def test_no_picture_takes_much_more_memory_than_its_own_pixels(monkeypatch, processor, geometry, size):
+    """The padded square of the first one has 2.3 gigapixels."""
+    made, new = [], Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *rest: made.append(size) or new(mode, size, *rest))
+    picture = Image.new("RGB", size)
+    assert preprocess(picture, geometry, processor).pixels.shape[0] == geometry.num_tiles(size)
+    pixels = [width * height for width, height in made]
+    assert max(pixels) <= max(size[0] * size[1], images.BAND, 56 * max(size))
+
+
+@pytest.mark.parametrize("size", [(65_536, 1), (1, 70_000)], ids=str)
+def test_a_side_that_no_picture_has_is_refused_by_the_header(tmp_path, size):
+    Image.new("L", size).save(tmp_path / "strip.png")
+    for read in (load_image, image_size):
+        with pytest.raises(UserError, match=says("strip.png", "65,535", f"{max(size):,}")):
+            read(tmp_path / "strip.png")
+
+
+def test_a_picture_that_memory_does_not_hold_is_a_bad_one(tmp_path, picture, processor, monkeypatch):
+    path = picture(40, 20, "large.png")
+    image = load_image(path)
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "load", no_memory)
+        with pytest.raises(UserError, match=says("large.png", "memory")):
+            load_image(path)
+    monkeypatch.setattr(images, "resized_square", no_memory)
+    with pytest.raises(UserError, match=says("40x20", "memory")):
+        preprocess(image, PAD, processor)
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "expected"),
+    [
+        ([0.0, 0.5, 1.0], "F", [0, 128, 255]),
+        ([0.0, 0.25, 0.75], "F", [0, 64, 191]),
+        ([0.0, 100.4, 255.0], "F", [0, 100, 255]),
+        ([0.0, 32767.5, 65535.0], "F", [0, 128, 255]),
+        ([0, 1, 1], "I", [0, 1, 1]),
+        ([0, 128, 255], "I", [0, 128, 255]),
+        ([0, 257, 65535], "I", [0, 1, 255]),
+    ],
+)
+def test_greys_of_other_ranges(tmp_path, values, mode, expected):
+    """Fractions go from 0 to 1, whole numbers to 255, or to 65535 where one is above 255."""
+    kind = np.float32 if mode == "F" else np.int32
+    Image.fromarray(np.array([values], kind)).save(tmp_path / "grey.tiff")
+    with Image.open(tmp_path / "grey.tiff") as opened:
+        assert opened.mode == mode
+    assert np.asarray(load_image(tmp_path / "grey.tiff"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.5, 70_000.0])
+def test_values_that_are_no_greys_are_refused(tmp_path, value):
+    Image.fromarray(np.array([[0.5, value, 0.25]], np.float32)).save(tmp_path / "depth.tiff")
+    with pytest.raises(UserError, match=says("depth.tiff", "65535")):
+        load_image(tmp_path / "depth.tiff")
