@@ -11,7 +11,7 @@ COMPATIBILITY := tests/unit/model tests/unit/generate tests/unit/train tests/par
 on_transformers = set -e; overlay=$$(bash scripts/overlay.sh $(1)); PYTHONPATH=$$overlay OMP_NUM_THREADS=1 \
 	$(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(COMPATIBILITY) $(PYTEST_ARGS)
 
-.PHONY: help setup test test-newest test-oldest test-fast test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
+.PHONY: help setup test test-newest test-oldest test-fast test-slurm test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test-oldest: setup ## the same on the oldest one
 test-faults: setup ## kill training runs at 20 random moments per engine and compare their ends, bit by bit (long)
 	OMP_NUM_THREADS=1 LLAVA_PDROP_FAULTS=$(if $(LLAVA_PDROP_FAULTS),$(LLAVA_PDROP_FAULTS),20) \
 		$(PYTHON_VENV) -m pytest -n $(JOBS) tests/faults $(PYTEST_ARGS)
+
+test-slurm: setup ## train, preempt, requeue and resume under a real Slurm of two nodes (skipped where none is installed)
+	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n0 tests/slurm $(PYTEST_ARGS)
 
 test-gpu: setup ## run the tests that need a CUDA device (elsewhere they are skipped, with the reason)
 	$(PYTHON_VENV) -m pytest tests/gpu $(PYTEST_ARGS)
