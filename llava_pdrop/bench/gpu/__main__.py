@@ -9,13 +9,10 @@ import sys
 from pathlib import Path
 
 from llava_pdrop.bench.gpu import runner
-from llava_pdrop.bench.gpu.stages import STAGES, chosen
+from llava_pdrop.bench.gpu.stages import STAGES, chosen, limit_of
 from llava_pdrop.errors import UserError
 
 OUT = Path("checkpoints/gpu_check")
-
-SECONDS = 580.0
-"""Of all stages but ``learn`` on one GPU."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -25,8 +22,13 @@ def main(words: list[str] | None = None) -> int:
         description="Measures all that needs a GPU, stage by stage, and packs the results.",
         epilog="Stages: " + ", ".join(f"{name} (up to {stage.seconds} s)" for name, stage in STAGES.items()),
     )
-    parser.add_argument("--stages", metavar="A,B", help="only these (default: what one call on one GPU has time for)")
-    parser.add_argument("--seconds", type=float, metavar="N", help=f"of all of them together (default: {SECONDS:g})")
+    parser.add_argument(
+        "--stages", metavar="A,B", help="only these (default: all but learn; ranks only with several GPUs)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="N",
+        help="time limit of all of them together (default: the sum of their limits)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal at tiny shapes")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"for the results (default: {OUT})")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -37,11 +39,11 @@ def main(words: list[str] | None = None) -> int:
         from llava_pdrop.runtime.device import device_named
 
         return run_stages(args.stages.split(","), args.ends, args.child, device_named(args.device))
-    seconds = SECONDS if args.seconds is None else args.seconds
-    if not seconds > 0:
-        parser.error(f"--seconds must be more than 0, got {seconds:g}")
+    if args.seconds is not None and not args.seconds > 0:
+        parser.error(f"--seconds must be more than 0, got {args.seconds:g}")
     try:
         names = chosen(args.stages, args.device, _gpus(args.device))
+        seconds = limit_of(names) if args.seconds is None else args.seconds
         return runner.check(names, seconds, args.device, args.out)
     except UserError as error:
         parser.error(str(error))

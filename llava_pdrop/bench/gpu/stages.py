@@ -101,6 +101,12 @@ def chosen(words: str | None, device: str, gpus: int) -> list[str]:
     return [name for name in STAGES if name in asked]
 
 
+def limit_of(names: Sequence[str]) -> float:
+    """Seconds that the stages ``names`` may take together: the default of ``--seconds``, so that none is cut short by
+    the others."""
+    return float(sum(STAGES[name].seconds for name in names))
+
+
 def ends(names: Sequence[str], seconds: float) -> dict[str, float]:
     """Seconds after the start by which each stage has to end: its own time and that of all before it, at most
     ``seconds``."""

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from llava_pdrop.bench.gpu import check, inside, runner, suite
-from llava_pdrop.bench.gpu.__main__ import SECONDS, main
-from llava_pdrop.bench.gpu.stages import LATER, STAGES, CheckStage, chosen, ends, missing
+from llava_pdrop.bench.gpu.__main__ import main
+from llava_pdrop.bench.gpu.stages import LATER, STAGES, CheckStage, chosen, ends, limit_of, missing
 from tests.messages import says
 
 ROOT = Path(__file__).parents[3]
@@ -232,13 +232,36 @@ def test_an_interrupted_check_keeps_what_it_found(tmp_path: Path, monkeypatch: p
 
 def test_stages_and_their_time() -> None:
     one_call = chosen(None, "cuda", gpus=1)
-    times = ends(one_call, SECONDS)
+    times = ends(one_call, limit_of(one_call))
     assert list(STAGES)[:3] == ["env", "tests", "next"] and times["next"] <= 280
-    assert times[one_call[-1]] <= 580 == SECONDS
+    assert times[one_call[-1]] <= 580
     assert set(STAGES) - set(one_call) == set(LATER)
     assert ends(one_call, 100)["mixture"] == 100
     assert chosen(None, "cuda", gpus=8)[-1] == "ranks" and chosen(None, "cpu", gpus=0) == list(STAGES)
     assert chosen("learn, env", "cuda", gpus=1) == ["env", "learn"]
+
+
+@pytest.mark.parametrize("words", [None, "learn", "ranks", "env,tests,next"])
+def test_by_default_no_stage_is_cut_short_by_others(words: str | None) -> None:
+    names = chosen(words, "cuda", gpus=8)
+    times = [0.0, *ends(names, limit_of(names)).values()]
+    assert [end - begin for begin, end in zip(times, times[1:])] == [STAGES[name].seconds for name in names]
+
+
+def test_the_script_names_its_default_limits() -> None:
+    """One GPU, several, and ``learn``: in its help, where whoever books a machine looks."""
+    text = (ROOT / "scripts" / "gpu_check.sh").read_text()
+    one, several = (limit_of(chosen(None, "cuda", gpus)) for gpus in (1, 8))
+    assert re.search(says(f"{one:g} for", "one GPU", f"{several:g} on several", f"{limit_of(['learn']):g} for learn"),
+                     text.replace("\n#", " "))  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], 275.0), (["--seconds", "99"], 99.0)])
+def test_the_limit_that_is_passed_on(given: list[str], expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(runner, "check", lambda names, seconds, *rest: seen.append(seconds) or 0)
+    assert main(["--device", "cpu", "--stages", "env,tests,next", *given]) == 0
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize(
