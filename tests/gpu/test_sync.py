@@ -78,7 +78,7 @@ def test_decoder_with_every_ranker(no_sync, ranker):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_training_step_of_the_trainer(no_sync, sync_allowed, schedule, tmp_path):
     """From the pinned batch of the loader to the gradients, the loss scaled by the labels of the whole step. The guard
-    alone waits, once an optimizer step. (Without a GPU: tests/unit/train/test_guard.py.)"""
+    alone waits, once an optimizer step. (Without a GPU: tests/unit/train/test_trainer.py.)"""
     trainer = make_trainer(model_on_gpu(SCHEDULES[schedule]), tmp_path)
     train_forbidding_reads(trainer, no_sync, sync_allowed)
 

@@ -13,6 +13,7 @@ from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.geometry import NEWLINE, PAPER_PINPOINTS_5_TILES, PINPOINTS, PINPOINTS_9_TILES, ImageGeometry
 from tests.messages import meant, says
+from tests.parity.test_export import sources  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 NEXT = ROOT / "configs" / "llava_next_7b" / "finetune.yaml"
@@ -88,3 +89,10 @@ def test_pinpoints_that_are_no_canvas(pinpoint: tuple[int, ...]) -> None:
 def test_anyres_without_pinpoints() -> None:
     with pytest.raises(ValueError, match="needs pinpoints"):
         replace(ANYRES, pinpoints=())
+
+
+@pytest.mark.parametrize("setting", [{"aspect": "square"}, {"merge": "maxpool"}, {"rounding": "up"}])
+def test_unknown_image_settings(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"^unknown image {name} [^\n]*$"):
+        ImageGeometry(28, 7, **setting)

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "llava_pdrop"
+UNIT = ROOT / "tests" / "unit"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 TOP_LEVEL = {
@@ -48,6 +49,22 @@ LONGEST, SHORTEST = 400, 40
 
 ENTRIES = ("data.readers.", "eval.benchmarks.", "commands.")
 
+OF_THE_WHOLE = {
+    "test_bare.py": "which packages a GPU machine must have",
+    "test_configs_build.py": "the files in configs",
+    "test_documents.py": "what the documents name",
+    "test_kinds.py": "tests/kinds.py: which tests start a process or train",
+    "test_launch.py": "the launch scripts in every world",
+    "test_layout.py": "this file",
+    "test_package.py": "importing the package",
+    "test_prepare.py": "the scripts in data/prepare",
+    "test_prepare_llava.py": "the download script there",
+    "test_restarts.py": "tests/restarts.py: ranks that end by signal 11",
+    "test_resume.py": "runs that are killed and started again: launch, training, checkpoints and signals together",
+    "test_scripts.py": "the other scripts",
+}
+"""Files of tests/unit that test no single module -> what they test."""
+
 
 def name_of(path: Path) -> str:
     """``llava_pdrop/model/vlm.py`` -> ``model.vlm``, ``llava_pdrop/model/__init__.py`` -> ``model``."""
@@ -60,6 +77,10 @@ CHECKED = [path for path in MODULES if name_of(path) not in {"", "__main__", *SH
 
 def in_words(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
+
+
+def in_unit(path: Path) -> str:
+    return str(path.relative_to(UNIT))
 
 
 def imported(path: Path, functions: bool = True) -> Iterator[str]:
@@ -138,9 +159,28 @@ def test_every_package_is_one() -> None:
         assert (directory / "__init__.py").is_file(), f"{directory} has no __init__.py"
 
 
+def module_of(test: Path) -> Path:
+    """``bench/gpu/test_stages.py`` -> ``bench/gpu/stages``, below the package and without its ending."""
+    name = test.stem.removeprefix("test_")
+    return PACKAGE / test.relative_to(UNIT).parent / ("__main__" if name == "main" else name)
+
+
 def test_unit_tests_mirror_the_package() -> None:
-    folders = {entry.name for entry in (ROOT / "tests" / "unit").iterdir() if entry.is_dir()} - {"__pycache__"}
-    assert folders <= set(PARTS)
+    """``test_X.py`` lies in the folder of the module or folder X that it tests."""
+    for test in UNIT.rglob("test_*.py"):
+        module = module_of(test)
+        assert module.is_dir() or module.with_suffix(".py").is_file() or in_unit(test) in OF_THE_WHOLE, in_unit(test)
+
+
+def test_tests_of_the_whole_are_there_and_test_no_single_module() -> None:
+    found = {in_unit(test): module_of(test) for test in UNIT.rglob("test_*.py")}
+    assert set(OF_THE_WHOLE) <= set(found)
+    assert not [name for name in OF_THE_WHOLE if found[name].with_suffix(".py").is_file()]
+
+
+def test_every_folder_of_the_package_has_tests() -> None:
+    tested = {test.relative_to(UNIT).parts[0] for test in UNIT.glob("*/**/test_*.py")}
+    assert tested == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
 def test_nothing_else_at_the_top() -> None:

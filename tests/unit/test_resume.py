@@ -23,7 +23,7 @@ from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from tests.faults.processes import Fault, run_ranks
 from tests.messages import says
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 KILLED = -9
 STEPS = 8
 """Of 4 optimizer steps an epoch with 1 process, so that runs are cut in the second epoch too."""

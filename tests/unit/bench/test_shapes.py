@@ -21,7 +21,6 @@ from llava_pdrop.checkpoint.hf_models import make_config, make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
 from llava_pdrop.cost.nominal import model_of, nominal_batch
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.report.environment import file_name
 from llava_pdrop.schedule import Schedule
 from tests.messages import meant, says
 
@@ -216,11 +215,6 @@ def test_the_directory_of_a_run_stands_for_its_config(tmp_path: Path) -> None:
 def test_without_config_the_shape_suits_the_device() -> None:
     assert [chosen_shape(None, [], cuda)[0] for cuda in (False, True)] == ["tiny", "llava-next-7b"]
     assert chosen_shape("small-cpu", [], cuda=True) == ("small-cpu", SHAPES["small-cpu"])
-
-
-def test_a_name_becomes_the_name_of_a_file() -> None:
-    assert file_name("train", "llava-next-7b", "cpu") == "train-llava-next-7b-cpu"
-    assert file_name("train", "../my runs/a&b", "cpu") == "train-..-my-runs-a-b-cpu"
 
 
 @pytest.mark.trains

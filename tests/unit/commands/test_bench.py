@@ -7,13 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench.run import read_schedules
-from llava_pdrop.report.style import markdown_table
-from llava_pdrop.runtime.device import PEAK_TFLOPS, device_named, known_gpu, peak_flops
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 
@@ -147,41 +144,3 @@ def test_two_schedules_of_one_name_are_refused(tmp_path: Path) -> None:
     file.write_text("layers: [4]\nratios: [0.5]\n")
     with pytest.raises(ValueError, match=says("'same'", "taken")):
         read_schedules([file, file], 8)
-
-
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [
-        ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H100 PCIe", "H100 PCIE"),
-        ("NVIDIA A100-SXM4-80GB", "A100"),
-        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-        ("NVIDIA L40S", "L40S"),
-        ("NVIDIA GeForce RTX 2080 Ti", None),
-    ],
-)
-def test_a_gpu_is_known_by_its_name(name: str, key: str | None) -> None:
-    assert known_gpu(name) == key
-    assert key is None or PEAK_TFLOPS[key] > 0
-
-
-@pytest.mark.parametrize(("name", "number"), [("cuda", 0), (None, 0), ("cuda:1", 1)])
-def test_a_gpu_has_a_number_and_becomes_the_current_one(
-    monkeypatch: pytest.MonkeyPatch, name: str | None, number: int
-) -> None:
-    """`torch.cuda.set_device` refuses a device without one."""
-    current = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
-    assert device_named(name) == torch.device("cuda", number)
-    assert current == [number]
-
-
-def test_an_unknown_device_is_measured() -> None:
-    rate, source = peak_flops(torch.device("cpu"), torch.float32)
-    assert rate > 1e8 and source.startswith("measured")
-
-
-def test_markdown_table() -> None:
-    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"

@@ -1,4 +1,4 @@
-"""Packed attention against plain softmax attention, one segment at a time."""
+"""Packed attention against plain softmax attention, one segment at a time; what it refuses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from llava_pdrop.model import attention
 from llava_pdrop.model.attention import Segments, check_backend, packed_attention
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.types import PackedBatch
 from tests.messages import says
-from tests.tiny import make_tiny_hf
+from tests.parity.test_export import sources  # noqa: F401
+from tests.tiny import PYRAMID, make_sample, make_tiny_hf
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -166,3 +168,11 @@ def test_a_fused_backend_on_the_cpu_says_what_it_needs(backend):
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=says("model.attention", "'triton'", "'sdpa'")):
         check_backend("triton")
+
+
+def test_attention_dropout_is_refused_in_training():
+    model = PyramidLlava(make_tiny_hf(), PYRAMID).train()
+    for layer in model.hf.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="attention_dropout"):
+        model(PackedBatch.pack([make_sample(3, (28, 28), 5, "4")]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llava_pdrop.model.pyramid_drop import RANKERS, Candidates, Instruction, attention_score, keep_index
+from tests.parity.test_export import sources  # noqa: F401
 
 
 def candidates(rows: list[list[int]], keeps: list[int], tokens: int) -> Candidates:
@@ -99,3 +100,12 @@ def test_random_differs_from_call_to_call_and_follows_the_seed():
     first, second = draw(), draw()
     torch.manual_seed(3)
     assert first != second and draw() == first
+
+
+def test_autocast_does_not_touch_the_score():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 4, 8, generator=generator), torch.randn(20, 2, 8, generator=generator)
+    instruction = Instruction(query, key, torch.tensor([12, 18]), [20], [2], 8**-0.5)
+    plain = attention_score(instruction)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention_score(instruction), plain)

@@ -1,9 +1,9 @@
-"""Layouts and plans: plain arithmetic on the host."""
+"""Layouts and plans: plain arithmetic on the host, and a batch in which dropping leaves nothing before an answer."""
 
 from __future__ import annotations
 
 import random
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import pytest
@@ -11,10 +11,12 @@ import torch
 
 from llava_pdrop.generate.prefill import Prefill
 from llava_pdrop.model.stream import Layout, StreamPlan
+from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch, Sample
 from tests.messages import says
-from tests.tiny import ANYRES, PAD, make_sample, mixed_samples
+from tests.parity.test_export import sources  # noqa: F401
+from tests.tiny import ANYRES, PAD, make_sample, make_tiny_hf, mixed_samples
 
 SCHEDULE = Schedule(layers=(1, 2), ratios=(0.5, 0.2))
 
@@ -134,3 +136,41 @@ def test_packing_refuses_a_supervised_first_token():
         PackedBatch.pack([Sample("first", ids, ids)])
     with pytest.raises(ValueError, match=says("empty")):
         PackedBatch.pack([])
+
+
+TO_NOTHING = Schedule((2, 4), (0.5, 0.0))
+
+
+def without_bos(sample: Sample) -> Sample:
+    spans = tuple((start - 1, stop - 1) for start, stop in sample.image_spans)
+    return Sample(sample.id, sample.input_ids[1:], sample.labels[1:], sample.images, spans)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_an_image_that_alone_predicts_the_answer_keeps_a_token(images):
+    first = without_bos(make_sample(*[(28, 28)] * images, "3", seed=1))
+    others = [make_sample(4, (28, 28), 3, "2", seed=2), make_sample(5, "4", seed=3)]
+    model = PyramidLlava(make_tiny_hf(), TO_NOTHING)
+    alone = model(PackedBatch.pack([first])).loss
+    for before in (others[:1], others):
+        batch = PackedBatch.pack([*before, first])
+        rest = model(PackedBatch.pack(before)).loss
+        torch.testing.assert_close(model(batch).loss - rest, alone, atol=1e-4, rtol=1e-5)
+        check_rows_lie_in_their_sample(batch)
+    check_rows_lie_in_their_sample(PackedBatch.pack([first, *others]))
+
+
+def check_rows_lie_in_their_sample(batch: PackedBatch) -> None:
+    plan = StreamPlan.build(batch, TO_NOTHING, PAD, torch.device("cpu"))
+    original_ends = list(accumulate(batch.seq_lens))
+    owners = [sum(end <= position for end in original_ends) for position in batch.label_positions]
+    for stage in plan.stages:
+        ends = list(accumulate(stage.layout.seq_lens))
+        spans = [(end - length, end) for end, length in zip(ends, stage.layout.seq_lens)]
+        queries = [sample for sample, starts in enumerate(batch.answer_starts) for _ in starts]
+        for row, sample in zip(stage.query_Q.tolist(), queries, strict=True):
+            assert spans[sample][0] <= row < spans[sample][1]
+        for position, sample in zip(stage.layout.label_positions, owners, strict=True):
+            assert spans[sample][0] <= position - 1 < spans[sample][1]
+    expected = [position - 1 for position in plan.stages[-1].layout.label_positions]
+    assert plan.predict_row.tolist() == expected

@@ -1,4 +1,4 @@
-"""The Trainer's arguments; what the ``train:`` section cannot ask for is one line, before anything is trained."""
+"""What the ``train:`` section cannot ask for is one line, before anything is trained."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import copy
 import json
 import os
 import re
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from accelerate.state import PartialState
-from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from packaging.version import Version
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llama import modeling_llama
 
 from llava_pdrop.config.load import load_config
+from llava_pdrop.config.schema import Config, DataSection, ModelSection, TrainSection
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.model.attention import NEWEST
 from llava_pdrop.model.decoder import COVERED
-from llava_pdrop.train import checks as check_arguments_module
-from llava_pdrop.train.arguments import given_arguments, warn_of_locks
+from llava_pdrop.train import checks
+from llava_pdrop.train.arguments import given_arguments
 from llava_pdrop.train.checks import (
     check_arguments,
     check_decoder_type,
@@ -33,7 +33,7 @@ from llava_pdrop.train.checks import (
 )
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.run import train
-from tests.engines import CONFIGS, deepspeed_arguments, needs_deepspeed
+from tests.engines import CONFIGS, needs_deepspeed
 from tests.faults.processes import run_ranks
 from tests.messages import says
 
@@ -135,7 +135,7 @@ class RotaryByProduct(torch.nn.Module):
 @pytest.fixture(params=[True, False], ids=["by product", "number by number"])
 def product(request, monkeypatch) -> bool:
     """Whether rotary angles are a matrix product, on a machine whose GPU has TF32."""
-    monkeypatch.setattr(check_arguments_module, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr(checks, "is_torch_tf32_available", lambda: True)
     if request.param:
         monkeypatch.setattr(modeling_llama, "LlamaRotaryEmbedding", RotaryByProduct)
     elif Version(transformers.__version__) < Version("5.19"):
@@ -365,27 +365,29 @@ def test_two_engines_exclude_each_other(tiny_config, changed):
     assert re.search(says("train.fsdp", "train.deepspeed", "train.engine", "exclude"), said)
 
 
-@pytest.fixture
-def settings_of(tmp_path):
-    """The part of the training arguments that ``train.deepspeed`` makes, of a file of ``configs/deepspeed``."""
-
-    def read(name: str, **zero) -> SimpleNamespace:
-        file = deepspeed_arguments(name, tmp_path)["deepspeed"]
-        content = json.loads((tmp_path / f"{name}.json").read_text())
-        content["zero_optimization"].update(zero)
-        return SimpleNamespace(deepspeed=file, hf_deepspeed_config=HfDeepSpeedConfig(content))
-
-    return read
+def recomputing(tmp_path, **arguments) -> Config:
+    model = ModelSection(language_model="llm", vision_tower="tower")
+    data = DataSection(train="train.json", samples_per_batch=1)
+    train = TrainSection(recompute_layers=2, arguments={"use_cpu": True, **arguments})
+    return Config("run", str(tmp_path), model, data, train=train, file="run.yaml")
 
 
-def test_a_compilation_that_nobody_finishes_is_named(settings_of, tmp_path, monkeypatch, caplog):
-    """PyTorch waits for its end without a word."""
-    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
-    lock.parent.mkdir(parents=True)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    warn_of_locks(settings_of("zero2_offload"))
-    lock.touch()
-    warn_of_locks(settings_of("zero2"))
-    assert not caplog.messages
-    warn_of_locks(settings_of("zero2_offload"))
-    assert re.search(says(str(lock), "compiling"), caplog.text)
+def test_it_needs_activation_checkpointing(tmp_path):
+    with pytest.raises(ConfigError, match=says("train.recompute_layers", "train.gradient_checkpointing=true")):
+        check_arguments(recomputing(tmp_path))
+    check_arguments(recomputing(tmp_path, gradient_checkpointing=True))
+
+
+def test_a_negative_number_is_refused():
+    with pytest.raises(ValueError, match="train.recompute_layers"):
+        replace(TrainSection(), recompute_layers=-1)
+
+
+def test_a_service_that_is_unknown_or_not_installed_is_one_line(tiny_config, monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    config = load_config(tiny_config(), ["train.report_to=wandb"])
+    with pytest.raises(ConfigError, match=says("run.yaml", "train.report_to", "wandb", "installed")):
+        checks.check_reporting(config)
+    for service, line in (("wanbd", "'wanbd'.*wandb"), ("mlflow", "mlflow.*installed")):
+        with pytest.raises(ConfigError, match=rf"run\.yaml: train\.report_to: .*{line}"):
+            checks.check_reporting(load_config(tiny_config(), [f"train.report_to=[{service}]"]))

@@ -1,8 +1,13 @@
-"""The meter and the metrics file."""
+"""The meter, the metrics file, and the line that a run shows."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import struct
+import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +17,13 @@ import torch
 from llava_pdrop.config.load import load_config
 from llava_pdrop.model.vlm import Output
 from llava_pdrop.runtime.clock import TIME_PARTS
-from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
+from llava_pdrop.train import metrics, trainer
 from llava_pdrop.train.checkpoints import what_is_torn
 from llava_pdrop.train.history import FINISHED_FILE
-from llava_pdrop.train.metrics import METRICS_FILE, MetricsFile, StepMeter, read_metrics, steps_of
-from llava_pdrop.train.report import PICTURE_FILE, TRAINING_FILE, per_sample, time_split
+from llava_pdrop.train.metrics import METRICS_FILE, MetricsFile, Progress, StepMeter, describe, read_metrics, steps_of
+from llava_pdrop.train.report import PICTURE_FILE, TITLES, TRAINING_FILE, per_sample, time_split
 from llava_pdrop.train.run import train
+from tests.faults.processes import run_ranks
 from tests.messages import says
 
 CPU = torch.device("cpu")
@@ -180,10 +186,127 @@ def test_a_log_line_counts_for_as_many_steps_as_it_is_of(now):
     assert time_split(single) == pytest.approx({"backward": 2.0, "data": 0.0, "rest": 2.0})
 
 
-def test_peak_memory_sees_a_large_tensor():
-    reset_peak_memory()
-    before = peak_memory(CPU)["peak_rss_mib"]
-    tensor = torch.ones(64 * 2**20 // 4)
-    assert peak_memory(CPU)["peak_rss_mib"] >= before + 40 or before > 2000
-    assert tensor.sum() > 0
-    assert peak_memory(CPU)["peak_rss_mib"] == pytest.approx(peak_memory(CPU)["peak_rss_mib"], rel=0.1)
+DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
+
+
+LOGS = {
+    "loss": 1.23456, "learning_rate": 2e-5, "tokens_per_second": 41234.5, "image_tokens_0": 576.0,
+    "image_tokens_1": 288.0, "mfu": 0.412, "peak_cuda_mib": 62771.0, "peak_rss_mib": 9.0, "data_wait_share": 0.0123,
+}  # fmt: skip
+
+
+def test_the_line_says_what_is_known():
+    assert describe(LOGS) == (
+        "loss 1.2346, lr 2.0e-05, 41,234 tokens/s, MFU 41.2%, data wait 1.2%, GPU memory 61.3 GiB, image tokens 576>288"
+    )
+    assert describe({"loss": 2.0, "peak_rss_mib": 512}) == "loss 2.0000, memory 0.5 GiB"
+
+
+def test_into_a_file_go_few_lines_with_the_time_left(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    shown = Progress()
+    state = SimpleNamespace(global_step=10, max_steps=50, is_world_process_zero=True)  # resumed at 10
+    shown.on_train_begin(None, state, None)
+    for step in range(11, 51):
+        state.global_step = step
+        now[0] += 4.0
+        shown.on_log(None, state, None, logs={"loss": 1.0})
+    shown.on_log(None, state, None, logs={"train_runtime": 1.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 11/50, 02:36 left, loss 1.0000"
+    assert [line.split(",")[0] for line in lines] == [
+        "step 11/50",
+        "step 19/50",
+        "step 27/50",
+        "step 35/50",
+        "step 43/50",
+        "step 50/50",
+    ]
+
+
+def test_mfu_is_work_by_time_and_peak(monkeypatch):
+    meter = StepMeter(CPU, peak_flops=1e12)
+    meter.steps, meter.flops = 2, 3e12
+    monkeypatch.setattr("llava_pdrop.train.metrics.time.perf_counter", lambda: meter._drained + 4.0)
+    assert meter.drain(lambda numbers: [2 * number for number in numbers], ranks=2)["mfu"] == pytest.approx(0.75)
+    assert "mfu" not in StepMeter(CPU).drain()
+
+
+def test_metrics_of_a_run_that_logs_seldom_are_whole(tiny_config, capsys):
+    """Five steps, a line every two: the fifth has one too. And both are on the screen of somebody who redirects it."""
+    run = {"max_steps": 5, "logging_steps": 2, "learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no"}
+    output = train(load_config(tiny_config(train=run, pyramid_drop=DROP)))
+    rows = [row for row in read_metrics(output / METRICS_FILE) if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(shown) == 2 and shown[0].startswith("step 2/5, ") and shown[1].startswith("step 5/5, 00:00 left, loss ")
+    assert "image tokens 16>8>4>2" in shown[1] and "data wait" in shown[1]
+
+
+ON_SCREEN = {**LOGS, **{f"image_tokens_{i}": tokens for i, tokens in enumerate((2880.0, 1440.0, 720.0, 360.0))}}
+
+
+@pytest.mark.parametrize(
+    ("columns", "last"),
+    [
+        (30, ", 00:00 left"),
+        (60, ", lr 2.0e-05"),
+        (80, ", 41,234 tokens/s"),
+        (100, ", data wait 1.2%"),
+        (130, ", GPU memory 61.3 GiB"),
+        (160, ", image tokens 2880>1440>720>360"),
+    ],
+)
+def test_on_a_terminal_it_is_one_line_with_what_matters_first(monkeypatch, columns, last):
+    """Without a bar. What does not fit falls away in whole numbers, the least important ones first."""
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        shown = Progress()
+        state = SimpleNamespace(global_step=5195, max_steps=5197, is_world_process_zero=True)
+        shown.on_train_begin(None, state, None)
+        for state.global_step in (5196, 5197):
+            shown.on_step_end(None, state, None)
+            shown.on_log(None, state, None, logs=ON_SCREEN)
+        shown.on_train_end(None, state, None)
+        written = ""
+        while not written.endswith("\n"):  # a terminal hands on what it gets in pieces; the end of a run is a new line
+            written += os.read(screen, 65536).decode()
+    os.close(screen)
+    lines = written.rstrip("\r\n").split("\r")
+    assert max(len(line) for line in lines) < columns and "\n" not in written.rstrip("\r\n")
+    whole = f"step 5197/5197, 00:00 left, {describe(ON_SCREEN)}"
+    assert lines[-1].rstrip() == whole[: whole.index(last) + len(last)]
+
+
+def test_only_the_first_rank_shows_it(tiny_config):
+    run = {"max_steps": 2, "learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no"}
+    config = tiny_config(train=run, pyramid_drop=DROP)
+    ended = run_ranks(config, ranks=2, limit=300)
+    assert ended.codes == [0, 0], ended.texts
+    assert "step 2/2" in ended.texts[0] and "step 2/2" not in ended.texts[1]
+    row = read_metrics(Path(load_config(config).output_dir) / METRICS_FILE)[1]
+    assert row["samples"] == 4 and row["image_tokens_1"] == 8  # of both ranks
+    passed = row["data_seconds"] / row["data_wait_share"]
+    assert row["tokens_per_second"] == pytest.approx(row["samples"] * row["tokens_0"] / passed)
+    assert sum(row[f"{part}_seconds"] for part in TITLES) == pytest.approx(passed)
+
+
+def test_mfu_counts_every_micro_batch_of_the_run(tiny_config, monkeypatch):
+    """Micro-batches of one step, and what is not logged in every step; dropped tokens are no work."""
+    monkeypatch.setattr(trainer, "peak_of", lambda args: 1e9)
+    total = {}
+    run = {"max_steps": 3, "logging_steps": 2, "learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no"}
+    run |= {"gradient_accumulation_steps": 2, "disable_tqdm": True}
+    for name, sections in (("whole", {}), ("dropped", {"pyramid_drop": DROP})):
+        output = train(load_config(tiny_config(name, train=run, **sections)))
+        *rows, last = read_metrics(output / METRICS_FILE)
+        assert [row["step"] for row in rows] == [2, 3]
+        seconds = [row["data_seconds"] / row["data_wait_share"] * steps for row, steps in zip(rows, (2, 1))]
+        work = sum(row["mfu"] * passed * 1e9 for row, passed in zip(rows, seconds))
+        assert work == pytest.approx(last["total_flos"], rel=1e-6)
+        total[name] = work
+        assert "| MFU, median |" in (output / TRAINING_FILE).read_text()
+    assert total["dropped"] < 0.95 * total["whole"]

@@ -1,4 +1,5 @@
-"""`train` end to end on a miniature: what it leaves on disk, reuse, resuming, stage 1."""
+"""`train` end to end on a miniature: what it leaves on disk, reuse, resuming, stage 1, records that cannot be used, and
+parts of the model that cannot be read."""
 
 from __future__ import annotations
 
@@ -6,19 +7,25 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llava_pdrop.checkpoint import build
+from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.config.load import RUN_FILE, load_config
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.train.checks import stage1_config
+from llava_pdrop.train.history import digest
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
-from llava_pdrop.train.run import train
-from tests.messages import says
+from llava_pdrop.train.run import build_dataset, load_parts, train
+from tests.messages import meant, says
 
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
 
@@ -215,3 +222,145 @@ def test_activation_checkpointing_changes_nothing(tiny_config, precision):
     ]
     one, two = (weights(output) for output in outputs)
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+@pytest.fixture
+def load(tiny_config, tmp_path: Path):
+    """The config of a tiny run whose data is a mixture of all its records and of two text-only ones, one unusable."""
+    file = tiny_config()
+    config = load_config(file)
+    turns = [{"from": "human", "value": "Yes?"}, {"from": "gpt", "value": "Yes"}]
+    extra = tmp_path / "extra.json"
+    extra.write_text(json.dumps([{"id": "good", "conversations": turns}, {"id": "bad", "conversations": turns[:1]}]))
+    parts = [{"path": str(Path(config.data.train).resolve())}, {"path": str(extra)}]
+    if config.data.image_root is not None:
+        parts[0]["image_root"] = str(Path(config.data.image_root).resolve())
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(yaml.safe_dump({"parts": parts}))
+
+    def read(*overrides: str):
+        return load_config(file, [f"data.train={mixture}", *overrides])
+
+    return read
+
+
+def test_an_unusable_record_stops_the_run(load):
+    config = load()
+    with pytest.raises(ValueError, match=says("extra.json[1]", "bad", "no answer", "data.on_invalid=skip")):
+        build_dataset(config, load_parts(config))
+
+
+def test_skipping_lists_what_is_left_out(load):
+    config = load("data.on_invalid=skip", "data.max_invalid=0.5")
+    parts = load_parts(config)
+    dataset = build_dataset(config, parts)
+    (line,) = (Path(config.output_dir) / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "bad" and dataset.records[len(dataset) - 1].id == "good"
+    with pytest.raises(ValueError, match=says("1 of", "records", "skipped.jsonl", "data.max_invalid")):
+        build_dataset(load("data.on_invalid=skip", "data.max_invalid=0"), parts)
+
+
+def test_formats_are_checked(load):
+    config = load("data.format=josn")
+    with pytest.raises(ConfigError, match=says("data.format", "'josn'", meant("jsonl"))):
+        build_dataset(config, load_parts(config))
+
+
+def test_a_changed_part_is_another_run(load, tmp_path):
+    before = digest(load())
+    assert digest(load()) == before == digest(load("data.cache=null"))
+    (tmp_path / "extra.json").write_text("[]")
+    assert digest(load()) != before
+
+
+Break = Callable[[Path], object]
+
+
+def torn(part: Path) -> None:
+    (part / "model.safetensors").write_bytes(b"nothing")
+
+
+def emptied(part: Path) -> None:
+    shutil.rmtree(part)
+
+
+def of_another_shape(part: Path) -> None:
+    save_file({"unheard.of": torch.zeros(1)}, part / "model.safetensors")
+
+
+def of_another_kind(part: Path) -> None:
+    (part / "config.json").write_text('{"model_type": "unheard of"}')
+
+
+def impossible(part: Path) -> None:
+    text = (part / "config.json").read_text()
+    assert text.count('"hidden_size": ') == 1
+    (part / "config.json").write_text(text.replace('"hidden_size": ', '"hidden_size": "wide", "was": '))
+
+
+def without_processor(part: Path) -> None:
+    (part / "preprocessor_config.json").unlink()
+
+
+def without_tokenizer(part: Path) -> None:
+    for file in part.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("key", "spoil"),
+    [
+        *((key, spoil) for key in ("language_model", "vision_tower")
+          for spoil in (torn, emptied, of_another_shape, of_another_kind, impossible)),
+        ("vision_tower", without_processor),
+        ("language_model", without_tokenizer),
+    ],
+)  # fmt: skip
+def test_a_broken_part_is_named(
+    tiny_config: Callable[..., Path], tiny_files: Path, tmp_path: Path, key: str, spoil: Break
+) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(tiny_files / {"language_model": "llm", "vision_tower": "tower"}[key], part)
+    config = load_config(tiny_config())
+    broken = replace(config, model=replace(config.model, **{key: str(part)}))
+    spoil(part)
+    with pytest.raises(ConfigError) as caught:
+        load_parts(broken)
+    assert caught.value.key == f"model.{key}"
+    assert str(caught.value).startswith(f"{config.file}: model.{key} {part}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"nothing", {"unheard.of": torch.zeros(1)}])
+def test_a_broken_projector_is_named(tiny_config: Callable[..., Path], tmp_path: Path, content: object) -> None:
+    file = tmp_path / "projector.safetensors"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, dict):
+        save_file(content, file)
+    config = load_config(tiny_config())
+    with pytest.raises(ConfigError) as caught:
+        load_parts(replace(config, model=replace(config.model, projector=str(file))))
+    assert caught.value.key == "model.projector"
+    assert str(caught.value).startswith(f"{config.file}: model.projector {file}: ")
+
+
+def test_of_a_whole_model_the_path_is_named(tiny_config: Callable[..., Path], tiny_files: Path, tmp_path: Path) -> None:
+    """Whatever it was made of: an original LLaVA has a tower beside it that the config does not name."""
+    config = load_config(tiny_config())
+    model = replace(config.model, path=str(tiny_files / "llm"), language_model=None, vision_tower=None)
+    with pytest.raises(ConfigError) as caught:
+        load_parts(replace(config, model=model))
+    assert caught.value.key == "model.path" and f"model.path {tiny_files / 'llm'}: " in str(caught.value)
+
+
+def test_without_a_config_the_error_carries_the_key(tiny_files: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        build_parts(language_model=str(tiny_files / "llm"), vision_tower=str(tmp_path / "none"))
+    assert caught.value.key == "model.vision_tower" and isinstance(caught.value, FileNotFoundError)
+
+
+def test_a_bug_of_ours_is_blamed_on_no_part(tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "load_source", lambda *args: [1].index(5))
+    with pytest.raises(ValueError, match="not in list") as caught:
+        load_parts(load_config(tiny_config()))
+    assert not isinstance(caught.value, UserError)

@@ -1,9 +1,15 @@
-"""The Trainer: how the loss is normalised, and that a step does not depend on how it is cut up."""
+"""The Trainer: how the loss is normalised, that a step does not depend on how it is cut up, and the guard: a loss that
+is no number stops the run before the optimizer step, and says whose fault it is."""
 
 from __future__ import annotations
 
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from llava_pdrop.config.load import load_config
@@ -12,9 +18,16 @@ from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.model import stream
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.runtime.preemption import Preemption
+from llava_pdrop.schedule import Schedule
+from llava_pdrop.train.checkpoints import CheckpointError, all_checkpoints
 from llava_pdrop.train.optim import freeze
-from llava_pdrop.train.run import build_dataset, load_parts
-from llava_pdrop.train.trainer import PyramidTrainer
+from llava_pdrop.train.run import build_dataset, load_parts, train
+from llava_pdrop.train.trainer import NotFiniteError, PyramidTrainer, StepGuard
+from tests import sync
+from tests.messages import says
+from tests.parity.test_training import CountSyncs
+from tests.tiny import ANYRES, PYRAMID, make_tiny_hf
 
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
 RATES = {"language_model": 0.1, "projector": 0.1, "vision_tower": 0.1}
@@ -143,3 +156,103 @@ def test_a_plan_for_another_number_of_ranks_is_refused(make_trainer):
     plan = BatchPlan(trainer.train_dataset.lengths(), world_size=2, samples_per_batch=2)
     with pytest.raises(ValueError, match="2 ranks x 1"):
         PyramidTrainer(trainer.model, trainer.args, trainer.train_dataset, plan, RATES)
+
+
+CPU = torch.device("cpu")
+
+
+STEPS = {"max_steps": 3, "save_steps": 1, "save_strategy": "steps", "use_cpu": True, "disable_tqdm": True,
+         "gradient_accumulation_steps": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_samples_are_named(tmp_path, value):
+    guard = StepGuard(CPU, 0, Preemption(tmp_path))
+    guard.watch(torch.tensor(1.0), ["a", "b"])
+    guard.check(1)
+    guard.watch(torch.tensor(2.0), ["c"])
+    guard.watch(torch.tensor(value), ["d", "e"])
+    with pytest.raises(NotFiniteError, match=r"step 2\b.*rank 0, micro-batch 2\b.*loss -?(nan|inf)\b.*"
+                       r"samples d, e\b"):  # fmt: skip
+        guard.check(2)
+
+
+def test_watching_waits_for_nothing_and_checking_once(tmp_path):
+    guard = StepGuard(CPU, 0, Preemption(tmp_path))
+    losses = [torch.tensor(1.0) for _ in range(3)]
+    with CountSyncs() as counter:
+        for loss in losses:
+            guard.watch(loss, ["a"])
+    assert counter.found == []
+    with CountSyncs() as counter:
+        guard.check(1)
+    assert counter.found.count("tolist") == 1 and set(counter.found) <= {"tolist", "aten._local_scalar_dense.default"}
+
+
+class CountOutside(CountSyncs):
+    """Counts apart what happens while it is `allowing` it."""
+
+    def __init__(self):
+        super().__init__()
+        self.allowed: list[list[str]] = []
+
+    @contextmanager
+    def allowing(self):
+        before = len(self.found)
+        yield
+        self.allowed.append(self.found[before:])
+        del self.found[before:]
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), PYRAMID], ids=["vanilla", "dropping"])
+def test_a_training_step_waits_for_the_device_in_the_guard_alone(tmp_path, schedule):
+    """What tests/gpu/test_sync.py asks a GPU, asked of operators and methods of tensors."""
+    counter = CountOutside()
+    model = PyramidLlava(make_tiny_hf("llama_gqa", ANYRES), schedule).train()
+    sync.train_forbidding_reads(sync.make_trainer(model, tmp_path, use_cpu=True), lambda: counter, counter.allowing)
+    assert counter.found == []
+    assert [found.count("tolist") for found in counter.allowed] == [1, 1]
+    assert {name for found in counter.allowed for name in found} <= {"tolist", "aten._local_scalar_dense.default"}
+
+
+def test_the_step_is_not_made(tiny_config, monkeypatch):
+    config = load_config(tiny_config(train=STEPS))
+    calls = []
+
+    def forward(self, batch, *args):
+        calls.append(batch.sample_ids)
+        output = original(self, batch, *args)
+        if len(calls) == 4:  # second micro-batch of step 2
+            output.loss.data.fill_(float("nan"))
+        return output
+
+    original = PyramidLlava.forward
+    monkeypatch.setattr(PyramidLlava, "forward", forward)
+    seen = {}
+
+    def step_end(self, args, state, control, model=None, **kwargs):
+        seen[state.global_step] = {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
+
+    monkeypatch.setattr(Preemption, "on_step_end", step_end)
+    with pytest.raises(NotFiniteError) as error:
+        train(config)
+
+    found = says("step 2", "rank 0", "micro-batch 2", "loss nan", f"samples {calls[3][0]}")
+    assert re.search(found, str(error.value))
+    assert list(seen) == [1]
+    (kept,) = all_checkpoints(Path(config.output_dir))
+    assert kept.name == "checkpoint-1" and len(load_file(kept / "model.safetensors")) > 0
+
+
+def test_weights_after_a_gradient_that_is_no_number_are_not_saved(tiny_config, monkeypatch):
+    config = load_config(tiny_config(train=STEPS))
+    original = PyramidTrainer._clip_grad_norm
+
+    def clip(self, model):
+        norm = original(self, model)
+        return norm * float("nan") if self.state.global_step == 1 else norm
+
+    monkeypatch.setattr(PyramidTrainer, "_clip_grad_norm", clip)
+    with pytest.raises(CheckpointError, match=says("checkpoint-2", "not written", "gradient norm", "nan")):
+        train(config)
+    assert [path.name for path in all_checkpoints(Path(config.output_dir))] == ["checkpoint-1"]
