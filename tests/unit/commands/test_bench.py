@@ -119,7 +119,7 @@ def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> N
     (tmp_path / "bare.yaml").write_text("layers: [8, 16]\nratios: [0.5, 0.25]\npositions: keep\n")
     run = CONFIGS / "llava15_7b/finetune_pdrop.yaml"
     found = read_schedules([run, tmp_path / "bare.yaml"], 32)
-    assert found["finetune_pdrop"] == Schedule((8, 16, 24), (0.5, 0.25, 0.125))
+    assert found["finetune_pdrop"] == Schedule((8, 16, 24), (0.5, 0.25, 0.125), positions="renumber")
     assert found["bare"] == Schedule((8, 16), (0.5, 0.25), positions="keep")
 
 
