@@ -62,38 +62,42 @@ def read_schedules(files: Sequence[Path], layers: int) -> dict[str, Schedule]:
     Raises:
         UserError: a file that is neither, a schedule that does not fit ``layers``, or two files of one name.
     """
+    found: dict[str, Schedule] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"--schedule: there is no file {file}: check the path")
+        if file.stem in found or file.stem == "vanilla":
+            raise UserError(f"--schedule: {file}: the name {file.stem!r} is taken: rename the file")
+        try:
+            found[file.stem] = _schedule_of(file).check(layers)
+        except UserError as error:
+            said = str(error).removeprefix(f"{file}: ")  # errors of a whole config name it
+            raise UserError(f"--schedule: {file}: {said}") from None
+    return found
+
+
+def _schedule_of(file: Path) -> Schedule:
+    """The schedule that a YAML file is, or that its section ``pyramid_drop`` is.
+
+    Raises:
+        UserError: it is neither.
+    """
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
     from llava_pdrop.config.load import load_config
     from llava_pdrop.config.values import build_schedule
-    from llava_pdrop.errors import Problem
 
-    found: dict[str, Schedule] = {}
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"--schedule: there is no file {file}")
-        if file.stem in found or file.stem == "vanilla":
-            raise UserError(f"--schedule: {file}: the name {file.stem!r} is taken: rename the file")
-        try:
-            content = OmegaConf.to_container(OmegaConf.load(file))
-        except YAMLError as error:
-            raise UserError(f"--schedule: {file} is no YAML: {' '.join(str(error).split())}") from None
-        if isinstance(content, dict) and "layers" in content:
-            try:
-                schedule = build_schedule(content)
-            except Problem as problem:
-                raise UserError(f"{file}: {problem}") from None
-        else:
-            section = load_config(file).pyramid_drop
-            if section is None:
-                raise UserError(f"--schedule: {file}: no pyramid_drop section: add it, or name another file")
-            schedule = section
-        try:
-            found[file.stem] = schedule.check(layers)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-    return found
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if isinstance(content, dict) and "layers" in content:
+        return build_schedule(content)
+    section = load_config(file).pyramid_drop
+    if section is None:
+        raise UserError("no pyramid_drop section: add it, or name another file")
+    return section
 
 
 def check_counts(args: argparse.Namespace, **least: int) -> None:

@@ -56,5 +56,5 @@ def open_entries(path: Path, format: str | None = None) -> Sequence[Entry]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read as {format} ({error.strerror or error})") from None
     if not len(entries):
-        raise UserError(f"{path}: the file holds no records")
+        raise UserError(f"{path}: no records in it: check what wrote it, or name other data")
     return entries

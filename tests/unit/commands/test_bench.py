@@ -11,6 +11,7 @@ from PIL import Image
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench.run import read_schedules
+from llava_pdrop.errors import UserError
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 
@@ -106,7 +107,7 @@ def test_the_markdown_has_a_line_per_run_and_the_picture(files: Path) -> None:
         (["--shape", "tiny", "--out", "/proc/none"], says("--out", "/proc/none", "No such file")),
         (["--shape", "tiny", "--out", f"{CONFIGS}/README.md/deeper"], says("--out", "README.md", "file")),
         (["--shape", "tiny", "--device", "abacus"], says("--device", "'abacus'")),
-        (["--shape", "tiny", "--schedule", "nowhere.yaml"], says("nowhere.yaml")),
+        (["--shape", "tiny", "--schedule", "nowhere.yaml"], says("--schedule", "nowhere.yaml")),
     ],
 )
 def test_what_is_wrong_is_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,13 +131,19 @@ def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> N
         ("layers: [4]\nratio: [0.5]\n", says("bad.yaml", "key", "pyramid_drop.ratio")),
         ("layers: [4]\nratios: [1.5]\n", says("bad.yaml", "ratios", "1.5")),
         ("layers: [4\n", says("bad.yaml", "YAML", "parsing")),
+        ("only text\n", says("bad.yaml", "'only text'")),
+        ("[1, 2]\n", says("bad.yaml", "list")),
+        ("name: run\n", says("bad.yaml", "model")),
+        ("pyramid_drop: {layers: [4], ratios: [1.5]}\n", says("bad.yaml", "ratios", "1.5")),
     ],
 )
-def test_a_bad_schedule_names_its_file(tmp_path: Path, text: str, line: str) -> None:
-    (tmp_path / "bad.yaml").write_text(text)
-    with pytest.raises(ValueError, match=line) as caught:
-        read_schedules([tmp_path / "bad.yaml"], 8)
-    assert "\n" not in str(caught.value)
+def test_a_bad_schedule_names_option_and_file(tmp_path: Path, text: str, line: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=line) as caught:
+        read_schedules([file], 8)
+    said = str(caught.value)
+    assert "\n" not in said and said.startswith(f"--schedule: {file}: ") and f"{file}: {file}" not in said
 
 
 def test_two_schedules_of_one_name_are_refused(tmp_path: Path) -> None:
