@@ -20,7 +20,7 @@ from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
 from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.style import markdown_table
+from llava_pdrop.report.style import STYLE, markdown_table
 from llava_pdrop.runtime.clock import Span, quartiles
 from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.schedule import Schedule
@@ -33,11 +33,10 @@ HEADERS = (
     "peak GiB", "prefill TFLOP", "of peak", "speed-up", "predicted", "realised / predicted",
 )  # fmt: skip
 
-
 SHOWN = (0, 1, 2, 3, 5, 7, 8, 12, 13)
 """Columns of the table on the terminal, which is narrower than a page."""
 
-TIMES = {
+CLOCKS = {
     "cuda": {
         "prefill_ms, ranking_ms, tower_ms, decode_tokens_per_s": "between CUDA events in the stream",
         "speedup, ranking_share, share_of_peak": "of the same times",
@@ -168,8 +167,6 @@ def draw(report: dict[str, Any], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    from llava_pdrop.report.style import STYLE
 
     with plt.rc_context(STYLE):
         figure = _bars(plt, report)
@@ -313,7 +310,7 @@ def bench_prefill(
         "peak_flops": peak,
         "peak_flops_source": peak_source,
         "timer": "CUDA events" if device.type == "cuda" else "wall clock; speed-ups by CPU time",
-        "times": TIMES[device.type],
+        "times": CLOCKS[device.type],
         "schedules": {method: schedule.to_dict() for method, schedule in methods.items()},
     }
     return {"environment": environment(device, seed), "settings": settings, "results": results}

@@ -18,7 +18,7 @@ from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.train_step import Measured, Trainer
 from llava_pdrop.bench.variants import Compared
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.style import markdown_table
+from llava_pdrop.report.style import STYLE, markdown_table
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of, quartiles
 from llava_pdrop.runtime.device import peak_flops
 
@@ -34,6 +34,46 @@ CLOCKS = {
 }
 """Device -> what the times of a report are: ``seconds`` are in the tables, in ``quartiles``, ``parts``, ``stages`` and
 ``steps.seconds`` of the JSON; ``wall`` in its ``steps.wall``."""
+
+GIB = 1024
+"""MiB in a GiB."""
+
+TIMES = {
+    "step": "step",
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer": "optimizer",
+    "ranking": "ranking and dropping",
+    "tower": "tower forward",
+    "tower_backward": "tower backward",
+}
+"""Region (`clock.REGIONS`) -> its line in the table."""
+
+NOTES = """\
+- Times are medians over {steps} counted steps each, with their quartiles: {clock}. All runs took turns on the same
+  batches.
+- Ranking and dropping includes selecting the survivors; it lies in the forward.
+- Tower backward goes from the gradient of its features to the end of the backward pass (that of the text embeddings
+  comes last and is in it), and lies in the backward; the picture shows them apart.
+- Tokens/s counts the samples before any drop. MFU: operations that the samples ask for, without recomputed layers, by
+  time and peak; HFU: all operations. Both count the scores that fused attention computes once more in its backward.
+- *Operations saved* is the prediction for these very batches (text, tower, projector, head, ranking and recomputation
+  included; the optimizer has none). *Time saved* is what the steps saved at the median speed of each run (seconds per
+  operation, since batches differ in length). The JSON has every step, and the saving of the plain totals.
+- *Peak predicted* (GPUs only) is what `llava-pdrop plan` would say with this optimizer, for the largest counted batch.
+"""
+
+BARS = {
+    "tower": ("tower forward", "#3E5C76"),
+    "embedding": ("projector, embedding", "#748CAB"),
+    "decoder": ("decoder forward", "#6B7C8F"),
+    "ranking": ("ranking and dropping", "#D7263D"),
+    "head": ("head and loss", "#F2B134"),
+    "backward": ("backward", "#E2703A"),
+    "tower_backward": ("tower backward", "#9A5B3C"),
+    "optimizer": ("optimizer", "#8AB17D"),
+}
+"""Part of a step (`clock.PIECES`) -> what it is called and its colour."""
 
 
 def training_report(
@@ -147,13 +187,11 @@ def _comparison(entry: Compared, rate: float) -> dict[str, Any]:
 
 def write(report: dict[str, Any], stem: Path) -> list[Path]:
     """Writes ``stem``.json, .md and .png; returns their paths."""
-    from llava_pdrop.bench.figures import step_bars  # matplotlib only where something is drawn
-
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.parent / f"{stem.name}{suffix}" for suffix in (".json", ".md", ".png")]
     files[0].write_text(json.dumps(_plain(report), separators=(",", ":")) + "\n", encoding="utf-8")
     files[1].write_text(markdown(report, files[2].name), encoding="utf-8")
-    step_bars(report, files[2])
+    draw(report, files[2])
     return files
 
 
@@ -166,35 +204,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-GIB = 1024
-"""MiB in a GiB."""
-
-TIMES = {
-    "step": "step",
-    "forward": "forward",
-    "backward": "backward",
-    "optimizer": "optimizer",
-    "ranking": "ranking and dropping",
-    "tower": "tower forward",
-    "tower_backward": "tower backward",
-}
-"""Region (`clock.REGIONS`) -> its line in the table."""
-
-NOTES = """\
-- Times are medians over {steps} counted steps each, with their quartiles: {clock}. All runs took turns on the same
-  batches.
-- Ranking and dropping includes selecting the survivors; it lies in the forward.
-- Tower backward goes from the gradient of its features to the end of the backward pass (that of the text embeddings
-  comes last and is in it), and lies in the backward; the picture shows them apart.
-- Tokens/s counts the samples before any drop. MFU: operations that the samples ask for, without recomputed layers, by
-  time and peak; HFU: all operations. Both count the scores that fused attention computes once more in its backward.
-- *Operations saved* is the prediction for these very batches (text, tower, projector, head, ranking and recomputation
-  included; the optimizer has none). *Time saved* is what the steps saved at the median speed of each run (seconds per
-  operation, since batches differ in length). The JSON has every step, and the saving of the plain totals.
-- *Peak predicted* (GPUs only) is what `llava-pdrop plan` would say with this optimizer, for the largest counted batch.
-"""
 
 
 def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -262,6 +271,37 @@ def show(report: dict[str, Any]) -> None:
     for run in report["runs"]:
         if "realised_reduction" in run:
             console.print(escape(_verdict(run)), highlight=False)
+
+
+def draw(report: dict[str, Any], file: Path) -> None:
+    """Draws a bar per run, stacked by where the time of its median step goes, into the PNG ``file``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [run for run in report["runs"] if "parts" in run]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.4, 2.0 + 0.7 * len(runs)), layout="constrained")
+        for place, run in enumerate(runs):
+            left = 0.0
+            for part, (label, colour) in BARS.items():
+                width = max(0.0, 1000 * run["parts"][part])
+                axes.barh(place, width, left=left, height=0.6, color=colour, label=label if place == 0 else None)
+                left += width
+            saved = run.get("realised_reduction")
+            text = f" {left:,.4g} ms" + (f"  ({-saved:+.1%})" if saved is not None else "")
+            axes.text(left, place, text, va="center", ha="left")
+        axes.set_yticks(range(len(runs)), [run["name"] for run in runs])
+        axes.set_ylim(len(runs) - 0.5, -0.5)
+        axes.margins(x=0.22)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(f"milliseconds per training step ({report['clock']}, medians of the parts)")
+        axes.set_title(f"Where the time goes: {report['shape']['name']} on {report['environment']['device']}")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+        figure.savefig(file)
+        plt.close(figure)
 
 
 def _column(run: dict[str, Any], optimizer_kind: str) -> dict[str, str]:

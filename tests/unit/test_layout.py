@@ -33,8 +33,6 @@ PLANNED = {"serve"}
 LAZY = {
     "bench.gpu.__main__": "torch, in the process that only starts others",
     "bench.run": "torch, where a command line is only read",
-    "bench.prefill_report": "matplotlib",
-    "bench.train_report": "matplotlib",
     "config.schema": "torch, where a config is only looked at",
     "doctor.report": "matplotlib",
     "train.run": "matplotlib",
