@@ -20,7 +20,7 @@ from torch import Tensor
 from llava_pdrop.errors import MissingFileError, UserError
 
 SHARD_SIZE = "5GB"
-KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
+WEIGHT_FILES = (("model", "safetensors"), ("pytorch_model", "bin"))
 """(stem, suffix) of weight files, in order of preference where a directory has both."""
 
 DTYPES = {
@@ -89,7 +89,7 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         UserError: files and index contradict each other, or a shard of a numbered set is missing.
     """
-    for stem, suffix in KINDS:
+    for stem, suffix in WEIGHT_FILES:
         files = sorted(directory.glob(f"{stem}-*.{suffix}"))
         index = directory / f"{stem}.{suffix}.index.json"
         single = directory / f"{stem}.{suffix}"
@@ -143,7 +143,7 @@ def open_tensors(path: Path) -> dict[str, Stored]:
             raise UserError(f"{file}: holds {twice[0]} again, which another file of {path} has: remove one of them")
         tensors |= more
         place |= dict.fromkeys(more, file.name)
-    index = next((path / f"{s}.{x}.index.json" for s, x in KINDS if files[0].suffix == f".{x}"), path)
+    index = next((path / f"{s}.{x}.index.json" for s, x in WEIGHT_FILES if files[0].suffix == f".{x}"), path)
     if index.is_file():
         _check_index(index, place)
     return tensors
@@ -217,7 +217,7 @@ def write_shards(directory: Path, tensors: Mapping[str, Stored], shard_size: str
 
 def remove_weights(directory: Path) -> None:
     """Removes the weight files of a whole model in ``directory``."""
-    for stem, suffix in KINDS:
+    for stem, suffix in WEIGHT_FILES:
         for pattern in (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json"):
             for file in directory.glob(pattern):
                 file.unlink()

@@ -26,7 +26,7 @@ from llava_pdrop.config.schema import AblationFile, CompareSection, Config
 from llava_pdrop.config.values import convert_fields, hints_of, read_mapping
 from llava_pdrop.errors import ConfigError, Problem, did_you_mean
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names of variants, which are names of directories too."""
 
 SET_HERE = ("name", "output_dir")
@@ -76,7 +76,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
 
     variants: dict[str, Variant] = {}
     for variant, base, changes in _all_changes(path, file):
-        if not NAME.fullmatch(variant):
+        if not VARIANT_NAME.fullmatch(variant):
             raise ConfigError(f"{path}: {variant!r} cannot name a directory: use letters, digits and . _ -")
         if variant in variants:
             raise ConfigError(f"{path}: two variants are called {variant!r}: rename one of them")

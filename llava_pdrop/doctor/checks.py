@@ -61,7 +61,7 @@ RECORD_KEYS, TURN_KEYS = {"id", "image", "images", "conversations"}, {"from", "v
 
 
 @dataclass(frozen=True)
-class Problem:
+class RecordProblem:
     """One thing that is wrong. ``index`` counts the records as training does; ``file`` is the image concerned."""
 
     index: int
@@ -118,7 +118,7 @@ class Block(NamedTuple):
     names: np.ndarray
     shapes: np.ndarray
     modes: list[str]
-    problems: list[Problem]
+    problems: list[RecordProblem]
     keys: Counter[str]
 
 
@@ -143,7 +143,7 @@ class _Pass:
 
     checks: Checks
     start: int
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[RecordProblem] = field(default_factory=list)
     keys: Counter[str] = field(default_factory=Counter)
 
     def over(self, records: Records) -> Block:
@@ -199,7 +199,7 @@ class _Pass:
         )
 
     def _add(self, place: int, origin: str, id: str | None, kind: str, reason: str, file: str | None = None) -> None:
-        self.problems.append(Problem(self.start + place, origin, id, kind, reason, file))
+        self.problems.append(RecordProblem(self.start + place, origin, id, kind, reason, file))
 
     def _looks(self, records: dict[int, Record]) -> dict[str, Look]:
         """A look at every picture, by its name; one that several records of the block show is looked at once."""

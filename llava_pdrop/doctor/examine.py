@@ -22,7 +22,7 @@ from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import as_it_is
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.doctor.checks import KINDS, UNKNOWN, Block, Blocks, Checks, Problem
+from llava_pdrop.doctor.checks import KINDS, UNKNOWN, Block, Blocks, Checks, RecordProblem
 from llava_pdrop.doctor.images import same_content
 
 LISTED = 1000
@@ -72,7 +72,7 @@ class Findings:
     counts: np.ndarray
     shown: np.ndarray
     pictures: Pictures
-    problems: dict[str, list[Problem]]
+    problems: dict[str, list[RecordProblem]]
     unknown_keys: Counter[str]
     duplicates: int = 0
     same_images: list[list[str]] = field(default_factory=list)
@@ -142,7 +142,7 @@ class _Total:
     listed: int
     ids: list[np.ndarray] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
-    problems: dict[str, list[Problem]] = field(default_factory=lambda: defaultdict(list))
+    problems: dict[str, list[RecordProblem]] = field(default_factory=lambda: defaultdict(list))
     found: list[np.ndarray] = field(default_factory=list)
     keys: Counter[str] = field(default_factory=Counter)
 
@@ -189,7 +189,10 @@ def _mark_duplicate_ids(findings: Findings, ids: np.ndarray, listed: int) -> Non
     findings.found[again, list(KINDS).index("duplicate_id")] = True
     for number in again[:listed].tolist():
         record, earlier = findings.records[number], findings.records[int(first[which[number]])]
-        _list(findings, Problem(number, record.origin, record.id, "duplicate_id", f"also the id of {earlier.origin}"))
+        _list(
+            findings,
+            RecordProblem(number, record.origin, record.id, "duplicate_id", f"also the id of {earlier.origin}"),
+        )
 
 
 def _mark_duplicate_images(findings: Findings, workers: int, listed: int, bar: Any) -> None:
@@ -209,10 +212,10 @@ def _mark_duplicate_images(findings: Findings, workers: int, listed: int, bar: A
         findings.same_images.append(names)
         for (number, record, _), name in zip(read[1:], names[1:]):
             reason = f"{name}: same content as {names[0]}"
-            _list(findings, Problem(number, record.origin, record.id, "duplicate_image", reason, name))
+            _list(findings, RecordProblem(number, record.origin, record.id, "duplicate_image", reason, name))
 
 
-def _list(findings: Findings, problem: Problem) -> None:
+def _list(findings: Findings, problem: RecordProblem) -> None:
     findings.problems.setdefault(problem.kind, []).append(problem)
 
 

@@ -29,7 +29,7 @@ BLOCK = 2**24
 """Bytes read at a time."""
 
 GIB = 2**30
-NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointError(UserError):
@@ -95,12 +95,12 @@ def what_is_torn(checkpoint: Path, content: bool = True) -> str | None:
 def all_checkpoints(output: Path) -> list[Path]:
     """The checkpoints in ``output``, whole or not, the oldest first."""
     found = output.glob("checkpoint-*") if output.is_dir() else ()
-    return sorted((path for path in found if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+    return sorted((path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     """The optimizer steps made before ``checkpoint``."""
-    match = NAME.fullmatch(checkpoint.name)
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else 0
 
 

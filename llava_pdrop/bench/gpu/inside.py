@@ -25,7 +25,7 @@ from llava_pdrop.types import PackedBatch
 KEYS = {"vanilla": "vanilla", "PyramidDrop": "dropping"}
 """Name of an arm -> its key in the result."""
 
-KINDS = {
+KERNEL_KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "::mm", "::addmm", "::bmm", "splitk"),
     "attention": ("flash", "fmha", "attention"),
     "norms": ("norm",),
@@ -116,11 +116,11 @@ def _keep_trace(check: Check, taken: profile, arm: Arm) -> None:
 
 
 def by_kind(taken: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """(name, milliseconds) of kernels -> milliseconds of each of `KINDS`, and of all others, most first."""
+    """(name, milliseconds) of kernels -> milliseconds of each of `KERNEL_KINDS`, and of all others, most first."""
     sums: dict[str, float] = {}
     for name, ms in taken:
         lower = name.lower()
-        kind = next((kind for kind, words in KINDS.items() if any(word in lower for word in words)), "other")
+        kind = next((kind for kind, words in KERNEL_KINDS.items() if any(word in lower for word in words)), "other")
         sums[kind] = sums.get(kind, 0.0) + ms
     return {kind: round(ms, 2) for kind, ms in sorted(sums.items(), key=lambda entry: -entry[1])}
 
