@@ -127,21 +127,33 @@ def _by_run_of_one(
 
 
 def _by_marks(name: str, ids_BN: np.ndarray, real_BN: np.ndarray, place_BN: np.ndarray, lengths: Lengths) -> np.ndarray:
-    """Tiles stand between marks, each behind a tag, and the whole picture comes last behind a tag of its own: the tag
-    of the last run of a row. A prompt without such marks holds a picture in every run."""
+    """Every run stands behind a mark and a tag of one or several tokens. The tiles of a picture have tags of their own,
+    the whole picture comes last, behind the tag that the last run of the row has."""
     numbers, following = [], 0
     for row, (_, runs) in enumerate(_rows_of(place_BN, real_BN)):
         ids_N, place_N = ids_BN[row][real_BN[row]], place_BN[row][real_BN[row]]
-        starts, stops = _edges(place_N)
-        marked = len(starts) > 0 and starts[0] >= 2 and stops[-1] < len(ids_N)
-        marked = (
-            marked and (ids_N[starts - 2] == ids_N[starts[0] - 2]).all() and ids_N[stops[-1]] == ids_N[starts[0] - 2]
-        )
-        for start, length in zip(starts, runs):
+        tags = _tags(ids_N, *_edges(place_N))
+        if len(runs) > 1 and None in tags:
+            raise UserError(
+                f"attach() cannot tell the {name}s of row {row} apart: not all of its {len(runs)} runs of placeholders "
+                "have the marks of this class of models around them"
+            )
+        for tag, length in zip(tags, runs):
             numbers.append(np.full(length, following))
-            if not marked or ids_N[start - 1] == ids_N[starts[-1] - 1]:
+            if tag == tags[-1]:
                 following += 1
     return np.concatenate(numbers)
+
+
+def _tags(ids_N: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> list[tuple[int, ...] | None]:
+    """What stands between every run and the last mark before it; None: no mark since the run before. The mark is the
+    token behind the last run."""
+    tags: list[tuple[int, ...] | None] = []
+    behind_N = np.append(ids_N, -1)
+    for start, stop in zip(starts, (0, *stops)):
+        marks = np.flatnonzero(ids_N[stop:start] == behind_N[stops[-1]])
+        tags.append(tuple(ids_N[stop + marks[-1] + 1 : start].tolist()) if len(marks) else None)
+    return tags
 
 
 UNITS: dict[str, Callable[[str, np.ndarray, np.ndarray, np.ndarray, Lengths], np.ndarray]] = {
