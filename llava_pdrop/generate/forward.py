@@ -86,7 +86,8 @@ class Call:
         if self.prompt and looks_back and index + 1 in self.schedule.layers:
             self.before = (layer, hidden_BND, kwargs)
         if self.step is not None and kwargs.get("position_ids") is not None:
-            positions = kwargs["position_ids"].expand(len(hidden_BND), -1)
+            positions = kwargs["position_ids"]
+            positions = positions.expand(*positions.shape[:-2], len(hidden_BND), -1)
             self.step.position_ids.append(positions.detach().cpu().clone())
         return hidden_BND, kwargs
 

@@ -26,7 +26,7 @@ class ForwardStep:
     """What one forward of an attached model did, on the host.
 
     Attributes:
-        position_ids: per decoder layer that was given some, (B, tokens fed).
+        position_ids: per decoder layer that was given some, (B, tokens fed), or (axes, B, tokens fed).
         survivors: per drop, the positions that survive it in the stream of the prompt's real tokens, row after row;
             empty lists in a forward that drops nothing.
         pictures: of every picture, where its tokens lie in that stream.

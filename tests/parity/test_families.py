@@ -16,6 +16,7 @@ from torch import Tensor
 from llava_pdrop.generate import families, plugin
 from llava_pdrop.generate import forward as forward_of
 from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.model import attention
 from llava_pdrop.model.attention import OLDEST, is_older
 from llava_pdrop.schedule import Schedule
@@ -383,6 +384,20 @@ def state(model: Any) -> dict[str, Any]:
         "config": config,
         "keys": [*model.state_dict()],
     }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_trace_says_what_survives(name):
+    row, references = row_of(name, "apart")
+    trace: list[ForwardStep] = []
+    model = attach(model_of(name), schedule_of(name), trace)
+    try:
+        generate(name, row)
+    finally:
+        detach(model)
+    assert len(trace) == NEW and not any(step.survivors for step in trace[1:])
+    assert [trace[0].kept(drop) for drop in range(3)] == [kept[0] for kept in references["keep"].kept]
+    assert {positions.shape[-2:] for step in trace[1:] for positions in step.position_ids} <= {(1, 1)}
 
 
 @pytest.mark.parametrize("name", WITH_CLIPS)
