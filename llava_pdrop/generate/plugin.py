@@ -127,18 +127,20 @@ class _Plugin:
             raise UserError(f"the config of {type(model).__name__} has no image_token_id: which tokens are images?")
         check_implementation(self.decoder.config._attn_implementation)
         self.unchecked, self.trace = unchecked, trace
+        self.untried = unchecked
         self.cheap = self.decoder.config.model_type in COVERED and not unchecked
         self.parameters = list(inspect.signature(base.forward).parameters)
         self.layer_parameters = list(inspect.signature(self.decoder.layers[0].forward).parameters)
 
     def install(self, model: nn.Module) -> None:
         """Sets hooks, patches and the schedule in the config."""
-        self.hooks = [
+        self.hooks = []
+        if self.unchecked:  # before a `Call` is opened: the model may be its own base
+            self.hooks.append(model.register_forward_pre_hook(self._try_once, with_kwargs=True))
+        self.hooks += [
             self.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self.base.register_forward_hook(self._after_model, always_call=True),
         ]
-        if self.unchecked:
-            self.hooks.append(model.register_forward_pre_hook(self._try_once, with_kwargs=True))
         if self.base is not model:
             refuse = functools.partial(_refuse_labels, list(inspect.signature(model.forward).parameters))
             self.hooks.append(model.register_forward_pre_hook(refuse, with_kwargs=True))
@@ -267,9 +269,10 @@ class _Plugin:
             UserError: it does not.
         """
         given = {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
-        if not self.unchecked or not self.schedule.layers or not self._is_prompt(given, cache_in(given)):
+        if not self.untried or not self.schedule.layers or not self._is_prompt(given, cache_in(given)):
             return
-        schedule, self.unchecked = self.schedule, False
+        schedule, trace = self.schedule, self.trace
+        self.trace, self.untried = None, False
         given = {name: value for name, value in given.items() if not isinstance(value, Cache)}
         given |= {"use_cache": False, "logits_to_keep": 0}
         logits: list[Tensor] = []
@@ -279,7 +282,7 @@ class _Plugin:
                 output = model(**given)
                 logits.append(getattr(output, "logits", output[0]))
         finally:
-            self.schedule = schedule
+            self.schedule, self.trace, self.untried = schedule, trace, True
         mask = given.get("attention_mask")
         real = torch.ones_like(logits[0][..., 0], dtype=torch.bool) if mask is None else mask.bool()
         left = torch.arange(logits[1].shape[1], device=real.device) >= logits[1].shape[1] - real.sum(1, keepdim=True)
@@ -290,6 +293,7 @@ class _Plugin:
                 f"attach() cannot take {type(model).__name__}: keeping all image tokens changes its logits by "
                 f"{difference:.1e}, and at most {allowed:.1e} is rounding"
             )
+        self.untried = False
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of the decoder: plans the drops of a prompt, whose pictures the encoders have seen by now."""

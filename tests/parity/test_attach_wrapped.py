@@ -217,12 +217,29 @@ def test_an_unchecked_class_is_compared_at_its_first_prompt(monkeypatch):
         return rotary(x, position_ids if len(made) < 3 else position_ids * 0)  # vanilla asks once, and so do we before
 
     monkeypatch.setattr(hf.model.language_model.rotary_emb, "forward", wrong_behind_a_drop)
-    with pytest.raises(ValueError, match=says("LlavaForConditionalGeneration", "logits")):
-        generate(hf, *rows)
+    for _ in range(2):  # a refused prompt is no permission for the next
+        made.clear()
+        with pytest.raises(ValueError, match=says("LlavaForConditionalGeneration", "logits")):
+            generate(hf, *rows)
     monkeypatch.undo()
     want = generate(attach(hf, PYRAMID), *rows)
     got = generate(attach(hf, PYRAMID, unchecked=True), *rows)
     same(torch.stack(got.logits), torch.stack(want.logits), 0.0)
+
+
+def test_an_unchecked_model_is_read_back_after_its_first_prompt(monkeypatch):
+    hf, row = make_hf_model(), make_sample(*ONE)
+    monkeypatch.setattr(hf.model.language_model.config, "model_type", "phimoe", raising=False)
+    want = logits(attach(hf, PYRAMID, unchecked=True), row)
+    same(logits(pickle.loads(pickle.dumps(hf)), row), want, 0.0)
+
+
+def test_an_unchecked_model_without_a_head_drops_at_its_first_prompt():
+    trace, row = [], inputs(make_hf_model(), make_sample(*ONE))
+    base = attach(make_hf_model().model, PYRAMID, trace, unchecked=True)
+    with torch.no_grad():
+        assert base(**row).last_hidden_state.shape[1] == 5 + KEPT[-1]
+    assert len(trace) == 1 and len(trace[0].survivors) == 3
 
 
 def test_qwen_keeps_its_positions():
