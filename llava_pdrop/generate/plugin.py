@@ -215,16 +215,17 @@ class _Plugin:
         """Whether this forward begins with pictures and an empty cache."""
         if cache is not None and int(cache.get_seq_length()):
             return False  # a later turn, after a first one without images
-        encoded = given.get("mm_encoder_outputs") or {}
-        pixels = [value for name, value in given.items() if name.startswith("pixel_values")]
+        pixels = any(value is not None for name, value in given.items() if name.startswith("pixel_values"))
+        pictures = pixels or bool(given.get("mm_encoder_outputs"))
         if given.get("input_ids") is None:
-            if encoded or any(value is not None for value in pixels) or given.get("inputs_embeds") is not None:
+            if pictures or given.get("inputs_embeds") is not None:
                 raise UserError(
                     "attach() finds the image tokens in input_ids, but the prompt came as inputs_embeds: give "
                     "input_ids and pixel_values, or detach(model)"
                 )
             return False
-        return self._shows(given)
+        # Placeholders without pictures are text, as `generate` gives them to an assistant. An unknown class: who knows?
+        return (pictures or self.unchecked) and self._shows(given)
 
     def _shows(self, given: dict[str, Any]) -> bool:
         """Whether any token of this forward is a placeholder. Reads it back from the device where there may be some."""

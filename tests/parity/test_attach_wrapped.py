@@ -242,6 +242,23 @@ def test_an_unchecked_model_without_a_head_drops_at_its_first_prompt():
     assert len(trace) == 1 and len(trace[0].survivors) == 3
 
 
+@pytest.mark.parametrize("name", ["llava", "internvl", "smolvlm"])
+def test_placeholders_without_pictures_are_text(name):
+    """As an assistant model gets them from `generate`."""
+    family = FAMILIES[name]
+    hf = family.make()
+    prompt = collate(family, make_row(family, hf, 2, family.sizes[0], 3))
+    text = {key: prompt[key] for key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        want = hf(**text).logits
+    vanilla = hf.generate(**prompt, **options)
+    assistant = attach(copy.deepcopy(hf), PYRAMID)
+    with torch.no_grad():
+        same(assistant(**text).logits, want, 0.0)
+    assert torch.equal(hf.generate(**prompt, **options, assistant_model=assistant), vanilla)
+
+
 def test_qwen_keeps_its_positions():
     family = FAMILIES["qwen2_5_vl"]
     hf = family.make()
