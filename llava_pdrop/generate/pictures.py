@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,11 @@ class Shown:
     image: Lengths = None
     video: Lengths = None
     frames: int | None = None
+
+    def noting(self, name: str, output: Any) -> Shown:
+        """The same with what the encoder of ``name``, image or video, returned."""
+        lengths = entry_lengths(output)
+        return replace(self, image=lengths) if name == "image" else replace(self, video=lengths)
 
 
 def entry_lengths(output: Any) -> Lengths:

@@ -37,7 +37,7 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import cache_in, check_implementation
 from llava_pdrop.generate.families import Family, family_of, resolved
 from llava_pdrop.generate.forward import Call
-from llava_pdrop.generate.pictures import entry_lengths, pictures_of
+from llava_pdrop.generate.pictures import pictures_of
 from llava_pdrop.generate.prefill import ForwardStep, Prefill
 from llava_pdrop.generate.unhook import bare, unwrapped
 from llava_pdrop.model.attention import check_transformers
@@ -251,7 +251,7 @@ class _Plugin:
         encoded = call.given.get("mm_encoder_outputs") or {}
         for name in ("image", "video"):
             if encoded.get(name) is not None:
-                setattr(call.shown, name, entry_lengths(encoded[name]))
+                call.shown = call.shown.noting(name, encoded[name])
         clips = next(
             (pixels for place in (call.given, ours[2]) if (pixels := place.get("pixel_values_videos")) is not None),
             None,
@@ -328,13 +328,16 @@ def _refuse_no_question(picture_BN: np.ndarray, real_BN: np.ndarray) -> None:
 
 
 def _noting(name: str, encoder: Callable) -> Callable:
-    """``encoder``, a model's own method, which notes in the running `Call` how long its features are."""
+    """``encoder``, a model's own method, which notes in the running `Call` how long its features are. What it calls
+    itself notes nothing: clips may be encoded as pictures."""
 
     @functools.wraps(encoder)
     def noting(*args: Any, **kwargs: Any) -> Any:
-        output, call = encoder(*args, **kwargs), _CALL.get()
-        if call is not None:
-            setattr(call.shown, name, entry_lengths(output))
+        call = _CALL.get()
+        shown = None if call is None else call.shown
+        output = encoder(*args, **kwargs)
+        if call is not None and shown is not None:
+            call.shown = shown.noting(name, output)
         return output
 
     return noting

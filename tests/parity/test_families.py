@@ -73,7 +73,7 @@ def pieces_of(name: str, kind: str) -> tuple:
         "more text": (3,),
         "clip": (2, clip, 3),
         "clips": (1, clip, clip, 2),
-        "mixed": (1, small, 2, clip, 2),
+        "mixed": (1, large, 2, clip, 2, small, 1),
     }[kind]
 
 
