@@ -33,7 +33,7 @@ CLIP_L_336 = dict(
     projection_dim=768,
 )
 
-PAPER = Schedule((8, 16, 24), (0.5, 0.25, 0.125))
+PAPER = Schedule((8, 16, 24), (0.5, 0.25, 0.125), positions="renumber")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ SHAPES: dict[str, Shape] = {
         geometry=ImageGeometry(84, 14, "anyres", "flat", ((168, 168),)),
         trainable=ALL_PARTS,
         samples=4,
-        schedule=Schedule((2, 4, 6), (0.5, 0.25, 0.125)),
+        schedule=Schedule((2, 4, 6), (0.5, 0.25, 0.125), positions="renumber"),
         recompute=False,
         picture=(168, 168),
         text_tokens=40,
@@ -109,7 +109,7 @@ SHAPES: dict[str, Shape] = {
         geometry=ImageGeometry(336, 14, "anyres", "flat", ((672, 672),)),  # 5 tiles of 576 tokens: 2,880
         trainable=ALL_PARTS,
         samples=1,
-        schedule=Schedule((4, 8, 12), (0.5, 0.25, 0.125)),
+        schedule=Schedule((4, 8, 12), (0.5, 0.25, 0.125), positions="renumber"),
         recompute=False,
         picture=(672, 672),
         text_tokens=150,
@@ -120,7 +120,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "llava15-13b": Shape(
         VICUNA_13B, CLIP_L_336, ImageGeometry(336, 14), ("projector", "language_model"), 16,
-        Schedule((10, 20, 30), (0.5, 0.25, 0.125)), recompute=True,
+        Schedule((10, 20, 30), (0.5, 0.25, 0.125), positions="renumber"), recompute=True,
     ),
     "llava-next-7b": Shape(VICUNA_7B, CLIP_L_336, ANYRES_5, ALL_PARTS, 4, PAPER, recompute=True, max_length=4096),
     "llava-next-7b-p9": Shape(
