@@ -90,7 +90,7 @@ def test_errors_name_the_record(make_dataset, records, tmp_path):
         dataset[1]
     with pytest.raises(ValueError, match=says("made.json[0]", "id 9", "no answer")):
         dataset[2]
-    with pytest.raises(ValueError, match=says("id 0", "broken.png", "2 more of 3")):
+    with pytest.raises(ValueError, match=says("id 0", "broken.png", "3 of 3")):
         dataset.lengths()
 
 
@@ -133,7 +133,7 @@ def test_unusable_records_are_left_out_and_listed(make_dataset, data_file, tmp_p
     assert lines[0]["reason"].startswith("it has no answer") and "5.png: no such image" in lines[1]["reason"]
     with pytest.raises(ValueError, match=says("2 of 7", "0.01", "r2")):
         dataset.without_unusable(0.01, report)
-    with pytest.raises(ValueError, match=says("[2] (id r2)", "no answer", "1 more of 7")):
+    with pytest.raises(ValueError, match=says("[2] (id r2)", "no answer", "2 of 7")):
         dataset.lengths()
 
 
