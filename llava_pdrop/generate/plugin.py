@@ -173,7 +173,7 @@ class _Plugin:
             if original is not None:
                 setattr(owner, name, original)
         config: Any = model.config
-        del config.pyramid_drop
+        vars(config).pop("pyramid_drop", None)  # models may share a config
         if self.configured is not _HANDLE:
             config.pyramid_drop = self.configured
 

@@ -135,6 +135,15 @@ def test_a_saved_model_restores_its_schedule(tmp_path):
     assert [tokens - 10 for tokens in cached_tokens(got.past_key_values)] == KEPT
 
 
+def test_models_that_share_a_config():
+    first = make_hf_model()
+    second = type(first)(first.config)
+    attach(first, PYRAMID), attach(second, FASTV)
+    detach(first), detach(second)
+    assert _HANDLE not in vars(second)
+    detach(second)
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
