@@ -94,7 +94,8 @@ def _gemma3(decoder: str, **options: Any) -> nn.Module:
 
 
 def _aria(decoder: str, **options: Any) -> nn.Module:
-    text = {**COMMON, "intermediate_size": 24, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    text = {"model_type": "aria_text", **COMMON, "intermediate_size": 24}
+    text |= {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
     config = hf.AriaConfig(
         text_config={**text, **options}, image_token_index=IMAGE, projector_patch_to_query_dict={16: 12},
         vision_config={"model_type": "idefics3_vision", **TOWER, "image_size": 28, "patch_size": 7}, **NO_TIE,
