@@ -92,8 +92,9 @@ def _in_order(number_BN: np.ndarray) -> np.ndarray:
     if (rows != row_of[inverse]).any():
         row = int(rows[rows != row_of[inverse]][0])
         raise UserError(
-            f"the placeholders of row {row} are not those of whole pictures: rows of a batch and their pictures are "
-            "not in the same order"
+            f"the placeholders of row {row} are not those of whole pictures: the pictures are not in the order of the "
+            "rows (where transformers repeats the pictures of a row for its beams or samples one by one, give one row at "
+            "a time, or pictures of one size)"
         )
     return number_BN
 
@@ -192,3 +193,29 @@ def _rows_of(place_BN: np.ndarray, real_BN: np.ndarray) -> list[tuple[int, np.nd
         rows.append((first, stops - starts))
         first += len(starts)
     return rows
+
+
+def check_prompt(picture_BN: np.ndarray, real_BN: np.ndarray, cached: bool, renumber: bool) -> None:
+    """Refuses a prompt that would be ranked or numbered wrongly.
+
+    Args:
+        picture_BN: number of the picture of every token, -1 for text.
+        real_BN: False at the padding.
+        cached: whether the caller keeps its keys and values, to go on with later.
+        renumber: whether positions are numbered anew.
+
+    Raises:
+        UserError: a row is cached before its question, or its mask has holes.
+    """
+    begins_BN = real_BN & ~np.pad(real_BN, ((0, 0), (1, 0)))[:, :-1]
+    if renumber and (begins_BN.sum(1) > 1).any():
+        raise UserError(
+            "pyramid_drop.positions: renumber would close the holes that attention_mask leaves between tokens: set "
+            "'keep', or pad at the ends only"
+        )
+    for row, (picture_N, real_N) in enumerate(zip(picture_BN, real_BN)):
+        if cached and picture_N[real_N][-1:].max(initial=-1) >= 0:
+            raise UserError(
+                f"attach() ranks image tokens by the end of the prompt, but row {row} is cached with its image at the "
+                "end: give the question with it, or generate at once"
+            )

@@ -28,7 +28,6 @@ from dataclasses import replace
 from types import MethodType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -89,6 +88,8 @@ def attach(
     target = unwrapped(model)
     if schedule is None:
         schedule = Schedule.from_dict(getattr(getattr(target, "config", None), "pyramid_drop", None))
+    if not isinstance(schedule, Schedule):
+        raise UserError(f"attach() takes a Schedule(layers, ratios), not {schedule!r}")
     plugin = _Plugin(target, schedule, trace, unchecked)
     detach(model)
     plugin.install(target)
@@ -258,8 +259,7 @@ class _Plugin:
         )
         call.shown.frames = None if clips is None else clips.shape[1]
         picture_BN = pictures_of(ids_BN, real_BN != 0, self.family, self.image_token, self.video_token, call.shown)
-        if prompt is None and cached:
-            _refuse_no_question(picture_BN, real_BN != 0)
+        check_prompt(picture_BN, real_BN != 0, cached and prompt is None, self.schedule.positions == "renumber")
         return Prefill.build(picture_BN, real_BN != 0, ours[1], self.schedule, ids.device)
 
     def _try_once(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -311,20 +311,6 @@ class _Plugin:
         kwargs = {**dict(zip(self.layer_parameters, args)), **kwargs}
         hidden_BND, kwargs = call.at(index, layer, kwargs.pop(self.layer_parameters[0]), kwargs)
         return (hidden_BND,), kwargs
-
-
-def _refuse_no_question(picture_BN: np.ndarray, real_BN: np.ndarray) -> None:
-    """A prompt that is cached before its question would be ranked without it.
-
-    Raises:
-        UserError: the last token of a row is part of a picture.
-    """
-    for row, (picture_N, real_N) in enumerate(zip(picture_BN, real_BN)):
-        if picture_N[real_N][-1:].max(initial=-1) >= 0:
-            raise UserError(
-                f"attach() ranks image tokens by the end of the prompt, but row {row} is cached with its image at the "
-                "end: give the question with it, or generate at once"
-            )
 
 
 def _noting(name: str, encoder: Callable) -> Callable:

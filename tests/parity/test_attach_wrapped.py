@@ -177,6 +177,26 @@ def test_a_prompt_is_not_cached_before_its_question():
     assert hf.generate(**row, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] == 21
 
 
+def test_holes_in_the_mask_are_not_closed():
+    hf, row = make_hf_model(), inputs(make_hf_model(), make_sample(*ONE))
+    row["attention_mask"][0, -2] = 0
+    attach(hf, PYRAMID)
+    with pytest.raises(ValueError, match=says("pyramid_drop.positions", "attention_mask", "'keep'")):
+        hf(**row)
+    with torch.no_grad():
+        want = detach(hf)(**row).logits
+        attach(hf, Schedule((2, 4), (1.0, 1.0), positions="keep"))
+        got = hf(**row).logits
+    real = row["attention_mask"].bool()
+    same(got[:, -int(real.sum()) :], want[real][None], 1e-4)
+
+
+@pytest.mark.parametrize("schedule", [(2,), {"layers": [2], "ratios": [0.5]}, "paper"])
+def test_what_is_no_schedule_is_refused(schedule):
+    with pytest.raises(ValueError, match=says("attach()", "Schedule")):
+        attach(make_hf_model(), schedule)
+
+
 # ---- what has not been proved is refused
 
 
