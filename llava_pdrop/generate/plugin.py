@@ -36,7 +36,7 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import cache_in, check_implementation
 from llava_pdrop.generate.families import Family, family_of, resolved
 from llava_pdrop.generate.forward import Call
-from llava_pdrop.generate.pictures import pictures_of
+from llava_pdrop.generate.pictures import check_prompt, pictures_of
 from llava_pdrop.generate.prefill import ForwardStep, Prefill
 from llava_pdrop.generate.unhook import bare, unwrapped
 from llava_pdrop.model.attention import check_transformers
