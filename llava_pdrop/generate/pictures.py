@@ -93,8 +93,8 @@ def _in_order(number_BN: np.ndarray) -> np.ndarray:
         row = int(rows[rows != row_of[inverse]][0])
         raise UserError(
             f"the placeholders of row {row} are not those of whole pictures: the pictures are not in the order of the "
-            "rows (where transformers repeats the pictures of a row for its beams or samples one by one, give one row at "
-            "a time, or pictures of one size)"
+            "rows (where transformers repeats the pictures of a row for its beams or samples one by one, give one row "
+            "at a time, or pictures of one size)"
         )
     return number_BN
 
