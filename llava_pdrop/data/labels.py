@@ -16,6 +16,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -145,7 +146,7 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
         return tokenizer.convert_tokens_to_ids(tokens), _align(text, tokens, tokenizer)
     inserts = _inserts(text, tokenizer)
     padded = _with_spaces(text, inserts)
-    encoding = _backend(tokenizer).encode(padded, add_special_tokens=False)
+    encoding = _with_all_spaces(tokenizer).encode(padded, add_special_tokens=False)
     firsts = [first for first, _ in encoding.offsets]
     if inserts:
         spaces = [place + i for i, place in enumerate(inserts)]
@@ -159,6 +160,24 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _with_all_spaces(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """`_backend`, or where that takes the spaces off the places of its tokens (``trim_offsets``: a token of spaces
+    would lie behind the text) a copy that does not, and makes the same tokens."""
+    backend = _backend(tokenizer)
+    if backend.post_processor is None or b'"trim_offsets":true' not in backend.post_processor.__getstate__():
+        return backend
+    size, copy = _copies.get(tokenizer, (0, backend))
+    if size != len(tokenizer):
+        copy = Tokenizer.from_str(backend.to_str())
+        copy.post_processor = None  # it only adds special tokens, which nobody asks for, and trims
+        _copies[tokenizer] = len(tokenizer), copy
+    return copy
+
+
+_copies: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Tokenizer]] = WeakKeyDictionary()
+"""Tokenizer -> its number of tokens, and its copy that trims no offsets."""
 
 
 def _inserts(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
@@ -178,3 +178,28 @@ class Shouting(PreTrainedTokenizer):
 def test_a_tokenizer_that_cannot_be_followed_is_named():
     with pytest.raises(ValueError, match=says("Shouting", "'ello'", "fast tokenizer")):
         encode_pieces([Piece("Hello", True)], Shouting())
+
+
+SPACES = ["What?  ", "  \n ", "a   b", " \u3000 \t", "end \n\n", "   "]
+
+
+@pytest.mark.parametrize("post", ["ByteLevel", "RobertaProcessing", "Sequence"])
+def test_offsets_without_their_spaces(tokenizer, post):
+    """GPT-2's and others' tokenizer.json say ``trim_offsets``: a token of spaces then lies behind the text."""
+    trimming = {
+        "ByteLevel": processors.ByteLevel(trim_offsets=True),
+        "RobertaProcessing": processors.RobertaProcessing(("</s>", 2), ("<s>", 1), trim_offsets=True),
+        "Sequence": processors.Sequence([processors.ByteLevel(trim_offsets=True)]),
+    }
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = trimming[post]
+    trimmed = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    assert b'"trim_offsets":true' in trimmed.backend_tokenizer.post_processor.__getstate__()
+    for question in SPACES:
+        for answer in SPACES:
+            pieces = [Piece(f"<image>{question}"), Piece(answer, is_target=True), Piece(question)]
+            right, ours = encode_pieces(pieces, tokenizer), encode_pieces(pieces, trimmed)
+            bos = len(ours.ids) - len(right.ids[1:])
+            assert (ours.ids[bos:], ours.labels[bos:], ours.firsts[bos:]) == tuple(part[1:] for part in right)
+            learnt = [label for label in ours.labels if label != IGNORE_INDEX]
+            assert trimmed.decode(learnt, clean_up_tokenization_spaces=False) == answer
