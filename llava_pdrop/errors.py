@@ -20,6 +20,9 @@ UNUSABLE = (
 not work. The rest (a closed descriptor, too many open files, a broken connection) is no matter of files: a bug, or
 nothing that its name would help to mend."""
 
+QUOTED = 200
+"""Characters of a user's data that stand in a message at most."""
+
 
 class UserError(ValueError):
     """The user's to mend: the message is one line that names file, key, sample or argument and says what to do. All
@@ -57,7 +60,8 @@ class RecordError(UserError):
     the name that `llava_pdrop.doctor.checks.KINDS` has for it, None where the code that failed knows none."""
 
     def __init__(self, origin: str, id: str | None, reason: str, kind: str | None = None) -> None:
-        super().__init__(f"{origin} (id {id}): {reason}" if id is not None else f"{origin}: {reason}")
+        name = f"{origin} (id {clip(id)})" if id is not None else origin
+        super().__init__(f"{name}: {reason}")
         self.origin, self.id, self.reason, self.kind = origin, id, reason, kind
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -113,6 +117,17 @@ def first_line(error: BaseException) -> str:
     if not text:
         return kind
     return f"{kind} {text.splitlines()[0]}" if isinstance(error, KeyError) else text.splitlines()[0]
+
+
+def clip(value: object, most: int = QUOTED) -> str:
+    """``value`` as it stands in a message: without its middle where it is longer than ``most`` characters, since data
+    may hold whole pictures where a name is expected."""
+    text = str(value)
+    if len(text) <= most:
+        return text
+    left_out = f"... ({len(text):,} characters) ..."
+    head = (most - len(left_out)) * 2 // 3
+    return text[:head] + left_out + text[head + len(left_out) - most :]
 
 
 def did_you_mean(name: str, valid: Iterable[Any], cutoff: float = 0.5) -> str:

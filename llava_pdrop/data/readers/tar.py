@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -13,12 +14,18 @@ from typing import Any
 import numpy as np
 
 from llava_pdrop.data.readers.pictures import FileSlice
-from llava_pdrop.errors import RecordError, UserError
+from llava_pdrop.errors import RecordError, UserError, clip
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 """Suffixes of pictures; members with other suffixes than these and ``json`` are left alone."""
 
 TOGETHER = "all members of a record must stand together in one tar, text and pictures"
+
+FIRST_DOT = (
+    "the key of a record ends at the first dot of a name; rename its members, with no other dot before the suffix"
+)
+
+TWICE = "tar -r adds a newer one and keeps the old; write the archive anew, the members of a record side by side"
 
 MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])
 
@@ -34,9 +41,13 @@ class TarEntries(Sequence[tuple[str, Any]]):
         import pyarrow
 
         self.shards = shards
-        shard_of, keys, texts, ends, pictures, suffixes = [], [], [], [], [], []
+        keys: list[str] = []
+        shard_of, texts, ends, pictures, suffixes = [], [], [], [], []
+        self._dotted: dict[int, str] = {}
         for number, shard in enumerate(shards):
-            for key, text, members in _records(shard):
+            for key, text, members, dotted in _records(shard):
+                if dotted is not None:
+                    self._dotted[len(keys)] = dotted
                 shard_of.append(number)
                 keys.append(key)
                 texts.append(text or (0, -1))
@@ -58,13 +69,15 @@ class TarEntries(Sequence[tuple[str, Any]]):
         key, shard = self._keys[int(index)].as_py(), self.shards[self._shard_of[index]]
         origin = f"{shard}:{key}"
         if self._texts["size"][index] < 0:
+            if dotted := self._dotted.get(int(index)):
+                raise RecordError(origin, key, f"{dotted} is not its text, {key}.json: {FIRST_DOT}")
             raise RecordError(origin, key, f"there is no {key}.json beside its pictures; {TOGETHER}")
         with self._slice(shard, f"{key}.json", self._texts[index]).open() as file:
             text = file.read()
         try:
             entry = json.loads(text)
-        except ValueError as error:
-            raise RecordError(f"{origin}.json", key, f"not valid JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"{origin}.json", key, f"not valid JSON: {clip(error)}") from None
         if isinstance(entry, dict):
             first = self._ends[index - 1] if index else 0
             count = int(self._ends[index] - first)
@@ -101,18 +114,37 @@ def read_webdataset(path: Path) -> TarEntries:
 Members = list[tuple[str, int, int]]
 
 
-def _records(shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, Members]]:
-    """(key, (offset, size) of its JSON, (suffix, offset, size) of its pictures) of every record of a shard."""
+def _records(shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, Members, str | None]]:
+    """(key, (offset, size) of its JSON, (suffix, offset, size) of its pictures, a JSON whose name has a dot too much
+    where it has no other) of every record of a shard.
+
+    Raises:
+        UserError: no (uncompressed) tar, cut short or broken, or the same name or key twice: which is meant?
+    """
+    seen: set[str] = set()
     try:
         with tarfile.open(shard, "r:") as tar:
             for key, group in groupby(_members(tar), key=lambda member: member[0]):
                 members = [(suffix, offset, size) for _, suffix, offset, size in group]
                 text = next(((offset, size) for suffix, offset, size in members if suffix.lower() == "json"), None)
-                pictures = [member for member in members if member[0].lower().rpartition(".")[2] in PICTURES]
-                if text or pictures:
-                    yield key, text, sorted(pictures, key=_number)
+                pictures = [member for member in members if _is_picture(member[0])]
+                dotted = next((suffix for suffix, *_ in members if suffix.lower().endswith(".json")), None)
+                if not text and not pictures and not dotted:
+                    continue
+                own = [suffix.lower() for suffix, *_ in members if _is_picture(suffix) or suffix.lower() == "json"]
+                twice = next((suffix for number, suffix in enumerate(own) if suffix in own[:number]), None)
+                if twice is not None:
+                    raise UserError(f"{shard}: the member {key}.{twice} stands there twice: {TWICE}")
+                if posixpath.normpath(key) in seen:
+                    raise UserError(f"{shard}: the key {key} stands there twice, with others between: {TWICE}")
+                seen.add(posixpath.normpath(key))
+                yield key, text, sorted(pictures, key=_number), None if text or not dotted else f"{key}.{dotted}"
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{shard}: cannot be read as an uncompressed tar file ({error})") from None
+
+
+def _is_picture(suffix: str) -> bool:
+    return suffix.lower().rpartition(".")[2] in PICTURES
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, int, int]]:

@@ -195,6 +195,53 @@ def test_bad_containers_are_named(tmp_path):
     refused(tmp_path / "hollow", r"\(id one\): picture 0 has neither bytes nor a file name")
 
 
+def members(path: Path, *names: str) -> Path:
+    """A tar of these members, in this order."""
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            content = json.dumps({"conversations": talk(1, "x")}).encode() if name.endswith("json") else encoded(0)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "cause"),
+    [
+        (("k1.png", "k1.json", "k2.png", "k2.json", "k1.png", "k1.json"), "k1"),  # what tar -r adds
+        (("k1.png", "k1.json", "k1.png", "k1.json"), "k1.png"),
+        (("k1.png", "k1.json", "k1.JSON"), "k1.json"),
+        (("a/k1.0.png", "a/k1.1.png", "a/k1.0.PNG", "a/k1.json"), "a/k1.0.png"),
+        (("k1.png", "k1.json", "k2.png", "k2.json", "./k1.png", "./k1.json"), "./k1"),
+        (("k1.json", "k2.json", "k1.png", "k2.png"), "k1"),  # sorted by what they are
+    ],
+)
+def test_the_same_name_twice_in_a_tar(tmp_path, names, cause):
+    with pytest.raises(ValueError, match=says("a.tar", cause, "twice", "tar -r")):
+        read_records(members(tmp_path / "a.tar", *names))
+
+
+def test_the_same_key_in_two_shards_is_two_records(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for name in ("0.tar", "1.tar"):
+        members(tmp_path / "shards" / name, "k1.png", "k1.json", "k1.txt", "k1.meta.json", "readme.txt")
+    assert [record.id for record in read_records(tmp_path / "shards")] == ["k1", "k1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "broken", "key"),
+    [
+        (("v1.0_a.png", "v1.0_a.json"), "v1.0_a.json", "v1"),
+        (("img/photo.final.json", "img/photo.final.jpg"), "img/photo.final.json", "img/photo"),
+        (("2024.05.01.json",), "2024.05.01.json", "2024"),
+    ],
+)
+def test_a_dot_too_much_in_a_tar_key(tmp_path, names, broken, key):
+    with pytest.raises(ValueError, match=says(f"a.tar:{key}", broken, "first dot")):
+        read_records(members(tmp_path / "a.tar", *names))
+
+
 def test_a_broken_tar_loses_no_record_silently(tmp_path):
     """`tarfile` takes what is no header for the end of the archive."""
     whole = write_shard(tmp_path / "a.tar", ENTRIES).read_bytes()
