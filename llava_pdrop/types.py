@@ -22,7 +22,7 @@ from typing import BinaryIO, Literal, Protocol
 import torch
 from torch import Tensor
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, clip
 
 IGNORE_INDEX = -100
 """Label of a token that is not supervised (the value of PyTorch's cross entropy and of LLaVA)."""
@@ -33,10 +33,12 @@ IMAGE_MARKER = "<image>"
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance; ``text`` holds one ``<image>`` marker per image shown in it."""
+    """One utterance; ``text`` holds one ``<image>`` marker per image shown in it. ``learnt`` is False for an answer
+    that is shown but not trained on."""
 
     role: Literal["human", "gpt"]
     text: str
+    learnt: bool = True
 
 
 class ImageSource(Protocol):
@@ -58,7 +60,8 @@ class Record:
     """One training or evaluation example as it stands in a data file, pixels not yet read.
 
     ``images`` has one source per ``<image>`` marker of ``turns``, in order. ``origin`` (``file.json[17]``) is what
-    error messages name. ``template`` is the name of its own conversation format; None: that of the run.
+    error messages name. ``template`` is the name of its own conversation format; None: that of the run. ``system`` is
+    its own system prompt; None: that of the format.
     """
 
     id: str
@@ -66,6 +69,7 @@ class Record:
     images: tuple[ImageSource, ...]
     origin: str
     template: str | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,29 @@ class ImageInput:
 @dataclass(frozen=True)
 class Sample:
     """A tokenised record: ``input_ids`` (N,) and ``labels`` (N,) int64 with every ``<image>`` expanded to its exact
-    number of placeholders. ``image_spans[i] = [start, stop)`` is where image i lies in ``input_ids``."""
+    number of placeholders. ``image_spans[i] = [start, stop)`` is where image i lies in ``input_ids``. ``in_answer[i]``:
+    whether it is shown inside an answer; empty: none is."""
 
     id: str
     input_ids: Tensor
     labels: Tensor
     images: tuple[ImageInput, ...] = ()
     image_spans: tuple[tuple[int, int], ...] = ()
+    in_answer: tuple[bool, ...] = ()
+
+    def answer_starts(self) -> list[int]:
+        """Where every answer that is trained on starts: the token before it, of the question, ranks. An image inside an
+        answer is part of it, at its beginning too."""
+        labelled = (self.labels != IGNORE_INDEX).tolist()
+        inside = {stop: start for (start, stop), is_inside in zip(self.image_spans, self.in_answer) if is_inside}
+        starts = []
+        for place, is_label in enumerate(labelled):
+            start = place
+            while start in inside:
+                start = inside[start]
+            if is_label and start and not labelled[start - 1]:
+                starts.append(start)
+        return starts
 
 
 @dataclass(frozen=True)
@@ -126,14 +146,14 @@ class PackedBatch:
         for sample in samples:
             labelled = (sample.labels != IGNORE_INDEX).tolist()
             if labelled and labelled[0]:
-                raise UserError(f"sample {sample.id}: its first token is supervised, but no token comes before it")
+                raise UserError(
+                    f"sample {clip(sample.id)}: its first token is supervised, but no token comes before it"
+                )
             spans += [(offset + start, offset + stop) for start, stop in sample.image_spans]
             here = [i for i, is_label in enumerate(labelled) if is_label]
             positions += [offset + i for i in here]
-            if query == "last":
-                starts.append([offset + len(labelled)])
-            else:
-                starts.append([offset + i for i in here if not labelled[i - 1]])
+            own = [len(labelled)] if query == "last" else sample.answer_starts()
+            starts.append([offset + start for start in own])
             offset += len(labelled)
         images = [image for sample in samples for image in sample.images]
         return PackedBatch(

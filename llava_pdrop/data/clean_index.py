@@ -102,13 +102,14 @@ def data_digest(records: Records) -> str:
 
 def _part_digest(part: Part) -> bytes:
     digest = hashlib.sha256(repr(part.template).encode())
-    if part.path.is_file() and part.path.suffix.lower() in TEXT_FORMATS:
-        with part.path.open("rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
+    files = part.files()
+    if all(file.suffix.lower() in TEXT_FORMATS for file in files):
+        for name in files:
+            with name.open("rb") as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
     else:
-        files = sorted(part.path.rglob("*")) if part.path.is_dir() else [part.path]
         home = part.path if part.path.is_dir() else part.path.parent
-        sizes = [(file.relative_to(home).as_posix(), file.stat().st_size) for file in files if file.is_file()]
+        sizes = [(file.relative_to(home).as_posix(), file.stat().st_size) for file in files]
         digest.update(repr(sizes).encode())
     return digest.digest()

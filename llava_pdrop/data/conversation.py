@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.types import IMAGE_MARKER, Turn
@@ -22,6 +22,14 @@ class Piece:
     is_target: bool = False
 
 
+class Round(NamedTuple):
+    """A question and its answer, None where it has none. ``learnt``: whether the answer is trained on."""
+
+    question: str
+    answer: str | None
+    learnt: bool = True
+
+
 @dataclass(frozen=True)
 class Template:
     """A chat format. A conversation is ``system`` and then, round by round,
@@ -31,6 +39,8 @@ class Template:
     and what stands in brackets is trained on. The beginning-of-sequence token is the tokeniser's business.
 
     Attributes:
+        system_as: how a record's own system prompt is written, at the place of ``{}``, instead of ``system``; None: the
+            format has no place for one.
         before_first: stands in front of the first question instead of ``before_question``; None: the same.
         empty: what becomes of an empty answer. ``trained`` on like any other; ``masked``: written but not trained on,
             so that nobody learns to say nothing; ``absent``: nothing is written behind ``before_answer``, as LLaVA's
@@ -43,6 +53,7 @@ class Template:
     """
 
     system: str = ""
+    system_as: str | None = None
     before_question: str = ""
     before_first: str | None = None
     after_question: str = ""
@@ -56,8 +67,25 @@ class Template:
     stop: tuple[str, ...] = ()
     prompt_as: Template | None = None
 
-    def rounds(self, turns: Sequence[Turn]) -> list[tuple[str, str | None]]:
-        """(question, answer) pairs; the answer of the last one is None if the conversation ends with a question.
+    def with_system(self, prompt: str | None) -> Template:
+        """The format with a record's own system prompt instead of its own; None: as it is.
+
+        Raises:
+            UserError: it has no place for one.
+        """
+        if prompt is None:
+            return self
+        if self.system_as is None:
+            able = ", ".join(name for name, row in TEMPLATES.items() if row.system_as is not None)
+            raise UserError(
+                f"the conversation template has no place for its system prompt: remove that, or take one of {able} "
+                "(model.template)"
+            )
+        own = None if self.prompt_as is None else self.prompt_as.with_system(prompt)
+        return replace(self, system=self.system_as.replace("{}", prompt), prompt_as=own)
+
+    def rounds(self, turns: Sequence[Turn]) -> list[Round]:
+        """Questions with their answers; the answer of the last one is None if the conversation ends with a question.
 
         A greeting by the assistant before the first question is left out, as LLaVA does.
 
@@ -78,43 +106,47 @@ class Template:
         if self.question_only_images and (len(turns) > 2 or IMAGE_MARKER not in turns[0].text):
             raise UserError("a captioning template needs exactly one question with an image and its answer")
         texts = [image_to_front(turn.text) if self.image_first else turn.text for turn in turns]
-        answers: list[str | None] = [*texts[1::2]]
-        return list(zip(texts[::2], answers + [None] * (len(texts) % 2), strict=True))
+        answered = [
+            Round(question, answer, turn.learnt) for question, answer, turn in zip(texts[::2], texts[1::2], turns[1::2])
+        ]
+        return answered + [Round(question, None) for question in texts[2 * len(answered) :]]
 
-    def pieces(self, rounds: Sequence[tuple[str, str | None]]) -> list[Piece]:
+    def pieces(self, rounds: Sequence[Round]) -> list[Piece]:
         """The text of whole rounds, for training.
 
         A last question without an answer is written, up to ``after_question``, and nothing of it is trained on.
         """
         return [piece for pieces in self.pieces_by_round(rounds) for piece in pieces]
 
-    def pieces_by_round(self, rounds: Sequence[tuple[str, str | None]]) -> list[list[Piece]]:
+    def pieces_by_round(self, rounds: Sequence[Round]) -> list[list[Piece]]:
         """`pieces`, those of every round by themselves; the first ones start with ``system``."""
         result = []
-        for number, (question, answer) in enumerate(rounds):
+        for number, (question, answer, learnt) in enumerate(rounds):
             shown = IMAGE_MARKER * question.count(IMAGE_MARKER) if self.question_only_images else question
             pieces = [Piece(self.system)] if number == 0 else []
             pieces.append(Piece(self._before(number) + shown + self.after_question))
             if answer is not None:
-                pieces += [Piece(self.before_answer), *self._answer(answer), Piece(self.after_answer)]
+                pieces += [Piece(self.before_answer), *self._answer(answer, learnt), Piece(self.after_answer)]
             result.append([piece for piece in pieces if piece.text])
         return result
 
-    def generation_prompt(self, rounds: Sequence[tuple[str, str | None]]) -> list[Piece]:
+    def generation_prompt(self, rounds: Sequence[Round]) -> list[Piece]:
         """The text up to where the last round's answer starts; an answer given there (a reference) is not shown."""
         if self.prompt_as is not None:
             return self.prompt_as.generation_prompt(rounds)
-        *before, (question, _) = rounds
-        pieces = [*self.pieces([*before, (question, None)]), Piece(self.before_answer)]
+        *before, last = rounds
+        pieces = [*self.pieces([*before, Round(last.question, None)]), Piece(self.before_answer)]
         return [piece for piece in pieces if piece.text]
 
     def _before(self, number: int) -> str:
         return self.before_question if number or self.before_first is None else self.before_first
 
-    def _answer(self, answer: str) -> list[Piece]:
+    def _answer(self, answer: str, learnt: bool) -> list[Piece]:
         if answer:
-            return [Piece(self.answer_lead + answer + self.end, is_target=True)]
-        return [] if self.empty == "absent" else [Piece(self.answer_lead + self.end, self.empty == "trained")]
+            return [Piece(self.answer_lead + answer + self.end, learnt)]
+        return (
+            [] if self.empty == "absent" else [Piece(self.answer_lead + self.end, learnt and self.empty == "trained")]
+        )
 
 
 def image_to_front(text: str) -> str:
@@ -167,7 +199,7 @@ _V0_EXAMPLE = (
     "sources are not, and their depletion can lead to economic and social instability.\n"
 )
 
-_V0 = Template(before_question="###Human: ", before_answer="###Assistant:", answer_lead=" ")
+_V0 = Template(system_as="{}", before_question="###Human: ", before_answer="###Assistant:", answer_lead=" ")
 _INST = Template(
     before_question="[INST] ",
     after_question=" [/INST]",
@@ -178,6 +210,7 @@ _INST = Template(
     stop=("</s>",),
 )
 _CHATML = Template(
+    system_as="<|im_start|>system\n{}<|im_end|>",
     before_question="<|im_start|>user\n",
     after_question="<|im_end|>",
     before_answer="<|im_start|>assistant\n",
@@ -189,8 +222,14 @@ _CHATML = Template(
 
 
 def _llama_2(system: str) -> Template:
-    opening = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n"
-    return replace(_INST, before_first=opening, before_question="<s>[INST] ")
+    opening = "[INST] <<SYS>>\n{}\n<</SYS>>\n\n"
+    return replace(
+        _INST,
+        system=opening.replace("{}", system),
+        system_as=opening,
+        before_first="",
+        before_question="<s>[INST] ",
+    )
 
 
 TEMPLATES: dict[str, Template] = {
@@ -206,6 +245,7 @@ TEMPLATES: dict[str, Template] = {
     # The first LLaVA. It trains on "### Human: " lines and asks with "###Human: ", v0 even with an example in front
     "llava_v0": Template(
         system=f"{_HUMAN}\n\n### ",
+        system_as="{}\n\n### ",
         before_question="Human: ",
         after_question="\n### ",
         before_answer="Assistant:",
@@ -219,6 +259,7 @@ TEMPLATES: dict[str, Template] = {
     # Vicuna 1.1, the format of LLaVA-1.5 and of LLaVA-NeXT on Vicuna
     "v1": Template(
         system=_USER,
+        system_as="{} ",
         before_question="USER: ",
         after_question=" ",
         before_answer="ASSISTANT:",
@@ -245,6 +286,7 @@ TEMPLATES: dict[str, Template] = {
     "qwen_2": replace(
         _CHATML,
         system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        system_as="<|im_start|>system\n{}<|im_end|>\n",
         after_question="<|im_end|>\n",
         after_answer="\n",
         empty="masked",
@@ -252,6 +294,7 @@ TEMPLATES: dict[str, Template] = {
     # LLaVA-NeXT on Llama 3
     "llama_3": Template(
         system=f"<|start_header_id|>system<|end_header_id|>\n\n{_LLAVA}<|eot_id|>",
+        system_as="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
         before_question="<|start_header_id|>user<|end_header_id|>\n\n",
         after_question="<|eot_id|>",
         before_answer="<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -269,9 +312,11 @@ TEMPLATES: dict[str, Template] = {
         stop=("<end_of_turn>",),
     ),
     # The embedded task: question, answer, end of line. No role names: every token more is one a miniature must learn
-    "qa": Template(answer_lead=" ", end="\n", empty="trained", stop=("\n",)),
+    "qa": Template(system_as="{}\n", answer_lead=" ", end="\n", empty="trained", stop=("\n",)),
 }
-TEMPLATES["v0"] = replace(TEMPLATES["llava_v0"], prompt_as=replace(_V0, system=_HUMAN + _V0_EXAMPLE))
+TEMPLATES["v0"] = replace(
+    TEMPLATES["llava_v0"], prompt_as=replace(_V0, system=_HUMAN + _V0_EXAMPLE, system_as="{}" + _V0_EXAMPLE)
+)
 TEMPLATES["llava_v1"] = replace(TEMPLATES["v1"], system=f"{_HUMAN} ")
 TEMPLATES |= {  # the other names LLaVA has for them
     "v0_plain": TEMPLATES["plain"],

@@ -17,7 +17,7 @@ from llava_pdrop.data.images import load_image, preprocess
 from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import Survey, survey
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.errors import MissingFileError, UserError
+from llava_pdrop.errors import MissingFileError, UserError, clip
 from llava_pdrop.types import ImageInput, PackedBatch, Record, Sample
 
 
@@ -96,16 +96,16 @@ class ConversationDataset(Dataset[Sample]):
         usable = np.setdiff1d(np.arange(len(self)), list(found.problems))
         records = self.records.take(usable) if isinstance(self.records, Records) else [self.records[i] for i in usable]
         rest = ConversationDataset(records, self.encoder, self.processor, self.workers, self.cache)
-        rest.survey = Survey(found.lengths[usable], {})
+        rest.survey = found.of(usable)
         return rest
 
     def _images(self, record: Record) -> list[ImageInput]:
         try:
             return [preprocess(load_image(source), self.encoder.geometry, self.processor) for source in record.images]
         except FileNotFoundError as error:
-            raise MissingFileError(f"{record.origin} (id {record.id}): {error}") from None
+            raise MissingFileError(f"{record.origin} (id {clip(record.id)}): {error}") from None
         except UserError as error:
-            raise UserError(f"{record.origin} (id {record.id}): {error}") from None
+            raise UserError(f"{record.origin} (id {clip(record.id)}): {error}") from None
 
     def _rules(self) -> str:
         """Stands for everything the lengths depend on beside the records: settings, tokenizer, templates, and the code

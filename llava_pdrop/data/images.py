@@ -18,7 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import BaseImageProcessor
 
-from llava_pdrop.errors import MissingFileError, UserError
+from llava_pdrop.errors import MissingFileError, UserError, clip
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import ImageInput, ImageSource
 
@@ -96,6 +96,7 @@ def image_header(source: str | Path | ImageSource) -> tuple[tuple[int, int], str
 def _opened(source: str | Path | ImageSource) -> Iterator[Image.Image]:
     """The picture with its header read; errors in the body of the ``with`` statement name the source too."""
     source = Path(source) if isinstance(source, str) else source
+    name = clip(source)
     try:
         with source.open("rb") as file, Image.open(file) as image:
             if max(image.size) > LONGEST_SIDE:
@@ -110,13 +111,18 @@ def _opened(source: str | Path | ImageSource) -> Iterator[Image.Image]:
             f"{source}: cannot be read as an image, memory does not suffice for it; make it smaller"
         ) from None
     except FileNotFoundError:
-        raise MissingFileError(f"{source}: no such image; check the image root") from None
+        raise MissingFileError(f"{name}: no such image; check the image root") from None
     except Image.DecompressionBombError as error:
-        raise UserError(f"{source}: cannot be read as an image, it is too large ({error}); make it smaller") from None
+        raise UserError(f"{name}: cannot be read as an image, it is too large ({error}); make it smaller") from None
     except UnidentifiedImageError:
-        raise UserError(f"{source}: cannot be read as an image ({_contents(source)}); replace or remove it") from None
+        raise UserError(f"{name}: cannot be read as an image ({_contents(source)}); replace or remove it") from None
     except READ_ERRORS as error:
-        raise UserError(f"{source}: cannot be read as an image ({error}); replace or remove it") from None
+        raise UserError(f"{name}: cannot be read as an image ({_reason(error)}); replace or remove it") from None
+
+
+def _reason(error: BaseException) -> str:
+    """What a decoder says; what the system says of a file repeats its name, which may be long."""
+    return clip(error.strerror if isinstance(error, OSError) and error.strerror is not None else error)
 
 
 def _contents(source: ImageSource) -> str:

@@ -26,7 +26,7 @@ from llava_pdrop.config.values import convert_fields, keys_of, nearest_key
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.records import Part, Records
-from llava_pdrop.errors import ConfigError, MissingFileError, Problem, UserError, did_you_mean
+from llava_pdrop.errors import ConfigError, MissingFileError, Problem, UserError, clip, did_you_mean
 
 SUFFIXES = (".yaml", ".yml")
 """A data file with one of these is a mixture."""
@@ -126,10 +126,10 @@ def _read_mixture(path: Path) -> MixtureFile:
     place = ""
     try:
         if not isinstance(content, dict):
-            raise Problem("parts", f"expected the key 'parts', a list of data files, found {content!r}")
+            raise Problem("parts", f"expected the key 'parts', a list of data files, found {clip(repr(content))}")
         listed = content.get("parts") or []
         if not isinstance(listed, list):
-            raise Problem("parts", f"parts must be a list of data files, found {listed!r}")
+            raise Problem("parts", f"parts must be a list of data files, found {clip(repr(listed))}")
         parts = []
         for number, part in enumerate(listed):
             place = f"parts[{number}]"

@@ -7,16 +7,14 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import overload
 
 import numpy as np
 
+from llava_pdrop.data.entries import parse_entry, unknown_keys
 from llava_pdrop.data.readers import Entry, open_entries
-from llava_pdrop.errors import MissingFileError, RecordError, UserError
-from llava_pdrop.types import IMAGE_MARKER, ImageSource, Record, Turn
-
-ROLES: dict[str, Literal["human", "gpt"]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-"""Speaker names found in LLaVA-style files -> role of a `Turn`."""
+from llava_pdrop.errors import MissingFileError, RecordError, UserError, clip
+from llava_pdrop.types import ImageSource, Record
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,15 @@ class Part:
         except UserError as error:
             raise RecordError(f"{self.path}[{row}]", None, str(error)) from None
 
+    def files(self) -> list[Path]:
+        """The files of the data: one, or what the reader has read of a directory, or all below it."""
+        listed = getattr(self.entries, "files", None)
+        files = listed or (sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path])
+        return [file for file in files if file.is_file()]
+
     def fingerprint(self) -> str:
         """Changes when the data, or what is said about them, do: names, sizes and times of all files."""
-        files = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files()]
         return repr((str(self.path.resolve()), stats, str(self.image_root.resolve()), self.template))
 
 
@@ -104,10 +107,18 @@ class Records(Sequence[Record]):
         """
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
+        return self.examined(index)[0]
+
+    def examined(self, index: int) -> tuple[Record, list[str]]:
+        """Record ``index``, and the keys it has that nobody reads.
+
+        Raises:
+            RecordError: it is not valid.
+        """
         number, row = self.rows[index].tolist()
         part = self.parts[number]
         origin, entry = part.entry(row)
-        return parse_entry(entry, part.image_root, origin, part.template)
+        return parse_entry(entry, part.image_root, origin, part.template), unknown_keys(entry)
 
     def take(self, indices: np.ndarray) -> Records:
         """These records only, in this order."""
@@ -136,8 +147,7 @@ def read_records(
     """All records of one data file.
 
     Args:
-        path: LLaVA entries: ``id``, optional ``image`` (a name or a list of names) and ``conversations``, a list of
-            ``{"from": ..., "value": ...}``.
+        path: entries as `llava_pdrop.data.entries` describes them.
         image_root: folder the image names are relative to; default: the folder of ``path``.
         format: key of `llava_pdrop.data.readers.READERS`; default: by the suffix of ``path``.
         check: go through all records now and look for every image file, so that what is wrong is found at once.
@@ -153,58 +163,6 @@ def read_records(
     return records
 
 
-def parse_entry(entry: Any, image_root: Path, origin: str, template: str | None = None) -> Record:
-    """One LLaVA entry as a `Record`. Ids may be numbers; an entry without id is called by its origin.
-
-    Raises:
-        RecordError: no conversation, an unknown speaker, text that is not a string, or a number of ``<image>`` markers
-            that is not the number of images.
-    """
-    if not isinstance(entry, dict):
-        raise RecordError(origin, None, f"expected an object with 'conversations', found {type(entry).__name__}")
-    name = origin if entry.get("id") is None else str(entry["id"])
-    try:
-        turns = _parse_turns(entry.get("conversations"))
-        images = _parse_images(named_images(entry), image_root)
-        markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
-        if markers != len(images):
-            raise UserError(
-                f"{len(images)} image(s) but {markers} {IMAGE_MARKER} marker(s) in the text; write one marker per "
-                "image, where the image is shown"
-            )
-    except UserError as error:
-        raise RecordError(origin, name, str(error)) from None
-    return Record(name, turns, images, origin, template)
-
-
-def _parse_turns(conversations: Any) -> tuple[Turn, ...]:
-    if not isinstance(conversations, list) or not conversations:
-        raise UserError("'conversations' must be a list with at least one turn")
-    turns = []
-    for number, turn in enumerate(conversations):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise UserError(f"conversations[{number}]: a turn needs 'from' and a text 'value'")
-        speaker = turn.get("from")
-        if not isinstance(speaker, str) or speaker not in ROLES:
-            raise UserError(f"conversations[{number}]: unknown speaker {speaker!r}; known are {', '.join(ROLES)}")
-        turns.append(Turn(role=ROLES[speaker], text=turn["value"]))
-    return tuple(turns)
-
-
-def named_images(entry: dict[str, Any]) -> list[Any]:
-    """What an entry has under ``image`` or ``images``, as a list; null, an empty text or list name nothing."""
-    listed = [entry.get(key) for key in ("image", "images")]
-    image, images = ([] if value in (None, "") else value if isinstance(value, list) else [value] for value in listed)
-    return image or images
-
-
-def _parse_images(images: list[Any], root: Path) -> tuple[ImageSource, ...]:
-    """Names become paths below ``root``; what a reader has made a source already stays."""
-    if not all((isinstance(image, str) and image) or hasattr(image, "open") for image in images):
-        raise UserError("'image' must be a file name or a list of file names")
-    return tuple(root / image if isinstance(image, str) else image for image in images)
-
-
 def _check(records: Iterable[Record]) -> None:
     """Many records share pictures, and a look at a network file system is slow: every path is looked at once."""
     seen: set[ImageSource] = set()
@@ -212,6 +170,6 @@ def _check(records: Iterable[Record]) -> None:
         for image in record.images:
             if image not in seen and isinstance(image, Path) and not os.path.isfile(image):
                 raise MissingFileError(
-                    f"{record.origin} (id {record.id}): image {image} does not exist; check the image root"
+                    f"{record.origin} (id {clip(record.id)}): image {clip(image)} does not exist; check the image root"
                 )
             seen.add(image)

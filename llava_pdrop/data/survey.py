@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from tqdm import tqdm
 
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.records import Records
-from llava_pdrop.errors import RecordError, UserError
+from llava_pdrop.data.tokens import Unlabelled
+from llava_pdrop.errors import RecordError, UserError, clip
 from llava_pdrop.types import ImageSource, Record
 
 BLOCK = 512
@@ -37,18 +39,39 @@ LARGE = 10_000
 
 Size = tuple[int, int]
 Measure = Callable[[Sequence[Record], Sequence[Sequence[Size]]], list["int | RecordError"]]
-"""(records, sizes of their pictures) -> number of tokens of each, or why it cannot be used."""
+"""(records, sizes of their pictures) -> number of tokens of each (`Unlabelled` where none is trained on), or why it
+cannot be used."""
 
 UNUSABLE = -1
+
+LISTED = 10
+"""Keys that nobody reads which are named."""
 
 
 @dataclass(frozen=True)
 class Survey:
     """What a pass found: ``lengths`` (N,) int32, tokens of every record or `UNUSABLE`, and for each of these the
-    reason, by index."""
+    reason, by index. ``images`` (N,) int32: pictures of every usable record. ``unlabelled``: usable records of which no
+    token is trained on. ``unknown_keys``: key that nobody reads -> usable records that have it."""
 
     lengths: np.ndarray
     problems: dict[int, RecordError]
+    images: np.ndarray
+    unlabelled: np.ndarray
+    unknown_keys: Counter[str] = field(default_factory=Counter)
+
+    def of(self, indices: np.ndarray) -> Survey:
+        """What it found about these usable records only; of keys, about all."""
+        unlabelled = np.flatnonzero(np.isin(indices, self.unlabelled))
+        return Survey(self.lengths[indices], {}, self.images[indices], unlabelled, self.unknown_keys)
+
+    def unread(self) -> str | None:
+        """One line on the keys that nobody reads, None where there are none."""
+        if not self.unknown_keys:
+            return None
+        first = [f"'{clip(key, 60)}' ({count:,} records)" for key, count in self.unknown_keys.most_common(LISTED)]
+        more = f" and {len(self.unknown_keys) - LISTED:,} more" if len(self.unknown_keys) > LISTED else ""
+        return f"keys of the records that mean nothing here and are not read: {', '.join(first)}{more}"
 
     def first_problem(self) -> str:
         """One line on the first unusable record, how many there are, and what can be done."""
@@ -80,6 +103,15 @@ class ImageSizes:
         return [(width, height) for width, height in self.sizes[first : self.ends[index]].tolist()]
 
 
+@dataclass
+class Cached:
+    """What is kept of a pass: see `Survey`."""
+
+    lengths: np.ndarray
+    unlabelled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    unknown_keys: Counter[str] = field(default_factory=Counter)
+
+
 def survey(
     records: Records | Sequence[Record], measure: Measure, rules: str = "", workers: int = 0, cache: Path | None = None
 ) -> Survey:
@@ -90,13 +122,14 @@ def survey(
         workers: processes for a large data set; 0: this one.
         cache: directory for results, made if missing; None: nothing is kept. Used for `Records` only.
     """
-    lengths = np.full(len(records), UNUSABLE, np.int32)
+    before = Cached(np.full(len(records), UNUSABLE, np.int32))
     known: ImageSizes | None = None
     files: tuple[Path, Path] | None = None
     if cache is not None and isinstance(records, Records) and len(records) >= LARGE:
         data = records.fingerprint()
         files = cache / f"sizes-{_digest(data)}.npz", cache / f"lengths-{_digest(data, rules)}.npz"
-        known, lengths = _load(files, lengths)
+        known, before = _load(files, before)
+    lengths, unlabelled, keys = before.lengths, before.unlabelled.tolist(), before.unknown_keys
     todo = np.flatnonzero(lengths == UNUSABLE)
     problems: dict[int, RecordError] = {}
     found: dict[int, list[Size]] = {}
@@ -105,19 +138,26 @@ def survey(
     quiet = len(todo) < LARGE or os.environ.get("RANK", "0") != "0"
     with tqdm(total=len(todo), desc="counting tokens", unit=" records", unit_scale=True, disable=quiet) as bar:
         for block, results in loader:
-            for index, (result, sizes) in zip(block.tolist(), results):
+            for index, (result, sizes, unread) in zip(block.tolist(), results):
+                found[index] = sizes
                 if isinstance(result, RecordError):
                     problems[index] = result
-                else:
-                    lengths[index] = result
-                found[index] = sizes
+                    continue
+                lengths[index] = result
+                keys.update(unread)
+                if isinstance(result, Unlabelled):
+                    unlabelled.append(index)
             bar.update(len(block))
+    after = Cached(lengths, np.array(sorted(unlabelled), dtype=np.int64), keys)
     if files is not None and len(todo) > len(problems):
-        _save(files, lengths, known, found)
-    return Survey(lengths, problems)
+        _save(files, after, known, found)
+    images = np.zeros(len(records), np.int32) if known is None else np.diff(known.ends, prepend=0).astype(np.int32)
+    for index, sizes in found.items():
+        images[index] = len(sizes)
+    return Survey(lengths, problems, images, after.unlabelled, keys)
 
 
-class _Blocks(Dataset[tuple[np.ndarray, list[tuple["int | RecordError", list[Size]]]]]):
+class _Blocks(Dataset[tuple[np.ndarray, list[tuple["int | RecordError", list[Size], list[str]]]]]):
     """Blocks of records as the items of a data set, so that a `DataLoader` spreads them over processes, in order."""
 
     def __init__(self, records: Any, measure: Measure, todo: np.ndarray, known: ImageSizes | None) -> None:
@@ -130,21 +170,25 @@ class _Blocks(Dataset[tuple[np.ndarray, list[tuple["int | RecordError", list[Siz
         block = self.todo[number * BLOCK : (number + 1) * BLOCK]
         results: list[Any] = [None] * len(block)
         valid: dict[int, Record] = {}
+        unread: dict[int, list[str]] = {}
         for place, index in enumerate(block.tolist()):
             try:
-                valid[place] = self.records[index]
+                if isinstance(self.records, Records):
+                    valid[place], unread[place] = self.records.examined(index)
+                else:
+                    valid[place], unread[place] = self.records[index], []
             except RecordError as error:
-                results[place] = error, []
+                results[place] = error, [], []
         readable: dict[int, list[Size]] = {}
         for place, sizes in self._sizes(valid, block).items():
             problem = next((size for size in sizes if isinstance(size, str)), None)
             if problem is None:
                 readable[place] = sizes
             else:
-                results[place] = RecordError(valid[place].origin, valid[place].id, problem), []
+                results[place] = RecordError(valid[place].origin, valid[place].id, problem), [], []
         counts = self.measure([valid[place] for place in readable], list(readable.values()))
         for (place, sizes), count in zip(readable.items(), counts, strict=True):
-            results[place] = count, sizes
+            results[place] = count, sizes, unread[place]
         return block, results
 
     def _sizes(self, records: dict[int, Record], block: np.ndarray) -> dict[int, list[Any]]:
@@ -179,7 +223,11 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def _load(files: tuple[Path, Path], lengths: np.ndarray) -> tuple[ImageSizes | None, np.ndarray]:
+def _text(key: bytes) -> str:
+    return key.decode(errors="surrogatepass")
+
+
+def _load(files: tuple[Path, Path], before: Cached) -> tuple[ImageSizes | None, Cached]:
     """What the cache files hold, as far as they exist."""
     known = None
     if files[0].is_file():
@@ -187,21 +235,25 @@ def _load(files: tuple[Path, Path], lengths: np.ndarray) -> tuple[ImageSizes | N
             known = ImageSizes(stored["ends"], stored["sizes"])
     if files[1].is_file():
         with np.load(files[1]) as stored:
-            lengths = stored["lengths"]
-    return known, lengths
+            keys = Counter(dict(zip(map(_text, stored["keys"].tolist()), stored["counts"].tolist())))
+            before = Cached(stored["lengths"], stored["unlabelled"], keys)
+    return known, before
 
 
-def _save(
-    files: tuple[Path, Path], lengths: np.ndarray, known: ImageSizes | None, found: dict[int, list[Size]]
-) -> None:
+def _save(files: tuple[Path, Path], after: Cached, known: ImageSizes | None, found: dict[int, list[Size]]) -> None:
     """Writes both files, each in one move, so that other processes never see half of one."""
-    sizes = [found[i] if i in found else known.of(i) if known is not None else [] for i in range(len(lengths))]
+    sizes = [found[i] if i in found else known.of(i) if known is not None else [] for i in range(len(after.lengths))]
     flat = [size for picture_sizes in sizes for size in picture_sizes]
     ends = np.cumsum([len(picture_sizes) for picture_sizes in sizes])
     files[0].parent.mkdir(parents=True, exist_ok=True)
     contents: list[dict[str, np.ndarray]] = [
         {"ends": ends, "sizes": np.array(flat, dtype=np.int32).reshape(-1, 2)},
-        {"lengths": lengths},
+        {
+            "lengths": after.lengths,
+            "unlabelled": after.unlabelled,
+            "keys": np.array([key.encode(errors="surrogatepass") for key in after.unknown_keys], dtype=bytes),
+            "counts": np.array(list(after.unknown_keys.values()), dtype=np.int64),
+        },
     ]
     for file, arrays in zip(files, contents):
         temporary = file.with_suffix(f".{os.getpid()}.tmp")

@@ -3,28 +3,35 @@
 What becomes of unusual records:
 
 - several images, in any turn: each stays where it is written; a record without images is a sample without spans
+- an answer with ``loss: false`` or ``weight: 0``: written and not trained on
+- a system prompt: written where the template has a place for one, else the record is refused
 - an empty answer: as the template says (`Template.empty`); a record with empty answers only is refused, unless the
   template trains on them
 - a question nobody answered at the end: it is written and not trained on
 - a greeting in front of the first question: left out
 - a record longer than the limit: `Encoder.truncation`
 
+- a control token of the tokenizer written out in a text (``</s>``): refused, as it would act like the template's own
+- an image inside an answer: part of it, and not trained on
+
 A record that cannot be used is a `RecordError`, which names it and says why.
 """
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llava_pdrop.data.conversation import TEMPLATES, Piece, Template
+from llava_pdrop.data.conversation import TEMPLATES, Piece, Round, Template
 from llava_pdrop.data.labels import (
     IMAGE_SLOT,
     SURROGATE,
@@ -36,15 +43,21 @@ from llava_pdrop.data.labels import (
     expand_slots,
     token_counts,
 )
+from llava_pdrop.data.marks import control_tokens
 from llava_pdrop.errors import RecordError, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER, ImageInput, Record, Sample
 
 Truncation = Literal["turns", "tokens"]
-Round = tuple[str, str | None]
+
+NOTHING_TO_LEARN = "it has no answer, or only empty ones and such with loss: false or weight: 0: nothing to learn"
 
 BLOCK = 1024
 """Records whose texts `Encoder.lengths` tokenises in one call."""
+
+
+class Unlabelled(int):
+    """The number of tokens of a sample of which none is trained on."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,8 @@ class Encoder:
         """
         with _naming(record):
             expanded = self._encode(record, [image.size for image in images])
-        return _sample(record.id, expanded, images)
+        inside = [turn.role == "gpt" for turn in record.turns for _ in range(turn.text.count(IMAGE_MARKER))]
+        return _sample(record.id, expanded, images, inside if any(inside) else ())
 
     def prompt(self, record: Record, images: Sequence[ImageInput]) -> Sample:
         """A record tokenised for generation: up to where the answer to its last question starts, without labels. An
@@ -98,7 +112,7 @@ class Encoder:
         with _naming(record):
             sizes = [image.size for image in images]
             template = self._template(record)
-            pieces = template.generation_prompt(_rounds(template, record, sizes))
+            pieces = template.generation_prompt(self._rounds(template, record, sizes))
             ids, labels, spans = self._expand(encode_pieces(pieces, self.tokenizer), sizes)
             if not self._fits(ids):
                 raise UserError(
@@ -107,13 +121,15 @@ class Encoder:
         return _sample(record.id, (ids, [IGNORE_INDEX] * len(labels), spans), images)
 
     def length(self, record: Record, sizes: Sequence[Size]) -> int:
-        """Tokens `train` will make of a record, from its text and the (width, height) of its images alone.
+        """Tokens `train` will make of a record (`Unlabelled` where none of them is trained on), from its text and the
+        (width, height) of its images alone.
 
         Raises:
             RecordError: as `train`.
         """
         with _naming(record):
-            return len(self._encode(record, sizes)[0])
+            expanded = self._encode(record, sizes)
+        return len(expanded[0]) if _supervised(expanded) else Unlabelled(len(expanded[0]))
 
     def lengths(self, records: Sequence[Record], sizes: Sequence[Sequence[Size]]) -> list[int | RecordError]:
         """`length` of many records; where it would raise, the error stands in the result.
@@ -158,26 +174,47 @@ class Encoder:
         """The texts between the images if counting their tokens is all there is to do, else None."""
         try:
             template = self._template(record)
-            pieces = template.pieces(_rounds(template, record, sizes))
+            pieces = template.pieces(self._rounds(template, record, sizes))
         except UserError:
             return None
         text = "".join(piece.text for piece in pieces)
         if (image is not None and image in text) or SURROGATE.search(text):
             return None
-        if self.truncation == "turns" and not _surely_supervised(pieces, special):
+        if not _surely_supervised(pieces, special):
             return None
         return text.split(IMAGE_MARKER)
 
     def _template(self, record: Record) -> Template:
-        if record.template is None:
-            return self.template
-        if record.template not in TEMPLATES:
-            raise UserError(f"unknown template '{record.template}'; known are {', '.join(TEMPLATES)}")
-        return TEMPLATES[record.template]
+        template = self.template
+        if record.template is not None:
+            if record.template not in TEMPLATES:
+                raise UserError(f"unknown template '{record.template}'; known are {', '.join(TEMPLATES)}")
+            template = TEMPLATES[record.template]
+        return template.with_system(record.system)
+
+    def _rounds(self, template: Template, record: Record, sizes: Sequence[Size]) -> list[Round]:
+        rounds = template.rounds(record.turns)
+        if len(sizes) != (wanted := sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)):
+            raise UserError(f"{wanted} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
+        if self._controls is not None:
+            texts = [turn.text for turn in record.turns] + ([] if record.system is None else [record.system])
+            for text in texts:
+                if found := self._controls.search(text):
+                    reason = (
+                        f"its text has {found[0]!r} written out, which the tokenizer takes for a command: spell it "
+                        "otherwise, or leave the record out"
+                    )
+                    raise RecordError(record.origin, record.id, reason, "control_token")
+        return rounds
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str] | None:
+        """What only the template may write."""
+        return control_tokens(self.tokenizer)
 
     def _encode(self, record: Record, sizes: Sequence[Size]) -> Expanded:
         template = self._template(record)
-        by_round = template.pieces_by_round(_rounds(template, record, sizes))
+        by_round = template.pieces_by_round(self._rounds(template, record, sizes))
         whole = encode_pieces([piece for pieces in by_round for piece in pieces], self.tokenizer)
         if self.truncation == "tokens":
             return self._expand(whole, sizes, self.max_length)
@@ -185,8 +222,7 @@ class Encoder:
         if _supervised(expanded) and not self._fits(expanded[0]):
             expanded = self._first_rounds(by_round, sizes, whole)
         if not _supervised(expanded):
-            reason = "it has no answer, or empty ones only, so there is nothing to learn"
-            raise RecordError(record.origin, record.id, reason, "no_supervised_token")
+            raise RecordError(record.origin, record.id, NOTHING_TO_LEARN, "no_supervised_token")
         return expanded
 
     def _first_rounds(self, by_round: list[list[Piece]], sizes: Sequence[Size], whole: Encoded) -> Expanded:
@@ -246,13 +282,6 @@ def _naming(record: Record) -> Iterator[None]:
         raise RecordError(record.origin, record.id, str(error)) from None
 
 
-def _rounds(template: Template, record: Record, sizes: Sequence[Size]) -> list[Round]:
-    rounds = template.rounds(record.turns)
-    if len(sizes) != (wanted := sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)):
-        raise UserError(f"{wanted} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
-    return rounds
-
-
 def _supervised(expanded: Expanded) -> bool:
     labels = expanded[1]
     return labels.count(IGNORE_INDEX) < len(labels)
@@ -269,7 +298,7 @@ def _surely_supervised(pieces: Sequence[Piece], special: Sequence[str]) -> bool:
     return False
 
 
-def _sample(name: str, expanded: Expanded, images: Sequence[ImageInput]) -> Sample:
+def _sample(name: str, expanded: Expanded, images: Sequence[ImageInput], in_answer: Sequence[bool] = ()) -> Sample:
     ids, labels, spans = expanded
     return Sample(
         id=name,
@@ -277,4 +306,5 @@ def _sample(name: str, expanded: Expanded, images: Sequence[ImageInput]) -> Samp
         labels=torch.tensor(labels, dtype=torch.int64),
         images=tuple(images[: len(spans)]),
         image_spans=tuple(spans),
+        in_answer=tuple(in_answer[: len(spans)]),
     )

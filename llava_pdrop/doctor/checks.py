@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from llava_pdrop.data.conversation import TEMPLATES, Template
+from llava_pdrop.data.entries import parse_entry, unknown_keys
 from llava_pdrop.data.labels import SURROGATE
-from llava_pdrop.data.records import ROLES, Records, named_images, parse_entry
-from llava_pdrop.data.tokens import Encoder, Truncation
+from llava_pdrop.data.records import Records
+from llava_pdrop.data.tokens import NOTHING_TO_LEARN, Encoder, Truncation, Unlabelled
 from llava_pdrop.doctor.images import THREADS, Look, hash64, in_threads, look
-from llava_pdrop.errors import RecordError, UserError
-from llava_pdrop.types import IGNORE_INDEX, ImageInput, Record
+from llava_pdrop.errors import RecordError, UserError, clip
+from llava_pdrop.types import Record
 
 BLOCK = 512
 """Records that one process takes at a time."""
@@ -37,7 +36,8 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "format": Kind("not a LLaVA record"),
+    "format": Kind("not a record"),
+    "media": Kind("shows what is no picture (video, audio)"),
     "empty_conversation": Kind("a conversation without turns"),
     "image_markers": Kind("number of <image> markers is not the number of images"),
     "role_order": Kind("turns out of order"),
@@ -47,6 +47,7 @@ KINDS: dict[str, Kind] = {
     "no_supervised_token": Kind("nothing to learn"),
     "no_last_answer": Kind("evaluation only: does not end in an answer, so nothing can be scored"),
     "image_token": Kind("the tokenizer's image token written out in the text"),
+    "control_token": Kind("a control token written out in the text"),
     "not_tokenised": Kind("text the tokenizer cannot label"),
     "too_long": Kind("does not fit data.max_length, not even its first answer"),
     "over_budget": Kind("longer than data.tokens_per_batch"),
@@ -56,8 +57,6 @@ KINDS: dict[str, Kind] = {
     "non_rgb_image": Kind("image that is not RGB (converted when it is loaded)", refused=False),
 }
 """Name in reports -> what it means. Their order is that of the reports."""
-
-RECORD_KEYS, TURN_KEYS = {"id", "image", "images", "conversations"}, {"from", "value"}
 
 
 @dataclass(frozen=True)
@@ -158,11 +157,11 @@ class _Pass:
             except RecordError as error:
                 self._add(place, error.origin, error.id, "format", error.reason)
                 continue
-            self.keys.update(_unknown_keys(entry))
+            self.keys.update(unknown_keys(entry))
             try:
                 record = valid[place] = parse_entry(entry, part.image_root, origin, part.template)
             except RecordError as error:
-                self._add(place, error.origin, error.id, _kind(entry), error.reason)
+                self._add(place, error.origin, error.id, error.kind or "format", error.reason)
                 continue
             if entry.get("id") is not None:
                 ids[place] = hash64(record.id.encode(errors="surrogatepass"))
@@ -213,7 +212,9 @@ class _Pass:
                 if found.kind is not None:
                     self._add(place, record.origin, record.id, found.kind, found.problem, name)
                 elif found.mode != "RGB":
-                    self._add(place, record.origin, record.id, "non_rgb_image", f"{name}: mode {found.mode}", name)
+                    self._add(
+                        place, record.origin, record.id, "non_rgb_image", f"{clip(name)}: mode {found.mode}", name
+                    )
         return looks
 
     def _measure(self, records: dict[int, Record], looks: dict[str, Look], lengths: np.ndarray) -> None:
@@ -242,11 +243,9 @@ class _Pass:
             change = f"{lengths[place, 0]} tokens, shortened to {count}"
             self._add(place, record.origin, record.id, "shortened", change)
             lengths[place, 1] = count
-            if self.checks.truncation == "tokens":
-                images = [ImageInput(torch.empty(0), size) for size in sizes[place]]
-                if not (encoder.train(record, images).labels != IGNORE_INDEX).any():
-                    reason = f"all its answers lie behind the cut at {encoder.max_length} tokens"
-                    self._add(place, record.origin, record.id, "no_supervised_token", reason)
+            if isinstance(count, Unlabelled):
+                reason = f"all its answers lie behind the cut at {encoder.max_length} tokens"
+                self._add(place, record.origin, record.id, "no_supervised_token", reason)
         budget = self.checks.budget
         for place, record in records.items():
             if budget is not None and lengths[place, 1] > budget:
@@ -262,38 +261,17 @@ def structure(record: Record, template: Template) -> tuple[str, str] | None:
         if not turn.text.isascii() and SURROGATE.search(turn.text):
             return "not_tokenised", f"conversations[{number}]: holds half of a surrogate pair, which is no text"
     try:
+        template = template.with_system(record.system)
+    except UserError as error:
+        return "template", str(error)
+    try:
         rounds = template.rounds(record.turns)
     except UserError as error:
         roles = [turn.role for turn in record.turns]
         turned = [role == ("human", "gpt")[i % 2] for i, role in enumerate(roles[roles[0] == "gpt" :])]
         in_order = bool(turned) and all(turned)
         return "template" if in_order and template.question_only_images else "role_order", str(error)
-    answers = [answer for _, answer in rounds if answer is not None]
+    answers = [answer for _, answer, learnt in rounds if answer is not None and learnt]
     if not any(answers) and not (answers and template.empty == "trained"):
-        return "no_supervised_token", "it has no answer, or empty ones only, so there is nothing to learn"
+        return "no_supervised_token", NOTHING_TO_LEARN
     return None
-
-
-def _kind(entry: Any) -> str:
-    """The kind of problem of an entry that is no record."""
-    turns = entry.get("conversations") if isinstance(entry, dict) else None
-    if turns == []:
-        return "empty_conversation"
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return "format"
-    if not all(isinstance(turn.get("value"), str) and str(turn.get("from")) in ROLES for turn in turns):
-        return "format"
-    valid = all((isinstance(image, str) and image) or hasattr(image, "open") for image in named_images(entry))
-    return "image_markers" if valid else "format"
-
-
-def _unknown_keys(entry: Any) -> list[str]:
-    """Keys of an entry and of its turns that nobody reads."""
-    if not isinstance(entry, dict):
-        return []
-    keys = list(entry.keys() - RECORD_KEYS)
-    turns = entry.get("conversations")
-    for turn in turns if isinstance(turns, Sequence) else ():
-        if isinstance(turn, dict) and turn.keys() != TURN_KEYS:
-            keys += [f"conversations[].{key}" for key in turn.keys() - TURN_KEYS]
-    return list(dict.fromkeys(keys))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from llava_pdrop.data.images import image_header, load_image
 from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import as_it_is
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import QUOTED, UserError, clip
 from llava_pdrop.types import ImageSource
 
 THREADS = 8
@@ -55,9 +55,9 @@ def look(source: ImageSource, decode: bool = False) -> Look:
             load_image(source)
         return Look(size, mode, file_bytes(source))
     except FileNotFoundError:
-        return Look(None, "", -1, "missing_image", f"{source}: no such image")
+        return Look(None, "", -1, "missing_image", f"{clip(source)}: no such image")
     except (UserError, OSError) as error:
-        return Look(None, "", -1, "corrupt_image", str(error))
+        return Look(None, "", -1, "corrupt_image", clip(error, 2 * QUOTED))
 
 
 def file_bytes(source: ImageSource) -> int:

@@ -31,8 +31,9 @@ class Layout:
     """Where everything lies in the stream at one stage (host integers, see `PackedBatch`).
 
     ``image_totals`` (I) are the original token counts, from which every stage's budget is taken; ``droppable`` (I)
-    is False for images of samples without a query, which pass through whole (golden/README 4.6). ``least`` (I) is how
-    many tokens an image must keep: 1 where nothing else stands before a label or the query, 0 elsewhere.
+    is False for images of samples without a query, which pass through whole (golden/README 4.6), and for those inside
+    the last answer, which no query sees. ``least`` (I) is how many tokens an image must keep: 1 where nothing else
+    stands before a label or the query, 0 elsewhere.
     """
 
     seq_lens: list[int]
@@ -56,7 +57,9 @@ class Layout:
             seq_lens=batch.seq_lens,
             image_spans=batch.image_spans,
             image_totals=[stop - start for start, stop in batch.image_spans],
-            droppable=[bool(batch.answer_starts[sample]) for sample in sample_of],
+            droppable=[
+                _is_seen(batch, start, sample, ends) for (start, _), sample in zip(batch.image_spans, sample_of)
+            ],
             least=least,
             answer_starts=batch.answer_starts,
             label_positions=batch.label_positions,
@@ -183,6 +186,16 @@ class StreamPlan:
                 )
             stages.append(Stage(layout, segments, sent[f"position_T {stage}"], sent[f"query_Q {stage}"], candidates))
         return StreamPlan(stages, **{name: sent[name] for name in once})
+
+
+def _is_seen(batch: PackedBatch, start: int, sample: int, ends: Sequence[int]) -> bool:
+    """Whether the image at ``start`` can be ranked: its sample has a query, which comes behind it unless there is
+    nothing more to learn behind it."""
+    starts = batch.answer_starts[sample]
+    if not starts or start < starts[-1]:
+        return bool(starts)
+    following = bisect_right(batch.label_positions, start)
+    return following == len(batch.label_positions) or batch.label_positions[following] >= ends[sample]
 
 
 def _text_before(batch: PackedBatch) -> list[int]:

@@ -25,7 +25,7 @@ from llava_pdrop.config.load import RUN_FILE
 from llava_pdrop.cost.flops import step_flops
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, clip
 from llava_pdrop.model.vlm import MODULE, Output, PyramidLlava
 from llava_pdrop.runtime.clock import StepClock
 from llava_pdrop.runtime.preemption import Preemption, outlive_signals
@@ -369,7 +369,8 @@ class StepGuard:
 
     def _describe(self, losses: list[Tensor], samples: list[list[str]]) -> str:
         found = [
-            f"rank {self.rank}, micro-batch {number} of {len(losses)}, loss {loss:g}, samples {', '.join(ids)}"
+            f"rank {self.rank}, micro-batch {number} of {len(losses)}, loss {loss:g}, samples "
+            + ", ".join(map(clip, ids))
             for number, (loss, ids) in enumerate(zip(torch.stack(losses).tolist(), samples), 1)
             if loss != loss or loss in (float("inf"), float("-inf"))
         ]

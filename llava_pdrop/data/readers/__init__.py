@@ -1,9 +1,10 @@
 """Data formats. A new one is a function from a path to a sequence of entries, and a row in `READERS`.
 
-An entry is a pair: its *origin*, which error messages name (``file.json[3]``), and a LLaVA object with
-``conversations``, optional ``id`` and optional ``image`` (or ``images``): one or a list of file names relative to the
-image root, or of `llava_pdrop.types.ImageSource`. A plain list of pairs will do; the readers here return sequences that
-decode an entry when it is asked for, because a million decoded ones fill gigabytes in every process.
+An entry is a pair: its *origin*, which error messages name (``file.json[3]``), and an object as
+`llava_pdrop.data.entries` describes it: ``conversations`` or ``messages``, optional ``id`` and optional ``image`` (or
+``images``): one or a list of file names relative to the image root, or of `llava_pdrop.types.ImageSource`. A plain
+list of pairs will do; the readers here return sequences that decode an entry when it is asked for, because a million
+decoded ones fill gigabytes in every process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from llava_pdrop.data.readers.table import read_hf
 from llava_pdrop.data.readers.tar import read_webdataset
-from llava_pdrop.data.readers.text import read_jsonl, read_llava_json
+from llava_pdrop.data.readers.text import read_jsonl, read_llava_json, read_messages
 from llava_pdrop.errors import MissingFileError, UserError
 
 Entry = tuple[str, Any]
@@ -22,6 +23,7 @@ Entry = tuple[str, Any]
 READERS: dict[str, Callable[[Path], Sequence[Entry]]] = {
     "llava_json": read_llava_json,
     "jsonl": read_jsonl,
+    "messages": read_messages,
     "hf": read_hf,
     "webdataset": read_webdataset,
 }
@@ -29,7 +31,10 @@ READERS: dict[str, Callable[[Path], Sequence[Entry]]] = {
 SUFFIXES = {".json": "llava_json", ".jsonl": "jsonl", ".parquet": "hf", ".tar": "webdataset"}
 """File suffix -> key of `READERS`, used when no format is named."""
 
-DIRECTORIES = {"state.json": "hf", "dataset_dict.json": "hf", "*.parquet": "hf", "*.tar": "webdataset"}
+DIRECTORIES = {
+    "state.json": "hf", "dataset_dict.json": "hf", "*.parquet": "hf", "*.tar": "webdataset",
+    "*.json": "messages", "*.jsonl": "messages",
+}  # fmt: skip
 """What lies in a directory -> key of `READERS`, used when no format is named."""
 
 

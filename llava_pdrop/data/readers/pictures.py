@@ -1,15 +1,24 @@
-"""Pictures that are not files of their own (`llava_pdrop.types.ImageSource`): members of tar shards, cells of tables.
+"""Pictures that are not files of their own (`llava_pdrop.types.ImageSource`): members of tar shards, cells of tables,
+base64 inside the text of a record.
 
-A source is a few words (which file, where in it); it opens its file only when the picture is wanted, so records stay
-small and travel to worker processes without pixels.
+The first two are a few words (which file, where in it); they open their file only when the picture is wanted, so
+records stay small and travel to worker processes without pixels.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+
+from llava_pdrop.errors import UserError
+
+URL_SAFE = str.maketrans("-_", "+/")
+"""Letters of the base64 of web addresses -> those of plain base64."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,29 @@ class TableCell:
         if pyarrow.types.is_struct(picture.type):
             picture = picture["bytes"]
         return cast(BinaryIO, pyarrow.BufferReader(picture.as_buffer()))
+
+
+@dataclass(frozen=True)
+class InlinePicture:
+    """A picture that stands in its record, as ``base64``. It lives as long as the record does."""
+
+    base64: str = field(repr=False)
+
+    def __str__(self) -> str:
+        digest = hashlib.blake2b(self.base64.encode(errors="surrogatepass"), digest_size=6).hexdigest()
+        return f"base64 picture {digest} of {len(self.base64):,} characters"
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """The bytes as a file.
+
+        Raises:
+            UserError: not base64.
+        """
+        letters = "".join(self.base64.split()).translate(URL_SAFE).rstrip("=")
+        try:
+            return io.BytesIO(base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True))
+        except (binascii.Error, ValueError) as error:
+            raise UserError(f"not base64: {error}") from None
 
 
 def pictures_of(cell: Any) -> list[Any]:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.data.readers.pictures import TableCell, is_list, pictures_of
-from llava_pdrop.errors import RecordError, UserError
+from llava_pdrop.errors import RecordError, UserError, clip
 
-TEXT_COLUMNS = ("id", "conversations")
+TEXT_COLUMNS = ("id", "conversations", "messages", "system", "loss", "weight")
 IMAGE_COLUMNS = ("image", "images")
+
+HELD = "(not read)"
+"""Stands in an entry for what any other column holds: that it has such a key is all that is asked."""
 
 
 class TableEntries(Sequence[tuple[str, Any]]):
@@ -28,6 +31,8 @@ class TableEntries(Sequence[tuple[str, Any]]):
         self._text = dataset.select_columns([name for name in TEXT_COLUMNS if name in dataset.column_names])
         self._column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
         self._images = dataset.select_columns([self._column]) if self._column else None
+        others = [name for name in dataset.column_names if name not in (*TEXT_COLUMNS, self._column)]
+        self._others = dataset.select_columns(others) if others else None
         if self._column and not _holds_pictures(found := dataset.features.arrow_schema.field(self._column).type):
             raise UserError(
                 f"{path}: column '{self._column}' is of type {found}; a picture is a file name, bytes, or an image of "
@@ -43,7 +48,10 @@ class TableEntries(Sequence[tuple[str, Any]]):
         try:
             (entry,) = self._text[int(index)].to_pylist()
         except ValueError as error:  # pyarrow's: broken UTF-8, a broken file
-            raise RecordError(origin, None, str(error)) from None
+            raise RecordError(origin, None, clip(error)) from None
+        if self._others is not None:
+            row = self._others[int(index)]
+            entry |= {name: HELD for name in row.column_names if _holds_something(row.column(name)[0])}
         if self._images is not None:
             cell = self._images[int(index)].column(self._column)[0]
             entry["image"] = [self._source(picture, int(index), i) for i, picture in enumerate(pictures_of(cell))]
@@ -73,7 +81,7 @@ def read_hf(path: Path) -> TableEntries:
     parquet file cannot be read alone; that takes as much disk space again.
 
     Raises:
-        UserError: several splits, not readable, or no column ``conversations``.
+        UserError: several splits, not readable, or no column ``conversations`` or ``messages``.
     """
     import datasets
     import pyarrow
@@ -94,9 +102,9 @@ def read_hf(path: Path) -> TableEntries:
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{path}: cannot be read as a Hugging Face data set: {reason}") from None
-    if "conversations" not in dataset.column_names:
-        found = ", ".join(dataset.column_names)
-        raise UserError(f"{path}: has no column 'conversations' (columns: {found}); rename or convert it")
+    if not {"conversations", "messages"} & set(dataset.column_names):
+        found = clip(", ".join(dataset.column_names))
+        raise UserError(f"{path}: has no column 'conversations' or 'messages' (columns: {found}); rename or convert it")
     return TableEntries(path, dataset)
 
 
@@ -108,6 +116,18 @@ def _read_footer(file: str) -> None:
         pyarrow.parquet.read_schema(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def _holds_something(cell: Any) -> bool:
+    import pyarrow.types as of
+
+    if not cell.is_valid:
+        return False
+    if is_list(cell.type):
+        return len(cell) > 0
+    if of.is_struct(cell.type):
+        return any(_holds_something(value) for value in cell.values())
+    return not _is_text(cell.type) or bool(cell.as_py())
 
 
 def _is_text(type: Any) -> bool:

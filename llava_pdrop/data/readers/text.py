@@ -1,5 +1,5 @@
-"""LLaVA JSON (one list of objects) and JSON lines. The text stays in the file, which is memory-mapped and shared by all
-processes of a machine; kept per record are two numbers, where it begins and ends."""
+"""JSON (one list of objects) and JSON lines, one file or all of a directory. The text stays in the file, which is
+memory-mapped and shared by all processes of a machine; kept per record are two numbers, where it begins and ends."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import codecs
 import json
 import mmap
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava_pdrop.errors import RecordError, UserError
+from llava_pdrop.errors import RecordError, UserError, clip
 
 BLOCK = 1 << 22
 """Bytes read at a time when a JSON list is taken apart."""
@@ -50,15 +50,74 @@ class TextEntries(Sequence[tuple[str, Any]]):
         origin = self._origin.format(path=self.path, n=number)
         try:
             return origin, json.loads(self._text[self._starts[index] : self._stops[index]])
-        except ValueError as error:  # broken JSON or broken UTF-8
-            raise RecordError(origin, None, f"not valid JSON: {error}") from None
+        except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8
+            raise RecordError(origin, None, f"not valid JSON: {clip(error)}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_text": None}
 
 
-def read_jsonl(path: Path) -> TextEntries:
-    """Entries of a file with one JSON object per line (empty lines are skipped), with their origin ``file.jsonl:3``."""
+class JoinedEntries(Sequence[tuple[str, Any]]):
+    """The entries of several files, file after file.
+
+    Attributes:
+        files: the files.
+    """
+
+    def __init__(self, parts: Sequence[TextEntries]) -> None:
+        self.parts = tuple(parts)
+        self.files = [part.path for part in parts]
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        """Raises: RecordError: not valid JSON. IndexError: there is no such entry."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+def read_jsonl(path: Path) -> Sequence[tuple[str, Any]]:
+    """Entries of a file with one JSON object per line (empty lines are skipped), with their origin ``file.jsonl:3``, or
+    of all such files of a directory."""
+    return _read_directory(path, (".jsonl",), "jsonl") if path.is_dir() else _read_lines(path)
+
+
+def read_llava_json(path: Path) -> Sequence[tuple[str, Any]]:
+    """Entries of a JSON list, each with its origin ``file.json[3]``, or of all such files of a directory."""
+    return _read_directory(path, (".json",), "llava_json") if path.is_dir() else _read_list(path)
+
+
+def read_messages(path: Path) -> Sequence[tuple[str, Any]]:
+    """Entries of a JSON list or of JSON lines, whichever the file or the files of a directory hold."""
+    return _read_directory(path, tuple(BY_SUFFIX), "messages") if path.is_dir() else _reader_of(path)(path)
+
+
+def _read_directory(path: Path, suffixes: Sequence[str], name: str) -> JoinedEntries:
+    """All files with these suffixes in a directory, not below it, in order of their names.
+
+    Raises:
+        UserError: there are none, or one is no list of records.
+    """
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.is_file())
+    if not files:
+        wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
+        raise UserError(f"{path}: cannot be read as {name}: there is no {wanted} in this directory")
+    return JoinedEntries([_reader_of(file)(file) for file in files])
+
+
+def _reader_of(path: Path) -> Callable[[Path], TextEntries]:
+    """By the suffix of a file, or else by how it begins."""
+    if reader := BY_SUFFIX.get(path.suffix.lower()):
+        return reader
+    with path.open("rb") as file:
+        return _read_list if file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[" else _read_lines
+
+
+def _read_lines(path: Path) -> TextEntries:
     starts, stops, numbers, at = [], [], [], 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -71,13 +130,15 @@ def read_jsonl(path: Path) -> TextEntries:
     return TextEntries(path, np.array(starts), np.array(stops), "{path}:{n}", np.array(numbers))
 
 
-def read_llava_json(path: Path) -> TextEntries:
-    """Entries of a JSON list, each with its origin ``file.json[3]``."""
+def _read_list(path: Path) -> TextEntries:
     try:
         bounds = np.fromiter(_list_bounds(path), dtype=np.dtype((np.int64, 2)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return TextEntries(path, bounds[:, 0].copy(), bounds[:, 1].copy(), "{path}[{n}]")
+
+
+BY_SUFFIX: dict[str, Callable[[Path], TextEntries]] = {".json": _read_list, ".jsonl": _read_lines}
 
 
 def _list_bounds(path: Path) -> Iterator[tuple[int, int]]:
@@ -99,6 +160,8 @@ def _list_bounds(path: Path) -> Iterator[tuple[int, int]]:
                 text.next()
                 try:
                     _, stop = parse(text.buffer, text.at)
+                except RecursionError:
+                    raise UserError(f"not valid JSON: nested too deeply near byte {text.byte}") from None
                 except json.JSONDecodeError as error:
                     cut = error.pos >= len(text.buffer) - _LITERAL or error.msg.startswith("Unterminated string")
                     if cut and text.more():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_pdrop.data.records import read_records
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, clip
 from llava_pdrop.types import Record
 
 
@@ -35,7 +35,9 @@ def llava_json(path: str | Path, image_root: str | Path | None = None) -> list[Q
     questions = []
     for record in read_records(path, image_root):
         if record.turns[-1].role != "gpt":
-            raise UserError(f"{record.origin} (id {record.id}): does not end in an answer, so nothing can be scored")
+            raise UserError(
+                f"{record.origin} (id {clip(record.id)}): does not end in an answer, so nothing can be scored"
+            )
         questions.append(Question(record, record.turns[-1].text.strip()))
     return questions
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from llava_pdrop.data.conversation import TEMPLATES, Template, image_to_front
+from llava_pdrop.data.conversation import TEMPLATES, Round, Template, image_to_front
 from llava_pdrop.types import Turn
 from tests.messages import says
 
@@ -181,5 +181,42 @@ def test_conversations_a_template_cannot_write(name, conversation, message):
         TEMPLATES[name].rounds(conversation)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_record_may_bring_its_own_system_prompt(name):
+    """In training and in prompts it stands where the template's own does, marks and all."""
+    template = TEMPLATES[name]
+    assert template.with_system(None) is template
+    if name in ("plain", "v0_plain", "mistral_instruct", "gemma"):
+        with pytest.raises(ValueError, match=says("no place", "system prompt", "model.template", "qwen_2")):
+            template.with_system("Be {brief}.")
+        return
+    own = template.with_system("Be {brief}.")
+    rounds = own.rounds(turns("<image>\nWhat?", "A cat."))
+    for before, after in ((template.pieces(rounds), own.pieces(rounds)), *[
+        (each.generation_prompt(rounds), mine.generation_prompt(rounds))
+        for each, mine in ((template, own), (replace(template, prompt_as=None), replace(own, prompt_as=None)))
+    ]):  # fmt: skip
+        before, after = ("".join(piece.text for piece in pieces) for pieces in (before, after))
+        assert after.count("Be {brief}.") == 1 and "curious" not in after and "helpful" not in after
+        start, _, rest = after.partition("Be {brief}.")
+        assert before.startswith(start) and before.endswith(rest if template.system else rest.removeprefix("\n"))
+
+
+def test_an_answer_that_is_not_learnt_is_written():
+    conversation = [*turns("What?", "A dog."), *turns("Sure?", "A cat.")]
+    conversation[1] = replace(conversation[1], learnt=False)
+    for template in TEMPLATES.values():
+        if template.question_only_images:
+            continue
+        pieces, whole = (
+            template.pieces(template.rounds(t)) for t in (conversation, turns("What?", "A dog.", "Sure?", "A cat."))
+        )
+        assert "".join(p.text for p in pieces) == "".join(p.text for p in whole)
+        assert [p.text for p in pieces if p.is_target] == [p.text for p in whole if p.is_target][1:]
+    plain = TEMPLATES["plain"]
+    (answer,) = plain.pieces(plain.rounds([Turn("human", "<image>"), Turn("gpt", "", learnt=False)]))[1:]
+    assert answer.text == "\n" and not answer.is_target
+
+
 def test_a_greeting_is_left_out():
-    assert TEMPLATES["v1"].rounds([Turn("gpt", "Welcome!"), *turns("What?", "A cat.")]) == [("What?", "A cat.")]
+    assert TEMPLATES["v1"].rounds([Turn("gpt", "Welcome!"), *turns("What?", "A cat.")]) == [Round("What?", "A cat.")]

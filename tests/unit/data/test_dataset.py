@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -163,6 +165,31 @@ def test_a_second_run_reads_the_cache(make_dataset, data_file, tmp_path, picture
 
     data_file.write_text(data_file.read_text() + " ")  # another file: everything anew
     assert len(run()[2]) == 7
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_keys_that_nobody_reads_and_records_without_a_label(make_dataset, tmp_path, picture, monkeypatch, cached):
+    monkeypatch.setattr(survey, "LARGE", 1)
+    picture(60, 60, "a.png")
+    talk = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "no", "score": 1}]
+    long = [{"from": "human", "value": "x" * 200}, {"from": "gpt", "value": "no"}]
+    entries = [{"model": "x", "image": "a.png", "conversations": talk}] * 3 + [{"model": "y", "conversations": long}]
+    entries.append({"model": "z", "tags": [], "conversations": []})  # unusable: not counted
+    (tmp_path / "d.json").write_text(json.dumps(entries))
+    for _ in range(2 if cached else 1):
+        made = make_dataset(
+            read_data(tmp_path / "d.json"),
+            max_length=100,
+            truncation="tokens",
+            cache=tmp_path / "cache" if cached else None,
+        )
+        found = made.survey
+        assert found.unknown_keys == {"model": 4, "conversations[].score": 3}
+        assert found.images.tolist() == [1, 1, 1, 0, 0] and found.unlabelled.tolist() == [3]
+        assert re.search(says("'model' (4 records)", "'conversations[].score' (3 records)"), found.unread())
+        rest = found.of(np.array([0, 3]))
+        assert rest.images.tolist() == [1, 0] and rest.unlabelled.tolist() == [1] and not rest.problems
+    assert make_dataset([make_record("Hi?", "a")]).survey.unread() is None
 
 
 def test_the_cache_belongs_to_template_geometry_and_tokenizer(make_dataset, records, tokenizer):

@@ -244,3 +244,11 @@ def test_values_that_are_no_greys_are_refused(tmp_path, value):
     Image.fromarray(np.array([[0.5, value, 0.25]], np.float32)).save(tmp_path / "depth.tiff")
     with pytest.raises(UserError, match=says("depth.tiff", "65535")):
         load_image(tmp_path / "depth.tiff")
+
+
+def test_a_name_as_long_as_a_picture_is_no_line_as_long(tmp_path):
+    """A path where the system refuses the name itself, and one where it only finds nothing."""
+    for name in ("x" * 845_000, "y/" * 2000 + "a.png"):
+        with pytest.raises(ValueError, match=says("image")) as error:
+            image_size(tmp_path / name)
+        assert len(str(error.value)) < 400

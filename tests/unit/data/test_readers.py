@@ -186,7 +186,7 @@ def test_bad_containers_are_named(tmp_path):
     datasets.DatasetDict(train=table(), test=table()).save_to_disk(tmp_path / "splits")
     refused(tmp_path / "splits", r"holds the splits train, test; name one of them, e\.g\. .*splits.train")
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "other")
-    refused(tmp_path / "other", r"has no column 'conversations' \(columns: text\)")
+    refused(tmp_path / "other", says("'conversations'", "'messages'", "columns: text"))
     cells = [{**row, "images": [{"bytes": None, "path": None}]} for row in table().to_list()[:1]]
     features = datasets.Features(
         {**table().features, "images": [{"bytes": datasets.Value("binary"), "path": datasets.Value("string")}]}
@@ -240,6 +240,42 @@ def test_the_same_key_in_two_shards_is_two_records(tmp_path):
 def test_a_dot_too_much_in_a_tar_key(tmp_path, names, broken, key):
     with pytest.raises(ValueError, match=says(f"a.tar:{key}", broken, "first dot")):
         read_records(members(tmp_path / "a.tar", *names))
+
+
+def test_messages_in_containers(tmp_path, expected):
+    """Pictures of the container take the place of what the parts name; other columns are not lost without a word."""
+    import datasets
+
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    messages = [
+        {"role": "user", "content": parts, "loss": None},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}], "loss": True},
+    ]
+    row = {
+        "id": "one",
+        "messages": messages,
+        "images": [{"bytes": encoded(0), "path": None}],
+        "source": "x",
+        "video": None,
+    }
+    datasets.Dataset.from_list([row, {**row, "id": "two", "source": None}]).to_parquet(tmp_path / "m.parquet")
+    records = read_records(tmp_path / "m.parquet")
+    assert [turn.text for turn in records[0].turns] == ["<image>\nWhat?", "a cat"]
+    assert image_size(records[0].images[0]) == SIZES[0]
+    assert records.examined(0)[1] == ["source"] and records.examined(1)[1] == []
+
+    datasets.Dataset.from_list([{**row, "video": "v.mp4"}]).to_parquet(tmp_path / "v.parquet")
+    with pytest.raises(ValueError, match=says("v.parquet[0]", "id one", "'video'")):
+        read_records(tmp_path / "v.parquet")
+
+    parts[0]["image"] = "an old name.png"
+    with tarfile.open(tmp_path / "m.tar", "w") as tar:
+        for name, content in (("k.json", json.dumps({"messages": messages}).encode()), ("k.png", encoded(0))):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (record,) = read_records(tmp_path / "m.tar")
+    assert record.images[0].name == "k.png" and record.turns == records[0].turns
 
 
 def test_a_broken_tar_loses_no_record_silently(tmp_path):

@@ -50,7 +50,7 @@ def test_json_and_jsonl_give_the_same_records(tmp_path, picture):
     ("entry", "message"),
     [
         ({**ENTRY, "conversations": []}, says("at least one turn")),
-        ({"id": "a"}, says("at least one turn")),
+        ({"id": "a"}, says("'conversations'", "'messages'", "id")),
         ("text", says("object")),
         (
             {**ENTRY, "conversations": [{"from": "robot", "value": "x"}]},
@@ -105,6 +105,50 @@ def test_a_file_that_cannot_be_opened(tmp_path, format):
     assert str(error.value).startswith(f"{tmp_path}: ")
 
 
+def test_a_directory_of_json_is_one_data_set(tmp_path, picture):
+    """Files in order of their names, lists and lines, both layouts; what lies beside them is left alone."""
+    image = picture()
+    messages = {"images": ["picture.png"], "messages": [{"role": "user", "content": "<image>Hi"}]}
+    write(tmp_path / "b.json", [{**ENTRY, "id": "b0"}, {**ENTRY, "id": "b1"}])
+    write(tmp_path / "a.jsonl", json.dumps({**messages, "id": "a0"}) + "\n\n" + json.dumps({**ENTRY, "id": "a1"}))
+    write(tmp_path / "c.json", [])
+    (tmp_path / "below").mkdir()
+    write(tmp_path / "below" / "d.json", "not for us")
+    records = read_records(tmp_path)
+    assert [record.id for record in records] == ["a0", "a1", "b0", "b1"]
+    assert records[3].origin == f"{tmp_path}/b.json[1]" and records[1].origin == f"{tmp_path}/a.jsonl:3"
+    assert {source for record in records for source in record.images} == {image}
+    assert pickle.loads(pickle.dumps(records))[3] == records[3]
+    assert [record.id for record in read_records(tmp_path, format="llava_json")] == ["b0", "b1"]
+    assert [record.id for record in read_records(tmp_path, format="jsonl")] == ["a0", "a1"]
+    first = records.fingerprint()
+    picture(40, 40)
+    assert read_records(tmp_path).fingerprint() == first
+    write(tmp_path / "c.json", [ENTRY])
+    assert read_records(tmp_path).fingerprint() != first
+
+
+def test_a_directory_with_a_file_that_is_no_list_of_records(tmp_path):
+    write(tmp_path / "a.json", [{**ENTRY, "image": None, "conversations": [TEXT_ONLY, ANSWER]}])
+    write(tmp_path / "info.json", {"version": 1})
+    with pytest.raises(ValueError, match=says("info.json", "list of records")):
+        read_records(tmp_path)
+
+
+def test_messages_are_a_format_too(tmp_path):
+    entry = {"messages": [{"role": "user", "content": "Hi"}]}
+    for name, content in (("a.txt", [entry]), ("b.txt", json.dumps(entry)), ("c.jsonl", json.dumps(entry))):
+        assert len(read_records(write(tmp_path / name, content), format="messages")) == 1
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+def test_json_nested_too_deeply_is_one_line(tmp_path, name):
+    path = write(tmp_path / name, '[{"id": ' + "[" * 200_000 + "]" * 200_000 + "}]")
+    with pytest.raises(ValueError, match=says(name, "JSON")) as error:
+        read_records(path)
+    assert len(str(error.value)) < 400
+
+
 def test_missing_files(tmp_path):
     path = write(tmp_path / "d.json", [ENTRY])
     with pytest.raises(FileNotFoundError, match=says("id a", "picture.png", "exist")):
@@ -154,7 +198,7 @@ def test_records_are_decoded_when_asked_for(tmp_path):
     for name in ("d.json", "d.jsonl"):
         lines = entries if name == "d.json" else "\n".join(map(json.dumps, entries))
         records = read_records(write(tmp_path / name, lines), check=False)
-        with pytest.raises(RecordError, match=says("at least one turn")) as error:
+        with pytest.raises(RecordError, match=says("'conversations'", "'messages'", "id, conversations")) as error:
             records[3]
         assert (error.value.id, error.value.origin) == (
             "3",

@@ -24,6 +24,8 @@ from llava_pdrop.data.records import read_records
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import RecordError
 from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Record, Turn
 from tests.messages import says
 
@@ -109,6 +111,78 @@ def test_qa_sample(tokenizer, image_token_id):
     assert show(sample, tokenizer) == ("<s>" + "#" * 16 + "\nWhich? 7\n", " 7\n")
     assert sample.image_spans == ((1, 17),) and sample.images == (IMAGE,) and sample.id == "r1"
     assert PackedBatch.pack([sample]).answer_starts == [[len(sample.input_ids) - 3]]
+
+
+def test_system_prompts_and_answers_that_are_not_learnt(tokenizer, image_token_id):
+    record = make_record("<image>\nWhich?", "7", "Sure?", "8")
+    turns = (record.turns[0], replace(record.turns[1], learnt=False), *record.turns[2:])
+    record = replace(record, system="Be brief.", turns=turns)
+    for name, before in (("qa", "Be brief.\n"), ("v1", "Be brief. USER: ")):
+        encoder = Encoder(TEMPLATES[name], tokenizer, image_token_id, PAD)
+        sample = encoder.train(record, [IMAGE])
+        text, target = show(sample, tokenizer)
+        assert text.startswith(f"<s>{before}{'#' * 16}\nWhich?") and "7" in text
+        assert target in (" 8\n", " 8</s>") and len(PackedBatch.pack([sample]).answer_starts[0]) == 1
+        assert encoder.lengths([record], [[IMAGE.size]]) == [len(sample.input_ids)]
+        prompt = show(encoder.prompt(record, [IMAGE]), tokenizer)[0]
+        assert prompt == text[: len(prompt)] and len(prompt) > 40
+    with pytest.raises(RecordError, match=says("id r1", "no place", "system prompt")):
+        Encoder(TEMPLATES["gemma"], tokenizer, image_token_id, PAD).train(record, [IMAGE])
+    nothing = replace(record, turns=turns[:2])
+    with pytest.raises(RecordError, match=says("id r1", "no answer", "loss: false", "weight: 0")):
+        Encoder(QA, tokenizer, image_token_id, PAD).train(nothing, [IMAGE])
+
+
+@pytest.mark.parametrize("template", ["qa", "v1", "qwen_2", "llava_v0"])
+@pytest.mark.parametrize(
+    "answer", ["Here: <image> it is", "<image>", "<image> and more", "it <image>", "<image><image> two"]
+)
+def test_an_image_in_an_answer_is_part_of_it(tokenizer, image_token_id, template, answer):
+    """What ranks is a text token of the instruction, once per answer; no image token ever does."""
+    record = make_record("<image>\nShow me", answer, "And?", "no")
+    images = [IMAGE] * (1 + answer.count("<image>"))
+    encoder = Encoder(TEMPLATES[template], tokenizer, image_token_id, PAD)
+    for texts in (record, replace(record, turns=record.turns[:2])):
+        sample = encoder.train(texts, images)
+        (starts,) = PackedBatch.pack([sample]).answer_starts
+        assert len(starts) == len(texts.turns) // 2
+        bare = encoder.train(make_record("<image>\nShow me", "x"), [IMAGE])
+        assert starts[0] == PackedBatch.pack([bare]).answer_starts[0][0]
+        assert all(sample.input_ids[start - 1] != image_token_id for start in starts)
+
+
+def test_an_image_that_no_query_sees_stays_whole(tokenizer, image_token_id):
+    schedule = Schedule(layers=(1,), ratios=(0.5,))
+
+    def kept(*texts):
+        sample = Encoder(QA, tokenizer, image_token_id, PAD).train(make_record(*texts), [IMAGE, IMAGE])
+        layout = layouts_of(PackedBatch.pack([sample]), schedule)[1]
+        return [stop - start for start, stop in layout.image_spans]
+
+    assert kept("<image>\nShow me", "Here: <image> it is") == [8, 16]
+    assert kept("<image>\nShow me", "Here: <image> it is", "And?", "no") == [8, 8]
+    assert kept("<image>\nShow me", "no", "<image>?") == [8, 8]  # as the official code does with what is never asked
+
+
+@pytest.mark.parametrize("place", ["question", "answer", "system"])
+@pytest.mark.parametrize("token", ["</s>", "<s>"])
+def test_control_tokens_in_a_text_are_refused(tokenizer, image_token_id, place, token):
+    texts = {
+        name: f"It is {token}, the end." if name == place else "It is." for name in ("question", "answer", "system")
+    }
+    record = replace(make_record(texts["question"], texts["answer"]), system=texts["system"])
+    encoder = Encoder(QA, tokenizer, image_token_id, PAD)
+    for use in (encoder.train, encoder.prompt):
+        with pytest.raises(RecordError, match=says("made.json[0]", "id r1", repr(token), "command")) as error:
+            use(record, [])
+        assert error.value.kind == "control_token"
+    (found,) = encoder.lengths([record], [[]])
+    assert isinstance(found, RecordError) and found.kind == "control_token"
+
+
+def test_the_unknown_token_and_what_only_looks_like_a_command_are_text(tokenizer, image_token_id):
+    record = make_record("What is <unk>, </S>, < /s>, <|im_end|>?", "No </p> command.")
+    assert show(Encoder(QA, tokenizer, image_token_id, PAD).train(record, []), tokenizer)[1] == " No </p> command.\n"
 
 
 def test_several_images(tokenizer, image_token_id):
@@ -234,7 +308,7 @@ WORDS = [
     "USER: no",
     "a longer answer, with words",
     "日本語",
-    "</s>",
+    "</b>",
     "😀👍🏽",
     "##",
 ]

@@ -27,7 +27,7 @@ from llava_pdrop.doctor.checks import KINDS, Checks
 from llava_pdrop.doctor.examine import Findings, examine
 from llava_pdrop.doctor.images import SAMPLE, look, same_content
 from llava_pdrop.doctor.report import describe
-from llava_pdrop.errors import RecordError
+from llava_pdrop.errors import RecordError, clip
 from llava_pdrop.geometry import ImageGeometry
 from tests.messages import says
 
@@ -57,6 +57,8 @@ BAD: dict[str, dict[str, Any] | list[Any]] = {
     "role_order": {"id": "o", "conversations": [*talk("What?"), *talk("And?", "a cat")]},
     "missing_image": {"id": "x", "image": "none.png", "conversations": talk("<image>What?", "a cat")},
     "corrupt_image": {"id": "c", "image": "broken.png", "conversations": talk("<image>What?", "a cat")},
+    "media": {"id": "v", "video": "a.mp4", "conversations": talk("What?", "a cat")},
+    "control_token": {"id": "k", "conversations": talk("What?", "a </s> cat")},
     "no_supervised_token": {"id": "s", "conversations": talk("What?", "")},
     "not_tokenised": {"id": "u", "conversations": talk("What\ud800?", "a cat")},
     "image_token": {"id": "i", "conversations": talk("<|picture|> what?", "a cat")},
@@ -175,7 +177,7 @@ def test_turns_of_the_wrong_form(write, check, turns):
 
 def test_without_tokens_the_structure_is_checked(write, check):
     found = check(write(GOOD, *BAD.values()), encoder=None)
-    by_tokens = {"image_token", "too_long", "shortened"}
+    by_tokens = {"image_token", "control_token", "too_long", "shortened"}
     assert {kind for kind in KINDS if found.count(kind)} == set(BAD) - by_tokens
     assert (found.lengths == doctor_checks.UNKNOWN).all()
 
@@ -207,7 +209,7 @@ def test_cutting_to_the_token_refuses_no_record(write, check, encoder):
     assert found.count("no_supervised_token") == 2  # one has no answer, of the other it lies behind the cut
     assert {"l", "s"} == {problem.id for problem in found.problems["no_supervised_token"]}
     refused = {"format", "empty_conversation", "image_markers", "role_order", "missing_image", "corrupt_image"}
-    assert len(found.clean) == 1 + len(BAD) - len(refused | {"image_token", "not_tokenised"})
+    assert len(found.clean) == 1 + len(BAD) - len(refused | {"image_token", "not_tokenised", "media", "control_token"})
 
 
 @pytest.mark.process
@@ -261,7 +263,7 @@ def test_names_that_no_picture_can_have(images, name):
     (images / "a_directory").mkdir()
     seen = look(images / name)
     assert (seen.kind, seen.size, seen.bytes) == ("corrupt_image", None, -1)
-    assert re.match(re.escape(f"{images / name}: ") + says("read", "image"), seen.problem)
+    assert re.match(re.escape(f"{clip(images / name)}: ") + says("read", "image"), seen.problem)
 
 
 def test_a_picture_shown_twice_is_no_duplicate(write, check):
@@ -270,10 +272,10 @@ def test_a_picture_shown_twice_is_no_duplicate(write, check):
 
 
 def test_unknown_keys_are_counted(write, check):
-    turns = [{**turn, "weight": 1} for turn in talk("<image>What?", "a cat")]
+    turns = [{**turn, "note": 1} for turn in talk("<image>What?", "a cat")]
     odd = {**GOOD, "id": "odd", "model": "x", "conversations": turns}
     found = check(write(GOOD, odd, {**odd, "id": "more"}))
-    assert found.unknown_keys == {"model": 2, "conversations[].weight": 2} and found.clean.tolist() == [0, 1, 2]
+    assert found.unknown_keys == {"model": 2, "conversations[].note": 2} and found.clean.tolist() == [0, 1, 2]
 
 
 def test_report(write, check, encoder):
