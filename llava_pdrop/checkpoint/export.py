@@ -108,7 +108,9 @@ def save_original(
     )
     write_shards(directory, rename(tensors, MEMORY_TO_ORIGINAL), shard_size)
     write_json(directory / "config.json", config)
+    ends = source.generation.eos_token_id  # of a run also those of its template, which no config.json has
     ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids |= {} if ends is None else {"eos_token_id": ends}
     write_json(directory / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
     if source.tokenizer is not None:
         write_original_tokenizer(source.tokenizer, directory)

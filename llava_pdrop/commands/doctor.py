@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.doctor.cost import predict
     from llava_pdrop.doctor.examine import examine_set, verdict, what_training_does
     from llava_pdrop.doctor.report import describe, draw, to_markdown
+    from llava_pdrop.train.data_checks import check_templates
 
     path = Path(args.config)
     config = load_config(path / RUN_FILE if path.is_dir() else path, args.overrides)
@@ -74,6 +75,9 @@ def run(args: argparse.Namespace) -> None:
         if section.eval is None:
             raise UserError(f"{config.file}: data.eval names nothing to check; leave --eval out")
         sets["eval"] = read_records(section.eval, section.image_root, check=False)  # no mixture, as in evaluation
+    if encoder is not None:
+        for line in check_templates(config, sets["train"], encoder.tokenizer):
+            print(line)
     out.mkdir(parents=True, exist_ok=True)
     found = {name: examine_set(config, name, records, encoder, args, workers) for name, records in sets.items()}
     data: dict[str, Any] = {}
@@ -96,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / TEXT).write_text(to_markdown(report), encoding="utf-8", errors="backslashreplace")
     _show(report, out)
-    if any(entry["usable"] < entry["records"] for entry in data.values()):
+    if training["nothing_learnt"] or any(entry["usable"] < entry["records"] for entry in data.values()):
         raise SystemExit(1)
 
 

@@ -238,20 +238,34 @@ def what_training_does(config: Config, train: dict[str, Any]) -> dict[str, Any]:
     share = left_out / train["records"]
     skips = config.data.on_invalid == "skip" and share <= config.data.max_invalid and train["usable"] > 0
     skips = skips and "over_budget" not in train["problems"]
+    nothing = nothing_learnt(config, train)
     return {
         "on_invalid": config.data.on_invalid,
         "max_invalid": config.data.max_invalid,
         "refused_records": left_out,
         "refused_share": share,
-        "would_start": not left_out or skips,
-        "would_use_every_record": not left_out,
+        "would_start": (not left_out or skips) and nothing is None,
+        "would_use_every_record": not left_out and nothing is None,
+        "nothing_learnt": nothing,
     }
+
+
+def nothing_learnt(config: Config, train: dict[str, Any]) -> str | None:
+    """Why no record teaches anything, though each can be used (as `llava_pdrop.train.data_checks` finds out)."""
+    empty = train["problems"].get("no_supervised_token", {}).get("records", 0)
+    if config.data.truncation == "tokens" and empty == train["distinct_records"]:
+        return "no record has a label left: raise data.max_length, or data.truncation=turns"
+    if "language_model" not in config.model.trainable and not train["images"]["records_with_images"]:
+        return "model.trainable learns from pictures only, and no record shows one: add language_model, or pictures"
+    return None
 
 
 def verdict(data: dict[str, Any], training: dict[str, Any], no_tokens: bool, index: Path) -> str:
     known = " (tokens were not counted, so records may still be too long)" if no_tokens else ""
     train, lines = data["train"], []
-    if training["would_use_every_record"]:
+    if training["nothing_learnt"] is not None:
+        lines.append(f"Training would not start: {training['nothing_learnt']}.")
+    elif training["would_use_every_record"]:
         lines.append(f"Training would start and use every record{known}.")
     else:
         setting = f"data.on_invalid: {training['on_invalid']}"

@@ -34,6 +34,7 @@ from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.adapters import adapt
 from llava_pdrop.train.arguments import learning_rates, training_arguments
 from llava_pdrop.train.checks import check_arguments, check_run, stage1_config
+from llava_pdrop.train.data_checks import add_ends, check_learning, check_templates
 from llava_pdrop.train.history import (
     checkpoint_to_resume,
     clear,
@@ -207,10 +208,11 @@ def build_model(config: Config, parts: Parts) -> PyramidLlava:
 
 
 def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
-    """The training samples, after a pass over all records that counts their tokens and finds what cannot be used.
+    """The training samples, after a pass over all records that counts their tokens and finds what cannot be used. The
+    model learns here, too, at which tokens ``generate`` will stop.
 
     Raises:
-        UserError: unknown template or format, or data that cannot be used.
+        UserError: unknown template or format, or data that cannot be used, or do not fit the tokenizer or what learns.
     """
     section, name = config.data, config.model.template
     check_name(config, "model.template", name, TEMPLATES)
@@ -223,6 +225,9 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
         index = CleanIndex.read(Path(section.index))
         records = index.choose(records, f"{config.file}: data.index {section.index}")
         say(f"data.index: {len(records):,} of {index.records:,} records are used")
+    for line in check_templates(config, records, parts.tokenizer):
+        say(line)
+    add_ends(parts.hf.generation_config, config, records, parts.tokenizer)
     dataset = ConversationDataset(
         records,
         Encoder(
@@ -237,14 +242,19 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
         workers=min(os.cpu_count() or 1, 16),
         cache=Path(section.cache).expanduser() if section.cache is not None else None,
     )
+    usable = dataset
     if section.on_invalid == "stop":
         dataset.lengths()  # reports the first record that cannot be used
-        return dataset
-    report = Path(config.output_dir) / SKIPPED_FILE if os.environ.get("RANK", "0") == "0" else None
-    usable = dataset.without_unusable(section.max_invalid, report)
-    if len(usable) < len(dataset):
-        left_out = len(dataset) - len(usable)
-        say(f"{left_out:,} of {len(dataset):,} records cannot be used and are left out, listed in {report}")
+    else:
+        report = Path(config.output_dir) / SKIPPED_FILE if os.environ.get("RANK", "0") == "0" else None
+        usable = dataset.without_unusable(section.max_invalid, report)
+        if len(usable) < len(dataset):
+            left_out = len(dataset) - len(usable)
+            say(f"{left_out:,} of {len(dataset):,} records cannot be used and are left out, listed in {report}")
+    if unread := usable.survey.unread():
+        say(f"data.train: {unread}")
+    for line in check_learning(config, usable):
+        say(line)
     return usable
 
 

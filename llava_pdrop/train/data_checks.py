@@ -1,0 +1,99 @@
+"""Do the parts of a run fit each other? Its templates and the tokenizer, its data and what of the model may learn: each
+can be right alone, and a run of both still teach nothing, or the wrong thing, without an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llava_pdrop.config.schema import Config
+from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.dataset import ConversationDataset
+from llava_pdrop.data.marks import end_ids, fitting, split_marks
+from llava_pdrop.data.records import Records
+from llava_pdrop.errors import ConfigError
+
+FEW = 0.01
+"""Share of records without a label from which on it is said."""
+
+SEE_PICTURES = {"projector", "vision_tower"}
+"""Parts of the model that learn from pictures only."""
+
+
+def templates_of(config: Config, records: Records) -> list[str]:
+    """Names of the conversation templates that the records of a run are written in."""
+    return list(dict.fromkeys(part.template or config.model.template for part in records.parts))
+
+
+def check_templates(config: Config, records: Records, tokenizer: Any) -> list[str]:
+    """Compares the templates of a run with its tokenizer.
+
+    Returns:
+        lines for the user on marks of plain-text templates.
+
+    Raises:
+        ConfigError: a mark that must be one token is several: the model would learn to write its letters.
+    """
+    lines = []
+    for name in templates_of(config, records):
+        key = (
+            f"{config.file}: model.template"
+            if name == config.model.template
+            else f"{config.file}: data.train: template"
+        )
+        split, plain = split_marks(TEMPLATES[name], tokenizer)
+        if split:
+            names = fitting(tokenizer)
+            remedy = (
+                f"take a template that the tokenizer knows ({', '.join(names)})" if names else "take a plain one (qa)"
+            )
+            raise ConfigError(
+                f"{key} {name}: {', '.join(split)} must each be one token and fall into several with the tokenizer of "
+                f"{config.model.path or config.model.language_model}: {remedy}, or add them to the tokenizer"
+            )
+        if plain:
+            marks = ", ".join(map(repr, plain))
+            lines.append(f"{key} {name}: {marks} are several tokens with this tokenizer, so they are trained as text")
+    return lines
+
+
+def check_learning(config: Config, dataset: ConversationDataset) -> list[str]:
+    """Compares what may learn with the usable records.
+
+    Returns:
+        lines for the user on records that teach nothing.
+
+    Raises:
+        ConfigError: no record teaches anything: none has a label, or those that have one show no picture to the parts
+            that learn from pictures.
+    """
+    found, total = dataset.survey, len(dataset)
+    cut = f"data.max_length={config.data.max_length} (data.truncation=tokens)"
+    empty = len(found.unlabelled)
+    if empty == total:
+        raise ConfigError(
+            f"{config.file}: none of the {total:,} records has a label left: all answers lie behind the cut at {cut}: "
+            "raise it, or data.truncation=turns"
+        )
+    learning = set(config.model.trainable)
+    labelled = np.ones(total, bool)
+    labelled[found.unlabelled] = False
+    if learning <= SEE_PICTURES and not found.images[labelled].any():
+        raise ConfigError(
+            f"{config.file}: model.trainable: {', '.join(sorted(learning))} learn from pictures only, and none of the "
+            f"{total:,} records of data.train shows one: add language_model, or data with pictures"
+        )
+    if empty > FEW * total:
+        return [f"{empty:,} of {total:,} records ({empty / total:.1%}) have no label left behind the cut at {cut}"]
+    return []
+
+
+def add_ends(generation: Any, config: Config, records: Records, tokenizer: Any) -> None:
+    """Puts the tokens that end an answer in the templates of a run among those at which ``generate`` stops; the base
+    may know others only."""
+    before = generation.eos_token_id
+    ids = [] if before is None else list(before) if isinstance(before, list | tuple) else [before]
+    for name in templates_of(config, records):
+        ids += [token for token in end_ids(TEMPLATES[name], tokenizer) if token not in ids]
+    generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
