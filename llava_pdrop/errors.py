@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ UNUSABLE = (
 """What the system says of a file that is named: it may not be used, is not there or of another kind, or its disk does
 not work. The rest (a closed descriptor, too many open files, a broken connection) is no matter of files: a bug, or
 nothing that its name would help to mend."""
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Line ends, other control characters, and halves of characters, which no terminal takes."""
 
 QUOTED = 200
 """Characters of a user's data that stand in a message at most."""
@@ -121,8 +125,8 @@ def first_line(error: BaseException) -> str:
 
 def clip(value: object, most: int = QUOTED) -> str:
     """``value`` as it stands in a message: without its middle where it is longer than ``most`` characters, since data
-    may hold whole pictures where a name is expected."""
-    text = str(value)
+    may hold whole pictures where a name is expected; and what would break the line, or cannot be printed, escaped."""
+    text = UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], str(value))
     if len(text) <= most:
         return text
     left_out = f"... ({len(text):,} characters) ..."
