@@ -12,7 +12,7 @@ COMPATIBILITY := tests/unit/model tests/unit/generate tests/unit/train tests/uni
 on_transformers = set -e; overlay=$$(bash scripts/overlay.sh $(1)); PYTHONPATH=$$overlay OMP_NUM_THREADS=1 \
 	$(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(COMPATIBILITY) $(PYTEST_ARGS)
 
-.PHONY: help setup test test-newest test-oldest test-fast test-slurm test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
+.PHONY: help setup test test-newest test-oldest test-fast test-slurm test-long test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,11 @@ test-oldest: setup ## the same on the oldest one
 test-faults: setup ## kill training runs at 20 random moments per engine and compare their ends, bit by bit (long)
 	OMP_NUM_THREADS=1 LLAVA_PDROP_FAULTS=$(if $(LLAVA_PDROP_FAULTS),$(LLAVA_PDROP_FAULTS),20) \
 		$(PYTHON_VENV) -m pytest -n $(JOBS) tests/faults $(PYTEST_ARGS)
+
+test-long: setup ## 10,000 cases of every property test, and the long kill tests
+	OMP_NUM_THREADS=1 LLAVA_PDROP_EXAMPLES=10000 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup \
+		$$(grep -rl "^from hypothesis" tests) $(PYTEST_ARGS)
+	$(MAKE) test-faults
 
 test-slurm: setup ## train, preempt, requeue and resume under a real Slurm of two nodes (skipped where none is installed)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n0 tests/slurm $(PYTEST_ARGS)
