@@ -39,7 +39,7 @@ test-faults: setup ## kill training runs at 20 random moments per engine and com
 
 test-long: setup ## 10,000 cases of every property test, and the long kill tests
 	OMP_NUM_THREADS=1 LLAVA_PDROP_EXAMPLES=10000 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup \
-		$$(grep -rl "^from hypothesis" tests) $(PYTEST_ARGS)
+		$$(grep -rl "^import hypothesis" tests) $(PYTEST_ARGS)
 	$(MAKE) test-faults
 
 test-slurm: setup ## train, preempt, requeue and resume under a real Slurm of two nodes (skipped where none is installed)

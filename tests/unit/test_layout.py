@@ -48,6 +48,7 @@ LONGEST, SHORTEST = 400, 40
 ENTRIES = ("data.readers.", "eval.benchmarks.", "commands.")
 
 OF_THE_WHOLE = {
+    "data/test_random_records.py": "what makes samples of records, fed with random ones",
     "test_bare.py": "which packages a GPU machine must have",
     "test_configs_build.py": "the files in configs",
     "test_documents.py": "what the documents name",

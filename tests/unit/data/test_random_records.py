@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
+import hypothesis
 import torch
+from hypothesis import strategies as st
 
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.entries import parse_entry, unknown_keys
@@ -22,9 +23,6 @@ from llava_pdrop.data.tokens import Encoder, Unlabelled
 from llava_pdrop.errors import QUOTED, RecordError, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER, ImageInput, PackedBatch, Record, Turn
-
-hypothesis = pytest.importorskip("hypothesis")
-st = hypothesis.strategies
 
 EXAMPLES = int(os.environ.get("LLAVA_PDROP_EXAMPLES", "200"))
 cases = hypothesis.settings(
