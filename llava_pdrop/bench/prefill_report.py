@@ -20,7 +20,8 @@ from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
 from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.style import STYLE, markdown_table
+from llava_pdrop.report.pictures import save_picture, subplots
+from llava_pdrop.report.style import markdown_table
 from llava_pdrop.runtime.clock import Span, quartiles
 from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.schedule import Schedule
@@ -137,9 +138,9 @@ def write(report: dict[str, Any], directory: Path, name: str) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     files = [directory / (name + suffix) for suffix in (".json", ".md", ".png")]
     files[0].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    files[1].write_text(_markdown(report, files[2].name), encoding="utf-8")
-    draw(report, files[2])
-    return files
+    pictured = save_picture(files[2], lambda: bars(report))
+    files[1].write_text(_markdown(report, files[2].name if pictured else None), encoding="utf-8")
+    return files if pictured else files[:2]
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
@@ -161,24 +162,12 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     (console or Console()).print(table)
 
 
-def draw(report: dict[str, Any], file: Path) -> None:
+def bars(report: dict[str, Any]) -> Any:
     """Prefill latency and cache size of every case as bars, a colour per method; no bar where memory ran out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        figure = _bars(plt, report)
-        figure.savefig(file)
-        plt.close(figure)
-
-
-def _bars(plt: Any, report: dict[str, Any]) -> Any:
     results = report["results"]
     cases = list(dict.fromkeys((result["image_tokens"], result["batch"]) for result in results))
     methods = list(dict.fromkeys(result["method"] for result in results))
-    figure, axes = plt.subplots(1, 2, figsize=(max(8.0, 2.4 + 1.6 * len(cases)), 4.2), layout="constrained")
+    figure, axes = subplots(1, 2, figsize=(max(8.0, 2.4 + 1.6 * len(cases)), 4.2), layout="constrained")
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
         own = [result for result in results if result["method"] == method and not result["out_of_memory"]]
@@ -247,14 +236,15 @@ def _notes(report: dict[str, Any]) -> str:
     )
 
 
-def _markdown(report: dict[str, Any], picture: str) -> str:
+def _markdown(report: dict[str, Any], picture: str | None) -> str:
     environment = report["environment"]
     versions = ", ".join(
         f"{key} {environment[key]}" for key in ("torch", "transformers", "cuda", "commit", "date", "seed")
     )
     table = markdown_table(HEADERS, [_cells(result) for result in report["results"]])
     command = f"`{environment['command']}`"
-    return f"# {_title(report)}\n\n{table}\n{_notes(report)}\n\n{command}; {versions}\n\n![]({picture})\n"
+    text = f"# {_title(report)}\n\n{table}\n{_notes(report)}\n\n{command}; {versions}\n"
+    return text if picture is None else f"{text}\n![]({picture})\n"
 
 
 def bench_prefill(

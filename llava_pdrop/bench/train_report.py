@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +19,8 @@ from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.train_step import Measured, Trainer
 from llava_pdrop.bench.variants import Compared
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.style import STYLE, markdown_table
+from llava_pdrop.report.pictures import save_picture, subplots
+from llava_pdrop.report.style import markdown_table
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of, quartiles
 from llava_pdrop.runtime.device import peak_flops
 
@@ -190,9 +192,9 @@ def write(report: dict[str, Any], stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.parent / f"{stem.name}{suffix}" for suffix in (".json", ".md", ".png")]
     files[0].write_text(json.dumps(_plain(report), separators=(",", ":")) + "\n", encoding="utf-8")
-    files[1].write_text(markdown(report, files[2].name), encoding="utf-8")
-    draw(report, files[2])
-    return files
+    pictured = save_picture(files[2], partial(step_bars, report))
+    files[1].write_text(markdown(report, files[2].name if pictured else None), encoding="utf-8")
+    return files if pictured else files[:2]
 
 
 def _round(values: Sequence[float]) -> list[float]:
@@ -226,15 +228,16 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     return found
 
 
-def markdown(report: dict[str, Any], picture: str) -> str:
-    """The report as text; ``picture`` is the file name of its PNG."""
+def markdown(report: dict[str, Any], picture: str | None) -> str:
+    """The report as text; ``picture`` is the file name of its PNG, if there is one."""
     machine, stock = report["environment"], report["workload"]
     steps = len(report["runs"][0]["steps"]["loss"])
     text = [f"# Training step: {report['shape']['name']}\n"]
     for title, head, lines in tables(report):
         text.append(f"## {title}\n\n{markdown_table(head, lines)}")
     text.append(NOTES.format(steps=steps, clock=report["times"]["seconds"]))
-    text.append(f"![Where the time of a step goes]({picture})\n")
+    if picture is not None:
+        text.append(f"![Where the time of a step goes]({picture})\n")
     size = machine["device_memory_gib"]
     host = f"{machine['device_count']} cores, {machine['threads']} used" if size is None else f"{size} GiB"
     settings = {
@@ -273,35 +276,28 @@ def show(report: dict[str, Any]) -> None:
             console.print(escape(_verdict(run)), highlight=False)
 
 
-def draw(report: dict[str, Any], file: Path) -> None:
-    """Draws a bar per run, stacked by where the time of its median step goes, into the PNG ``file``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def step_bars(report: dict[str, Any]) -> Any:
+    """A bar per run, stacked by where the time of its median step goes."""
     runs = [run for run in report["runs"] if "parts" in run]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8.4, 2.0 + 0.7 * len(runs)), layout="constrained")
-        for place, run in enumerate(runs):
-            left = 0.0
-            for part, (label, colour) in BARS.items():
-                width = max(0.0, 1000 * run["parts"][part])
-                axes.barh(place, width, left=left, height=0.6, color=colour, label=label if place == 0 else None)
-                left += width
-            saved = run.get("realised_reduction")
-            text = f" {left:,.4g} ms" + (f"  ({-saved:+.1%})" if saved is not None else "")
-            axes.text(left, place, text, va="center", ha="left")
-        axes.set_yticks(range(len(runs)), [run["name"] for run in runs])
-        axes.set_ylim(len(runs) - 0.5, -0.5)
-        axes.margins(x=0.22)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"milliseconds per training step ({report['clock']}, medians of the parts)")
-        axes.set_title(f"Where the time goes: {report['shape']['name']} on {report['environment']['device']}")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-        figure.savefig(file)
-        plt.close(figure)
+    figure, axes = subplots(figsize=(8.4, 2.0 + 0.7 * len(runs)), layout="constrained")
+    for place, run in enumerate(runs):
+        left = 0.0
+        for part, (label, colour) in BARS.items():
+            width = max(0.0, 1000 * run["parts"][part])
+            axes.barh(place, width, left=left, height=0.6, color=colour, label=label if place == 0 else None)
+            left += width
+        saved = run.get("realised_reduction")
+        text = f" {left:,.4g} ms" + (f"  ({-saved:+.1%})" if saved is not None else "")
+        axes.text(left, place, text, va="center", ha="left")
+    axes.set_yticks(range(len(runs)), [run["name"] for run in runs])
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.margins(x=0.22)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"milliseconds per training step ({report['clock']}, medians of the parts)")
+    axes.set_title(f"Where the time goes: {report['shape']['name']} on {report['environment']['device']}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    return figure
 
 
 def _column(run: dict[str, Any], optimizer_kind: str) -> dict[str, str]:

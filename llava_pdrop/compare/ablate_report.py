@@ -10,16 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
 from llava_pdrop.compare.ablate import AblationRow
 from llava_pdrop.compare.variants import Ablation
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.style import COLOURS, INK, STYLE, markdown_table, print_table, text_of
+from llava_pdrop.report.pictures import save_picture, subplots
+from llava_pdrop.report.style import COLOURS, INK, markdown_table, print_table, text_of
 
 ABLATION_FILE, RESULTS_FILE, PICTURE_FILE = "ablation.md", "ablation.json", "ablation.png"
 
@@ -66,20 +63,17 @@ def write(ablation: Ablation, rows: Sequence[AblationRow]) -> Path:
     directory = ablation.output_dir
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RESULTS_FILE).write_text(json.dumps(_plain(ablation, rows), indent=1) + "\n")
-    with plt.rc_context(STYLE):
-        figure = draw(ablation, rows)
-        figure.savefig(directory / PICTURE_FILE, facecolor="white")
-        plt.close(figure)
+    pictured = save_picture(directory / PICTURE_FILE, lambda: draw(ablation, rows), facecolor="white")
     file = directory / ABLATION_FILE
-    file.write_text("\n".join(_markdown(ablation, rows)))
+    file.write_text("\n".join(_markdown(ablation, rows, pictured)), encoding="utf-8")
     return file
 
 
-def draw(ablation: Ablation, rows: Sequence[AblationRow]) -> plt.Figure:
+def draw(ablation: Ablation, rows: Sequence[AblationRow]) -> Any:
     """Bars side by side, a variant per line: image tokens, time saved (with marks where the count of operations and the
     paper have it) and accuracy."""
     panels = 2 + any(row.evaluation for row in rows)
-    figure, (tokens, saved, *rest) = plt.subplots(
+    figure, (tokens, saved, *rest) = subplots(
         1, panels, sharey=True, figsize=(1.6 + 3.1 * panels, 1.5 + 0.42 * len(rows)), layout="constrained"
     )
     for axes in (tokens, saved, *rest):
@@ -113,7 +107,7 @@ def draw(ablation: Ablation, rows: Sequence[AblationRow]) -> plt.Figure:
 
 
 def _bars(
-    axes: plt.Axes,
+    axes: Any,
     rows: Sequence[AblationRow],
     values: Sequence[float | None],
     text: str,
@@ -143,7 +137,7 @@ def _kind(row: AblationRow) -> str:
     return "pyramid_drop" if row.plan.schedule.layers else "vanilla"
 
 
-def _markdown(ablation: Ablation, rows: Sequence[AblationRow]) -> list[str]:
+def _markdown(ablation: Ablation, rows: Sequence[AblationRow], pictured: bool) -> list[str]:
     head, *lines = table_rows(ablation, rows)
     trained = ablation.checkpoint is None
     text = [f"# {ablation.name}", "", markdown_table(head, lines)]
@@ -152,8 +146,7 @@ def _markdown(ablation: Ablation, rows: Sequence[AblationRow]) -> list[str]:
         "is their cost by the paper's formula (arXiv 2410.17247, section 3.3). " + (TRAINED if trained else EVALUATED),
         "",
         *([] if trained else [f"The model is `{ablation.checkpoint}`.", ""]),
-        f"![{ablation.name}]({PICTURE_FILE})",
-        "",
+        *([f"![{ablation.name}]({PICTURE_FILE})", ""] if pictured else []),
     ]
     for row in rows:
         if row.paper and row.paper.scores:

@@ -4,37 +4,40 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from llava_pdrop.compare.rows import Comparison, ComparisonRow, Example
-from llava_pdrop.report.style import COLOURS, GRID, INK, STYLE
+from llava_pdrop.report.pictures import save_picture, subplots
+from llava_pdrop.report.style import COLOURS, GRID, INK
 
 LABELS = {"vanilla": "vanilla", "pyramid_drop": "PyramidDrop"}
 
 
 def draw(comparison: Comparison, directory: Path) -> dict[str, str]:
     """Draws what there is material for; returns what is shown -> file name in ``directory``."""
-    files = {}
-    with plt.rc_context(STYLE):
-        if any(comparison.losses.values()):
-            files["loss"] = _save(loss_curves(comparison.losses), directory / "loss.png")
-        if any(row.timing is not None for row in comparison.rows):
-            files["time"] = _save(step_times(comparison.rows), directory / "step_time.png")
-        if comparison.examples:
-            files["tokens"] = _save(surviving_tokens(comparison.examples), directory / "tokens.png")
-    return files
+    wanted: dict[str, tuple[str, Callable[[], Any]]] = {}
+    if any(comparison.losses.values()):
+        wanted["loss"] = "loss.png", lambda: loss_curves(comparison.losses)
+    if any(row.timing is not None for row in comparison.rows):
+        wanted["time"] = "step_time.png", lambda: step_times(comparison.rows)
+    if comparison.examples:
+        wanted["tokens"] = "tokens.png", lambda: surviving_tokens(comparison.examples)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # an answer may hold any character
+        return {
+            shown: name
+            for shown, (name, figure) in wanted.items()
+            if save_picture(directory / name, figure, facecolor="white")
+        }
 
 
-def loss_curves(losses: dict[str, list[tuple[int, float]]]) -> plt.Figure:
+def loss_curves(losses: dict[str, list[tuple[int, float]]]) -> Any:
     """Loss per label token over steps, faint, with a running mean in front."""
-    figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    figure, axes = subplots(figsize=(7.2, 3.6), layout="constrained")
     for name, points in losses.items():
         if not points:
             continue
@@ -58,11 +61,11 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def step_times(rows: Sequence[ComparisonRow]) -> plt.Figure:
+def step_times(rows: Sequence[ComparisonRow]) -> Any:
     """Bars of seconds per step, with a mark where the count of operations says PyramidDrop's should end."""
     timed = [row for row in rows if row.timing is not None]
     kind = "wall seconds (CUDA events)" if timed[0].timing.device == "cuda" else "CPU seconds"
-    figure, axes = plt.subplots(figsize=(7.2, 0.9 + 0.75 * len(timed)), layout="constrained")
+    figure, axes = subplots(figsize=(7.2, 0.9 + 0.75 * len(timed)), layout="constrained")
     full = timed[0].timing.seconds if timed[0].name == "vanilla" else None
     for place, row in enumerate(timed):
         seconds = row.timing.seconds
@@ -83,12 +86,12 @@ def step_times(rows: Sequence[ComparisonRow]) -> plt.Figure:
     return figure
 
 
-def surviving_tokens(examples: Sequence[Example]) -> plt.Figure:
+def surviving_tokens(examples: Sequence[Example]) -> Any:
     """A row per example: the picture, then what is left of it after every drop; dropped patches are dark."""
     columns = len(examples[0].kept)
     shape = np.asarray(examples[0].kept[0].shape)
     height = 2.3 * min(1.6, max(0.6, shape[0] / shape[1]))
-    figure, grid = plt.subplots(
+    figure, grid = subplots(
         len(examples),
         columns,
         figsize=(2.3 * columns + 1.9, (height + 0.35) * len(examples)),
@@ -117,7 +120,7 @@ def shade(picture: np.ndarray, kept: np.ndarray, patch: int) -> np.ndarray:
     return np.where(mask, picture, dark).astype(np.uint8)
 
 
-def _caption(axes: plt.Axes, example: Example) -> None:
+def _caption(axes: Any, example: Example) -> None:
     right = example.answer.strip().lower() == example.gold.strip().lower()
     question, gold, answer = (
         textwrap.shorten("".join(c if c.isprintable() else " " for c in text), length, placeholder=" …")
@@ -132,11 +135,3 @@ def _caption(axes: plt.Axes, example: Example) -> None:
         (-0.08, 0.02), xycoords="axes fraction", ha="right", va="bottom", fontsize=9, fontweight="bold",
         color="#2B7A4B" if right else "#B3372F",
     )  # fmt: skip
-
-
-def _save(figure: plt.Figure, file: Path) -> str:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # an answer may hold any character
-        figure.savefig(file, facecolor="white")
-    plt.close(figure)
-    return file.name

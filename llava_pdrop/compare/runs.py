@@ -7,10 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from rich.console import Console
 
 from llava_pdrop.checkpoint.shards import read_json
@@ -21,7 +17,8 @@ from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import EVALUATION_FILE
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.report.style import COLOURS, STYLE, markdown_table, print_table, text_of
+from llava_pdrop.report.pictures import save_picture, subplots
+from llava_pdrop.report.style import COLOURS, markdown_table, print_table, text_of
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, Timing, timing_of
 
@@ -150,13 +147,16 @@ def markdown(runs: Sequence[Run], rows: list[list[str]], pictured: bool) -> list
 
 
 def draw(runs: Sequence[Run], file: Path) -> bool:
-    """Bars of the time saved, measured beside reported; False where no run has either."""
+    """Bars of the time saved, measured beside reported; False where no run has either, or it cannot be drawn."""
     bars = [(run.name, run.saved, run.config.paper.saved if run.config.paper else None) for run in runs]
     bars = [bar for run, bar in zip(runs, bars) if run.config.schedule.layers and bar[1:] != (None, None)]
     if not bars:
         return False
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7, 1 + 0.6 * len(bars)), layout="constrained")
+
+    def bars_of() -> Any:
+        from matplotlib.patches import Rectangle
+
+        figure, axis = subplots(figsize=(7, 1 + 0.6 * len(bars)), layout="constrained")
         for row, (_, measured, reported) in enumerate(bars):
             for place, value, colour in ((-0.2, measured, "pyramid_drop"), (0.2, reported, "vanilla")):
                 if value is not None:
@@ -165,11 +165,11 @@ def draw(runs: Sequence[Run], file: Path) -> bool:
         axis.set_yticks(range(len(bars)), [name for name, *_ in bars])
         axis.invert_yaxis()
         axis.set_xlabel("training time saved (%): step time of these runs; GPU hours in the paper")
-        handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in ("pyramid_drop", "vanilla")]
+        handles = [Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in ("pyramid_drop", "vanilla")]
         axis.legend(handles, ["these runs", "the paper"], loc="lower right")
-        figure.savefig(file)
-        plt.close(figure)
-    return True
+        return figure
+
+    return save_picture(file, bars_of)
 
 
 def _model(run: Run) -> tuple[Any, ...]:

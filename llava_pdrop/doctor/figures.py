@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LogNorm
 
-from llava_pdrop.report.style import STYLE
+from llava_pdrop.report.pictures import save_picture, subplots
 
 BAR, MARK = "#3E5C76", "#E2703A"
 
@@ -19,10 +15,11 @@ LARGEST = 99.9
 """Percentile up to which lengths and sizes are drawn; the last bin holds what lies behind."""
 
 
-def length_histogram(lengths: np.ndarray, limit: int | None, file: Path) -> None:
-    """Draws how many records have how many tokens, before truncation; ``limit`` is marked."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+def length_histogram(lengths: np.ndarray, limit: int | None, file: Path) -> bool:
+    """Draws how many records have how many tokens, before truncation; ``limit`` is marked. Returns whether it could."""
+
+    def draw() -> Any:
+        figure, axes = subplots(figsize=(7.2, 3.4), layout="constrained")
         end = max(float(np.percentile(lengths, LARGEST)), float(lengths.min()) + 1)
         axes.hist(np.minimum(lengths, end), bins=60, color=BAR)
         if limit is not None and limit <= end * 1.3:
@@ -34,14 +31,18 @@ def length_histogram(lengths: np.ndarray, limit: int | None, file: Path) -> None
             ylabel="records",
             title=f"Length of {len(lengths):,} records",
         )
-        figure.savefig(file)
-        plt.close(figure)
+        return figure
+
+    return save_picture(file, draw)
 
 
-def size_histogram(sizes: np.ndarray, file: Path) -> None:
-    """Draws how many pictures have which width and height; ``sizes`` is (m, 2)."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
+def size_histogram(sizes: np.ndarray, file: Path) -> bool:
+    """Draws how many pictures have which width and height; ``sizes`` is (m, 2). Returns whether it could."""
+
+    def draw() -> Any:
+        from matplotlib.colors import LogNorm
+
+        figure, axes = subplots(figsize=(5.6, 4.6), layout="constrained")
         ends = np.percentile(sizes, LARGEST, axis=0)
         edges = [np.linspace(0, end * 1.05 + 1, 49) for end in ends]
         widths, heights = np.minimum(sizes, ends).T
@@ -55,5 +56,6 @@ def size_histogram(sizes: np.ndarray, file: Path) -> None:
             ylabel="height (pixels)",
             title=f"Sizes of {len(sizes):,} images (largest: {largest})",
         )
-        figure.savefig(file)
-        plt.close(figure)
+        return figure
+
+    return save_picture(file, draw)

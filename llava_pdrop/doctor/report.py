@@ -12,6 +12,7 @@ import numpy as np
 
 from llava_pdrop.doctor.checks import KINDS
 from llava_pdrop.doctor.examine import Findings
+from llava_pdrop.doctor.figures import length_histogram, size_histogram
 
 SHOWN = 5
 """Problems of one kind that the Markdown shows."""
@@ -93,17 +94,15 @@ def _percentiles(values: np.ndarray) -> dict[str, float] | None:
 
 def draw(findings: Findings, name: str, max_length: int | None, directory: Path) -> dict[str, str]:
     """Draws the histograms there is material for; returns what is shown -> file name in ``directory``."""
-    from llava_pdrop.doctor.figures import length_histogram, size_histogram
-
     files = {}
     lengths = findings.lengths[findings.which, 0]
     if (lengths >= 0).any():
-        files["lengths"] = f"{name}_lengths.png"
-        length_histogram(lengths[lengths >= 0], max_length, directory / files["lengths"])
+        file = directory / f"{name}_lengths.png"
+        files["lengths"] = length_histogram(lengths[lengths >= 0], max_length, file) and file.name
     if findings.pictures.readable.any():
-        files["image_sizes"] = f"{name}_image_sizes.png"
-        size_histogram(findings.pictures.sizes[findings.pictures.readable], directory / files["image_sizes"])
-    return files
+        file = directory / f"{name}_image_sizes.png"
+        files["image_sizes"] = size_histogram(findings.pictures.sizes[findings.pictures.readable], file) and file.name
+    return {shown: name for shown, name in files.items() if name}
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
-from llava_pdrop.report.style import STYLE
+from llava_pdrop.errors import first_line
+from llava_pdrop.report.pictures import save_picture, subplots
 from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE
-from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, stages, steps_of, writing
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, stages, steps_of
 
 TRAINING_FILE, PICTURE_FILE = "training.md", "training.png"
 
@@ -32,20 +28,31 @@ TITLES = {
 """Part of the time -> what it is called and its colour. Together they are the time that passed."""
 
 
-def write_report(directory: Path, name: str) -> Path | None:
-    """Writes both files from the metrics in ``directory``; None where these have no step.
+def forget_report(directory: Path) -> None:
+    """Removes the report of an earlier, shorter run in ``directory``."""
+    for name in (TRAINING_FILE, PICTURE_FILE):
+        with suppress(OSError):
+            (directory / name).unlink()
 
-    Raises:
-        UserError: a file could not be written.
-    """
-    rows = [row for row in read_metrics(directory / METRICS_FILE) if "loss" in row]
+
+def leave_report(directory: Path, name: str, say: Callable[[str], None]) -> None:
+    """Writes the report of a run that is finished. What fails is said in one line: the run is complete without."""
+    try:
+        write_report(directory, name)
+    except Exception as error:  # noqa: BLE001  no mistake in here is worth a training run
+        what = f"{type(error).__name__}: {first_line(error)}"
+        say(f"{directory / TRAINING_FILE} is not written ({what}); the run is complete: the same command writes it")
+
+
+def write_report(directory: Path, name: str) -> Path | None:
+    """Writes both files from the metrics in ``directory``; None where these have no step."""
+    metrics = directory / METRICS_FILE
+    rows = [row for row in read_metrics(metrics) if "loss" in row] if metrics.is_file() else []
     if not rows:
         return None
-    with writing(directory / PICTURE_FILE):
-        _draw(rows, directory / PICTURE_FILE)
+    pictured = save_picture(directory / PICTURE_FILE, lambda: figure_of(rows))
     report = directory / TRAINING_FILE
-    with writing(report):
-        report.write_text(_text(rows, name, directory))
+    report.write_text(_text(rows, name, directory, pictured), encoding="utf-8")
     return report
 
 
@@ -66,7 +73,7 @@ def per_sample(rows: Sequence[dict[str, Any]], key: str) -> float:
     return sum(row[key] * count for row, count in zip(rows, samples)) / sum(samples)
 
 
-def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path) -> str:
+def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path, pictured: bool) -> str:
     def median(key: str) -> float:
         return statistics.median(row[key] for row in rows if key in row)
 
@@ -89,8 +96,7 @@ def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path) -> str:
     lines = [
         f"# Training of {name}",
         "",
-        f"![loss, throughput, tokens, time]({PICTURE_FILE})",
-        "",
+        *([f"![loss, throughput, tokens, time]({PICTURE_FILE})", ""] if pictured else []),
         "| | |",
         "|---|---|",
     ]
@@ -109,35 +115,36 @@ def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path) -> str:
     return "\n".join(lines)
 
 
-def _draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+def figure_of(rows: Sequence[dict[str, Any]]) -> Any:
+    """Loss, throughput, tokens by stage and where the time goes, of all log lines of a run."""
+    from matplotlib.ticker import MaxNLocator
+
     steps = [row["step"] for row in rows]
-    with plt.rc_context(STYLE):
-        figure, ((loss, rate), (tokens, split)) = plt.subplots(2, 2, figsize=(10, 6.4))
-        figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.08, hspace=0.35)
-        line = {"linewidth": 1, "marker": "o" if len(rows) == 1 else None}
-        loss.plot(steps, [row["loss"] for row in rows], color="#22303C", **line)
-        loss.set(title="loss", xlabel="step")
-        rate.plot(steps, [row["tokens_per_second"] for row in rows], color="#3E5C76", **line)
-        rate.set(title="tokens per second", xlabel="step", ylim=(0, None))
-        for axes in (loss, rate):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        means = {
-            kind: [per_sample(rows, f"{kind}_{k}") for k in range(len(stages(rows[-1], kind)))]
-            for kind in ("tokens", "image_tokens")
-        }
-        places = range(len(means["tokens"]))
-        tokens.bar(places, means["tokens"], color="#DDE3E8", label="text")
-        tokens.bar(places, means["image_tokens"], color="#E2703A", label="image")
-        tokens.set(title="tokens per sample in every stage", xlabel="stage", xticks=list(places))
-        tokens.legend()
-        left = 0.0
-        for part, seconds in time_split(rows).items():
-            label, colour = TITLES[part]
-            split.barh(0, seconds, left=left, color=colour, label=label)
-            left += seconds
-        split.set(title="time of a step, mean over steps and ranks", xlabel="seconds", yticks=[], ylim=(-2.2, 0.6))
-        split.grid(visible=False)
-        if split.patches:
-            split.legend(loc="lower left", ncols=2, fontsize=8, columnspacing=1.0, handlelength=1.2)
-        figure.savefig(file)
-        plt.close(figure)
+    figure, ((loss, rate), (tokens, split)) = subplots(2, 2, figsize=(10, 6.4))
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.08, hspace=0.35)
+    line = {"linewidth": 1, "marker": "o" if len(rows) == 1 else None}
+    loss.plot(steps, [row["loss"] for row in rows], color="#22303C", **line)
+    loss.set(title="loss", xlabel="step")
+    rate.plot(steps, [row["tokens_per_second"] for row in rows], color="#3E5C76", **line)
+    rate.set(title="tokens per second", xlabel="step", ylim=(0, None))
+    for axes in (loss, rate):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    means = {
+        kind: [per_sample(rows, f"{kind}_{k}") for k in range(len(stages(rows[-1], kind)))]
+        for kind in ("tokens", "image_tokens")
+    }
+    places = range(len(means["tokens"]))
+    tokens.bar(places, means["tokens"], color="#DDE3E8", label="text")
+    tokens.bar(places, means["image_tokens"], color="#E2703A", label="image")
+    tokens.set(title="tokens per sample in every stage", xlabel="stage", xticks=list(places))
+    tokens.legend()
+    left = 0.0
+    for part, seconds in time_split(rows).items():
+        label, colour = TITLES[part]
+        split.barh(0, seconds, left=left, color=colour, label=label)
+        left += seconds
+    split.set(title="time of a step, mean over steps and ranks", xlabel="seconds", yticks=[], ylim=(-2.2, 0.6))
+    split.grid(visible=False)
+    if split.patches:
+        split.legend(loc="lower left", ncols=2, fontsize=8, columnspacing=1.0, handlelength=1.2)
+    return figure

@@ -45,6 +45,7 @@ from llava_pdrop.train.history import (
     why_outdated,
 )
 from llava_pdrop.train.optim import freeze, trainable_table
+from llava_pdrop.train.report import TRAINING_FILE, forget_report, leave_report
 from llava_pdrop.train.trainer import PyramidTrainer
 
 SKIPPED_FILE = "skipped.jsonl"
@@ -77,6 +78,8 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     output, stamp = Path(config.output_dir), digest(config)
     if is_finished(config, stamp):
         say(f"{config.name}: finished before with the same settings{made_elsewhere(config)}, using {output}")
+        if os.environ.get("RANK", "0") == "0" and not (output / TRAINING_FILE).is_file():
+            leave_report(output, config.name, say)
         return output
     outdated = why_outdated(config)
     fresh = config.train.resume == "never" or (outdated is not None and config.train.resume == "auto")
@@ -154,10 +157,9 @@ def train_watched(
     with watchdog.led_by(args.process_index == 0, "writing the report"):
         if args.process_index == 0:
             seconds = round(time.perf_counter() - start, 2)
-            from llava_pdrop.train.report import write_report  # imports matplotlib, which nothing else here needs
-
-            write_report(output, config.name)
+            forget_report(output)
             mark_finished(config, stamp, {"steps": result.global_step, "seconds": seconds, "resumed_from": checkpoint})
+            leave_report(output, config.name, say)  # from here on nothing that fails costs the run
     trainer.accelerator.wait_for_everyone()  # no rank starts a next stage before the files of this one are complete
     return True
 

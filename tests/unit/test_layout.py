@@ -34,8 +34,6 @@ LAZY = {
     "bench.gpu.__main__": "torch, in the process that only starts others",
     "bench.run": "torch, where a command line is only read",
     "config.schema": "torch, where a config is only looked at",
-    "doctor.report": "matplotlib",
-    "train.run": "matplotlib",
 }
 """Modules that import some of the package inside functions -> what that puts off. (Commands all do: torch.)"""
 
@@ -133,6 +131,17 @@ def test_imports_stand_at_the_top() -> None:
 def test_no_import_is_for_type_checkers_only() -> None:
     """Imports go one way, so none is a circle; what takes long is imported inside the functions that need it."""
     assert not [name_of(path) for path in CHECKED if "TYPE_CHECKING" in path.read_text(encoding="utf-8")]
+
+
+def test_what_draws_asks_for_its_own_canvas() -> None:
+    """`llava_pdrop.report.pictures` imports matplotlib, safely; who draws may ask it for more by then, and never for
+    the windows of whoever calls."""
+    for path in CHECKED:
+        names = list(imported(path))
+        assert not [name for name in names if name.startswith("matplotlib.pyplot")], path
+        assert not [name for name in imported(path, functions=False) if name.startswith("matplotlib")], path
+        if any(name.startswith("matplotlib") for name in names):
+            assert name_of(path) == "report.pictures" or "report.pictures" in set(own_imports(path)), path
 
 
 def test_the_parts_are_those_listed() -> None:

@@ -1,0 +1,67 @@
+"""How pictures are drawn: on a canvas of their own, and never at the price of the work that they show.
+
+A notebook sets ``MPLBACKEND`` to its own window, a cluster's profile to another: matplotlib cannot even be imported
+where that one is not installed, and the caller's own windows are not ours to change. So nothing here asks for a window
+(`matplotlib.pyplot`), and matplotlib is imported when the first picture is drawn: what fails by then is one line, and
+no picture.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llava_pdrop.errors import first_line
+from llava_pdrop.report.style import STYLE
+
+log = logging.getLogger(__name__)
+
+CHOICES = ("MPLBACKEND", "MATPLOTLIBRC")
+"""Environment variables by which somebody says how matplotlib is to show pictures. These here are only written."""
+
+
+def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """As `matplotlib.pyplot.subplots`: a figure, which no window knows, and its axes. ``figsize`` and ``layout`` are
+    the figure's options."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(**{name: options.pop(name) for name in ("figsize", "layout") if name in options})
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def save_picture(file: Path, draw: Callable[[], Any], **options: Any) -> bool:
+    """Saves the figure that ``draw`` makes by `subplots`, in the project's style. Returns whether it lies in ``file``:
+    what else can fail, in ``draw`` or in matplotlib, is said in one line.
+
+    Args:
+        options: of `matplotlib.figure.Figure.savefig`.
+    """
+    try:
+        with _imported().rc_context(STYLE):
+            draw().savefig(file, **options)
+    except Exception as error:  # noqa: BLE001  whatever it is: the picture shows work that is done, and goes without
+        log.warning("%s is not drawn (%s: %s); all else is as it would be", file, type(error).__name__, _short(error))
+        file.unlink(missing_ok=True)  # half of one, or that of an earlier run
+        return False
+    return True
+
+
+def _imported() -> Any:
+    """Matplotlib, without what the environment asks of it."""
+    kept = {name: os.environ.pop(name) for name in CHOICES if name in os.environ}
+    try:
+        return importlib.import_module("matplotlib")
+    finally:
+        os.environ.update(kept)
+
+
+def _short(error: Exception) -> str:
+    """Matplotlib lists all that it knows behind what it does not."""
+    line = first_line(error)
+    return line if len(line) <= 200 else f"{line[:200]} ..."
