@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from llava_pdrop.checkpoint.load import PROJECTOR_FILE
-from llava_pdrop.checkpoint.shards import Stored, open_tensors, read_json
+from llava_pdrop.checkpoint.shards import Stored, beside, open_tensors, read_json, resolve
 from llava_pdrop.errors import MissingFileError, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -46,6 +46,25 @@ def is_lora(directory: Path) -> bool:
 def named_base(directory: Path) -> str | None:
     """The base model that the adapter was trained on, as its config names it."""
     return read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+
+
+def find_base(directory: Path) -> str | None:
+    """Where the model under the adapters in ``directory`` lies; None where their config names none.
+
+    Raises:
+        MissingFileError: it is neither where it was, nor beside the run, nor on the hub.
+    """
+    base = named_base(directory)
+    if base is None:
+        return None
+    try:
+        resolve(beside(directory, base))
+    except MissingFileError as error:
+        raise MissingFileError(
+            f"{directory / ADAPTER_CONFIG}: base_model_name_or_path: {error}; join the run with a copy of its base: "
+            "llava-pdrop convert RUN DIR --to llava-hf --base BASE, and use DIR"
+        ) from None
+    return beside(directory, base)
 
 
 def merged(base: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:

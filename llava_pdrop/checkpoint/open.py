@@ -39,8 +39,9 @@ from llava_pdrop.checkpoint.original import (
     text_config_of,
     written_schedule,
 )
-from llava_pdrop.checkpoint.shards import Stored, open_tensors, read_json, resolve, weight_files
+from llava_pdrop.checkpoint.shards import Stored, beside, open_tensors, read_json, resolve, weight_files
 from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_specials
+from llava_pdrop.config.places import absolute
 from llava_pdrop.errors import MissingFileError, UserError, naming
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import load_image_processor, used_tower_layers
@@ -124,7 +125,7 @@ def open_llava(
 def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vision_tower: str | None) -> Source:
     """A LoRA run of ours: config and tokenizer are its own, its adapters are merged into the model that it was trained
     on, a whole LLaVA or a raw LLM and a CLIP tower."""
-    base = base or lora.named_base(directory)
+    base = base or lora.find_base(directory)
     if base is None:
         raise UserError(f"{directory}: holds only a LoRA run: name the model under it (convert: --base DIR)")
     under = read_json(resolve(base) / "config.json")
@@ -133,6 +134,13 @@ def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vi
     else:
         with reading(directory / "config.json"):
             tower, side = vision_tower or fields[SECTION]["mm_vision_tower"], fields["vision_config"]["image_size"]
+        tower = beside(directory, tower)
+        try:
+            resolve(tower)
+        except MissingFileError as error:
+            raise MissingFileError(
+                f"{directory}/config.json: mm_vision_tower: {error}; name a copy of it (convert: --vision-tower DIR)"
+            ) from None
         tensors = open_parts(base, tower, {}, side).tensors
     return _open_hf(directory, fields, lora.merged(tensors, directory))
 
@@ -216,7 +224,7 @@ def _original_tensors(directory: Path, base: str | None) -> tuple[dict[str, Stor
         if base is not None:
             raise UserError(f"{directory}: is whole, so that it takes no base model")
         return open_tensors(directory), directory
-    base = base or (lora.named_base(directory) if lora.is_lora(directory) else None)
+    base = base or (lora.find_base(directory) if lora.is_lora(directory) else None)
     projector = directory / PROJECTOR_ONLY
     kind = "a LoRA run" if lora.is_lora(directory) else "a projector" if projector.is_file() else None
     if kind is None:
@@ -275,7 +283,7 @@ def _joined(
     if text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id
     config = make_config(text, vision, geometry, image_token_id)
-    setattr(config, SECTION, {"mm_vision_tower": vision_tower, "vocab_size": rows})
+    setattr(config, SECTION, {"mm_vision_tower": absolute("model.vision_tower", vision_tower), "vocab_size": rows})
     tensors = mean_rows(_named(home, ORIGINAL_TO_MEMORY), rows, text.vocab_size)
     return Source(
         language_model,
@@ -364,11 +372,3 @@ def _interpolate(position_PD: Tensor, side: int) -> Tensor:
     grid_1Dhw = grid_PD.float().T.reshape(1, -1, old, old)
     grid_1Dhw = F.interpolate(grid_1Dhw, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([token_1D, grid_1Dhw.flatten(2)[0].T.to(position_PD.dtype)])
-
-
-def beside(directory: Path, tower: str) -> str:
-    """The tower named in an original config: as it stands, or relative to the checkpoint or one of its parents."""
-    for parent in (Path(), directory, *directory.resolve().parents[:3]):
-        if (parent / tower).is_dir():
-            return str(parent / tower)
-    return tower

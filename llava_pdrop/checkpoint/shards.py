@@ -30,6 +30,10 @@ DTYPES = {
 WANTED = ["*.json", "*.txt", "*.model", "*.jinja"]
 """Small files of a hub repository; its weights come as safetensors where it has them."""
 
+PARENTS = 6
+"""Directories above a checkpoint in which what it names by a relative path is looked for: a checkpoint of a variant of
+a comparison lies that deep below the checkout that it was started in."""
+
 NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.")
 
 
@@ -81,6 +85,15 @@ def resolve(source: str) -> Path:
             f"{source} is no directory, and not to be had from the hub ({type(error).__name__}: {reason})"
         ) from None
     return directory
+
+
+def beside(directory: Path, name: str) -> str:
+    """The directory that a file of the checkpoint in ``directory`` calls ``name``: as it stands, or relative to the
+    checkpoint or one of its parents; else the name, which may be one on the hub."""
+    for parent in (Path(), directory, *directory.resolve().parents[:PARENTS]):
+        if (parent / name).is_dir():
+            return str(parent / name)
+    return name
 
 
 def weight_files(directory: Path) -> list[Path]:

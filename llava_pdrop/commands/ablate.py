@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 
+from llava_pdrop.commands.arguments import a_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
-    parser.add_argument("config", metavar="ABLATION", help="YAML file: a config and its variants")
+    parser.add_argument("config", type=a_path, metavar="ABLATION", help="YAML file: a config and its variants")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides for every variant")
     parser.add_argument("--plan", action="store_true", help="check and list the variants; train nothing")
 

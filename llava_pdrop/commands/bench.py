@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from llava_pdrop.bench.run import run_prefill, run_train
+from llava_pdrop.commands.arguments import a_place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``bench train``."""
     add_shape_arguments(parser)
     parser.add_argument(
-        "--schedule", nargs="+", type=Path, default=[], metavar="FILE",
+        "--schedule", nargs="+", type=a_place, default=[], metavar="FILE",
         help="YAML with a pyramid_drop section, or a bare schedule, to measure beside vanilla (default: that of "
         "CONFIG or the shape)",
     )  # fmt: skip
@@ -60,7 +61,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", action="store_true", help="also measure each design choice against its alternative"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="directory of the three reports")
+    parser.add_argument("--out", type=a_place, default=OUT, metavar="DIR", help="directory of the three reports")
 
 
 OUT = Path("playground/benchmarks")
@@ -90,4 +91,4 @@ def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, prompts and pictures")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of the Hugging Face model")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="directory of the three reports")
+    parser.add_argument("--out", type=a_place, default=OUT, metavar="DIR", help="directory of the three reports")

@@ -15,16 +15,22 @@ from pathlib import Path
 
 from rich.console import Console
 
+from llava_pdrop.commands.arguments import a_path
+
 DTYPES = ("bfloat16", "float16", "float32", "keep")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("source", metavar="SRC", help="directory or hub id: llava-hf, original LLaVA, or a LoRA run")
-    parser.add_argument("target", metavar="DST", help="directory to write to")
+    parser.add_argument(
+        "source", type=a_path, metavar="SRC", help="directory or hub id: llava-hf, original LLaVA, or a LoRA run"
+    )
+    parser.add_argument("target", type=a_path, metavar="DST", help="directory to write to")
     parser.add_argument("--to", required=True, choices=("llava-hf", "llava"), help="layout to write")
-    parser.add_argument("--base", metavar="LLM", help="model under a LoRA run or an mm_projector.bin")
-    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP tower to use instead of the one SRC names")
+    parser.add_argument("--base", type=a_path, metavar="LLM", help="model under a LoRA run or an mm_projector.bin")
+    parser.add_argument(
+        "--vision-tower", type=a_path, metavar="DIR", help="CLIP tower to use instead of the one SRC names"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="precision to write (default: keep)")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST")
 

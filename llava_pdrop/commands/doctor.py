@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llava_pdrop.commands.arguments import a_path
 from llava_pdrop.errors import UserError
 
 REPORT, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
@@ -18,19 +19,25 @@ REPORT, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the directory of a run")
+    parser.add_argument("config", type=a_path, metavar="CONFIG", help="YAML file, or the directory of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
     parser.add_argument("--eval", action="store_true", help="check data.eval too")
-    parser.add_argument("--out", metavar="DIR", help="directory of the report (default: OUTPUT_DIR/doctor)")
+    parser.add_argument(
+        "--out", type=a_path, metavar="DIR", help="directory of the report (default: OUTPUT_DIR/doctor)"
+    )
     parser.add_argument("--decode", action="store_true", help="read images in full, not only their headers")
     parser.add_argument("--no-tokens", action="store_true", help="do not count tokens; needs no tokenizer")
-    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer to count with (default: the model's)")
+    parser.add_argument(
+        "--tokenizer", type=a_path, metavar="DIR", help="tokenizer to count with (default: the model's)"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: number of CPUs, at most 16)")
     parser.add_argument(
         "--listed", type=int, default=1000, metavar="N", help="problems listed per kind (default: 1000)"
     )
     rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--measured", metavar="PATH", help="predict hours from this run directory or bench JSON")
+    rate.add_argument(
+        "--measured", type=a_path, metavar="PATH", help="predict hours from this run directory or bench JSON"
+    )
     rate.add_argument("--tflops-per-second", type=float, metavar="X", help="or from this speed of a GPU, in TFLOP/s")
 
 

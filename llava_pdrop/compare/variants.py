@@ -22,6 +22,7 @@ from typing import Any
 
 from llava_pdrop.config.load import OVERRIDES, load_config
 from llava_pdrop.config.paths import missing_model
+from llava_pdrop.config.places import expanded
 from llava_pdrop.config.schema import AblationFile, CompareSection, Config
 from llava_pdrop.config.values import convert_fields, hints_of, read_mapping
 from llava_pdrop.errors import ConfigError, Problem, did_you_mean
@@ -62,7 +63,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
     Raises:
         ConfigError: the file or a variant is wrong; one line that names file, variant and key.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     own = {name: word for word in overrides for name in [word.partition("=")[0]] if name in (*SET_HERE, "checkpoint")}
     common = [word for word in overrides if word not in own.values()]
     given = {name: word.partition("=")[2] for name, word in own.items()}
@@ -103,7 +104,9 @@ def _read(path: Path, own: Mapping[str, str | None]) -> AblationFile:
             "what is to be changed into a file with it as base: (configs/README.md)"
         )
     try:
-        return AblationFile(**{**convert_fields(content, AblationFile, ""), **own})
+        fields = {**convert_fields(content, AblationFile, ""), **own}
+        paths = [name for name in ("base", "output_dir", "checkpoint") if fields.get(name) is not None]
+        return AblationFile(**fields | {name: expanded(name, str(fields[name])) for name in paths})
     except Problem as problem:
         hint = did_you_mean(problem.key, hints_of(AblationFile)) if problem.unknown else ""
         raise ConfigError(f"{path}: {problem}{hint}") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -21,8 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from llava_pdrop.config.paths import decoder_layers
+from llava_pdrop.config.places import absolute, expanded, mapped
 from llava_pdrop.config.schema import (
     Config,
+    DataSection,
     TrainSection,
 )
 from llava_pdrop.config.values import at_least, convert, convert_fields, keys_of, nearest_key, read_mapping
@@ -77,7 +80,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: anything wrong with the files or their content. That named files exist is not looked at here, see
             `llava_pdrop.config.paths.check_paths`.
     """
-    return _resolve(_read(Path(path), ()), overrides, Path(path))
+    path = _written_out("CONFIG", path)
+    return _resolve(_read(path, ()), overrides, path)
 
 
 def config_of(values: dict[str, Any], overrides: Sequence[str], path: Path) -> Config:
@@ -110,16 +114,31 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str],
         raise ConfigError(f"{_origin(problem.key, layers)}: {problem}{hint}") from None
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        raise ConfigError(f"{_origin(key, layers)}: {f'{key}: ' if key else ''}{first_line(error)}") from None
+        named = re.search(r"Interpolation key '(\w+)' not found", str(error))
+        hint = f": an environment variable is written ${named[1]}" if named and named[1] in os.environ else ""
+        raise ConfigError(f"{_origin(key, layers)}: {f'{key}: ' if key else ''}{first_line(error)}{hint}") from None
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved YAML of a run, no ``base:`` left; `load_config` reads the same `Config` from it."""
+def to_yaml(config: Config, from_anywhere: bool = False) -> str:
+    """The resolved YAML of a run, no ``base:`` left; `load_config` reads the same `Config` from it.
+
+    Args:
+        from_anywhere: with absolute paths, for what a run leaves: it is read from another directory too.
+    """
     values = dataclasses.asdict(config)
     del values["file"]
     values["train"] |= values["train"].pop("arguments")
     values["pyramid_drop"] = config.pyramid_drop.to_dict() if config.pyramid_drop else None
-    return OmegaConf.to_yaml(OmegaConf.create(_lists(values)))
+    values = _lists(values)
+    return OmegaConf.to_yaml(OmegaConf.create(mapped(values, absolute) if from_anywhere else values))
+
+
+def _written_out(key: str, path: str | Path) -> Path:
+    """The path of a config file."""
+    try:
+        return Path(expanded(key, str(path)))
+    except Problem as problem:
+        raise ConfigError(str(problem)) from None
 
 
 def _read(path: Path, below: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
@@ -143,7 +162,9 @@ def _read(path: Path, below: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]
         return own
     if not isinstance(base, str):
         raise ConfigError(f"{path}: 'base' must be the path of one YAML file, got {base!r}")
-    inherited = _read(Path(os.path.normpath(path.parent / base)), (*below, path.resolve()))
+    inherited = _read(
+        Path(os.path.normpath(path.parent / _written_out(f"{path}: base", base))), (*below, path.resolve())
+    )
     for _, values in inherited:
         values.pop("paper", None)  # what a paper reports is about one file, not about what is made of it
     return inherited + own
@@ -161,6 +182,9 @@ def _dotlist(overrides: Sequence[str]) -> Mapping[str, Any]:
 
 def _build(values: Any, path: Path) -> Config:
     values = {"name": f"{path.parent.name}/{path.stem}", **values}
+    if isinstance(values.get("data"), Mapping):
+        values["data"] = {"cache": DataSection.cache, **values["data"]}
+    values = mapped(values, expanded)
     values.setdefault("output_dir", f"checkpoints/{values['name']}")
     for section in ("train", "eval", "compare"):
         if values.get(section, {}) is None:  # a bare `train:` in YAML

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_pdrop.config.places import is_hub_id
 from llava_pdrop.config.schema import Config, ModelSection
 from llava_pdrop.errors import ConfigError, did_you_mean
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_paths(config: Config) -> None:
@@ -95,11 +93,6 @@ def missing_model(entry: str) -> str | None:
     else:
         return None
     return f"hub id {entry} is not in the local cache and {reason}: download it beforehand, or give a local directory"
-
-
-def is_hub_id(entry: str) -> bool:
-    """Whether ``entry`` reads as organisation/name and not as a path below an existing directory."""
-    return bool(HUB_ID.fullmatch(entry)) and not Path(entry.split("/")[0]).exists()
 
 
 def cached_config(entry: str) -> Path | None:

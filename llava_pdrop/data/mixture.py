@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from llava_pdrop.config.places import expanded
 from llava_pdrop.config.values import convert_fields, keys_of, nearest_key
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
@@ -133,7 +134,9 @@ def _read_mixture(path: Path) -> MixtureFile:
         parts = []
         for number, part in enumerate(listed):
             place = f"parts[{number}]"
-            parts.append(PartSection(**convert_fields(part, PartSection, place)))
+            fields = convert_fields(part, PartSection, place)
+            paths = [name for name in ("path", "image_root") if fields.get(name) is not None]
+            parts.append(PartSection(**fields | {name: expanded(f"{place}.{name}", fields[name]) for name in paths}))
             place = ""
         return MixtureFile(**convert_fields({**content, "parts": []}, MixtureFile, "") | {"parts": tuple(parts)})
     except Problem as problem:

@@ -28,6 +28,7 @@ from llava_pdrop.checkpoint.load import PROJECTOR_FILE, check_shapes
 from llava_pdrop.checkpoint.lora import ADAPTER, ADAPTERS, NON_LORA, PREFIX
 from llava_pdrop.checkpoint.shards import open_tensors, remove_weights
 from llava_pdrop.checkpoint.zero3 import gathered, overwrite, own_tensors, whole_shape
+from llava_pdrop.config.places import absolute
 from llava_pdrop.config.schema import Config, LoraSection
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.model.vlm import PyramidLlava
@@ -61,7 +62,8 @@ def adapt(model: PyramidLlava, config: Config, args: TrainingArguments) -> None:
             f"{config.file}: lora.bits: {config.lora.bits}-bit weights cannot be sharded: train without FSDP and "
             "ZeRO-3, or lora.bits=null"
         )
-    base = config.model.path or config.model.language_model
+    key = "model.path" if config.model.path is not None else "model.language_model"
+    base = absolute(key, config.model.path or config.model.language_model or "")
     try:
         attach_adapters(model.hf, config.lora, str(base), args.device, half)
     except UserError as error:

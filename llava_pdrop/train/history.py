@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llava_pdrop.config.load import RUN_FILE, to_yaml
+from llava_pdrop.config.places import MODELS, PATHS, absolute, is_hub_id, mapped, relative_to_run
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.mixture import data_files
 from llava_pdrop.errors import ConfigError, UserError
@@ -55,24 +56,33 @@ HASHED_UP_TO = 64 * 2**20
 PACKAGES = ("llava_pdrop", "torch", "transformers")
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """What makes a run the one that was asked for: its settings and the files it reads."""
-    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))  # type: ignore[assignment]
+def identity(config: Config, by_name: bool = False) -> dict[str, Any]:
+    """What makes a run the one that was asked for: its settings and the files it reads. Where these lie is compared
+    apart (`is_finished`), since the same place has several names.
+
+    Args:
+        by_name: as it was before: paths as they stand in the config.
+    """
+    values = _plain(to_yaml(config))
     for key in (*NOT_PART_OF_A_RUN, *(f"train.{name}" for name in HARMLESS)):
         *sections, leaf = key.split(".")
         node = values
         for section in sections:
             node = node.get(section, {})
         node.pop(leaf, None)
-    return values | {"files": files_read(config)}
+    if by_name:
+        return values | {"files": {name: stamps for _, name, stamps in files_read(config)}}
+    values = mapped(values, lambda key, path: path if key in MODELS and is_hub_id(path) else "")
+    return values | {"files": [[key, stamps] for key, _, stamps in files_read(config)]}
 
 
-def files_read(config: Config) -> dict[str, Any]:
-    """What tells the files of a run from others of the same name."""
+def files_read(config: Config) -> list[tuple[str, str, Any]]:
+    """(key, path, what tells them from others of the same name) of the files and directories of a run."""
     model = config.model
-    data = map(str, data_files(config.data.train))
-    files = [*data, config.data.index, model.projector, model.path, model.language_model, model.vision_tower]
-    return {name: _stamps(Path(name)) for name in files if name is not None}
+    named: list[tuple[str, str | None]] = [("data.train", str(file)) for file in data_files(config.data.train)]
+    named += [("data.index", config.data.index), ("model.projector", model.projector), ("model.path", model.path)]
+    named += [("model.language_model", model.language_model), ("model.vision_tower", model.vision_tower)]
+    return [(key, name, _stamps(Path(name))) for key, name in named if name is not None]
 
 
 def surroundings() -> dict[str, str]:
@@ -81,14 +91,21 @@ def surroundings() -> dict[str, str]:
     return {"processes": str(number_of_processes()), **versions}
 
 
-def digest(config: Config) -> str:
+def digest(config: Config, by_name: bool = False) -> str:
     """A short hash of `identity`."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(identity(config, by_name), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_finished(config: Config, stamp: str) -> bool:
-    """Whether ``output_dir`` holds a finished run with this `digest`."""
-    return (_finished(Path(config.output_dir)) or {}).get("digest") == stamp
+    """Whether ``output_dir`` holds a finished run with this `digest`, of the same files and directories."""
+    before = _finished(Path(config.output_dir))
+    if before is None:
+        return False
+    if "paths" not in before:  # of a version that knew files by the names in the config
+        return before.get("digest") == digest(config, by_name=True)
+    return before.get("digest") == stamp and not any(
+        key in PATHS for key in _differences(Path(config.output_dir) / RUN_FILE, config, HARMLESS)
+    )
 
 
 def made_elsewhere(config: Config) -> str:
@@ -136,7 +153,7 @@ def mark_finished(config: Config, stamp: str, facts: Mapping[str, Any]) -> None:
     Raises:
         UserError: that could not be written.
     """
-    facts = {"digest": stamp, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+    facts = {"digest": stamp, "paths": "apart", "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
     facts |= surroundings()
     file = Path(config.output_dir) / FINISHED_FILE
     aside = file.with_suffix(".partial")
@@ -226,14 +243,24 @@ def _check_processes(checkpoint: Path, config: Config, say: Callable[[str], None
 
 def _differences(file: Path, config: Config, arguments: Sequence[str] = MAY_CHANGE_ON_RESUME) -> list[str]:
     """Dotted keys in which a saved run differs from ``config``, beyond those that may change; ``arguments``: training
-    arguments among these."""
+    arguments among these. A path is the same if it is the same place, or has moved together with the run."""
     if not file.is_file():
         return []
-    before = _flat(OmegaConf.to_container(OmegaConf.load(file)))
-    now = _flat(OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
+    saved = mapped(_plain(file.read_text(encoding="utf-8")), absolute)  # an older one has them as they were given
+    asked = _plain(to_yaml(config, from_anywhere=True))
+    before, now = _flat(saved), _flat(asked)
+    moved_before, moved_now = _flat(relative_to_run(saved)), _flat(relative_to_run(asked))
     free = (*NOT_PART_OF_A_RUN, *(f"train.{name}" for name in arguments))
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    keys = sorted(
+        key
+        for key in before.keys() | now.keys()
+        if before.get(key) != now.get(key) and moved_before.get(key) != moved_now.get(key)
+    )
     return [key for key in keys if not any(key == name or key.startswith(f"{name}.") for name in free)]
+
+
+def _plain(text: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

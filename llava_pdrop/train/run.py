@@ -136,7 +136,7 @@ def train_watched(
         build_plan(config, dataset, args),
         learning_rates(config, args),
         processor=parts.processor(),
-        config_yaml=to_yaml(config),
+        config_yaml=to_yaml(config, from_anywhere=True),
         skip_bad_samples=config.train.on_bad_sample == "skip",
         max_bad_samples=config.train.max_bad_samples,
         watchdog=watchdog,
@@ -242,7 +242,7 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
         ),
         parts.image_processor,
         workers=min(os.cpu_count() or 1, 16),
-        cache=Path(section.cache).expanduser() if section.cache is not None else None,
+        cache=Path(section.cache) if section.cache is not None else None,
     )
     usable = dataset
     if section.on_invalid == "stop":
