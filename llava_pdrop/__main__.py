@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from llava_pdrop.errors import UserError, is_about_a_file, line_of
+from llava_pdrop.runtime.processes import end_with_launcher
 
 EPILOG = """\
 CONFIG is a YAML file (configs/README.md lists every key); section.key=value changes one key of it, e.g.
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         Exception: any other one, a `UserError` too, is a bug. Python prints the traceback and exits with status 1.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    end_with_launcher()
     parser = _parser(words[0] if words else None)
     args, more = parser.parse_known_args(words)
     if not hasattr(args, "overrides") or any(word.startswith("-") for word in more):

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError, first_line
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.runtime.device import release_memory
+from llava_pdrop.runtime.lock import owning
 from llava_pdrop.runtime.preemption import Preempted
+from llava_pdrop.runtime.processes import end_with_launcher
 from llava_pdrop.runtime.ranks import by_first_rank, engine_for_one_run
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.adapters import adapt
@@ -67,6 +70,7 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         ConfigError, MissingFileError, UserError: something named in the config is missing or impossible.
         Preempted: a signal said stop (see `llava_pdrop.runtime.preemption`).
     """
+    end_with_launcher()
     check_run(config)
     prepare_data(config)
     first = stage1_config(config)
@@ -91,12 +95,26 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     with engine_for_one_run():
         args = training_arguments(config)
         watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
-        with watchdog.running():
-            complete = train_watched(config, args, watchdog, stamp, fresh, callbacks)
+        with owned_by_first_rank(config), watchdog.running():
+            complete = by_first_rank(lambda: is_finished(config, stamp))  # by the run that this one waited for
+            complete = complete or train_watched(config, args, watchdog, stamp, fresh, callbacks)
     release_memory()
     if not complete:
         raise Preempted
     return output
+
+
+@contextmanager
+def owned_by_first_rank(config: Config) -> Iterator[None]:
+    """No other run writes to ``output_dir`` as long as it lasts. Every rank comes here.
+
+    Raises:
+        UserError: one does; on every rank.
+    """
+    with ExitStack() as stack:
+        mine = owning(Path(config.output_dir), f"{config.file}: output_dir", say)
+        by_first_rank(lambda: stack.enter_context(mine))
+        yield
 
 
 def train_watched(

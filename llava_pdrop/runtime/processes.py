@@ -1,0 +1,110 @@
+"""Processes of this machine: which one is which, whether it still lives, and whether this one's launcher does.
+
+A number alone does not name a process, since the system gives it away again; with the time it was started, in ticks
+since the machine was, it does.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+PROC = Path("/proc")
+
+LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch")
+"""Words of the command line by which the program that starts the ranks of a machine is known."""
+
+STARTED_BY = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+"""Environment variables that these programs, torchrun and DeepSpeed's, set for the ranks they start."""
+
+SECONDS_BETWEEN_LOOKS = 0.5
+EXIT_CODE = 87
+"""Of a rank whose launcher is gone."""
+
+_watching = threading.Lock()
+
+
+def machine() -> str:
+    """What process numbers mean something on: this host since its last start, and the container in it."""
+    parts = [socket.gethostname()]
+    for read in (
+        lambda: (PROC / "sys/kernel/random/boot_id").read_text().strip(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
+        try:
+            parts.append(read())
+        except OSError:  # no Linux, or a sandbox
+            parts.append("?")
+    return " ".join(parts)
+
+
+def started(process: int) -> int | None:
+    """When ``process`` was started, in ticks; None where there is none (one that has ended and is not yet collected by
+    its parent is none).
+
+    Raises:
+        OSError: it is there, but not to be looked at; or this system does not tell.
+    """
+    try:
+        text = (PROC / str(process) / "stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        os.stat(PROC / "self" / "stat")  # raises where no process can be looked at
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return None
+        raise  # hidden from this user
+    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if state in "ZX" else int(fields[18])
+
+
+def launcher() -> int | None:
+    """The process that started this one as a rank; None where nobody did. A script in between (``torchrun
+    --no-python``) is passed over."""
+    if not any(name in os.environ for name in STARTED_BY):
+        return None
+    process = os.getppid()
+    while process > 1:
+        try:
+            words = (PROC / str(process) / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if any(Path(word).name in LAUNCHERS for word in words):
+                return process
+            process = int((PROC / str(process) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+    return os.getppid()
+
+
+def end_with_launcher() -> None:
+    """From here on this process ends, at once and without saving, when its launcher is gone: what is killed with
+    SIGKILL takes nobody along, and the same command, started again, would find this rank in its way. Called again, or
+    where nobody launched it, this does nothing."""
+    process = launcher()
+    if process is None or not _watching.acquire(blocking=False):
+        return
+    parent = os.getppid()
+    try:
+        since = started(process)
+    except OSError:
+        since = None  # then the parent alone tells
+
+    def watch() -> None:
+        while os.getppid() == parent and (since is None or _still(process, since)):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        rank = os.environ.get("RANK", "0")
+        line = f"[rank {rank}] error: its launcher (process {process}) is gone, so it ends without saving; start the "
+        print(f"{line}same command again: it goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        os._exit(EXIT_CODE)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def _still(process: int, since: int) -> bool:
+    try:
+        return started(process) == since
+    except OSError:
+        return True
