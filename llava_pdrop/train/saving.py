@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from llava_pdrop.errors import first_line
@@ -207,6 +208,22 @@ class SavingTrainer(Trainer):
         if logs:  # the mean over the ranks is what is logged, so with other ranks each takes the mean
             self._tr_loss += torch.stack([log["loss"] for log in logs]).mean(0).to(self._tr_loss.device)
             self._globalstep_last_logged = logs[0]["last_step"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Reads both back. The optimizer brings the learning rates along that were next under the schedule it was saved
+        with; this run's may be longer (its end is not the old one's) or shorter, and its own rates are next here."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint is None or not isinstance(scheduler, LambdaLR):
+            return
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        scheduler._last_lr = rates
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """A run that is resumed at its very last step makes no further one."""

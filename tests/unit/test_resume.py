@@ -20,6 +20,7 @@ from llava_pdrop.runtime.preemption import EXIT_CODE, NOTE_FILE
 from llava_pdrop.runtime.watchdog import DIRECTORY
 from llava_pdrop.train.checkpoints import step_of, what_is_torn
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
+from tests.engines import FSDP2, deepspeed_arguments, needs_deepspeed
 from tests.faults.processes import Fault, run_ranks
 from tests.messages import says
 
@@ -130,6 +131,37 @@ def test_a_signal_in_the_last_step_changes_nothing(make_run):
     config = make_run("run", max_steps=2)
     assert run_ranks(config, fault=Fault("sigterm", 2)).codes == [0]
     assert (output_of(config) / "run.json").is_file() and not (output_of(config) / NOTE_FILE).exists()
+
+
+def rates(config: Path) -> list[float]:
+    return [row["learning_rate"] for row in read_metrics(output_of(config) / METRICS_FILE) if "loss" in row]
+
+
+@pytest.mark.parametrize(("schedule", "before", "after", "done"), [
+    ({}, "max_steps=4", "max_steps=8", 4),
+    ({"lr_scheduler_type": "cosine", "warmup_steps": 0.25}, "max_steps=12", "max_steps=8", 4),
+    ({"max_steps": -1}, "num_train_epochs=1", "num_train_epochs=2", 3),
+])  # fmt: skip
+def test_a_longer_run_has_its_own_learning_rates_from_the_first_step_on(make_run, schedule, before, after, done):
+    """They were 0 in the first new step: those of the end of the shorter run. Or of a longer one."""
+    whole, cut = make_run("whole", **schedule), make_run("cut", **schedule)
+    assert run_ranks(whole, f"train.{after}").codes == [0]
+    fault = Fault("kill_forward", 6) if before == "max_steps=12" else None
+    assert run_ranks(cut, f"train.{before}", fault=fault).codes == [KILLED if fault else 0]
+    ended = run_ranks(cut, f"train.{after}")
+    assert ended.codes == [0] and "resuming from" in ended.texts[0], ended.texts
+    assert len(rates(cut)) == len(rates(whole)) > done and rates(cut)[done:] == rates(whole)[done:]
+    assert rates(cut)[done] > 0
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
+def test_a_longer_sharded_run_has_them_too(make_run, tmp_path, engine):
+    shards = FSDP2 if engine == "fsdp2" else deepspeed_arguments(engine, tmp_path)
+    whole, cut = (make_run(name, ranks=2, lr_scheduler_type="cosine", **shards) for name in ("whole", "cut"))
+    for file, words in ((whole, ()), (cut, ("train.max_steps=4",)), (cut, ())):
+        ended = run_ranks(file, *words, ranks=2, limit=300)
+        assert ended.codes == [0, 0], ended.texts
+    assert rates(cut)[4:] == rates(whole)[4:] and rates(cut)[4] > 0
 
 
 def test_a_run_killed_after_its_last_step_makes_no_further_one(make_run):
