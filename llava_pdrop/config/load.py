@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from llava_pdrop.config.nearer import settle
 from llava_pdrop.config.paths import decoder_layers
 from llava_pdrop.config.places import absolute, expanded, mapped
 from llava_pdrop.config.schema import (
@@ -107,7 +108,7 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str],
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise ConfigError(f"{name}: cannot be merged with what it inherits: {first_line(error)}") from None
     try:
-        resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
+        resolved = OmegaConf.to_container(OmegaConf.create(settle(merged, layers)), resolve=True, throw_on_missing=True)
         return _build(resolved, path)
     except Problem as problem:
         hint = nearest_key(problem.key, _all_keys(problem.key)) if problem.unknown else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import netrc
 import os
 import socket
@@ -183,6 +184,18 @@ def _has_wandb_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def endless_warmup(args: TrainingArguments, steps_per_epoch: int) -> str | None:
+    """What to say of a run whose learning rate is still rising at its end; None of all others."""
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+    warmup = args.get_warmup_steps(steps)
+    if warmup < steps or warmup < 2 or args.lr_scheduler_type == "constant":
+        return None
+    return (
+        f"train.warmup_steps={args.warmup_steps:g} is not below the {steps} steps of this run, so that its learning "
+        f"rate never reaches {args.learning_rate:g}: lower it, or give a share of all steps (below 1)"
+    )
 
 
 def learning_rates(config: Config, args: TrainingArguments) -> dict[str, float]:

@@ -35,7 +35,7 @@ from llava_pdrop.runtime.processes import end_with_launcher
 from llava_pdrop.runtime.ranks import by_first_rank, engine_for_one_run
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.adapters import adapt
-from llava_pdrop.train.arguments import learning_rates, training_arguments
+from llava_pdrop.train.arguments import endless_warmup, learning_rates, training_arguments
 from llava_pdrop.train.checks import check_arguments, check_run, stage1_config
 from llava_pdrop.train.data_checks import add_ends, check_learning, check_templates
 from llava_pdrop.train.history import (
@@ -147,11 +147,14 @@ def train_watched(
     with watchdog.led_by(args.local_process_index == 0, "counting tokens"), args.main_process_first():
         # The others of a machine read what the first one leaves in the cache.
         dataset = build_dataset(config, parts)
+    plan = build_plan(config, dataset, args)
+    if (line := endless_warmup(args, plan.steps)) is not None:
+        say(f"{config.name}: {line}")
     trainer = PyramidTrainer(
         model,
         args,
         dataset,
-        build_plan(config, dataset, args),
+        plan,
         learning_rates(config, args),
         processor=parts.processor(),
         config_yaml=to_yaml(config, from_anywhere=True),
