@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         Exception: any other one, a `UserError` too, is a bug. Python prints the traceback and exits with status 1.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter of an answer is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     end_with_launcher()
     parser = _parser(words[0] if words else None)
     args, more = parser.parse_known_args(words)

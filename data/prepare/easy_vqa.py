@@ -75,7 +75,7 @@ def prepare(out: Path, package: Path, seed: int, counts: dict[str, int], turns: 
     """Writes the data set into ``out``; returns False if it was there already."""
     manifest = {"format": FORMAT_VERSION, "seed": seed, "turns": turns, "counts": counts}
     path = out / "manifest.json"
-    if path.is_file() and json.loads(path.read_text()) == manifest:
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == manifest:
         return False
     path.unlink(missing_ok=True)
     (out / "images").mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,10 @@ def prepare(out: Path, package: Path, seed: int, counts: dict[str, int], turns: 
         for picture, record in records:
             source = package / "data" / SPLITS[split] / "images" / f"{picture}.png"
             shutil.copyfile(source, out / record["image"])
-        (out / f"{split}.json").write_text(json.dumps([record for _, record in records], indent=1) + "\n")
-    path.write_text(json.dumps(manifest, indent=1) + "\n")
+        (out / f"{split}.json").write_text(
+            json.dumps([record for _, record in records], indent=1) + "\n", encoding="utf-8"
+        )
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return True
 
 

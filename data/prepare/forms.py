@@ -212,7 +212,7 @@ def prepare(out: Path, seed: int, grid: int, counts: dict[str, int], turns: int,
     there already."""
     manifest = {"format": FORMAT_VERSION, "seed": seed, "grid": grid, "turns": turns, "counts": counts}
     path = out / "manifest.json"
-    if path.is_file() and json.loads(path.read_text()) == manifest:
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == manifest:
         return False
     path.unlink(missing_ok=True)
     (out / "images").mkdir(parents=True, exist_ok=True)
@@ -230,8 +230,8 @@ def prepare(out: Path, seed: int, grid: int, counts: dict[str, int], turns: int,
                 records = list(pool.map(write, range(count), chunksize=16))
         else:
             records = [write(number) for number in range(count)]
-        (out / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
-    path.write_text(json.dumps(manifest, indent=1) + "\n")
+        (out / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return True
 
 

@@ -197,7 +197,7 @@ def prepare(name: str, part: dict[str, Any], root: Path, keep: bool) -> None:
         Problem: see `download` and `unpack`; a part to be fetched by hand; a number of files that is not the known one.
     """
     stamp = root / ".prepared" / f"{name}.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == part:
+    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == part:
         return
     if "manual" in part:
         if all(any((root / place).glob("*")) for place in part["places"]):
@@ -227,7 +227,7 @@ def prepare(name: str, part: dict[str, Any], root: Path, keep: bool) -> None:
         if not keep:
             archive.unlink()
     stamp.parent.mkdir(exist_ok=True)
-    stamp.write_text(json.dumps(part))
+    stamp.write_text(json.dumps(part), encoding="utf-8")
 
 
 def missing_images(records: list[dict[str, Any]], image_root: Path) -> Iterator[str]:

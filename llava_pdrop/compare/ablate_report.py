@@ -62,7 +62,7 @@ def write(ablation: Ablation, rows: Sequence[AblationRow]) -> Path:
     """Writes ``ablation.md``, ``ablation.json`` and ``ablation.png`` into the ablation's directory."""
     directory = ablation.output_dir
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / RESULTS_FILE).write_text(json.dumps(_plain(ablation, rows), indent=1) + "\n")
+    (directory / RESULTS_FILE).write_text(json.dumps(_plain(ablation, rows), indent=1) + "\n", encoding="utf-8")
     pictured = save_picture(directory / PICTURE_FILE, lambda: draw(ablation, rows), facecolor="white")
     file = directory / ABLATION_FILE
     file.write_text("\n".join(_markdown(ablation, rows, pictured)), encoding="utf-8")

@@ -84,9 +84,11 @@ def write(comparison: Comparison, directory: Path, rows: list[list[str]]) -> Pat
     for row in comparison.rows:
         if row.result is not None:
             row.result.write(directory / "predictions", row.name.replace(" + ", "_on_") + ".jsonl")
-    (directory / RESULTS_FILE).write_text(json.dumps(_plain(comparison), indent=1, ensure_ascii=False) + "\n")
+    (directory / RESULTS_FILE).write_text(
+        json.dumps(_plain(comparison), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     file = directory / COMPARISON_FILE
-    file.write_text(markdown(comparison, rows, pictures))
+    file.write_text(markdown(comparison, rows, pictures), encoding="utf-8")
     return file
 
 

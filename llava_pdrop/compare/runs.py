@@ -63,7 +63,7 @@ def compare_runs(directories: Sequence[str | Path], out: Path = Path("checkpoint
     out.mkdir(parents=True, exist_ok=True)
     pictured = draw(runs, out / PICTURE)
     file = out / REPORT
-    file.write_text("\n".join(markdown(runs, rows, pictured)))
+    file.write_text("\n".join(markdown(runs, rows, pictured)), encoding="utf-8")
     Console().print(f"report: {file}", soft_wrap=True)
     return file
 

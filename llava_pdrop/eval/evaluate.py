@@ -69,7 +69,10 @@ class Result:
         """One line per prediction."""
         directory.mkdir(parents=True, exist_ok=True)
         file = directory / name
-        file.write_text("".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self.predictions))
+        file.write_text(
+            "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self.predictions),
+            encoding="utf-8",
+        )
         return file
 
 
@@ -204,7 +207,7 @@ def evaluate_config(config: Config) -> Result:
     file = result.write(directory)
     facts = {"scorer": config.eval.scorer, "accuracy": result.accuracy, "chance": result.chance}
     facts |= {"questions": len(questions), "image_tokens": result.image_tokens, "schedule": config.schedule.to_dict()}
-    (directory / EVALUATION_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    (directory / EVALUATION_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     tokens = " -> ".join(f"{count:g}" for count in result.image_tokens)
     Console().print(
         f"{config.name}: {config.eval.scorer} {result.accuracy:.1%} (chance {result.chance:.1%}), {len(questions)} "

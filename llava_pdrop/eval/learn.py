@@ -109,7 +109,7 @@ def learn(out: Path, device: str, config: Path, seconds: float, overrides: Seque
             found["arms"][name] = {"error": f"{type(error).__name__}: {error}"}
         release_memory()
         found["seconds"] = time.monotonic() - began
-        (out / RESULTS_FILE).write_text(json.dumps(found, indent=1) + "\n")
+        (out / RESULTS_FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 

@@ -77,4 +77,4 @@ class Preemption(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.agreed and state.is_world_process_zero and state.global_step < state.max_steps:
             note = {"step": state.global_step, "signal": self.received or "another rank's"}
-            self.note.write_text(json.dumps(note) + "\n")
+            self.note.write_text(json.dumps(note) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ def machine() -> str:
     """What process numbers mean something on: this host since its last start, and the container in it."""
     parts = [socket.gethostname()]
     for read in (
-        lambda: (PROC / "sys/kernel/random/boot_id").read_text().strip(),
+        lambda: (PROC / "sys/kernel/random/boot_id").read_text(encoding="utf-8").strip(),
         lambda: os.readlink("/proc/self/ns/pid"),
     ):
         try:
@@ -73,7 +73,12 @@ def launcher() -> int | None:
             words = (PROC / str(process) / "cmdline").read_bytes().decode(errors="replace").split("\0")
             if any(Path(word).name in LAUNCHERS for word in words):
                 return process
-            process = int((PROC / str(process) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+            process = int(
+                (PROC / str(process) / "stat")
+                .read_text(errors="replace", encoding="utf-8")
+                .rpartition(")")[2]
+                .split()[1]
+            )
         except (OSError, ValueError, IndexError):
             break
     return os.getppid()

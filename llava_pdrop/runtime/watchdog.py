@@ -188,7 +188,7 @@ class Watchdog:
         self._beat += 1
         aside = self._file().with_suffix(".partial")
         try:
-            aside.write_text(json.dumps(asdict(replace(self._place, beat=self._beat))))
+            aside.write_text(json.dumps(asdict(replace(self._place, beat=self._beat))), encoding="utf-8")
             os.replace(aside, self._file())
         except OSError as error:  # a full disk must not end the thread that watches
             if not self._write_failed:
@@ -201,7 +201,7 @@ class Watchdog:
         for rank in range(self.ranks):
             with suppress(OSError, ValueError):  # it is being replaced, on a file system that lets one see it
                 if rank != self._place.rank and self._file(rank).stat().st_mtime >= self._began:
-                    places.append(Place(**json.loads(self._file(rank).read_text())))
+                    places.append(Place(**json.loads(self._file(rank).read_text(encoding="utf-8"))))
         return places
 
     def _alarm(self) -> bool:

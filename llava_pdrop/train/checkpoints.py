@@ -50,7 +50,7 @@ def commit(staged: Path, target: Path, facts: Mapping[str, Any]) -> None:
         for path, digest in zip(files, hashes)
     }
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({**facts, "files": entries}, indent=1) + "\n")
+    manifest.write_text(json.dumps({**facts, "files": entries}, indent=1) + "\n", encoding="utf-8")
     _flush(manifest)
     replaced = staged.with_name(f"replaced-{target.name}")
     if target.exists():  # torn, or of a run that went another way from an earlier checkpoint
@@ -63,7 +63,7 @@ def commit(staged: Path, target: Path, facts: Mapping[str, Any]) -> None:
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint, or None where there is none that can be read."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) and "files" in manifest else None

@@ -158,14 +158,14 @@ def mark_finished(config: Config, stamp: str, facts: Mapping[str, Any]) -> None:
     file = Path(config.output_dir) / FINISHED_FILE
     aside = file.with_suffix(".partial")
     with writing(file):
-        aside.write_text(json.dumps(facts, indent=1) + "\n")
+        aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, file)
 
 
 def _finished(output: Path) -> dict[str, Any] | None:
     """What `mark_finished` noted in ``output``; None where it did not, or not to the end (a full disk)."""
     try:
-        facts: dict[str, Any] = json.loads((output / FINISHED_FILE).read_text())
+        facts: dict[str, Any] = json.loads((output / FINISHED_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
     return facts

@@ -156,7 +156,7 @@ class MetricsFile(TrainerCallback):
         aside = self.file.with_suffix(".partial")  # a run that is killed here must not lose what it had
         with writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             os.replace(aside, self.file)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -166,7 +166,7 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             row = {"step": state.global_step, **logs, "time": time.time()}
-            with writing(self.file), self.file.open("a") as lines:
+            with writing(self.file), self.file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
 
 
@@ -186,7 +186,7 @@ def writing(file: Path) -> Iterator[None]:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``; a last line that was cut off by a crash is left out."""
     rows = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

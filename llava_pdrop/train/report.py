@@ -92,7 +92,9 @@ def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path, pictured: 
             facts.append((f"{title}, first rank", f"{max(row[key] for row in rows) / 1024:.2f} GiB"))
     bad = directory / BAD_SAMPLES_FILE
     if bad.is_file():
-        facts.append(("samples replaced", f"{len(bad.read_text().splitlines())}, listed in `{bad.name}`"))
+        facts.append(
+            ("samples replaced", f"{len(bad.read_text(encoding='utf-8').splitlines())}, listed in `{bad.name}`")
+        )
     lines = [
         f"# Training of {name}",
         "",

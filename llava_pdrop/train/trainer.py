@@ -293,7 +293,7 @@ class PyramidTrainer(SavingTrainer):
             save_pretrained(hf, self.processor, directory, state_dict)
         save_projector(hf, directory, state_dict)
         if self.config_yaml:
-            (directory / RUN_FILE).write_text(self.config_yaml)
+            (directory / RUN_FILE).write_text(self.config_yaml, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads the weights back. The Trainer's own way would look for `PyramidLlava`'s names, find none of them in a

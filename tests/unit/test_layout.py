@@ -144,6 +144,30 @@ def test_what_draws_asks_for_its_own_canvas() -> None:
             assert name_of(path) == "report.pictures" or "report.pictures" in set(own_imports(path)), path
 
 
+OPENING = ("open", "read_text", "write_text", "fdopen")
+
+
+def without_encoding(path: Path) -> Iterator[ast.Call]:
+    """Calls that open a text file in whatever encoding the machine has. A method ``open`` may be that of an archive: it
+    counts where it is given a mode of text."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        words = [word.value for word in (*node.args, *node.keywords) if isinstance(word, ast.Constant)]
+        words += [word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)]
+        modes = [word for word in words if isinstance(word, str) and 0 < len(word) <= 3 and set(word) <= set("rwaxbt+")]
+        is_text = not any("b" in mode for mode in modes)
+        if name in OPENING and is_text and (modes or name != "open" or isinstance(node.func, ast.Name)):
+            yield node
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "data").glob("*/*.py"))], ids=lambda path: path.stem)
+def test_text_files_are_utf_8_everywhere(path: Path) -> None:
+    """Not what the locale says: a run begun under GBK or C is read under UTF-8, and the reverse."""
+    assert [f"{path}:{node.lineno}" for node in without_encoding(path)] == []
+
+
 def test_the_parts_are_those_listed() -> None:
     found = {name.split(".")[0] for name in NAMES} - {"", "__main__"}
     assert found | PLANNED == set(PARTS)

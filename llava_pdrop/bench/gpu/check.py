@@ -117,7 +117,7 @@ def run_stages(names: list[str], ends: dict[str, float], work: Path, device: tor
     """
     signal.signal(signal.SIGALRM, _time_up)
     for name in names:
-        (work / "current").write_text(name)
+        (work / "current").write_text(name, encoding="utf-8")
         check = Check(name, work, device, ends[name])
         if check.left < LEAST:
             check.status, check.error = "not run", f"less than {LEAST:g} s were left: give more --seconds"
@@ -129,7 +129,7 @@ def run_stages(names: list[str], ends: dict[str, float], work: Path, device: tor
         if not works(device):
             check.note("the device no longer works in this process")
             return BROKEN
-    (work / "current").write_text(DONE)
+    (work / "current").write_text(DONE, encoding="utf-8")
     return 0
 
 

@@ -78,7 +78,7 @@ def _alone(check: Check) -> float | None:
     file = stage_file(check.work, "next")
     if not file.is_file():
         return None
-    return json.loads(file.read_text())["result"].get("dropping", {}).get("tokens_per_second")
+    return json.loads(file.read_text(encoding="utf-8"))["result"].get("dropping", {}).get("tokens_per_second")
 
 
 def _launch(check: Check, engines: Sequence[str], processes: int, limit: float) -> dict[str, dict[str, Any]]:
@@ -89,7 +89,7 @@ def _launch(check: Check, engines: Sequence[str], processes: int, limit: float) 
     command += ["-m", "llava_pdrop.bench.gpu.ranks", str(scratch), *engines]
     command += ["--rehearsal"] if check.rehearsal else []
     reason = None
-    with check.log(f"-{'-'.join(engines)}.log").open("w") as log:
+    with check.log(f"-{'-'.join(engines)}.log").open("w", encoding="utf-8") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
@@ -106,7 +106,9 @@ def _launch(check: Check, engines: Sequence[str], processes: int, limit: float) 
     found = {}
     for engine in engines:
         file = scratch / f"{engine}.json"
-        found[engine] = json.loads(file.read_text()) if file.is_file() else {"error": reason or "no figures"}
+        found[engine] = (
+            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"error": reason or "no figures"}
+        )
     return found
 
 
@@ -185,7 +187,7 @@ def main() -> int:
             found, failed = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, True
         if os.environ.get("RANK", "0") == "0":
             found["wall"] = round(time.perf_counter() - began, 1)
-            (args.out / f"{engine}.json").write_text(json.dumps(found))
+            (args.out / f"{engine}.json").write_text(json.dumps(found), encoding="utf-8")
         if failed:  # the ranks may no longer be at the same place
             return 1
     return 0

@@ -81,14 +81,16 @@ def _one_process(
     current = work / "current"
     current.unlink(missing_ok=True)
     words = ["--child", str(work), "--stages", ",".join(names), "--device", device, "--ends", json.dumps(clock)]
-    with (work / "errors.txt").open("a") as errors:
+    with (work / "errors.txt").open("a", encoding="utf-8") as errors:
         process = subprocess.Popen([*PROCESS, *words], stderr=errors, env={**os.environ, COMMAND: command})
         now, seen = "", -1
         limits = {**clock, now: time.time() + PATIENCE}
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                now = (current.read_text() if current.is_file() else "") or now  # empty while it is being written
+                now = (
+                    current.read_text(encoding="utf-8") if current.is_file() else ""
+                ) or now  # empty while it is being written
                 if time.time() > limits.setdefault(now, time.time()) + GRACE:  # `DONE`: it only has to end
                     _end(process)
                 written = sum(1 for _ in (work / "stages").glob("*.json"))
@@ -98,7 +100,7 @@ def _one_process(
         finally:
             if process.poll() is None:  # interrupted, or an error of this process
                 _end(process, signal.SIGINT)
-    return process.returncode, current.read_text() if current.is_file() else None
+    return process.returncode, current.read_text(encoding="utf-8") if current.is_file() else None
 
 
 def _end(process: subprocess.Popen[bytes], first: int = signal.SIGABRT) -> None:
@@ -116,10 +118,12 @@ def _mark_broken(work: Path, name: str, status: int) -> None:
     """The stage that a process did not survive. One that was over (the device broke after it) stays as it is."""
     file = work / "stages" / f"{name}.json"
     never = {"stage": name, "status": "running", "missing": list(STAGES[name].needs), "result": {}}
-    record = json.loads(file.read_text()) if file.is_file() else never  # it may have come to its name and no further
+    record = (
+        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else never
+    )  # it may have come to its name and no further
     if record["status"] == "running":
         record |= {"status": "broken", "error": f"its process ended with {_ending(status)}: {_last_line(work)}"}
-        file.write_text(json.dumps(record, indent=1) + "\n")
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         _say(work, f"{name}: broken: {record['error']}")
 
 
@@ -128,7 +132,7 @@ def _ending(status: int) -> str:
 
 
 def _last_line(work: Path) -> str:
-    lines = (work / "errors.txt").read_text(errors="replace").strip().splitlines()
+    lines = (work / "errors.txt").read_text(errors="replace", encoding="utf-8").strip().splitlines()
     return lines[-1][:200] if lines else "it said nothing"
 
 
@@ -160,7 +164,7 @@ def _finish(work: Path, out: Path, names: list[str]) -> int:
 def _records(work: Path) -> dict[str, dict[str, Any]]:
     """Stage -> its record, in the order of the stages."""
     files = {name: work / "stages" / f"{name}.json" for name in STAGES}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 
 def _pack(work: Path, out: Path) -> list[Path]:

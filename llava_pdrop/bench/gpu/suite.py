@@ -28,7 +28,7 @@ def run(check: Check) -> None:
     workers = ["-n", str(WORKERS)] if check.device.type == "cuda" and importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "--tb=short", *workers]
     command += ["--durations=12", "--deselect", SLOW, f"--junitxml={report}"]
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         try:
             ended = subprocess.run(
                 command,
@@ -39,10 +39,10 @@ def run(check: Check) -> None:
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
-            finished = log.read_text(errors="replace").count(".")
+            finished = log.read_text(errors="replace", encoding="utf-8").count(".")
             raise RuntimeError(f"the tests were not finished in time, about {finished} were") from None
     if not report.is_file():
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        last = log.read_text(errors="replace", encoding="utf-8").strip().splitlines()[-1:]
         raise RuntimeError(f"pytest ended with exit status {ended}: {' '.join(last)}")
     check.put(left_out=[SLOW], **counted(report))
     found = check.result

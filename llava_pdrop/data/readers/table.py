@@ -87,7 +87,7 @@ def read_hf(path: Path) -> TableEntries:
     import pyarrow
 
     if path.is_dir() and (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         raise UserError(f"{path}: holds the splits {', '.join(splits)}; name one of them, e.g. {path / splits[0]}")
     try:
         if path.is_dir() and (path / "state.json").is_file():
