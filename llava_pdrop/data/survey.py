@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ BLOCK = 512
 
 THREADS = 8
 """Threads of a process that read image headers."""
+
+log = logging.getLogger(__name__)
 
 LARGE = 10_000
 """From so many records on there are several processes, a progress bar and a cache file; fewer are done in seconds."""
@@ -245,7 +248,6 @@ def _save(files: tuple[Path, Path], after: Cached, known: ImageSizes | None, fou
     sizes = [found[i] if i in found else known.of(i) if known is not None else [] for i in range(len(after.lengths))]
     flat = [size for picture_sizes in sizes for size in picture_sizes]
     ends = np.cumsum([len(picture_sizes) for picture_sizes in sizes])
-    files[0].parent.mkdir(parents=True, exist_ok=True)
     contents: list[dict[str, np.ndarray]] = [
         {"ends": ends, "sizes": np.array(flat, dtype=np.int32).reshape(-1, 2)},
         {
@@ -255,8 +257,15 @@ def _save(files: tuple[Path, Path], after: Cached, known: ImageSizes | None, fou
             "counts": np.array(list(after.unknown_keys.values()), dtype=np.int64),
         },
     ]
-    for file, arrays in zip(files, contents):
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as output:
-            np.savez(output, allow_pickle=False, **arrays)
-        os.replace(temporary, file)
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        for file, arrays in zip(files, contents):
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+            with temporary.open("wb") as output:
+                np.savez(output, allow_pickle=False, **arrays)
+            os.replace(temporary, file)
+    except OSError as error:  # counted is counted: without the cache it is done again the next time
+        directory, reason = files[0].parent, error.strerror or error
+        log.warning(
+            "%s: token counts are not kept (%s): data.cache names another directory, null none", directory, reason
+        )

@@ -4,6 +4,7 @@ an image column (or names of files)."""
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,28 @@ def read_hf(path: Path) -> TableEntries:
                 _read_footer(file)
             dataset = datasets.load_dataset("parquet", data_files=files, split="train")
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        if (problem := not_writable(cache)) is not None:
+            raise UserError(
+                f"{cache}: the cache of data sets, into which {path} has to be converted, {problem}: make it writable, "
+                "or name another directory in the environment variable HF_DATASETS_CACHE (or HF_HOME)"
+            ) from None
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{path}: cannot be read as a Hugging Face data set: {reason}") from None
     if not {"conversations", "messages"} & set(dataset.column_names):
         found = clip(", ".join(dataset.column_names))
         raise UserError(f"{path}: has no column 'conversations' or 'messages' (columns: {found}); rename or convert it")
     return TableEntries(path, dataset)
+
+
+def not_writable(directory: Path) -> str | None:
+    """What keeps this user from writing into ``directory``, which may not be there yet; None where nothing does."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return None
+    except OSError as error:
+        return f"cannot be written to ({error.strerror})"
 
 
 def _read_footer(file: str) -> None:

@@ -192,6 +192,15 @@ def test_keys_that_nobody_reads_and_records_without_a_label(make_dataset, tmp_pa
     assert make_dataset([make_record("Hi?", "a")]).survey.unread() is None
 
 
+def test_a_cache_that_cannot_be_written_costs_nothing(make_dataset, data_file, tmp_path, monkeypatch, caplog):
+    """Millions of records were counted by then."""
+    monkeypatch.setattr(survey, "LARGE", 1)
+    (tmp_path / "file").write_text("no directory")
+    cache = tmp_path / "file" / "cache"
+    found = make_dataset(read_data(data_file), workers=0, cache=cache).survey
+    assert len(found.lengths) and re.search(says(str(cache), "data.cache", "Not a directory"), caplog.text)
+
+
 def test_the_cache_belongs_to_template_geometry_and_tokenizer(make_dataset, records, tokenizer):
     rules = make_dataset(records)._rules()
     encoder = make_dataset(records).encoder

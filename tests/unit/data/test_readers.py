@@ -14,6 +14,7 @@ from PIL import Image
 
 from llava_pdrop.data.images import image_size, load_image
 from llava_pdrop.data.records import read_records
+from llava_pdrop.errors import UserError
 from tests.messages import says
 
 SIZES = [(30, 20), (21, 40), (50, 50)]
@@ -336,3 +337,20 @@ def test_types_of_an_image_column(tmp_path, expected, kind):
     else:
         (record,) = read_records(tmp_path / "one.parquet")
         assert [image_size(source) for source in record.images] == [SIZES[0]]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    """A good file was said to be unreadable, where it was the home that could not be written to."""
+    import datasets
+
+    table().to_parquet(tmp_path / "good.parquet")
+    (tmp_path / "home").write_text("no directory")
+    cache = tmp_path / "home" / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    with pytest.raises(UserError, match=says(str(cache), "good.parquet", "HF_DATASETS_CACHE", "Not a directory")):
+        read_records(tmp_path / "good.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match=says("bad.parquet")) as error:
+        read_records(tmp_path / "bad.parquet")
+    assert "HF_DATASETS_CACHE" not in str(error.value)
