@@ -23,7 +23,7 @@ from llava_pdrop.cost.nominal import Model, checkpointing, model_of
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor.examine import Findings
-from llava_pdrop.errors import ConfigError, MissingFileError, UserError
+from llava_pdrop.errors import ConfigError, MissingFileError, UserError, first_line
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
@@ -134,10 +134,15 @@ def rate_of(config: Config, cost: Cost, measured: Path | None, tflops: float | N
     Raises:
         UserError: ``measured`` holds no measurement.
     """
+    why_not = ""
     if measured is None and tflops is None and (Path(config.output_dir) / METRICS_FILE).is_file():
-        measured = Path(config.output_dir)
+        try:
+            return _rate_of_run(Path(config.output_dir), cost)
+        except (UserError, OSError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+            why_not = f"; not measured: {first_line(error)}"  # a run that died: nobody has asked for its speed
     if measured is None:
         assumed = " (assumed: 40 % of an A100's 312 in bfloat16)" if tflops is None else " (--tflops-per-second)"
+        assumed += why_not
         rate = DEFAULT_TFLOPS if tflops is None else tflops
         return Rate(rate * 1e12, rate * 1e12, f"operations at {rate:g} TFLOP/s{assumed}", "GPU hours")
     return _rate_of_run(measured, cost) if measured.is_dir() else _rate_of_bench(measured, config)

@@ -206,6 +206,32 @@ def test_hours_from_the_run_itself(tiny_config, tmp_path):
         rate_of(config, COST, tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    "text", ["", '{"step": 1, "loss": 2.0}\n', '{"step": 1, "samples": 2, "step_seconds": "x"}\n', "[3]\n"]
+)
+def test_a_run_that_died_early_takes_no_report_away(tiny_config, tmp_path, text):
+    """The speed of the run in output_dir is an extra; only who asks for it (--measured) is refused."""
+    file = tiny_config()
+    run = tmp_path / "out/run"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(text)
+    rate = rate_of(load_config(file), COST, None, None)
+    assert rate.vanilla == cost.DEFAULT_TFLOPS * 1e12 and "not measured" in rate.source
+    assert doctor(file) == 0
+    assert "not measured" in (run / "doctor/doctor.md").read_text()
+    if "samples" not in text and text != "[3]\n":
+        with pytest.raises(ValueError, match=says("metrics.jsonl", "timed")):
+            rate_of(load_config(file), COST, run, None)
+
+
+def test_a_run_whose_settings_are_broken_takes_none_either(tiny_config, tmp_path):
+    run = tmp_path / "out/run"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "samples": 2, "step_seconds": 1.0}\n')
+    (run / "llava_pdrop.yaml").write_text("modle: {}\n")
+    assert "not measured" in rate_of(load_config(tiny_config()), COST, None, None).source
+
+
 def test_hours_from_a_bench(tiny_config, tmp_path):
     config = load_config(tiny_config(pyramid_drop=DROPS))
     arms = [({"layers": []}, 0.5), ({"layers": [1], "ratios": [0.5]}, 0.3), (config.schedule.to_dict(), 0.4)]
