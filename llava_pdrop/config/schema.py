@@ -45,6 +45,9 @@ class ModelSection:
     """Conversation format: a key of ``TEMPLATES`` in ``llava_pdrop/data/conversation.py``."""
     trainable: tuple[Literal["projector", "language_model", "vision_tower"], ...] = ("projector", "language_model")
     """Parts to train: any of ``projector``, ``language_model`` and ``vision_tower``."""
+    beyond_positions: Literal["stop", "allow"] = "stop"
+    """A sample longer than the decoder has positions (its ``config.json``, rope scaling included): ``stop`` before
+    training, or ``allow``, and a line says so."""
     reference_shape: ReferenceShape | None = None
     """The ``config.json`` of decoder and tower, so that ``plan`` needs no weights."""
 

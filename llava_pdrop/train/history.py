@@ -32,6 +32,7 @@ NOT_PART_OF_A_RUN = (
     "eval",
     "compare",
     "paper",
+    "model.beyond_positions",
     "data.eval",
     "data.prepare",
     "data.cache",

@@ -38,6 +38,7 @@ from llava_pdrop.train.adapters import adapt
 from llava_pdrop.train.arguments import endless_warmup, learning_rates, training_arguments
 from llava_pdrop.train.checks import check_arguments, check_run, stage1_config
 from llava_pdrop.train.data_checks import add_ends, check_learning, check_templates
+from llava_pdrop.train.fit import check_fit
 from llava_pdrop.train.history import (
     checkpoint_to_resume,
     clear,
@@ -147,6 +148,8 @@ def train_watched(
     with watchdog.led_by(args.local_process_index == 0, "counting tokens"), args.main_process_first():
         # The others of a machine read what the first one leaves in the cache.
         dataset = build_dataset(config, parts)
+    with watchdog.led_by(args.local_process_index == 0, "comparing data and model"):
+        check_fit(config, parts.hf.config.text_config, dataset)
     plan = build_plan(config, dataset, args)
     if (line := endless_warmup(args, plan.steps)) is not None:
         say(f"{config.name}: {line}")
