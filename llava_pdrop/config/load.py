@@ -47,6 +47,9 @@ def runs_in(directory: Path) -> str:
 OVERRIDES = "command line"
 """Stands for the file in errors about a dotted override."""
 
+SECRET = re.compile(r"(?:^|_)(?:token|secret|password|api_key)$")
+"""Names of training arguments whose value must not be written anywhere, as a config is with every checkpoint."""
+
 TRAINING_ARGUMENTS_SET_ELSEWHERE = {
     "output_dir": "output_dir (top level)",
     "run_name": "name (top level)",
@@ -178,7 +181,12 @@ def _dotlist(overrides: Sequence[str]) -> Mapping[str, Any]:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{OVERRIDES}: {' '.join(overrides)}: {first_line(error)}") from None
+        shown = [
+            "=".join((name, "***")) if SECRET.search(name) else word
+            for word in overrides
+            for name in [word.split("=")[0]]
+        ]
+        raise ConfigError(f"{OVERRIDES}: {' '.join(shown)}: {first_line(error)}") from None
 
 
 def _build(values: Any, path: Path) -> Config:
@@ -231,6 +239,9 @@ def _training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
         key = f"train.{name}"
         if name in TRAINING_ARGUMENTS_SET_ELSEWHERE:
             raise Problem(key, f"{key!r} is not set here: write {TRAINING_ARGUMENTS_SET_ELSEWHERE[name]}")
+        if SECRET.search(name) and value is not None:
+            remedy = "set HF_TOKEN in the environment, or log in (hf auth login), and leave the key out"
+            raise Problem(key, f"{key} is a secret, and a config is saved in clear with every checkpoint: {remedy}")
         if name not in hints:
             raise Problem(key, f"unknown key {key!r}, also not a field of TrainingArguments", unknown=True)
         convert(value, hints[name], key)

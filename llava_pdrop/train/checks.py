@@ -225,6 +225,7 @@ def check_arguments(config: Config) -> None:
     for name, reason in NOT_DONE_HERE.items():
         if given.get(name) not in OFF:
             raise ConfigError(f"{line}.{name}: {given[name]!r} cannot be done here ({reason}): leave it away")
+    check_hub(config)
     check_engine(config)
     args = tried_arguments(config)
     if config.train.recompute_layers is not None and not recomputes_activations(args):
@@ -236,6 +237,21 @@ def check_arguments(config: Config) -> None:
     check_optimizer(config, args)
     if given.get("deepspeed"):
         check_deepspeed(config, args)
+
+
+def check_hub(config: Config) -> None:
+    """Raises `ConfigError` if the run is to be sent to the hub, which does not know this user or is not there."""
+    if not config.train.arguments.get("push_to_hub"):
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # noqa: BLE001  every HTTP client has its own kinds, with one meaning here
+        raise ConfigError(
+            f"{config.file}: train.push_to_hub needs the hub, and a login there ({type(error).__name__}): set HF_TOKEN "
+            "or log in (hf auth login), or train.push_to_hub=false and send output_dir afterwards (hf upload)"
+        ) from None
 
 
 def check_engine(config: Config) -> None:

@@ -23,7 +23,10 @@ def test_a_run_is_written_and_read_in_utf_8(tiny_config, tiny_files, tmp_path, l
     data = tmp_path / "records.json"
     data.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     file = tiny_config("run")
-    content = json.loads(file.read_text(encoding="utf-8")) | {"name": "训练 😀", "output_dir": str(tmp_path / "out/utf8")}
+    content = json.loads(file.read_text(encoding="utf-8")) | {
+        "name": "训练 😀",
+        "output_dir": str(tmp_path / "out/utf8"),
+    }
     content["data"] |= {"train": str(data), "eval": str(data)}
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
+from llava_pdrop.__main__ import main
 from llava_pdrop.config.load import load_config
 from llava_pdrop.train import arguments, checks
 from llava_pdrop.train.arguments import prepare_reporting, warn_of_locks
@@ -152,3 +153,24 @@ def test_every_training_of_a_process_has_its_own_place(tiny_config, nobodys_serv
     if service == "wandb":
         sys.modules["wandb"].finish()
         sys.modules["wandb"].teardown()
+
+
+@pytest.mark.parametrize("place", ["file", "command line"])
+def test_a_secret_is_refused_and_not_repeated(tiny_config, tmp_path, place, capsys):
+    """It would be saved in clear with every checkpoint."""
+    file, words = tiny_config(), ["train.hub_token=hf_mysecret"]
+    if place == "file":
+        content = json.loads(file.read_text())
+        content["train"]["hub_token"] = "hf_mysecret"
+        file.write_text(json.dumps(content))
+        words = []
+    assert main(["train", str(file), *words]) == 2
+    said = capsys.readouterr().err
+    assert re.search(says("train.hub_token", "secret", "HF_TOKEN"), said) and "hf_mysecret" not in said
+    assert load_config(tiny_config(), ["train.hub_token=null"]).train.arguments["hub_token"] is None
+
+
+def test_a_secret_in_a_line_that_cannot_be_read_is_not_repeated(tiny_config, capsys):
+    assert main(["train", str(tiny_config()), "train.hub_token=hf_mysecret", "train.max_steps={"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(says("train.max_steps={"), said) and "hf_mysecret" not in said

@@ -391,3 +391,8 @@ def test_a_service_that_is_unknown_or_not_installed_is_one_line(tiny_config, mon
     for service, line in (("wanbd", "'wanbd'.*wandb"), ("mlflow", "mlflow.*installed")):
         with pytest.raises(ConfigError, match=rf"run\.yaml: train\.report_to: .*{line}"):
             checks.check_reporting(load_config(tiny_config(), [f"train.report_to=[{service}]"]))
+
+
+def test_the_hub_is_asked_before_the_training(tiny_config):
+    """Offline it was a traceback when the Trainer was made."""
+    assert re.search(says("train.push_to_hub", "HF_TOKEN", "false"), complaint(tiny_config(), "train.push_to_hub=true"))
