@@ -60,13 +60,14 @@ def check_positions(config: Config, text_config: Any, dataset: ConversationDatas
 
 
 def check_something_learns(config: Config, records: Iterable[Record]) -> None:
-    """Raises `ConfigError` if nothing that is trained has a part in any sample, or every learning rate is 0: the loss
-    would be the same from the first step to the last. Without the decoder, what is trained sees pictures only."""
+    """Raises `ConfigError` if nothing that is trained has a part in any sample: the loss would be the same from the
+    first step to the last. Without the decoder, what is trained sees pictures only. Learning rates of 0, which somebody
+    has given, are said."""
     section, trained = config.train, config.model.trainable
     rate = section.arguments.get("learning_rate", 5e-5)
     own = {"projector": section.projector_lr, "vision_tower": section.vision_tower_lr}
     if not any(rate if own.get(part) is None else own[part] for part in trained):
-        raise ConfigError(f"{config.file}: train.learning_rate is 0 for all of {list(trained)}: nothing would learn")
+        log.warning("%s: train.learning_rate is 0 for all of %s: nothing will learn", config.name, list(trained))
     if "language_model" in trained or any(record.images for record in records):
         return
     raise ConfigError(
