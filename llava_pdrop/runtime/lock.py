@@ -153,14 +153,22 @@ def _clear_away(file: Path, name: str, say: Callable[[str], None]) -> None:
 
 
 def _take_away(file: Path, token: str) -> None:
-    """Removes the lock ``token``. If another start was faster, and this is its lock by now, it is put back."""
-    aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
-    with suppress(FileNotFoundError):
-        os.rename(file, aside)
-        if _token(_read(aside)) != token:
-            with suppress(OSError):
-                os.link(aside, file)
-        aside.unlink()
+    """Removes the dead lock ``token``, if it is still there. Only one start at a time may remove a given lock, so that
+    none removes the lock of a faster one: who makes the file of the claim first."""
+    claim = file.with_name(f"{file.name}.{token or 'unread'}.claim")
+    try:
+        claim.open("x").close()
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            if _now(file.parent) - claim.stat().st_mtime > DEAD_AFTER:  # who made it died over it
+                claim.unlink()
+        time.sleep(0.05)
+        return
+    try:
+        if _token(_read(file)) == token:
+            file.unlink(missing_ok=True)
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def _keep(file: Path, me: Owner, over: threading.Event) -> None:

@@ -82,7 +82,7 @@ def check_learning(config: Config, dataset: ConversationDataset) -> list[str]:
     if learning <= SEE_PICTURES and not found.images[labelled].any():
         raise ConfigError(
             f"{config.file}: model.trainable: {', '.join(sorted(learning))} learn from pictures only, and none of the "
-            f"{total:,} records of data.train shows one: add language_model, or data with pictures"
+            f"{total:,} records of {config.data.train} shows one: add language_model, or data with pictures"
         )
     if empty > FEW * total:
         return [f"{empty:,} of {total:,} records ({empty / total:.1%}) have no label left behind the cut at {cut}"]

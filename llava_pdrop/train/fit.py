@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import numpy as np
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.types import Record
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +21,7 @@ def check_fit(config: Config, text_config: Any, dataset: ConversationDataset) ->
         ConfigError: one line with file, key, record and remedy.
     """
     check_positions(config, text_config, dataset)
-    check_something_learns(config, dataset.records)
+    warn_of_rates(config)
 
 
 def positions_of(text_config: Any) -> int | None:
@@ -59,18 +57,11 @@ def check_positions(config: Config, text_config: Any, dataset: ConversationDatas
     )
 
 
-def check_something_learns(config: Config, records: Iterable[Record]) -> None:
-    """Raises `ConfigError` if nothing that is trained has a part in any sample: the loss would be the same from the
-    first step to the last. Without the decoder, what is trained sees pictures only. Learning rates of 0, which somebody
-    has given, are said."""
+def warn_of_rates(config: Config) -> None:
+    """Says that every learning rate is 0, which somebody has given: the loss will be the same from the first step to
+    the last."""
     section, trained = config.train, config.model.trainable
     rate = section.arguments.get("learning_rate", 5e-5)
     own = {"projector": section.projector_lr, "vision_tower": section.vision_tower_lr}
     if not any(rate if own.get(part) is None else own[part] for part in trained):
         log.warning("%s: train.learning_rate is 0 for all of %s: nothing will learn", config.name, list(trained))
-    if "language_model" in trained or any(record.images for record in records):
-        return
-    raise ConfigError(
-        f"{config.file}: model.trainable: {list(trained)} learn from pictures, and no record of {config.data.train} "
-        "has one: nothing would learn; train the language_model too, or give records with pictures"
-    )

@@ -50,6 +50,7 @@ OF_THE_WHOLE = {
     "test_bare.py": "which packages a GPU machine must have",
     "test_configs_build.py": "the files in configs",
     "test_documents.py": "what the documents name",
+    "test_encoding.py": "files and screens under other locales",
     "test_kinds.py": "tests/kinds.py: which tests start a process or train",
     "test_launch.py": "the launch scripts in every world",
     "test_layout.py": "this file",

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DRAWING = """\
 import os, sys
 from pathlib import Path
-from llava_pdrop.bench.figures import step_bars
+from llava_pdrop.bench.train_report import step_bars
 from llava_pdrop.compare import ablate_report, figures, runs
 from llava_pdrop.doctor.figures import length_histogram
 from llava_pdrop.train.report import figure_of
