@@ -157,7 +157,7 @@ def _take_away(file: Path, token: str) -> None:
     none removes the lock of a faster one: who makes the file of the claim first."""
     claim = file.with_name(f"{file.name}.{token or 'unread'}.claim")
     try:
-        claim.open("x").close()
+        claim.open("x", encoding="utf-8").close()
     except FileExistsError:
         with suppress(FileNotFoundError):
             if _now(file.parent) - claim.stat().st_mtime > DEAD_AFTER:  # who made it died over it
