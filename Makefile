@@ -20,8 +20,8 @@ help: ## list the targets
 setup: ## make .venv and install the project with its tested versions
 	@bash scripts/setup.sh
 
-test: setup ## run all tests (PYTEST_ARGS="-k name" for some, JOBS=1 for one after the other)
-	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+test: setup ## run all tests but the long ones and those of a real Slurm (PYTEST_ARGS="-k name" for some, JOBS=1 for one after the other)
+	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup --ignore tests/slurm $(PYTEST_ARGS)
 
 test-fast: setup ## unit, parity and golden tests that start no process and train nothing (under 2 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup --fast tests/unit tests/parity tests/golden \

@@ -7,14 +7,18 @@ import re
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from llava_pdrop.config.load import ENGINES, load_config, to_yaml
 from llava_pdrop.config.paths import check_paths, decoder_layers, missing_model, part_configs, pretrain_words
 from llava_pdrop.config.schema import Config
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.config.values import keys_of
+from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.schedule import Schedule
 from tests.messages import meant, says
+from tests.properties import cases, one_line
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "ablations")
@@ -438,3 +442,38 @@ def test_one_file_says_its_engine_once(tiny_config):
 def test_mistakes(tiny_config, override, line):
     with pytest.raises(ConfigError, match=f"^command line: {line}"):
         load_config(tiny_config(train={"engine": "zero2"}), [override])
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 10**9), st.floats(), st.text(max_size=12),
+    st.sampled_from(["", "~", "$HOME", "${seed}", "null", "[1,2", "auto", "1e-5", "zero3", "x" * 300, "日本"]),
+)  # fmt: skip
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=5), SCALARS, max_size=2)
+OTHERS = ["train.max_steps", "train.nonsense", "pyramid_drop.single_drop", "no.such", ""]
+KEYS = st.sampled_from([*keys_of(Config), *OTHERS])
+
+
+@hypothesis.given(st.data())
+@cases
+def test_any_value_of_any_key_is_a_config_or_one_line(tmp_path_factory, data):
+    """In the file and on the command line."""
+    content: dict = {"output_dir": "out", "model": {"path": "m"}, "data": {"train": "t.json"}}
+    for key, value in data.draw(st.lists(st.tuples(KEYS, VALUES), max_size=3)):
+        place, *more = key.split(".")
+        if more:
+            section = content.setdefault(place, {})
+            content[place] = {**(section if isinstance(section, dict) else {}), more[0]: value}
+        else:
+            content[place] = value
+    words = [
+        f"{key}={json.dumps(value) if data.draw(st.booleans()) else value}"
+        for key, value in data.draw(st.lists(st.tuples(KEYS, VALUES), max_size=3))
+    ]
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        config = load_config(file, words)
+    except UserError as error:
+        one_line(error)
+    else:
+        assert isinstance(config, Config) and config.file == file

@@ -7,8 +7,10 @@ import io
 import struct
 import zlib
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
@@ -17,6 +19,7 @@ from llava_pdrop.data.images import image_size, load_image, preprocess
 from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from tests.messages import says
+from tests.properties import cases, one_line
 
 TINY_PINPOINTS = ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))
 PAD = ImageGeometry(56, 14)
@@ -252,3 +255,46 @@ def test_a_name_as_long_as_a_picture_is_no_line_as_long(tmp_path):
         with pytest.raises(ValueError, match=says("image")) as error:
             image_size(tmp_path / name)
         assert len(str(error.value)) < 400
+
+
+@hypothesis.given(st.data())
+@cases
+def test_any_file_is_a_picture_or_one_line(tmp_path_factory, data):
+    """Pictures of all kinds, cut short, with bytes changed, taken out or put in: header and pixels agree, or the file
+    is named."""
+    mode, suffix = data.draw(
+        st.sampled_from(
+            [("RGB", "png"), ("RGB", "jpg"), ("P", "gif"), ("L", "bmp"), ("RGB", "webp"), ("F", "tiff"),
+             ("I;16", "tiff"), ("RGBA", "png"), ("CMYK", "tiff"), ("1", "png"), ("LA", "png"), ("RGB", "ppm")]
+        )
+    )  # fmt: skip
+    width, height = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    written = io.BytesIO()
+    Image.new(mode, (width, height)).save(written, {"jpg": "jpeg"}.get(suffix, suffix))
+    content = bytearray(written.getvalue())
+    for _ in range(data.draw(st.integers(0, 4))):
+        place = data.draw(st.integers(0, max(0, len(content) - 1)))
+        how = data.draw(st.sampled_from(["change", "cut", "put in", "take out"]))
+        if how == "cut":
+            del content[place:]
+        elif how == "put in":
+            content[place:place] = data.draw(st.binary(min_size=1, max_size=8))
+        elif how == "take out":
+            del content[place : place + data.draw(st.integers(1, 8))]
+        elif content:
+            content[place] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.getbasetemp() / f"any.{suffix}"
+    file.write_bytes(content)
+    found = []
+    for read in (image_size, load_image):
+        try:
+            found.append(read(file))
+        except UserError as error:
+            one_line(error, str(file))
+            found.append(None)
+    size, picture = found
+    if picture is not None:
+        assert picture.mode == "RGB" and picture.size == size
+        if max(size) <= 200:
+            pixels = preprocess(picture, PAD, CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56)).pixels
+            assert pixels.shape == (1, 3, 56, 56) and bool(pixels.isfinite().all())

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from itertools import chain
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
+from llava_pdrop.errors import UserError
 from tests.messages import says
+from tests.properties import cases, one_line
 
 LENGTHS = np.random.default_rng(3).integers(20, 900, size=203).tolist()
 SIZES = [{"samples_per_batch": 4}, {"tokens_per_batch": 2000}]
@@ -132,3 +136,36 @@ def test_bad_arguments(arguments, message):
 def test_no_such_rank():
     with pytest.raises(ValueError, match=says("rank 2", "of 2")):
         BatchPlan([1, 2], samples_per_batch=1, world_size=2).micro_batches(0, 2)
+
+
+@hypothesis.given(st.data())
+@cases
+def test_any_plan_has_every_sample_and_all_ranks_alike_or_is_one_line(data):
+    lengths = data.draw(st.lists(st.integers(-1, 60), max_size=40))
+    number = st.one_of(st.none(), st.integers(-1, 9))
+    options = {
+        "seed": data.draw(st.integers(0, 2**31)),
+        "world_size": data.draw(st.integers(0, 5)),
+        "gradient_accumulation": data.draw(st.integers(0, 4)),
+        "samples_per_batch": data.draw(number),
+        "tokens_per_batch": data.draw(st.one_of(st.none(), st.integers(-1, 200))),
+        "window": data.draw(st.integers(-1, 12)),
+        "shuffle": data.draw(st.booleans()),
+    }
+    try:
+        plan = BatchPlan(lengths, **options)
+    except UserError as error:
+        one_line(error)
+        return
+    for epoch in data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=2)):
+        ranks = everything(plan, epoch)
+        seen = Counter(chain.from_iterable(chain.from_iterable(ranks)))
+        assert set(seen) == set(range(len(lengths))) and sum(seen.values()) == len(lengths) + plan.repeats
+        assert {len(batches) for batches in ranks} == {plan.batches_per_rank}
+        assert plan.batches_per_rank == plan.steps * plan.gradient_accumulation
+        for batch in chain.from_iterable(ranks):
+            assert batch
+            if plan.tokens_per_batch is not None:
+                assert sum(lengths[sample] for sample in batch) <= plan.tokens_per_batch
+            else:
+                assert len(batch) <= plan.samples_per_batch

@@ -4,7 +4,6 @@ valid result, never another exception, a wrong length or a lost sample. ``LLAVA_
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -23,15 +22,8 @@ from llava_pdrop.data.tokens import Encoder, Unlabelled
 from llava_pdrop.errors import QUOTED, RecordError, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER, ImageInput, PackedBatch, Record, Turn
+from tests.properties import cases
 
-EXAMPLES = int(os.environ.get("LLAVA_PDROP_EXAMPLES", "200"))
-cases = hypothesis.settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="LLAVA_PDROP_EXAMPLES" not in os.environ,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
 PAD = ImageGeometry(56, 14)
 
 WORDS = [
