@@ -30,7 +30,7 @@ from llava_pdrop.config.schema import (
     TrainSection,
 )
 from llava_pdrop.config.values import at_least, convert, convert_fields, keys_of, nearest_key, read_mapping
-from llava_pdrop.errors import ConfigError, Problem, did_you_mean, first_line
+from llava_pdrop.errors import ConfigError, Problem, clip, did_you_mean, first_line
 from llava_pdrop.geometry import PINPOINTS
 from llava_pdrop.schedule import Schedule
 
@@ -182,7 +182,7 @@ def _dotlist(overrides: Sequence[str]) -> Mapping[str, Any]:
         return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         shown = [
-            "=".join((name, "***")) if SECRET.search(name) else word
+            clip("=".join((name, "***")) if SECRET.search(name) else word)
             for word in overrides
             for name in [word.split("=")[0]]
         ]
