@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor
 
 from llava_pdrop.data.images import fit_to_canvas, image_size, load_image, pad_to_square, preprocess, process_tiles
 from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.vision import load_image_processor
 from tests.golden.cases import directories, other_pixels
 
 RECORDED = [file for directory in directories() if (file := directory / "preprocess" / "geometry.json").is_file()]
@@ -84,11 +84,7 @@ def test_every_recorded_tensor(file: Path, record_property) -> None:
     stored = load_file(file.parent / "pixels.safetensors")
     processors = {}
     for side in (info["tiny"]["tile"], info["real"]["tile"]):
-        processors[side] = AutoImageProcessor.from_pretrained(
-            file.parents[1] / "models" / "clip56",
-            size={"shortest_edge": side},
-            crop_size={"height": side, "width": side},
-        )
+        processors[side] = load_image_processor(str(file.parents[1] / "models" / "clip56"), side)
     seen, different = set(), []
     for picture in info["pictures"]:
         path = file.parent / picture["file"]

@@ -271,7 +271,7 @@ def test_an_unchecked_model_without_a_head_drops_at_its_first_prompt():
     assert len(trace) == 1 and len(trace[0].survivors) == 3
 
 
-@pytest.mark.parametrize("name", ["llava", "internvl", "smolvlm"])
+@pytest.mark.parametrize("name", ["llava", "internvl", "idefics3"])
 def test_placeholders_without_pictures_are_text(name):
     """As an assistant model gets them from `generate`."""
     family = FAMILIES[name]
