@@ -61,6 +61,7 @@ def test_a_probe_leaves_no_trace_behind_an_error(monkeypatch):
     same(logits(hf), logits(attach(make_hf_model(), PYRAMID)), 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["cpu_offload", "disk_offload", "dispatch"])
 @pytest.mark.parametrize("schedule", [PYRAMID, FASTV], ids=["last_instruction", "fastv"])
 def test_weights_that_accelerate_looks_after(place, schedule, tmp_path):
@@ -85,6 +86,7 @@ def test_weights_that_accelerate_looks_after(place, schedule, tmp_path):
     assert layers[2].self_attn.q_proj.weight.device.type == "meta"
 
 
+@pytest.mark.slow
 def test_a_compiled_model():
     hf, row = make_hf_model(), make_sample(*ONE)
     want, plain = generate(attach(hf, PYRAMID), row), logits(hf, row)

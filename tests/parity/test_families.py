@@ -163,6 +163,7 @@ def decoded_like_recompute(name: str, row: Row, positions: str, decoder: str | N
 # ---- the bench itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(("name", "decoder"), ALL)
 def test_reference_without_drops_is_vanilla(name, decoder, implementation):
@@ -183,6 +184,7 @@ def test_reference_without_drops_is_vanilla(name, decoder, implementation):
         assert bool(reference.windows) == (decoder in SLIDING or name == "gemma3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "decoder"), ALL)
 def test_vanilla_decoding_is_recompute(name, decoder):
     model = model_of(name, decoder)
@@ -193,6 +195,7 @@ def test_vanilla_decoding_is_recompute(name, decoder):
     same(logits[0], reference.logits[0, row.prompt - 1 :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "decoder"), ALL)
 def test_reference_is_what_removal_gives(name, decoder):
     """The survivors of the reference, really taken out before the drop layers: its masks hide exactly the others."""
@@ -270,6 +273,7 @@ def test_survivors_have_the_logits_of_the_reference(name, positions, kind):
         same_survivors(forward(name, row), 0, references[positions])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "positions"), POSITIONS)
 def test_eager_has_the_logits_of_the_reference(name, positions):
     row, references = row_of(name, "apart")
@@ -283,6 +287,7 @@ def test_eager_has_the_logits_of_the_reference(name, positions):
         model.set_attn_implementation(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "decoder"), ALL)
 def test_every_decoder_has_the_logits_of_the_reference(name, decoder):
     row, references = row_of(name, several(name), decoder)
@@ -291,6 +296,7 @@ def test_every_decoder_has_the_logits_of_the_reference(name, decoder):
             same_survivors(forward(name, row, decoder=decoder), 0, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "decoder"), ALL)
 def test_decoding_equals_recompute(name, decoder):
     row, references = row_of(name, several(name), decoder)
@@ -298,6 +304,7 @@ def test_decoding_equals_recompute(name, decoder):
         decoded_like_recompute(name, row, positions, decoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "positions"), POSITIONS)
 def test_padded_batch_equals_singles(name, positions):
     kinds = ("one", "apart", "none", "first")
@@ -313,6 +320,7 @@ def test_padded_batch_equals_singles(name, positions):
             same(logits[index], single_logits[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_one_length_that_lose_different_numbers_of_tokens(name):
     """No row is padded before the first drop, so the model may make no mask at all; behind it one is needed."""
@@ -333,6 +341,7 @@ def test_rows_of_one_length_that_lose_different_numbers_of_tokens(name):
         same(logits[1], plain[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "positions"), POSITIONS)
 def test_ratio_of_one_is_vanilla(name, positions):
     rows = [row_of(name, kind)[0] for kind in (several(name), "none", "first")]
@@ -343,6 +352,7 @@ def test_ratio_of_one_is_vanilla(name, positions):
     same(logits, vanilla)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_text_alone_is_vanilla(name):
     rows = [row_of(name, kind)[0] for kind in ("none", "more text")]
@@ -355,6 +365,7 @@ def test_text_alone_is_vanilla(name):
     same(logits, vanilla_logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_detach_restores_the_model(name):
     model, row = model_of(name), row_of(name, "apart")[0]
@@ -400,6 +411,7 @@ def test_the_trace_says_what_survives(name):
     assert {positions.shape[-2:] for step in trace[1:] for positions in step.position_ids} <= {(1, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_CLIPS)
 @pytest.mark.parametrize("kind", ["clip", "clips", "mixed"])
 def test_a_clip_is_a_picture(name, kind):
@@ -449,6 +461,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_mutants_are_killed(name, mutant, monkeypatch):

@@ -133,6 +133,7 @@ def test_a_hub_id_stays_one(tiny_config):
     assert mapped({"model": {key.split(".")[1]: 3 for key in MODELS}}, lambda key, path: "x")["model"]["path"] == 3
 
 
+@pytest.mark.process
 def test_an_option_on_the_command_line_too(tiny_config, tmp_path, capsys):
     assert main(["doctor", str(tiny_config()), "--no-tokens", "--out=~/report"]) == 0
     assert (tmp_path / "home/report/doctor.md").is_file() and not Path("~").exists()
