@@ -21,7 +21,7 @@ from llava_pdrop.config.paths import check_name
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES, Template
 from llava_pdrop.errors import ConfigError, UserError
-from llava_pdrop.eval.benchmarks import BENCHMARKS, Question
+from llava_pdrop.eval.questions import Question, llava_json
 from llava_pdrop.eval.generation import generating, model_inputs, prompt_sample, until_stop
 from llava_pdrop.eval.scoring import SCORERS, normalise
 from llava_pdrop.eval.team import ALONE, Team, team_of
@@ -233,7 +233,7 @@ def load_questions(config: Config) -> list[Question]:
     """The questions of ``data.eval``, at most ``eval.limit``; none where the config names no file."""
     if config.data.eval is None:
         return []
-    return BENCHMARKS["llava_json"](config.data.eval, config.data.image_root)[: config.eval.limit]
+    return llava_json(config.data.eval, config.data.image_root)[: config.eval.limit]
 
 
 def answer(

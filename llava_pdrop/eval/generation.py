@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_pdrop.data.conversation import Template
 from llava_pdrop.data.images import load_image, preprocess
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.eval.benchmarks import Question
+from llava_pdrop.eval.questions import Question
 from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.geometry import ImageGeometry

@@ -1,0 +1,160 @@
+"""The two layouts that benchmarks come in, read and checked: LLaVA's JSON and JSON lines, and VLMEvalKit's TSV.
+
+A file that is not what its benchmark expects is one line that names it: a row, a column or key, and what is wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_pdrop.data.readers.pictures import InlinePicture
+from llava_pdrop.errors import MissingFileError, UserError, clip
+from llava_pdrop.types import ImageSource
+
+MISSING = frozenset(
+    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"]
+    + ["NULL", "NaN", "None", "n/a", "nan", "null"]
+)
+"""Cells that pandas takes for missing values, and all that read tables with it do."""
+
+REFERENCE = 64
+"""Letters of an image cell up to which it is the index of another row, whose picture is meant (VLMEvalKit)."""
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        MissingFileError: no such file. UserError: it is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({clip(error)}); fetch it again") from None
+
+
+def read_lines(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, each of which has ``keys``.
+
+    Raises:
+        MissingFileError: no such file. UserError: no lines, a line that is no object, or lacks a key.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not JSON ({clip(error)}); fetch the file again") from None
+        rows.append(with_keys(row, keys, f"{file}:{number}"))
+    if not rows:
+        raise UserError(f"{file}: holds no questions; fetch it again")
+    return rows
+
+
+def with_keys(row: Any, keys: Iterable[str], origin: str) -> dict[str, Any]:
+    """``row``, an object that has all ``keys``.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{origin}: expected an object, found {type(row).__name__}")
+    if lacking := [key for key in keys if key not in row]:
+        raise UserError(f"{origin}: has no {', '.join(map(repr, lacking))}, only {clip(', '.join(map(repr, row)))}")
+    return row
+
+
+def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a TSV file as VLMEvalKit has them, as text; missing cells are not in them.
+
+    Raises:
+        MissingFileError: no such file. UserError: it lacks one of ``columns``, a row of another length, the same
+            ``index`` twice, or no rows.
+    """
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            head, *rows = list(csv.reader(opened, delimiter="\t")) or [[]]
+    except FileNotFoundError:
+        raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
+    if lacking := [name for name in ("index", *columns) if name not in head]:
+        raise UserError(f"{file}: has no column {', '.join(map(repr, lacking))}, only {clip(', '.join(head))}")
+    table = []
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(head):
+            raise UserError(f"{file}: row {number}: has {len(row)} cells, and the head has {len(head)}")
+        table.append({name: cell for name, cell in zip(head, row) if cell not in MISSING})
+        if "index" not in table[-1]:
+            raise UserError(f"{file}: row {number}: has no index")
+    if not table:
+        raise UserError(f"{file}: holds no questions; fetch it again")
+    unique([row["index"] for row in table], file, "index")
+    return table
+
+
+def unique(names: Sequence[Any], file: Path, key: str) -> None:
+    """Raises `UserError` if a name is there twice: an answer could not be told from another."""
+    (name, times), *_ = Counter(map(str, names)).most_common(1)
+    if times > 1:
+        raise UserError(f"{file}: {key} {clip(name)} is there {times} times; every question needs its own")
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names that stand for one question each: where one is there again (MME and TextVQA call questions by their
+    picture), its second occurrence is ``name#2``."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return result
+
+
+def pictures_of_table(rows: Sequence[Mapping[str, str]], file: Path) -> list[ImageSource]:
+    """The picture of every row of a TSV.
+
+    Raises:
+        UserError: a row without one, or a reference to a row that is not there.
+    """
+    by_index = {row["index"]: row.get("image", "") for row in rows}
+    pictures: list[ImageSource] = []
+    for row in rows:
+        cell = row.get("image", "")
+        if cell and len(cell) <= REFERENCE:
+            if cell not in by_index or len(by_index[cell]) <= REFERENCE:
+                raise UserError(f"{file}: index {row['index']}: its image is that of row {clip(cell)}, which has none")
+            cell = by_index[cell]
+        if not cell:
+            raise UserError(f"{file}: index {row['index']}: has no image")
+        pictures.append(InlinePicture(cell))
+    return pictures
+
+
+def find_table(directory: Path, names: Sequence[str]) -> Path:
+    """The TSV file of a benchmark: in its own directory, or in the one above it, as VLMEvalKit keeps all of them.
+
+    Raises:
+        MissingFileError: neither has one.
+    """
+    for parent in (directory, directory.parent):
+        for name in names:
+            if (parent / f"{name}.tsv").is_file():
+                return parent / f"{name}.tsv"
+    raise MissingFileError(
+        f"{directory}: has no {' or '.join(f'{name}.tsv' for name in names)}; `llava-pdrop benchmarks` says where it "
+        "comes from"
+    )

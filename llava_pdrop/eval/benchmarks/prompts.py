@@ -1,0 +1,31 @@
+"""How questions are put: LLaVA's own words, and VLMEvalKit's where LLaVA has none (golden: ``scoring/prompts.jsonl``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+def short(question: str) -> str:
+    """For answers of a word or two; all of LLaVA, VLMEvalKit and lmms-eval put it so."""
+    return f"{question}\n{SHORT}"
+
+
+def choice(question: str, options: Mapping[str, str], hint: str | None, last: str | None = None) -> str:
+    """Hint, question, a line per option, and what is asked for: as LLaVA does for MMBench, and VLMEvalKit for every
+    choice it puts to a LLaVA. ``last``: instead of the line in the question's language."""
+    lines = [*([hint] if hint else []), question, *(f"{letter}. {text}" for letter, text in options.items())]
+    words = "\n".join(lines)
+    return f"{words}\n{last or (LETTER_CN if CHINESE.search(words) else LETTER)}"
+
+
+def generic_choice(question: str, options: Mapping[str, str], hint: str | None) -> str:
+    """As VLMEvalKit asks models it has no words of their own for."""
+    head = f"Hint: {hint}\n" if hint else ""
+    lines = "".join(f"{letter}. {text}\n" for letter, text in options.items())
+    return f"{head}Question: {question}\nOptions:\n{lines}Please select the correct answer from the options above. \n"
