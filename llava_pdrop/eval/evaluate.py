@@ -21,8 +21,8 @@ from llava_pdrop.config.paths import check_name
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES, Template
 from llava_pdrop.errors import ConfigError, UserError
-from llava_pdrop.eval.questions import Question, llava_json
 from llava_pdrop.eval.generation import generating, model_inputs, prompt_sample, until_stop
+from llava_pdrop.eval.questions import Question, llava_json
 from llava_pdrop.eval.scoring import SCORERS, normalise
 from llava_pdrop.eval.team import ALONE, Team, team_of
 from llava_pdrop.generate.prefill import ForwardStep

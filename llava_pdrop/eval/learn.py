@@ -23,8 +23,8 @@ from llava_pdrop.checkpoint.grow import grow_decoder, grow_projector
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError
-from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, Result, answer, load_questions
+from llava_pdrop.eval.questions import Question
 from llava_pdrop.report.environment import environment
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted

@@ -11,8 +11,8 @@ import numpy as np
 from llava_pdrop.eval.questions import Question
 
 Statistic = Callable[[np.ndarray], dict[str, float]]
-"""Weights (questions,) -> named numbers. Ones give the official ones; draws of an interval count questions twice, or not
-at all."""
+"""Weights (questions,) -> named numbers. Ones give the official ones; a draw of an interval counts some questions twice
+and others not at all."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Benchmark:
         folder: its directory below ``eval.root``, as LLaVA names it.
         wanted: files and directories that `read` needs.
         rule: whose rule the score follows: project and file.
-        split: the split that is scored; ``paper_split``: the one of the paper, where that is another, whose answers only
-            a server knows. Their scores are then not compared.
+        split: the split that is scored; ``paper_split``: the one of the paper, where that is another. Their scores are
+            then not compared.
         max_new_tokens: of an answer, at most, as where the prompt comes from.
         headline: the number of `total` that the paper prints, ``factor`` times; ``best``: the most it can be there.
         read: (directory, whether a LLaVA is asked) -> questions. Raises UserError: the files are not what is expected.

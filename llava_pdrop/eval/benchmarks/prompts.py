@@ -1,4 +1,4 @@
-"""How questions are put: LLaVA's own words, and VLMEvalKit's where LLaVA has none (golden: ``scoring/prompts.jsonl``)."""
+"""How questions are put: in LLaVA's words, and in VLMEvalKit's where LLaVA has none (``scoring/prompts.jsonl``)."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.eval.questions import llava_json
 from llava_pdrop.eval.evaluate import chance_of, evaluate, evaluate_config, load_questions
 from llava_pdrop.eval.generation import model_inputs
+from llava_pdrop.eval.questions import llava_json
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.run import train
