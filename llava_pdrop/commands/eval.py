@@ -1,8 +1,12 @@
-"""``llava-pdrop eval``."""
+"""``llava-pdrop eval``.
+
+Exit status: 0; 1 more pictures of a benchmark than ``eval.max_unread`` cannot be read; 2 a user's error.
+"""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,31 @@ from llava_pdrop.commands.arguments import add_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     add_config(parser)
-    parser.description = f"{parser.description}. CONFIG may be a run directory, or any LLaVA with data.eval=FILE."
+    parser.description = (
+        f"{parser.description}. CONFIG may be a run directory, or any vision-language model that attach() knows, with "
+        "data.eval=FILE or benchmarks=NAME,NAME (`llava-pdrop benchmarks` lists them; benchmarks=paper: the paper's). "
+        "training_free=NAME,NAME adds schedules to the table: vanilla, or names in compare.training_free."
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the command."""
+    """Runs the command.
+
+    Raises:
+        SystemExit: with status 1, after all is written, where too many pictures cannot be read.
+    """
     config = _config(args)
     from llava_pdrop.eval.evaluate import evaluate_config
+    from llava_pdrop.eval.measure_run import measure_config
 
-    evaluate_config(config)
+    if not config.eval.benchmarks:
+        evaluate_config(config)
+        return
+    scores = measure_config(config)
+    worst = max((score.unread / score.questions for score in scores), default=0.0)
+    if worst > config.eval.max_unread:
+        print(f"{worst:.1%} of the questions of a benchmark cannot be read; eval.max_unread={worst:.3f} allows it")
+        raise SystemExit(1)
 
 
 def _config(args: argparse.Namespace) -> Any:
@@ -35,29 +55,42 @@ def _config(args: argparse.Namespace) -> Any:
                 f"{path} is no run and no model: it has neither {RUN_FILE} nor config.json{runs_in(path)}"
             )
         return _foreign(path, overrides)
-    if path.is_dir():
-        whole = [f"model.path={path}", "model.language_model=null", "model.vision_tower=null", "model.projector=null"]
-        path, overrides = path / RUN_FILE, whole + overrides
-    return load_config(path, overrides)
+    if not path.is_dir():
+        return load_config(path, overrides)
+    whole = [f"model.path={path}", "model.language_model=null", "model.vision_tower=null", "model.projector=null"]
+    config = load_config(path / RUN_FILE, whole + overrides)
+    return replace(config, paper=load_config(path / RUN_FILE, overrides).paper)  # it is about this very run
 
 
 def _foreign(directory: Path, overrides: list[str]) -> Any:
-    """The config of a LLaVA that was not trained here: it is evaluated with the schedule in its config.json, if any."""
+    """The config of a model that was not trained here: it is evaluated with the schedule in its config.json, if any,
+    and asked as its files say."""
     from llava_pdrop.checkpoint.hf_files import reading
     from llava_pdrop.checkpoint.original import original_schedule
     from llava_pdrop.checkpoint.shards import read_json
     from llava_pdrop.config.load import RUN_FILE, config_of
     from llava_pdrop.errors import ConfigError
+    from llava_pdrop.eval.respondent import CHAT, chat_template_in, is_ours, template_of
 
-    if not any(word.startswith("data.eval=") for word in overrides):
-        raise ConfigError(f"{directory} has no {RUN_FILE} that names questions: add data.eval=FILE data.image_root=DIR")
+    names = {word.split("=", 1)[0] for word in overrides}
+    if not names & {"data.eval", "benchmarks", "eval.benchmarks"}:
+        raise ConfigError(
+            f"{directory} has no {RUN_FILE} that names questions: add data.eval=FILE data.image_root=DIR, or "
+            "benchmarks=NAME"
+        )
+    fields = read_json(directory / "config.json")
     with reading(directory / "config.json"):
-        schedule = original_schedule(read_json(directory / "config.json"))
+        schedule = original_schedule(fields)
+    model = {"path": str(directory)}
+    if "model.template" not in names:
+        ours = is_ours(directory)
+        model["template"] = template_of(directory, fields, chat_template_in(directory)) if ours else CHAT
+    data = "${data.eval}" if "data.eval" in names else str(directory)  # required keys, which evaluation does not read
     values = {
         "name": directory.name,
         "output_dir": str(directory),
-        "model": {"path": str(directory)},
-        "data": {"train": "${data.eval}", "samples_per_batch": 1},  # required keys, which evaluation does not read
+        "model": model,
+        "data": {"train": data, "samples_per_batch": 1},
         "pyramid_drop": schedule.to_dict() if schedule else None,
     }
     return config_of(values, overrides, directory / RUN_FILE)

@@ -47,6 +47,9 @@ def runs_in(directory: Path) -> str:
 OVERRIDES = "command line"
 """Stands for the file in errors about a dotted override."""
 
+SHORT = {"benchmarks": "eval.benchmarks", "training_free": "eval.training_free"}
+"""Words of the command line without a section, which take names with commas between them."""
+
 SECRET = re.compile(r"(?:^|_)(?:token|secret|password|api_key)$")
 """Names of training arguments whose value must not be written anywhere, as a config is with every checkpoint."""
 
@@ -178,8 +181,9 @@ def _dotlist(overrides: Sequence[str]) -> Mapping[str, Any]:
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{OVERRIDES}: override {override!r} must have the form section.key=value")
+    overrides = [_written_whole(override) for override in overrides]
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+        return OmegaConf.to_container(OmegaConf.from_dotlist(overrides))  # type: ignore[return-value]
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         shown = [
             clip("=".join((name, "***")) if SECRET.search(name) else word)
@@ -187,6 +191,14 @@ def _dotlist(overrides: Sequence[str]) -> Mapping[str, Any]:
             for name in [word.split("=")[0]]
         ]
         raise ConfigError(f"{OVERRIDES}: {' '.join(shown)}: {first_line(error)}") from None
+
+
+def _written_whole(override: str) -> str:
+    """``benchmarks=mme,pope`` as the override of its key; others as they are."""
+    name, value = override.split("=", 1)
+    if name not in SHORT:
+        return override
+    return f"{SHORT[name]}={value if value.startswith('[') else f'[{value}]'}"
 
 
 def _build(values: Any, path: Path) -> Config:

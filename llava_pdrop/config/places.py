@@ -21,7 +21,7 @@ MODELS = ("model.path", "model.language_model", "model.vision_tower")
 
 PATHS = (
     "output_dir", *MODELS, "model.projector", "data.train", "data.eval", "data.image_root", "data.index", "data.cache",
-    "train.resume", "train.deepspeed", "train.fsdp_config", "train.accelerator_config", "train.engine",
+    "eval.root", "train.resume", "train.deepspeed", "train.fsdp_config", "train.accelerator_config", "train.engine",
 )  # fmt: skip
 """Keys whose value is a path. ``pretrain`` and ``data.prepare`` hold some among other words."""
 

@@ -179,18 +179,30 @@ class LoraSection:
 class EvalSection:
     batch_size: int = 50
     """Questions per batch."""
-    max_new_tokens: int = 16
-    """Maximum tokens per answer."""
+    max_new_tokens: int | None = None
+    """Maximum tokens per answer; null: 16, and for a benchmark what its own evaluation gives."""
     limit: int | None = None
-    """Evaluate only the first N questions; null: all."""
+    """Evaluate only the first N questions, of each benchmark too; null: all."""
     scorer: str = "exact_match"
-    """A key of ``SCORERS`` in ``llava_pdrop/eval/scoring.py``."""
+    """A key of ``SCORERS`` in ``llava_pdrop/eval/scoring.py``, for ``data.eval``."""
+    benchmarks: tuple[str, ...] = ()
+    """Benchmarks to measure: names that ``llava-pdrop benchmarks`` lists, or ``paper``: those that the paper reports.
+    On the command line ``benchmarks=mme,pope``."""
+    training_free: tuple[str, ...] = ()
+    """Measure them with these schedules too: names in ``compare.training_free``, or ``vanilla``. On the command line
+    ``training_free=vanilla,fastv``."""
+    root: str = "playground/data/eval"
+    """Directory of the benchmarks, one per benchmark, as LLaVA's ``eval.zip`` has them."""
+    max_unread: float = 0.01
+    """Largest share of a benchmark's questions that may be unreadable; more, and the exit status is 1."""
 
     def __post_init__(self) -> None:
         at_least(1, "eval.batch_size", self.batch_size)
-        at_least(1, "eval.max_new_tokens", self.max_new_tokens)
-        if self.limit is not None:
-            at_least(1, "eval.limit", self.limit)
+        for name in ("max_new_tokens", "limit"):
+            if getattr(self, name) is not None:
+                at_least(1, f"eval.{name}", getattr(self, name))
+        if not 0 <= self.max_unread <= 1:
+            raise Problem("eval.max_unread", f"eval.max_unread is a share, 0 to 1, got {self.max_unread}")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Questions -> answers by Hugging Face's own ``generate`` -> scores."""
+"""Questions of ``data.eval`` -> answers -> accuracy."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tqdm import tqdm
 
 from llava_pdrop.checkpoint.build import Parts, build_parts
 from llava_pdrop.config.load import RUN_FILE
 from llava_pdrop.config.paths import check_name
 from llava_pdrop.config.schema import Config
-from llava_pdrop.data.conversation import TEMPLATES, Template
+from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.errors import ConfigError, UserError
-from llava_pdrop.eval.generation import generating, model_inputs, prompt_sample, until_stop
+from llava_pdrop.eval.answering import Answer, answer_all
 from llava_pdrop.eval.questions import Question, llava_json
+from llava_pdrop.eval.respondent import CHAT, LlavaRespondent, Respondent, is_ours, open_respondent
 from llava_pdrop.eval.scoring import SCORERS, normalise
 from llava_pdrop.eval.team import ALONE, Team, team_of
 from llava_pdrop.generate.prefill import ForwardStep
-from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.runtime.device import autocast_dtype
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
 
@@ -34,6 +33,9 @@ PREDICTIONS_FILE, EVALUATION_FILE = "predictions.jsonl", "evaluation.json"
 
 VANILLA, DROPPING = "vanilla", "pyramid_drop"
 """Subdirectories of ``output_dir`` and names of the two trained runs."""
+
+MAX_NEW_TOKENS = 16
+"""Of an answer to a record of ``data.eval``, where ``eval.max_new_tokens`` says nothing."""
 
 
 @dataclass(frozen=True)
@@ -76,97 +78,49 @@ class Result:
         return file
 
 
-@dataclass
-class Answers:
-    """What one process has answered: predictions by the number of their batch, and the image tokens of every image."""
-
-    batches: dict[int, list[Prediction]] = field(default_factory=dict)
-    image_tokens: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-
 def evaluate(
-    hf: Any,
-    tokenizer: Any,
-    image_processor: Any,
-    geometry: ImageGeometry,
+    respondent: Respondent,
     questions: Sequence[Question],
-    template: Template,
     schedule: Schedule = Schedule(),
-    batch_size: int = 16,
-    max_new_tokens: int = 16,
     scorer: str = "exact_match",
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    progress: str | None = None,
     trace: bool = False,
-    team: Team = ALONE,
+    **options: Any,
 ) -> Result:
     """Answers ``questions`` greedily and scores the answers.
 
-    Batches are the same, and so are the answers, whatever the number of processes that share them.
-
     Args:
-        hf: a Hugging Face LLaVA; left as it was.
-        schedule: how image tokens are dropped while the prompt is read.
-        dtype: half precision to run in by autocast, as training does; None: the weights' own.
-        seed: of the ``random`` ranker; every batch begins with numbers of its own.
-        progress: text of the progress bar; None: no bar.
         trace: keep what each forward dropped (`Result.steps`), of this process's batches.
-        team: the processes that share the questions; all call this and have the same result.
+        options: the other arguments of `answer_all`.
 
     Raises:
-        UserError: no questions, an unknown scorer, or a schedule that does not fit the model.
+        UserError: no questions, an unknown scorer, a picture that cannot be read, or a schedule that does not fit.
     """
     if not questions:
         raise UserError("there are no questions to evaluate")
     if scorer not in SCORERS:
         raise UserError(f"unknown eval.scorer {scorer!r}: choose one of {sorted(SCORERS)}")
-    device, start, cpu_start = next(hf.parameters()).device, time.perf_counter(), time.process_time()
     steps: list[ForwardStep] = []
-    own = Answers()
-    batches = [questions[first : first + batch_size] for first in range(0, len(questions), batch_size)]
-    with (
-        generating(hf, schedule, steps if trace else None),
-        torch.autocast(device.type, dtype, dtype is not None),
-    ):
-        for turn in tqdm(range(team.rounds(len(batches))), desc=progress, disable=progress is None, leave=False):
-            team.at(f"round {turn + 1} of the questions")
-            number = team.task(turn)
-            if number >= len(batches):
-                break
-            torch.manual_seed(seed + number)
-            samples = [prompt_sample(q, template, tokenizer, hf, geometry, image_processor) for q in batches[number]]
-            inputs = {name: value.to(device) for name, value in model_inputs(samples, tokenizer, hf).items()}
-            ids = hf.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-            own.batches[number] = []
-            for question, row in zip(batches[number], ids[:, inputs["input_ids"].shape[1] :].tolist()):
-                text = until_stop(tokenizer.decode(row, skip_special_tokens=True), template.stop)
-                score = SCORERS[scorer](text, question.gold)
-                own.batches[number].append(Prediction(question.record.id, question.text, question.gold, text, score))
-            own.image_tokens += [stop - start for sample in samples for start, stop in sample.image_spans]
-    own.seconds, own.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    team.at("gathering the answers")
-    return _result(team.gather(own), schedule, steps)
-
-
-def _result(shares: Sequence[Answers], schedule: Schedule, steps: list[ForwardStep]) -> Result:
-    """The answers of all processes put together."""
-    batches = {number: batch for share in shares for number, batch in share.batches.items()}
-    predictions = [entry for number in sorted(batches) for entry in batches[number]]
-    tokens = image_tokens_by_stage([count for share in shares for count in share.image_tokens], schedule)
+    found = answer_all(respondent, questions, schedule, steps=steps if trace else None, **options)
+    score = SCORERS[scorer]
+    predictions = [
+        Prediction(question.id, question.text, question.gold, answer.text, score(answer.text, question.gold))
+        for question, answer in zip(questions, found.answers)
+    ]
     return Result(
         accuracy=sum(entry.score for entry in predictions) / len(predictions),
         chance=chance_of([entry.gold for entry in predictions]),
         predictions=predictions,
-        image_tokens=[count / len(predictions) for count in tokens],
-        seconds=max(share.seconds for share in shares),
-        cpu_seconds=sum(share.cpu_seconds for share in shares),
+        image_tokens=image_tokens_of(found.answers, schedule),
+        seconds=found.seconds,
+        cpu_seconds=found.cpu_seconds,
         steps=steps,
     )
+
+
+def image_tokens_of(answers: Sequence[Answer], schedule: Schedule) -> list[float]:
+    """Image tokens per question: before any drop, and after each one."""
+    tokens = image_tokens_by_stage([count for answer in answers for count in answer.image_tokens], schedule)
+    return [count / len(answers) for count in tokens]
 
 
 def chance_of(golds: Sequence[str]) -> float:
@@ -180,14 +134,53 @@ def check_scorer(config: Config) -> None:
 
 
 def evaluate_config(config: Config) -> Result:
-    """Evaluates the finished run of ``config`` with its schedule, prints the score and writes ``predictions.jsonl``
-    and ``evaluation.json`` beside the weights. A config that was read from a run's own directory stands for that one.
-    The processes that a launcher has started share the questions; the first one prints and writes.
+    """Evaluates the finished run of ``config`` with its schedule on ``data.eval``, prints the score and writes
+    ``predictions.jsonl`` and ``evaluation.json`` beside the weights; those of another data set, schedule or format are
+    kept under another name. A config that was read from a run's own directory stands for that one. The processes that a
+    launcher has started share the questions; the first one prints and writes.
 
     Raises:
         ConfigError: no questions are named, or there is no finished run, or it lies where nothing can be written.
     """
     check_scorer(config)
+    directory = finished(config)
+    questions = load_questions(config)
+    if not questions:
+        raise ConfigError(f"{config.file}: data.eval: names no file with questions")
+    with team_of(config, directory) as team:
+        respondent = respondent_in(directory, config)
+        result = answer(config, respondent, questions, config.schedule, config.name, team)
+    if not team.first:
+        return result
+    asked = {
+        "data": os.path.abspath(str(config.data.eval)),
+        "scorer": config.eval.scorer,
+        "template": config.model.template,
+        "questions": len(questions),
+        "schedule": config.schedule.to_dict(),
+    }
+    _keep_others(directory, asked)
+    file = result.write(directory)
+    facts = {"accuracy": result.accuracy, "chance": result.chance, "image_tokens": result.image_tokens}
+    (directory / EVALUATION_FILE).write_text(json.dumps(asked | facts, indent=1) + "\n", encoding="utf-8")
+    tokens = " -> ".join(f"{count:g}" for count in result.image_tokens)
+    Console().print(
+        f"{config.name}: asks {respondent.text(questions[0])!r}\n"
+        f"{config.name}: {config.eval.scorer} {result.accuracy:.1%} (chance {result.chance:.1%}), {len(questions)} "
+        f"questions, image tokens {tokens} ({used_schedule(config.schedule, respondent.schedule)}), "
+        f"{result.seconds:.0f} s; answers in {file}",
+        soft_wrap=True,
+        markup=False,
+    )
+    return result
+
+
+def finished(config: Config) -> Path:
+    """The directory of the finished run, where answers can be written.
+
+    Raises:
+        ConfigError: there is none, or nothing can.
+    """
     own = Path(config.file).name == RUN_FILE
     directory = Path(config.file).parent if own else Path(config.output_dir)
     if not (directory / "config.json").is_file():
@@ -196,27 +189,25 @@ def evaluate_config(config: Config) -> Result:
         raise ConfigError(f"{config.file}: output_dir: {directory} holds no finished run: {remedy}")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(f"{config.file}: {directory} is to hold the answers and cannot be written to: copy it first")
-    questions = load_questions(config)
-    if not questions:
-        raise ConfigError(f"{config.file}: data.eval: names no file with questions")
-    with team_of(config, directory) as team:
-        parts = build_parts(path=str(directory))
-        result = answer(config, parts, questions, config.schedule, config.name, team)
-    if not team.first:
-        return result
-    file = result.write(directory)
-    facts = {"scorer": config.eval.scorer, "accuracy": result.accuracy, "chance": result.chance}
-    facts |= {"questions": len(questions), "image_tokens": result.image_tokens, "schedule": config.schedule.to_dict()}
-    (directory / EVALUATION_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    tokens = " -> ".join(f"{count:g}" for count in result.image_tokens)
-    Console().print(
-        f"{config.name}: {config.eval.scorer} {result.accuracy:.1%} (chance {result.chance:.1%}), {len(questions)} "
-        f"questions, image tokens {tokens} ({used_schedule(config.schedule, parts.schedule)}), {result.seconds:.0f} s; "
-        f"answers in {file}",
-        soft_wrap=True,
-        markup=False,
-    )
-    return result
+    return directory
+
+
+def _keep_others(directory: Path, asked: dict[str, Any]) -> None:
+    """Moves the answers of an earlier evaluation aside, if it asked something else."""
+    file = directory / EVALUATION_FILE
+    if not file.is_file() or not (directory / PREDICTIONS_FILE).is_file():
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        before = {key: before.get(key) for key in asked}
+    except (ValueError, AttributeError):
+        before = {}
+    if before == asked:
+        return
+    digest = hashlib.blake2b(json.dumps(before, sort_keys=True).encode(), digest_size=4).hexdigest()
+    for name in (PREDICTIONS_FILE, EVALUATION_FILE):
+        old = directory / name
+        os.replace(old, old.with_name(f"{old.stem}-{digest}{old.suffix}"))
 
 
 def used_schedule(used: Schedule, own: Schedule | None) -> str:
@@ -238,7 +229,7 @@ def load_questions(config: Config) -> list[Question]:
 
 def answer(
     config: Config,
-    parts: Parts,
+    model: Parts | Respondent,
     questions: Sequence[Question],
     schedule: Schedule,
     label: str | None,
@@ -252,26 +243,45 @@ def answer(
         team: the processes that share the questions.
         options: arguments of `evaluate` that go before those of the config.
     """
-    name, asked = config.model.template, config.train.arguments
-    check_name(config, "model.template", name, TEMPLATES)
-    cuda = torch.cuda.is_available() and not asked.get("use_cpu")
-    device = torch.device("cuda" if cuda else "cpu")
-    settings = dict(
-        batch_size=config.eval.batch_size,
-        max_new_tokens=config.eval.max_new_tokens,
-        scorer=config.eval.scorer,
-        dtype=autocast_dtype(device, bool(asked.get("bf16")), bool(asked.get("fp16"))),
-        seed=config.seed,
-        progress=label if team.first else None,
-        team=team,
-    )
-    return evaluate(
-        parts.hf.to(device),
-        parts.tokenizer,
-        parts.image_processor,
-        parts.geometry,
-        questions,
-        TEMPLATES[name],
-        schedule,
-        **{**settings, **options},
-    )
+    respondent = respondent_of(model, config) if isinstance(model, Parts) else model
+    settings = settings_of(config, respondent, team) | {
+        "max_new_tokens": config.eval.max_new_tokens or MAX_NEW_TOKENS,
+        "scorer": config.eval.scorer,
+        "progress": label if team.first else None,
+    }
+    return evaluate(respondent, questions, schedule, **settings | options)
+
+
+def settings_of(config: Config, respondent: Respondent, team: Team) -> dict[str, Any]:
+    """Arguments of `answer_all` as ``config`` has them; the model is moved to where it trains."""
+    respondent.hf.to(device_of(config))
+    return {"batch_size": config.eval.batch_size, "dtype": dtype_of(config), "seed": config.seed, "team": team}
+
+
+def device_of(config: Config) -> torch.device:
+    """Where ``config`` trains."""
+    cuda = torch.cuda.is_available() and not config.train.arguments.get("use_cpu")
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def dtype_of(config: Config) -> torch.dtype | None:
+    """The half precision that ``config`` trains in; None: none."""
+    asked = config.train.arguments
+    return autocast_dtype(device_of(config), bool(asked.get("bf16")), bool(asked.get("fp16")))
+
+
+def respondent_of(parts: Parts, config: Config) -> LlavaRespondent:
+    """A LLaVA that is asked by ``model.template``.
+
+    Raises:
+        ConfigError: there is no such template.
+    """
+    name = config.model.template
+    if name != CHAT:
+        check_name(config, "model.template", name, TEMPLATES)
+    return LlavaRespondent(parts, None if name == CHAT else TEMPLATES[name])
+
+
+def respondent_in(directory: Path, config: Config) -> Respondent:
+    """The model in ``directory``, ready to be asked: a LLaVA of ours, or one of another family by its own processor."""
+    return respondent_of(build_parts(path=str(directory)), config) if is_ours(directory) else open_respondent(directory)

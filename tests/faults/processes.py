@@ -148,7 +148,7 @@ def _rank(
 
 def _arm(fault: Fault) -> None:
     """Lets ``fault`` happen in this process."""
-    from llava_pdrop.eval import evaluate
+    from llava_pdrop.eval import respondent
     from llava_pdrop.train import checkpoints, metrics, report, run, saving, trainer
 
     def die() -> None:
@@ -217,7 +217,7 @@ def _arm(fault: Fault) -> None:
             return original_prompt(*args)
 
         asked: list = []
-        original_prompt, evaluate.prompt_sample = evaluate.prompt_sample, prompt_sample
+        original_prompt, respondent.prompt_sample = respondent.prompt_sample, prompt_sample
     elif fault.kind.startswith("sleep_"):
         room, name = {
             "sleep_loading": (run, "load_parts"),

@@ -16,8 +16,8 @@ from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import chance_of, evaluate, evaluate_config, load_questions
-from llava_pdrop.eval.generation import model_inputs
 from llava_pdrop.eval.questions import llava_json
+from llava_pdrop.eval.respondent import LlavaRespondent, model_inputs
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.run import train
@@ -39,10 +39,7 @@ def questions(tiny_files):
 
 
 def run(parts, questions, schedule=DROP, **options):
-    return evaluate(
-        parts.hf, parts.tokenizer, parts.image_processor, parts.geometry, questions, TEMPLATES["qa"], schedule,
-        **{"max_new_tokens": 3, **options},
-    )  # fmt: skip
+    return evaluate(LlavaRespondent(parts, TEMPLATES["qa"]), questions, schedule, **{"max_new_tokens": 3, **options})
 
 
 def test_answers_do_not_depend_on_the_batch_size(parts, questions):

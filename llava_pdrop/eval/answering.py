@@ -1,0 +1,140 @@
+"""Questions -> answers by Hugging Face's own ``generate``, in batches of alike length, by all processes of a team."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from llava_pdrop.errors import UserError
+from llava_pdrop.eval.generation import answer_text, generating
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.respondent import Respondent
+from llava_pdrop.eval.team import ALONE, Team
+from llava_pdrop.generate.prefill import ForwardStep
+from llava_pdrop.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered question. ``image_tokens`` of its pictures before any drop; ``seconds`` its share of its batch's;
+    ``problem``: why it could not be asked, its answer then being empty."""
+
+    id: str
+    text: str
+    image_tokens: tuple[int, ...] = ()
+    seconds: float = 0.0
+    problem: str | None = None
+
+
+@dataclass
+class Answers:
+    """Answers in the order of the questions. ``seconds`` are those of the slowest process, ``cpu_seconds`` of all."""
+
+    answers: list[Answer] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+def answer_all(
+    respondent: Respondent,
+    questions: Sequence[Question],
+    schedule: Schedule = Schedule(),
+    batch_size: int = 16,
+    max_new_tokens: int = 16,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: str | None = None,
+    steps: list[ForwardStep] | None = None,
+    team: Team = ALONE,
+    known: Mapping[str, Answer] | None = None,
+    keep: Callable[[Sequence[Answer]], None] | None = None,
+    strict: bool = True,
+) -> Answers:
+    """Answers all ``questions`` greedily. Batches are the same, and so are the answers, whatever the number of
+    processes that share them, and wherever an earlier call was stopped.
+
+    Args:
+        respondent: its model is left as it was.
+        dtype: half precision to run in by autocast, as training does; None: the weights' own.
+        seed: of the ``random`` ranker; every batch begins with numbers of its own.
+        progress: text of the progress bar; None: no bar.
+        steps: receives what each forward dropped, of this process's batches.
+        team: the processes that share the questions; all call this and have the same result.
+        known: answers of an earlier call, by id: they are not asked again.
+        keep: is given the answers of every batch as soon as they are there.
+        strict: raise at a question that cannot be asked; else its answer is empty and has a `Answer.problem`.
+
+    Raises:
+        UserError: a picture that cannot be read (``strict``), or a schedule that does not fit the model.
+    """
+    device, start, cpu_start = next(respondent.hf.parameters()).device, time.perf_counter(), time.process_time()
+    known, own = known or {}, Answers()
+    order = by_length(respondent, questions)
+    batches = [[questions[i] for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size)]
+    with generating(respondent.hf, schedule, steps), torch.autocast(device.type, dtype, dtype is not None):
+        for turn in tqdm(range(team.rounds(len(batches))), desc=progress, disable=progress is None, leave=False):
+            team.at(f"round {turn + 1} of the questions")
+            number = team.task(turn)
+            if number >= len(batches):
+                break
+            left = [question for question in batches[number] if question.id not in known]
+            torch.manual_seed(seed + number)
+            new = _batch(respondent, left, max_new_tokens, strict) if left else []
+            own.answers += new
+            if keep is not None and new:
+                keep(new)
+    own.seconds, own.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    team.at("gathering the answers")
+    shares = team.gather(own)
+    by_id = dict(known) | {answer.id: answer for share in shares for answer in share.answers}
+    return Answers(
+        [by_id[question.id] for question in questions],
+        seconds=max(share.seconds for share in shares),
+        cpu_seconds=sum(share.cpu_seconds for share in shares),
+    )
+
+
+def by_length(respondent: Respondent, questions: Sequence[Question]) -> list[int]:
+    """Places of the questions, the longest first: a batch pads little, and one that does not fit into memory is met at
+    once."""
+
+    def length(question: Question) -> int:
+        try:
+            return respondent.length(question)
+        except UserError:  # `prepare` says it again, where it is told or counted
+            return 0
+
+    lengths = [length(question) for question in questions]
+    return sorted(range(len(questions)), key=lambda place: -lengths[place])
+
+
+def _batch(respondent: Respondent, questions: Sequence[Question], max_new_tokens: int, strict: bool) -> list[Answer]:
+    start, answers, prepared = time.perf_counter(), dict[str, Answer](), []
+    for question in questions:
+        try:
+            prepared.append((question, respondent.prepare(question)))
+        except UserError as error:
+            if strict:
+                raise
+            answers[question.id] = Answer(question.id, "", problem=str(error))
+    if prepared:
+        inputs, image_tokens = respondent.inputs([own for _, own in prepared])
+        device = next(respondent.hf.parameters()).device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        ids = respondent.hf.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=respondent.tokenizer.pad_token_id,
+            eos_token_id=respondent.ends or None,
+        )
+        rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        seconds = (time.perf_counter() - start) / len(questions)
+        for (question, _), row, tokens in zip(prepared, rows, image_tokens):
+            text = answer_text(row, respondent.tokenizer, respondent.ends, respondent.stops)
+            answers[question.id] = Answer(question.id, text, tuple(tokens), seconds)
+    return [answers[question.id] for question in questions]

@@ -1,0 +1,141 @@
+"""Answers on disk: kept batch by batch, so that an evaluation goes on where it was stopped, and never overwritten.
+
+    DIRECTORY/benchmarks/POPE/pyramid_drop-1a2b3c4d/answers.jsonl     LLaVA's format, in the order of the questions
+                                                    facts.json        what they answer: model, schedule, prompt, limit
+                                                    score.json        what they are worth
+
+The digest stands for all facts: with another schedule, prompt, model or question file it is another directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from llava_pdrop.errors import UserError
+from llava_pdrop.eval.answering import Answer
+from llava_pdrop.eval.questions import Question
+
+ANSWERS, FACTS, SCORE = "answers.jsonl", "facts.json", "score.json"
+PART = "answers-{rank:05d}.part.jsonl"
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+class Kept:
+    """The answers of one model, with one schedule, to one benchmark.
+
+    Args:
+        home: ``DIRECTORY/benchmarks/NAME``.
+        column: what the answers are called in the table.
+        facts: all that the answers depend on, as JSON can hold it.
+    """
+
+    def __init__(self, home: Path, column: str, facts: dict[str, Any]) -> None:
+        text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
+        digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+        self.directory, self.facts = home / f"{column}-{digest}", facts
+
+    def read(self) -> dict[str, Answer]:
+        """What is answered already, by the id of the question. A line that a kill has cut short is asked again.
+
+        Raises:
+            UserError: a whole line cannot be read.
+        """
+        found = {}
+        for file in [self.directory / ANSWERS, *sorted(self.directory.glob("answers-*.part.jsonl"))]:
+            with suppress(FileNotFoundError):
+                lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+                for number, line in enumerate(lines[:-1], 1):
+                    try:
+                        answer = _parsed(json.loads(line))
+                    except (ValueError, KeyError, TypeError, AttributeError):
+                        raise UserError(
+                            f"{file}:{number}: is no answer of ours: remove the line, and it is asked again"
+                        ) from None
+                    found[answer.id] = answer
+        return found
+
+    def writer(self, rank: int, questions: Sequence[Question]) -> Callable[[Sequence[Answer]], None]:
+        """Appends answers to the file of process ``rank``."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        file = self.directory / PART.format(rank=rank)
+        by_id = {question.id: question for question in questions}
+        _end_last_line(file)
+
+        def keep(answers: Sequence[Answer]) -> None:
+            with file.open("a", encoding="utf-8", errors="backslashreplace") as opened:
+                opened.write("".join(_line(by_id[answer.id], answer, "") for answer in answers))
+
+        return keep
+
+    def finish(self, questions: Sequence[Question], answers: Sequence[Answer], model: str) -> None:
+        """Puts all answers into one file, beside what they depend on."""
+        lines = [_line(question, answer, model) for question, answer in zip(questions, answers)]
+        self._write(ANSWERS, "".join(lines))
+        self._write(FACTS, _json(self.facts))
+        for part in self.directory.glob("answers-*.part.jsonl"):
+            part.unlink()
+
+    def score(self, score: Any) -> None:
+        """Writes what the answers are worth."""
+        self._write(SCORE, _json(score))
+
+    def _write(self, name: str, text: str) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        aside = self.directory / f"{name}.new"
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(aside, self.directory / name)
+
+
+def weights_of(directory: Path) -> list[list[Any]]:
+    """Name, size and time of every file of weights: enough to tell one training from the next."""
+    files = sorted(file for pattern in WEIGHTS for file in directory.glob(pattern))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def questions_digest(questions: Sequence[Question]) -> str:
+    """Of ids, words and pictures of all ``questions``, in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for question in questions:
+        record = question.record
+        words = [record.id, *(turn.text for turn in record.turns), *map(str, record.images), str(question.gold)]
+        digest.update(json.dumps(words).encode())
+    return digest.hexdigest()
+
+
+def _line(question: Question, answer: Answer, model: str) -> str:
+    """A line of LLaVA's answer files; what is ours stands in ``metadata``."""
+    own = {"id": answer.id, "image_tokens": list(answer.image_tokens), "seconds": round(answer.seconds, 6)}
+    own |= {} if answer.problem is None else {"problem": answer.problem}
+    line = {
+        "question_id": question.facts.get("question_id", question.id),
+        "prompt": question.text,
+        "text": answer.text,
+        "answer_id": hashlib.blake2b(
+            f"{question.id}\n{answer.text}".encode(errors="replace"), digest_size=8
+        ).hexdigest(),
+        "model_id": model,
+        "metadata": own,
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _parsed(line: dict[str, Any]) -> Answer:
+    own = line["metadata"]
+    return Answer(own["id"], line["text"], tuple(own["image_tokens"]), own["seconds"], own.get("problem"))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _end_last_line(file: Path) -> None:
+    """A kill may have left half a line, which must not become the beginning of the next one."""
+    with suppress(FileNotFoundError), file.open("rb+") as opened:
+        content = opened.read()
+        opened.truncate(content.rfind(b"\n") + 1)

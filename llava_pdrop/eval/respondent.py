@@ -1,0 +1,319 @@
+"""Who answers questions: a LLaVA of ours by its conversation template or its own chat template, or any other family
+that `attach` knows by its own processor. All a question needs is prepared here; `answering.py` generates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llava_pdrop.checkpoint.build import Parts
+from llava_pdrop.checkpoint.hf_files import reading
+from llava_pdrop.checkpoint.shards import read_json
+from llava_pdrop.data.conversation import TEMPLATES, Piece, Template
+from llava_pdrop.data.images import image_size, load_image, preprocess
+from llava_pdrop.data.labels import encode_pieces, expand_slots
+from llava_pdrop.data.marks import end_ids
+from llava_pdrop.data.tokens import Encoder
+from llava_pdrop.errors import UserError, clip
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.schedule import Schedule
+from llava_pdrop.types import IMAGE_MARKER, ImageInput, Sample
+
+CHAT = "chat"
+"""Instead of the name of a template: the chat template that the checkpoint brings along. For evaluation only."""
+
+PIXELS_PER_TOKEN = 28 * 28
+"""Of pictures whose number of tokens only their processor knows: enough to tell long prompts from short ones."""
+
+
+class Respondent(Protocol):
+    """A model with all that is needed to ask it."""
+
+    @property
+    def hf(self) -> Any:
+        """The Hugging Face model."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of its text."""
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The one in its checkpoint; None where that says nothing."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer."""
+
+    def length(self, question: Question) -> int:
+        """About the tokens of its prompt: prompts of one length share a batch.
+
+        Raises:
+            UserError: a picture cannot be read.
+        """
+
+    def text(self, question: Question) -> str:
+        """The prompt, with a marker in the place of every picture."""
+
+    def prepare(self, question: Question) -> Any:
+        """The prompt with its pictures.
+
+        Raises:
+            UserError: a picture cannot be read, or the question cannot be put in this format.
+        """
+
+    def inputs(self, prepared: Sequence[Any]) -> tuple[dict[str, Tensor], list[list[int]]]:
+        """What ``generate`` is given, padded on the left, and the tokens of every picture of every question."""
+
+
+@dataclass(frozen=True)
+class LlavaRespondent:
+    """A LLaVA that is asked as it was trained.
+
+    ``template``: its conversation format; None: the chat template of its tokenizer.
+    """
+
+    parts: Parts
+    template: Template | None
+
+    @property
+    def hf(self) -> Any:
+        return self.parts.hf
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.parts.tokenizer
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return self.parts.schedule
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return self.template.stop if self.template else ()
+
+    @cached_property
+    def ends(self) -> list[int]:
+        own = end_ids(self.template, self.tokenizer) if self.template else []
+        return _ends(self.hf, self.tokenizer, own)
+
+    def length(self, question: Question) -> int:
+        geometry = self.parts.geometry
+        shown = question.record.images
+        if geometry.aspect != "anyres":
+            return len(question.text) // 4 + len(shown) * geometry.num_tokens((1, 1))
+        return len(question.text) // 4 + sum(geometry.num_tokens(image_size(picture)) for picture in shown)
+
+    def text(self, question: Question) -> str:
+        if self.template is None:
+            return _rendered(self.tokenizer, question, IMAGE_MARKER)
+        template = self.template.with_system(question.record.system)
+        return "".join(p.text for p in template.generation_prompt(template.rounds(question.record.turns)))
+
+    def prepare(self, question: Question) -> Sample:
+        return prompt_sample(question, self)
+
+    def inputs(self, prepared: Sequence[Sample]) -> tuple[dict[str, Tensor], list[list[int]]]:
+        spans = [[stop - start for start, stop in sample.image_spans] for sample in prepared]
+        return model_inputs(prepared, self.tokenizer, self.hf), spans
+
+
+def prompt_sample(question: Question, respondent: LlavaRespondent) -> Sample:
+    """The prompt of ``question`` with its preprocessed images, ready for `model_inputs`."""
+    parts = respondent.parts
+    images = [preprocess(load_image(path), parts.geometry, parts.image_processor) for path in question.record.images]
+    image_token = parts.hf.config.image_token_id
+    if respondent.template is not None:
+        return Encoder(respondent.template, parts.tokenizer, image_token, parts.geometry).prompt(
+            question.record, images
+        )
+    return _chat_sample(question, respondent, images)
+
+
+def _chat_sample(question: Question, respondent: LlavaRespondent, images: Sequence[ImageInput]) -> Sample:
+    parts, text = respondent.parts, respondent.text(question)
+    encoded = encode_pieces([Piece(text)], parts.tokenizer)
+    sizes = [image.size for image in images]
+    ids, labels, spans = expand_slots(
+        encoded.ids, encoded.labels, sizes, parts.hf.config.image_token_id, parts.geometry, None
+    )
+    return Sample(question.id, torch.tensor(ids), torch.tensor(labels), tuple(images), tuple(spans))
+
+
+def model_inputs(samples: Sequence[Sample], tokenizer: Any, hf: Any) -> dict[str, Tensor]:
+    """Prompts as ``generate`` wants them: ``input_ids`` and ``attention_mask`` (B, N) padded on the left, and where
+    there are images ``pixel_values`` ((images, 3, h, w) for LLaVA; (images, tiles, 3, h, w), the missing tiles 0, with
+    ``image_sizes`` (images, (height, width)) for LLaVA-NeXT)."""
+    longest = max(len(sample.input_ids) for sample in samples)
+    ids = torch.full((len(samples), longest), tokenizer.pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sample in enumerate(samples):
+        ids[row, longest - len(sample.input_ids) :] = sample.input_ids
+        mask[row, longest - len(sample.input_ids) :] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    images = [image for sample in samples for image in sample.images]
+    if not images:
+        return inputs
+    if hf.config.model_type != "llava_next":
+        return inputs | {"pixel_values": torch.cat([image.pixels for image in images])}
+    tiles = max(len(image.pixels) for image in images)
+    pixels = torch.zeros(len(images), tiles, *images[0].pixels.shape[1:])
+    for row, image in enumerate(images):
+        pixels[row, : len(image.pixels)] = image.pixels
+    sizes = torch.tensor([(image.size[1], image.size[0]) for image in images])
+    return inputs | {"pixel_values": pixels, "image_sizes": sizes}
+
+
+@dataclass(frozen=True)
+class ProcessorRespondent:
+    """A vision-language model of any family, fed by the processor in its own directory."""
+
+    hf: Any
+    processor: Any
+    schedule: Schedule | None = None
+    stops: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @cached_property
+    def ends(self) -> list[int]:
+        return _ends(self.hf, self.tokenizer, [])
+
+    def length(self, question: Question) -> int:
+        sizes = [image_size(picture) for picture in question.record.images]
+        return len(question.text) // 4 + sum(width * height // PIXELS_PER_TOKEN for width, height in sizes)
+
+    def text(self, question: Question) -> str:
+        return _rendered(self.processor, question, None)
+
+    def prepare(self, question: Question) -> tuple[str, list[Any]]:
+        return self.text(question), [load_image(picture) for picture in question.record.images]
+
+    def inputs(self, prepared: Sequence[tuple[str, list[Any]]]) -> tuple[dict[str, Tensor], list[list[int]]]:
+        texts, pictures = [text for text, _ in prepared], [own for _, own in prepared]
+        bos = self.tokenizer.bos_token
+        self.tokenizer.padding_side = "left"
+        inputs = self.processor(
+            text=texts,
+            images=pictures if any(pictures) else None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+        )
+        config = self.hf.config
+        token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        counts = (inputs["input_ids"] == token).sum(1).tolist()
+        return dict(inputs), [[count] if count else [] for count in counts]
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether it is a LLaVA with CLIP's tower, or its layout is the original code's: all others go by a processor."""
+    fields = read_json(directory / "config.json")
+    tower = (fields.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    whole = fields.get("model_type") not in ("llava", "llava_next") or tower not in ("clip_vision_model", "clip")
+    return "mm_vision_tower" in fields or not whole
+
+
+def open_respondent(directory: Path) -> ProcessorRespondent:
+    """A model that is no LLaVA of ours, with its own processor.
+
+    Raises:
+        UserError: its files cannot be read, or it says no chat template.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    with reading(directory):
+        processor = AutoProcessor.from_pretrained(directory)
+        hf = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    if not hasattr(processor, "tokenizer"):
+        raise UserError(f"{directory}: has a tokenizer and no image processor: copy preprocessor_config.json there")
+    if not getattr(processor, "chat_template", None):
+        raise UserError(
+            f"{directory}: has no chat template, so nothing says how its model is asked: add chat_template.jinja"
+        )
+    section = getattr(hf.config, "pyramid_drop", None)
+    return ProcessorRespondent(hf, processor, Schedule.from_dict(section) if section else None)
+
+
+def chat_template_in(directory: Path) -> str | None:
+    """The chat template that a checkpoint brings along, None where it has none."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            found = read_json(directory / name).get("chat_template")
+            if isinstance(found, str):
+                return found
+    return None
+
+
+def template_of(directory: Path, fields: dict[str, Any], chat: str | None) -> str:
+    """How a LLaVA that was not trained here is asked: its own chat template, else what LLaVAs on its decoder are.
+
+    Args:
+        fields: of its ``config.json``.
+        chat: its chat template, where it has one.
+
+    Raises:
+        UserError: neither is known.
+    """
+    if chat is not None and "image" in chat:
+        return CHAT
+    text = fields.get("text_config") or fields
+    kind = str(text.get("model_type", "")).removeprefix("llava_")
+    rows = int(text.get("vocab_size") or 0)
+    if kind in ("llama", "") and (rows or "_name_or_path" in text):
+        return "llama_3" if rows >= LLAMA_3_ROWS else "v1"
+    if kind in BY_DECODER:
+        return BY_DECODER[kind]
+    raise UserError(
+        f"{directory}: neither a chat template that places pictures nor its model_type {kind!r} says how it is asked: "
+        f"give model.template, one of {', '.join(TEMPLATES)}"
+    )
+
+
+BY_DECODER = {"mistral": "mistral_instruct", "qwen2": "qwen_2", "qwen": "qwen_2", "mpt": "mpt"}
+LLAMA_3_ROWS = 128_000
+"""Words of Llama 3's vocabulary; those of Llama 1 and 2, and of Vicuna, are 32,000."""
+
+
+def _ends(hf: Any, tokenizer: Any, own: Sequence[int]) -> list[int]:
+    known = getattr(hf.generation_config, "eos_token_id", None)
+    known = [] if known is None else list(known) if isinstance(known, list | tuple) else [known]
+    ids = [*own, *known, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    return list(dict.fromkeys(ids))
+
+
+def _rendered(renderer: Any, question: Question, marker: str | None) -> str:
+    """The conversation as the chat template of ``renderer`` writes it; without a beginning-of-sequence token where
+    ``marker`` is given, which then has to stand there once per picture."""
+    messages: list[dict[str, Any]] = []
+    record = question.record
+    if record.system is not None:
+        messages.append({"role": "system", "content": [{"type": "text", "text": record.system}]})
+    for turn in record.turns[: len(record.turns) - (record.turns[-1].role == "gpt")]:
+        shown = [{"type": "image"}] * turn.text.count(IMAGE_MARKER)
+        said = [{"type": "text", "text": turn.text.replace(IMAGE_MARKER, "").strip()}]
+        messages.append({"role": "user" if turn.role == "human" else "assistant", "content": [*shown, *said]})
+    text: str = renderer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if marker is None:
+        return text
+    if text.count(marker) != len(record.images):
+        raise UserError(
+            f"the chat template writes {text.count(marker)} {marker} for {len(record.images)} picture(s) of question "
+            f"{clip(question.id)}: give model.template"
+        )
+    return text.removeprefix(renderer.bos_token or "")
