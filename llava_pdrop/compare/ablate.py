@@ -17,7 +17,9 @@ from llava_pdrop.cost.lora import learning
 from llava_pdrop.cost.nominal import model_of, nominal_batch
 from llava_pdrop.cost.plan import Plan, make_plan, plan_step
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.eval.evaluate import answer, check_scorer, evaluate_config, load_questions
+from llava_pdrop.eval.evaluate import answer, check_scorer, evaluate_config, load_questions, respondent_of
+from llava_pdrop.eval.measure import Score, load_benchmarks, measure
+from llava_pdrop.eval.measure_run import measure_config
 from llava_pdrop.eval.team import team_of
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.train.arguments import recomputes_activations, training_arguments
@@ -33,7 +35,7 @@ class AblationRow:
     """One variant in the table. ``plan`` is of a picture that fills every tile; ``predicted`` and ``realised`` are
     shares saved of what a training step costs without drops, or, where a checkpoint is evaluated, of the prompt's
     operations and of the time of an answer. ``seconds`` are of a step or an answer, on ``device``. ``paper`` is about
-    trained models."""
+    trained models; ``scores`` are those of ``eval.benchmarks``."""
 
     name: str
     plan: Plan
@@ -43,6 +45,7 @@ class AblationRow:
     device: str = "cpu"
     realised: float | None = None
     paper: PaperRow | None = None
+    scores: tuple[Score, ...] = ()
 
 
 def plan(ablation: Ablation) -> list[AblationRow]:
@@ -77,19 +80,34 @@ def ablate(ablation: Ablation, rows: list[AblationRow]) -> list[AblationRow] | N
     for variant in ablation.variants:
         prepare_data(variant.config)
         load_questions(variant.config)  # a broken file is then said before hours of training
+        load_benchmarks(variant.config, llava=True)
     for line in missing_lines(ablation):
         say(line)
     if ablation.checkpoint is not None:
         measured = _evaluate_checkpoint(ablation, ablation.checkpoint)
     else:
+        measured_by = dict[str, list[Score]]()
         for number, variant in enumerate(ablation.variants, 1):
             say(f"variant {number} of {len(ablation.variants)}: {variant.name}")
             train(variant.config)
             if variant.config.data.eval is not None:
                 evaluate_config(variant.config)
                 release_memory()
+            if variant.config.eval.benchmarks:
+                measured_by[variant.name] = measure_config(variant.config)
+                release_memory()
         measured = _read_runs(ablation) if os.environ.get("RANK", "0") == "0" else None
+        for variant, found in zip(ablation.variants, measured or []):
+            found["scores"] = tuple(
+                replace(score, column=variant.name if place == 0 else f"{variant.name} + {score.column}")
+                for own in _by_benchmark(measured_by.get(variant.name, []))
+                for place, score in enumerate(own)
+            )
     return None if measured is None else [replace(row, **found) for row, found in zip(rows, measured)]
+
+
+def _by_benchmark(scores: list[Score]) -> list[list[Score]]:
+    return [[score for score in scores if score.benchmark == row] for row in dict.fromkeys(s.benchmark for s in scores)]
 
 
 def missing_lines(ablation: Ablation) -> list[str]:
@@ -163,7 +181,8 @@ def _evaluate_checkpoint(ablation: Ablation, checkpoint: str) -> list[dict[str, 
     """``checkpoint`` with the schedule of every variant; None on all but the first process."""
     first = ablation.variants[0].config
     questions = load_questions(first)
-    if not questions:
+    loaded = load_benchmarks(first, llava=True)
+    if not questions and not loaded:
         raise ConfigError(f"{ablation.file}: data.eval: names no file with questions, and nothing is trained")
     found: list[dict[str, Any]] = []
     with team_of(first, ablation.output_dir) as team:
@@ -173,9 +192,17 @@ def _evaluate_checkpoint(ablation: Ablation, checkpoint: str) -> list[dict[str, 
                 f"{ablation.file}: checkpoint {checkpoint} cuts pictures otherwise than {first.file} says: "
                 f"{parts.geometry}"
             )
-        answer(first, parts, questions[: first.eval.batch_size], first.schedule, None)  # what is slow once
+        respondent = respondent_of(parts, first)
+        columns = {variant.name: variant.config.schedule for variant in ablation.variants}
+        scores = measure(first, respondent, loaded, columns, ablation.output_dir, team, {})
+        if questions:
+            answer(first, parts, questions[: first.eval.batch_size], first.schedule, None)  # what is slow once
         for variant in ablation.variants:
             config = variant.config
+            own: dict[str, Any] = {"scores": tuple(score for score in scores if score.column == variant.name)}
+            found.append(own)
+            if not questions:
+                continue
             result = answer(config, parts, questions, config.schedule, variant.name, team)
             if team.first:
                 result.write(ablation.output_dir / "predictions", f"{variant.name}.jsonl")
@@ -183,9 +210,11 @@ def _evaluate_checkpoint(ablation: Ablation, checkpoint: str) -> list[dict[str, 
             evaluation = {"scorer": config.eval.scorer, "accuracy": result.accuracy, "chance": result.chance}
             evaluation |= {"questions": len(questions), "image_tokens": result.image_tokens}
             seconds = (result.seconds if device == "cuda" else result.cpu_seconds) / len(questions)
-            found.append({"evaluation": evaluation, "seconds": seconds, "device": device})
+            own |= {"evaluation": evaluation, "seconds": seconds, "device": device}
     if not team.first:
         return None
+    if not questions:
+        return found
     plain = [line["seconds"] for variant, line in zip(ablation.variants, found) if not variant.config.schedule.layers]
     for variant, line in zip(ablation.variants, found):
         drops = bool(variant.config.schedule.layers)

@@ -14,6 +14,9 @@ import torch
 
 from llava_pdrop.compare.ablate import AblationRow
 from llava_pdrop.compare.variants import Ablation
+from llava_pdrop.eval.benchmarks.base import Benchmark
+from llava_pdrop.eval.measure import as_json, paired
+from llava_pdrop.eval.scores import markdown
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.pictures import save_picture, subplots
 from llava_pdrop.report.style import COLOURS, INK, markdown_table, print_table, text_of
@@ -45,6 +48,7 @@ def table_rows(ablation: Ablation, rows: Sequence[AblationRow]) -> list[list[str
         ("saved, realised", [text_of(row.realised, ".1%") for row in rows]),
         (f"{clock} s/{unit}", [text_of(row.seconds, ".3f") for row in rows]),
         ("accuracy", [text_of(row.evaluation["accuracy"] if row.evaluation else None, ".1%") for row in rows]),
+        *((benchmark.title, [_score(row, benchmark) for row in rows]) for benchmark in _benchmarks(rows)),
         ("paper: TFLOP", [text_of(row.paper.tflop if row.paper else None, ".3g") for row in rows]),
         ("saved", [text_of(_saved_in_paper(row), ".1%") for row in rows]),
         ("GPU hours", [text_of(row.paper.gpu_hours if row.paper else None, "g") for row in rows]),
@@ -152,6 +156,8 @@ def _markdown(ablation: Ablation, rows: Sequence[AblationRow], pictured: bool) -
         if row.paper and row.paper.scores:
             scores = ", ".join(f"{name} {score:g}" for name, score in row.paper.scores.items())
             text += [f"The paper's {row.paper.table} for {row.name}: {scores}.", ""]
+    if measured := paired([score for row in rows for score in row.scores]):
+        text += [markdown(measured, "Benchmarks")]
     text += ["| variant | what it is |", "|---|---|"]
     text += [f"| {variant.name} | `{shlex.join(variant.words)}` |" for variant in ablation.variants]
     return [*text, ""]
@@ -172,6 +178,7 @@ def _plain(ablation: Ablation, rows: Sequence[AblationRow]) -> dict[str, Any]:
             "seconds": row.seconds,
             "device": row.device,
             "evaluation": row.evaluation,
+            "benchmarks": [as_json(score) for score in row.scores],
             "paper": asdict(row.paper) if row.paper else None,
         }
         for variant, row in zip(ablation.variants, rows)
@@ -179,6 +186,16 @@ def _plain(ablation: Ablation, rows: Sequence[AblationRow]) -> dict[str, Any]:
     device = torch.device("cuda" if any(row.device == "cuda" for row in rows) else "cpu")
     where = environment(device, ablation.variants[0].config.seed)
     return {"name": ablation.name, "checkpoint": ablation.checkpoint, "environment": where, "variants": entries}
+
+
+def _benchmarks(rows: Sequence[AblationRow]) -> list[Benchmark]:
+    return list(dict.fromkeys(score.benchmark for row in rows for score in row.scores))
+
+
+def _score(row: AblationRow, benchmark: Benchmark) -> str:
+    """Of the variant's own schedule."""
+    own = next((score.value for score in row.scores if (score.benchmark, score.column) == (benchmark, row.name)), None)
+    return text_of(own, ".1f")
 
 
 def _saved_in_paper(row: AblationRow) -> float | None:

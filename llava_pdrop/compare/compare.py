@@ -23,7 +23,9 @@ from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.eval.evaluate import DROPPING, VANILLA, answer, check_scorer, load_questions
+from llava_pdrop.eval.evaluate import DROPPING, VANILLA, answer, check_scorer, load_questions, respondent_of
+from llava_pdrop.eval.measure import Score, load_benchmarks, measure, paired
+from llava_pdrop.eval.scores import show
 from llava_pdrop.eval.team import team_of
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.style import TABLE_WIDTH
@@ -60,6 +62,7 @@ def compare(config: Config) -> Path:
     check_scorer(config)
     prepare_data(config)
     load_questions(config)  # a broken file is then said before hours of training
+    load_benchmarks(config, llava=True)
     for line in missing_lines(config):
         say(line)
     runs = {}
@@ -74,6 +77,8 @@ def compare(config: Config) -> Path:
     for row in comparison.rows:
         if row.saving is not None:
             console.print(row.saving.describe().replace("*", ""), style="dim", highlight=False, markup=False)
+    if comparison.scores:
+        show(comparison.scores, "Benchmarks")
     file = report.write(comparison, Path(config.output_dir), table_rows(comparison.rows))
     console.print(f"report: {file}", soft_wrap=True)
     return file
@@ -96,7 +101,8 @@ def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
     alone has the numbers, the others None."""
     timings = {name: timing_of(directory / METRICS_FILE) for name, directory in runs.items()}
     questions = load_questions(config)
-    rows = []
+    loaded = load_benchmarks(config, llava=True)
+    rows, scores = [], list[Score]()
     with team_of(config, Path(config.output_dir)) as team:
         for name, directory in runs.items():  # the one with dropping is the last
             parts = build_parts(path=str(directory))
@@ -107,6 +113,8 @@ def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
             for label, schedule in schedules.items():
                 result = answer(config, parts, questions, schedule, label, team) if questions else None
                 rows.append(ComparisonRow(label, schedule, result, timings.get(label)))
+            paper = {DROPPING: config.paper.scores} if config.paper else {}
+            scores += measure(config, respondent_of(parts, config), loaded, schedules, directory, team, paper)
             if name != DROPPING:
                 del parts
                 release_memory()
@@ -121,7 +129,7 @@ def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
     order = {name: place for place, name in enumerate([VANILLA, DROPPING])}
     rows.sort(key=lambda row: order.get(row.name, 2))
     losses = {name: _losses(directory / METRICS_FILE) for name, directory in runs.items()}
-    return Comparison(config, rows, losses, runs, examples)
+    return Comparison(config, rows, losses, runs, examples, paired(scores))
 
 
 def training_batches(config: Config, parts: Parts) -> list[PackedBatch]:

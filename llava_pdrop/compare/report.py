@@ -20,6 +20,8 @@ from llava_pdrop.compare import figures
 from llava_pdrop.compare.rows import Comparison, Example
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
+from llava_pdrop.eval import scores
+from llava_pdrop.eval.measure import as_json
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
 from llava_pdrop.report.environment import commit, package_version, processor
@@ -116,6 +118,8 @@ def markdown(comparison: Comparison, rows: list[list[str]], pictures: dict[str, 
     for key, caption in captions.items():
         if key in pictures:
             lines += [f"## {caption}", "", f"![{caption}]({pictures[key]})", ""]
+    if comparison.scores:
+        lines += [scores.markdown(comparison.scores, "Benchmarks")]
     lines += ["## Settings", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in _settings(comparison, schedule.to_dict(), timed).items()]
     return "\n".join([*lines, ""])
@@ -158,7 +162,8 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
         entry |= {"timing": asdict(row.timing) if row.timing else None}
         entry |= {"predicted": row.predicted, "realised": row.realised}
         rows.append(entry | {"saving": asdict(row.saving) if row.saving else None})
-    return {"name": comparison.config.name, "seed": comparison.config.seed, "rows": rows}
+    found = {"name": comparison.config.name, "seed": comparison.config.seed, "rows": rows}
+    return found | {"benchmarks": [as_json(score) for score in comparison.scores]}
 
 
 def _machine() -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 from llava_pdrop.compare.turns import Saving
 from llava_pdrop.config.schema import Config
 from llava_pdrop.eval.evaluate import Result
+from llava_pdrop.eval.measure import Score
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.metrics import Timing
 
@@ -35,13 +36,14 @@ class ComparisonRow:
 @dataclass(frozen=True)
 class Comparison:
     """Everything the report is made of. ``losses`` and ``runs``: run -> rows of its metrics / its directory;
-    ``examples``: answered questions with what survived (see `Example`)."""
+    ``examples``: answered questions with what survived (see `Example`); ``scores``: of ``eval.benchmarks``."""
 
     config: Config
     rows: list[ComparisonRow]
     losses: dict[str, list[tuple[int, float]]]
     runs: dict[str, Path]
     examples: list[Example] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -164,11 +164,23 @@ def measure(
             asked = _Asked(config, benchmark, questions, column, schedule, directory)
             score = _measure_one(asked, respondent, team)
             if score is not None:
-                score = _beside_paper(score, config, paper.get(column, {}))
-                of_one.append(_against(of_one[0], score) if of_one else score)
+                of_one.append(_beside_paper(score, config, paper.get(column, {})))
                 asked.kept(respondent).score(as_json(of_one[-1]))
         scores += of_one
-    return scores
+    return paired(scores)
+
+
+def paired(scores: Sequence[Score]) -> list[Score]:
+    """Scores of one benchmark behind one another, all but the first with their difference from it."""
+    first: dict[Benchmark, Score] = {}
+    for score in scores:
+        first.setdefault(score.benchmark, score)
+    return [
+        score if score is first[row] else _against(first[row], score)
+        for row in first
+        for score in scores
+        if score.benchmark == row
+    ]
 
 
 @dataclass(frozen=True)
