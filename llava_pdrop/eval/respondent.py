@@ -56,7 +56,7 @@ class Respondent(Protocol):
         """Tokens that end an answer."""
 
     def length(self, question: Question) -> int:
-        """About the tokens of its prompt: prompts of one length share a batch.
+        """About the tokens of its prompt (what a picture's marker takes aside): prompts of one length share a batch.
 
         Raises:
             UserError: a picture cannot be read.
@@ -108,11 +108,11 @@ class LlavaRespondent:
         return _ends(self.hf, self.tokenizer, own)
 
     def length(self, question: Question) -> int:
-        geometry = self.parts.geometry
-        shown = question.record.images
+        geometry, shown = self.parts.geometry, question.record.images
+        words = len(self.tokenizer(self.text(question)).input_ids)
         if geometry.aspect != "anyres":
-            return len(question.text) // 4 + len(shown) * geometry.num_tokens((1, 1))
-        return len(question.text) // 4 + sum(geometry.num_tokens(image_size(picture)) for picture in shown)
+            return words + len(shown) * geometry.num_tokens((1, 1))
+        return words + sum(geometry.num_tokens(image_size(picture)) for picture in shown)
 
     def text(self, question: Question) -> str:
         if self.template is None:
@@ -193,7 +193,8 @@ class ProcessorRespondent:
 
     def length(self, question: Question) -> int:
         sizes = [image_size(picture) for picture in question.record.images]
-        return len(question.text) // 4 + sum(width * height // PIXELS_PER_TOKEN for width, height in sizes)
+        words = len(self.tokenizer(self.text(question)).input_ids)
+        return words + sum(width * height // PIXELS_PER_TOKEN for width, height in sizes)
 
     def text(self, question: Question) -> str:
         return _rendered(self.processor, question, None)

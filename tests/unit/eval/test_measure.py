@@ -1,0 +1,116 @@
+"""Which benchmarks and schedules are measured, and what a score stands beside."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llava_pdrop.config.load import load_config
+from llava_pdrop.config.schema import PaperRow
+from llava_pdrop.errors import ConfigError
+from llava_pdrop.eval.answering import Answer
+from llava_pdrop.eval.benchmarks import BENCHMARKS
+from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, means
+from llava_pdrop.eval.measure import _beside_paper, chosen, columns_of, first_units, paired, score_of
+from llava_pdrop.eval.questions import ask
+from llava_pdrop.eval.scores import markdown, table_rows
+from llava_pdrop.schedule import Schedule
+from tests.messages import says
+
+DROP = Schedule((1, 2), (0.5, 0.25))
+QUESTIONS = [ask(str(i), "Is it?", [], f"q[{i}]", "yes", unit=f"u{i // 2}") for i in range(40)]
+TOY = Benchmark(
+    name="toy",
+    title="Toy",
+    folder="toy",
+    wanted=(),
+    rule="none",
+    split="val",
+    read=lambda directory, llava: list(QUESTIONS),
+    grade=lambda question, answer: Grade(float(answer == question.gold)),
+    total=means,
+    headline="Overall",
+    paper_split="test",
+)
+
+
+def answers(right):
+    return [Answer(q.id, "yes" if i % right else "no", (8,), 0.5) for i, q in enumerate(QUESTIONS)]
+
+
+def score(column="vanilla", right=4, benchmark=TOY, schedule=Schedule()):
+    return score_of(benchmark, QUESTIONS, answers(right), column, schedule, "p")
+
+
+def test_names_are_keys_titles_or_the_papers(tiny_config):
+    config = load_config(tiny_config(), ["benchmarks=POPE"])
+    assert chosen(config) == [BENCHMARKS["pope"]]
+    assert chosen(load_config(tiny_config(), ["benchmarks=pope,POPE"])) == [BENCHMARKS["pope"]]
+    config = replace(config, eval=replace(config.eval, benchmarks=("paper",)))
+    assert chosen(config) == [row for row in BENCHMARKS.values() if row.total is not None]
+    told = replace(config, paper=PaperRow("Table 1", scores={"POPE": 86.0, "Video": 1.0}))
+    assert chosen(told) == [BENCHMARKS["pope"]]
+    with pytest.raises(ConfigError, match=says("eval.benchmarks", "'pop'", "did you mean 'pope'")):
+        chosen(load_config(tiny_config(), ["benchmarks=pop"]))
+
+
+def test_columns_are_the_runs_own_and_those_named(tiny_config):
+    section = {"layers": [1, 2], "ratios": [0.5, 0.25]}
+    file = tiny_config(pyramid_drop=section, compare={"training_free": {"late": {"layers": [3], "ratios": [0.5]}}})
+    config = load_config(file, ["training_free=vanilla,late"])
+    found = columns_of(config, "pyramid_drop", 4)
+    assert list(found) == ["pyramid_drop", "vanilla", "late"]
+    assert found["late"].layers == (3,) and not found["vanilla"].layers
+    with pytest.raises(ConfigError, match=says("eval.training_free", "'lat'", "did you mean 'late'")):
+        columns_of(load_config(file, ["training_free=lat"]), "pyramid_drop", 4)
+    same = load_config(tiny_config(), ["training_free=vanilla"])
+    assert list(columns_of(same, "vanilla", 4)) == ["vanilla"], "one schedule is one column"
+
+
+def test_a_limit_counts_units(tiny_config):
+    assert len(first_units(QUESTIONS, 3)) == 6
+    assert first_units(QUESTIONS, None) == QUESTIONS
+
+
+def test_a_score_has_an_interval_over_units_and_what_was_seen():
+    found = score()
+    assert found.value == pytest.approx(75.0) and found.low < 75 < found.high
+    assert found.image_tokens == [8] and found.seconds == 0.5 and found.questions == 40
+    dropped = score(schedule=DROP)
+    assert dropped.image_tokens == [8, 4, 2]
+
+
+def test_the_second_column_is_compared_in_pairs():
+    first, second = paired([score("vanilla", 4), score("pyramid_drop", 2)])
+    assert first.against is None
+    name, difference, low, high = second.against
+    assert (name, difference) == ("vanilla", pytest.approx(-25.0)) and low < -25 < high
+    same = paired([score("vanilla", 4), score("pyramid_drop", 4)])[1]
+    assert same.against[1:] == (0, 0, 0), "the same answers differ by nothing, whatever is drawn"
+
+
+def test_the_paper_stands_only_beside_what_it_is_about(tiny_config):
+    config = load_config(tiny_config())
+    reported = {"Toy": 70.0}
+    other_split = _beside_paper(score(), config, reported)
+    assert other_split.paper is None
+    assert table_rows([other_split])[1][3] == "(paper: test)"
+    alike = _beside_paper(score(benchmark=replace(TOY, paper_split="")), config, reported)
+    assert alike.paper == 70.0 and "+5.0" in table_rows([alike])[1]
+    limited = replace(config, eval=replace(config.eval, limit=3))
+    assert _beside_paper(score(benchmark=replace(TOY, paper_split="")), limited, reported).paper is None
+
+
+def test_unread_pictures_stay_in_the_denominator():
+    some = [Answer(q.id, "", problem="cut") if i < 10 else a for i, (q, a) in enumerate(zip(QUESTIONS, answers(100)))]
+    found = score_of(TOY, QUESTIONS, some, "vanilla", Schedule(), "p")
+    assert found.unread == 10 and found.problem == "cut" and found.value == pytest.approx(75.0)
+    head, row = table_rows([found])
+    assert row[head.index("not read")] == "10"
+
+
+def test_what_only_a_server_knows_has_no_score():
+    found = score_of(replace(TOY, total=None), QUESTIONS, answers(2), "vanilla", Schedule(), "p")
+    assert found.value is None and "server" in table_rows([found])[1]
+    assert "server" in markdown(paired([found, found]), "Benchmarks")
