@@ -1,10 +1,16 @@
-"""Arguments of ``llava-pdrop benchmarks``."""
+"""``llava-pdrop benchmarks``: what the benchmarks need on disk, and how they are scored."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from llava_pdrop.commands.arguments import a_path
+
+FILES = ["benchmark", "file or directory", "there", "comes from", "licence"]
+RULES = ["benchmark", "in the paper", "split", "number", "rule"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,17 +29,42 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.config.schema import EvalSection
     from llava_pdrop.errors import UserError, did_you_mean
     from llava_pdrop.eval.benchmarks import BENCHMARKS
-    from llava_pdrop.eval.wanted import FILES, RULES, files, rules
     from llava_pdrop.report.style import print_table
 
     for name in args.names:
         if name not in BENCHMARKS:
-            raise UserError(
-                f"unknown benchmark {name!r}: choose among {', '.join(BENCHMARKS)}{did_you_mean(name, BENCHMARKS)}"
-            )
+            hint = did_you_mean(name, BENCHMARKS)
+            raise UserError(f"unknown benchmark {name!r}: choose among {', '.join(BENCHMARKS)}{hint}")
     rows = [row for row in BENCHMARKS.values() if not args.names or row.name in args.names]
     if args.rules:
         print_table("How benchmarks are scored", [RULES, *rules(rows)], right=False)
         return
     root = args.root or EvalSection.root
-    print_table(f"Files of the benchmarks below {root}", [FILES, *files(rows, root)], right=False)
+    print_table(f"Files of the benchmarks below {root}", [FILES, *files(rows, Path(root))], right=False)
+
+
+def files(benchmarks: Sequence[Any], root: Path) -> list[list[str]]:
+    """A line per file or directory: whether it is below ``root``, where it comes from, under which licence."""
+    lines = []
+    for row in benchmarks:
+        for place, wanted in enumerate(row.wanted):
+            found = "yes" if there(row, wanted.path, root) else "no"
+            lines.append(
+                [row.name if place == 0 else "", f"{row.folder}/{wanted.path}", found, wanted.source, wanted.licence]
+            )
+    return lines
+
+
+def there(benchmark: Any, path: str, root: Path) -> bool:
+    """Whether a file of ``benchmark`` lies in its own directory below ``root`` or, a table, in ``root`` itself."""
+    own = (root / benchmark.folder / path).exists()
+    return own or (path.endswith(".tsv") and (root / path).exists())
+
+
+def rules(benchmarks: Sequence[Any]) -> list[list[str]]:
+    """A line per benchmark: split, and whose rule its score follows."""
+    return [[row.name, row.title, _split(row), row.headline or "-", row.rule or "a judge's"] for row in benchmarks]
+
+
+def _split(row: Any) -> str:
+    return f"{row.split} (paper: {row.paper_split})" if row.paper_split else row.split

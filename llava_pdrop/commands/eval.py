@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """
     config = _config(args)
     from llava_pdrop.eval.evaluate import evaluate_config
-    from llava_pdrop.eval.measure_run import measure_config
+    from llava_pdrop.eval.measure import measure_config
 
     if not config.eval.benchmarks:
         evaluate_config(config)

@@ -18,8 +18,8 @@ from llava_pdrop.cost.nominal import model_of, nominal_batch
 from llava_pdrop.cost.plan import Plan, make_plan, plan_step
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import answer, check_scorer, evaluate_config, load_questions, respondent_of
-from llava_pdrop.eval.measure import Score, load_benchmarks, measure
-from llava_pdrop.eval.measure_run import measure_config
+from llava_pdrop.eval.measure import load_benchmarks, measure, measure_config
+from llava_pdrop.eval.score import Score
 from llava_pdrop.eval.team import team_of
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.train.arguments import recomputes_activations, training_arguments

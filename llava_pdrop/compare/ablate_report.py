@@ -15,7 +15,7 @@ import torch
 from llava_pdrop.compare.ablate import AblationRow
 from llava_pdrop.compare.variants import Ablation
 from llava_pdrop.eval.benchmarks.base import Benchmark
-from llava_pdrop.eval.measure import as_json, paired
+from llava_pdrop.eval.score import as_json, paired
 from llava_pdrop.eval.scores import markdown
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.pictures import save_picture, subplots

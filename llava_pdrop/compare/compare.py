@@ -24,7 +24,8 @@ from llava_pdrop.data.images import image_size
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, answer, check_scorer, load_questions, respondent_of
-from llava_pdrop.eval.measure import Score, load_benchmarks, measure, paired
+from llava_pdrop.eval.measure import load_benchmarks, measure
+from llava_pdrop.eval.score import Score, paired
 from llava_pdrop.eval.scores import show
 from llava_pdrop.eval.team import team_of
 from llava_pdrop.geometry import ImageGeometry

@@ -21,8 +21,8 @@ from llava_pdrop.compare.rows import Comparison, Example
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
 from llava_pdrop.eval import scores
-from llava_pdrop.eval.measure import as_json
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.score import as_json
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
 from llava_pdrop.report.environment import commit, package_version, processor
 from llava_pdrop.report.style import markdown_table

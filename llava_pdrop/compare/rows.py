@@ -11,7 +11,7 @@ from PIL import Image
 from llava_pdrop.compare.turns import Saving
 from llava_pdrop.config.schema import Config
 from llava_pdrop.eval.evaluate import Result
-from llava_pdrop.eval.measure import Score
+from llava_pdrop.eval.score import Score
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.metrics import Timing
 

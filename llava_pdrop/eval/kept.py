@@ -21,6 +21,9 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.questions import Question
 
+HOME = "benchmarks"
+"""Directory of all answers, below that of the run."""
+
 ANSWERS, FACTS, SCORE = "answers.jsonl", "facts.json", "score.json"
 PART = "answers-{rank:05d}.part.jsonl"
 WEIGHTS = ("*.safetensors", "*.bin")

@@ -1,67 +1,27 @@
-"""Benchmarks of one model: which ones, with which schedules, what they are worth, and how sure that is."""
+"""Benchmarks of one model: which ones, with which schedules; asks, keeps the answers, prints and writes the table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, UserError, did_you_mean
-from llava_pdrop.eval.answering import Answer, answer_all
+from llava_pdrop.eval import scores as table
+from llava_pdrop.eval.answering import answer_all
 from llava_pdrop.eval.benchmarks import BENCHMARKS
-from llava_pdrop.eval.benchmarks.base import Benchmark, Statistic
-from llava_pdrop.eval.evaluate import dtype_of, image_tokens_of, settings_of
-from llava_pdrop.eval.interval import draws_of, interval
-from llava_pdrop.eval.kept import Kept, questions_digest, weights_of
+from llava_pdrop.eval.benchmarks.base import Benchmark
+from llava_pdrop.eval.evaluate import DROPPING, VANILLA, dtype_of, finished, respondent_in, settings_of
+from llava_pdrop.eval.kept import HOME, Kept, questions_digest, weights_of
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.respondent import Respondent
-from llava_pdrop.eval.team import Team
+from llava_pdrop.eval.respondent import Respondent, is_ours
+from llava_pdrop.eval.score import Score, as_json, beside_paper, paired, score_of, unit_of
+from llava_pdrop.eval.team import Team, team_of
 from llava_pdrop.schedule import Schedule
 
 PAPER = "paper"
 """Instead of names: the benchmarks that the paper reports for the run, or all that it has."""
-
-HOME = "benchmarks"
-"""Directory of all answers, below that of the run."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One benchmark with one schedule.
-
-    Attributes:
-        value, low, high: as the paper prints it, and its 95 % interval; None where only a server knows the answers.
-        paper: what the paper has; None where it is not about this: another split, schedule or number of questions.
-        against: (first column of the benchmark, difference, low, high) on the same questions, drawn in pairs.
-        unread: questions that could not be asked, with empty answers; ``problem`` of the first.
-        seconds: per question; ``image_tokens`` per question, before any drop and after each one.
-        numbers: all that its rule gives.
-        prompt: of the first question.
-        files: what was written.
-    """
-
-    benchmark: Benchmark
-    column: str
-    schedule: Schedule
-    questions: int
-    split: str
-    value: float | None
-    low: float | None
-    high: float | None
-    paper: float | None
-    unread: int
-    problem: str | None
-    seconds: float
-    image_tokens: list[float]
-    numbers: dict[str, float]
-    prompt: str
-    files: list[Path]
-    against: tuple[str, float, float, float] | None = None
-    draws: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
 
 
 def chosen(config: Config) -> list[Benchmark]:
@@ -116,10 +76,6 @@ def first_units(questions: Sequence[Question], limit: int | None) -> list[Questi
     return [question for question in questions if unit_of(question) in wanted]
 
 
-def unit_of(question: Question) -> str:
-    return question.unit or question.id
-
-
 def columns_of(config: Config, own: str, layers: int) -> dict[str, Schedule]:
     """Name -> schedule: the run's ``own``, and what ``eval.training_free`` names.
 
@@ -164,23 +120,10 @@ def measure(
             asked = _Asked(config, benchmark, questions, column, schedule, directory)
             score = _measure_one(asked, respondent, team)
             if score is not None:
-                of_one.append(_beside_paper(score, config, paper.get(column, {})))
+                of_one.append(beside_paper(score, config, paper.get(column, {})))
                 asked.kept(respondent).score(as_json(of_one[-1]))
         scores += of_one
     return paired(scores)
-
-
-def paired(scores: Sequence[Score]) -> list[Score]:
-    """Scores of one benchmark behind one another, all but the first with their difference from it."""
-    first: dict[Benchmark, Score] = {}
-    for score in scores:
-        first.setdefault(score.benchmark, score)
-    return [
-        score if score is first[row] else _against(first[row], score)
-        for row in first
-        for score in scores
-        if score.benchmark == row
-    ]
 
 
 @dataclass(frozen=True)
@@ -238,86 +181,28 @@ def _measure_one(asked: _Asked, respondent: Respondent, team: Team) -> Score | N
     return replace(score, files=files)
 
 
-def score_of(
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    answers: Sequence[Answer],
-    column: str,
-    schedule: Schedule,
-    prompt: str,
-) -> Score:
-    """What ``answers`` are worth."""
-    statistic = _statistic(benchmark, questions, answers)
-    value = low = high = None
-    numbers, draws = dict[str, float](), np.empty(0)
-    if statistic is not None:
-        numbers = statistic(np.ones(len(questions)))
-        value = benchmark.factor * numbers[benchmark.headline]
-        units = [unit_of(question) for question in questions]
-        draws = draws_of(units, [lambda weights: benchmark.factor * statistic(weights)[benchmark.headline]])[:, 0]
-        low, high = interval(draws, len(set(units)), benchmark.best)
-    problems = [answer.problem for answer in answers if answer.problem is not None]
-    asked = [answer.seconds for answer in answers if answer.problem is None]
-    return Score(
-        benchmark=benchmark,
-        column=column,
-        schedule=schedule,
-        questions=len(questions),
-        split=str(questions[0].facts.get("split", benchmark.split)),
-        value=value,
-        low=low,
-        high=high,
-        paper=None,
-        unread=len(problems),
-        problem=problems[0] if problems else None,
-        seconds=sum(asked) / max(len(asked), 1),
-        image_tokens=image_tokens_of(answers, schedule),
-        numbers=numbers,
-        prompt=prompt,
-        files=[],
-        draws=draws,
-    )
+def measure_config(config: Config) -> list[Score]:
+    """Measures ``eval.benchmarks`` of the finished run of ``config``, with its schedule and those that
+    ``eval.training_free`` names. The processes that a launcher has started share the questions; the first one prints
+    and writes ``benchmarks/scores.md``.
 
+    Returns:
+        the scores; nothing on all but the first process.
 
-def _statistic(benchmark: Benchmark, questions: Sequence[Question], answers: Sequence[Answer]) -> Statistic | None:
-    if benchmark.total is None or benchmark.grade is None:
-        return None
-    grades = [benchmark.grade(question, answer.text) for question, answer in zip(questions, answers)]
-    return benchmark.total(questions, grades)
-
-
-def _beside_paper(score: Score, config: Config, reported: Mapping[str, float]) -> Score:
-    row = score.benchmark
-    of_paper = config.eval.limit is None and score.split == (row.paper_split or row.split)
-    found = next((reported[name] for name in (row.title, *row.aliases) if name in reported), None)
-    return replace(score, paper=found) if of_paper else score
-
-
-def _against(first: Score, score: Score) -> Score:
-    """Both are drawn with the same questions, so that their difference varies less than either."""
-    if first.value is None or score.value is None:
-        return score
-    low, high = (float(edge) for edge in np.quantile(score.draws - first.draws, [0.025, 0.975]))
-    return replace(score, against=(first.column, score.value - first.value, low, high))
-
-
-def as_json(score: Score) -> dict[str, Any]:
-    """The score for programs."""
-    return {
-        "benchmark": score.benchmark.name,
-        "rule": score.benchmark.rule,
-        "split": score.split,
-        "column": score.column,
-        "schedule": score.schedule.to_dict(),
-        "questions": score.questions,
-        "score": score.value,
-        "interval": None if score.low is None else [score.low, score.high],
-        "paper": score.paper,
-        "against": None if score.against is None else list(score.against),
-        "unread": score.unread,
-        "problem": score.problem,
-        "seconds_per_question": score.seconds,
-        "image_tokens": score.image_tokens,
-        "prompt": score.prompt,
-        "numbers": score.numbers,
-    }
+    Raises:
+        ConfigError: files of a benchmark are missing or wrong, or there is no finished run.
+    """
+    directory = finished(config)
+    loaded = load_benchmarks(config, is_ours(directory))
+    own = DROPPING if config.schedule.layers else VANILLA
+    with team_of(config, directory) as team:
+        respondent = respondent_in(directory, config)
+        layers = respondent.hf.config.get_text_config().num_hidden_layers
+        columns = columns_of(config, own, layers)
+        paper = {own: config.paper.scores} if config.paper else {}
+        found = measure(config, respondent, loaded, columns, directory, team, paper)
+    if team.first:
+        file = table.write(found, directory, f"{config.name}: benchmarks")
+        table.show(found, f"{config.name}: benchmarks")
+        print(f"table: {file}")
+    return found

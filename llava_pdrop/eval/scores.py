@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_pdrop.eval.measure import HOME, Score, as_json
+from llava_pdrop.eval.kept import HOME
+from llava_pdrop.eval.score import Score, as_json
 from llava_pdrop.report.style import markdown_table, print_table, text_of
 
 TABLE, RESULTS = "scores.md", "scores.json"

@@ -12,8 +12,9 @@ from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.benchmarks import BENCHMARKS
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, means
-from llava_pdrop.eval.measure import _beside_paper, chosen, columns_of, first_units, paired, score_of
+from llava_pdrop.eval.measure import chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
+from llava_pdrop.eval.score import beside_paper, paired, score_of
 from llava_pdrop.eval.scores import markdown, table_rows
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
@@ -93,13 +94,13 @@ def test_the_second_column_is_compared_in_pairs():
 def test_the_paper_stands_only_beside_what_it_is_about(tiny_config):
     config = load_config(tiny_config())
     reported = {"Toy": 70.0}
-    other_split = _beside_paper(score(), config, reported)
+    other_split = beside_paper(score(), config, reported)
     assert other_split.paper is None
     assert table_rows([other_split])[1][3] == "(paper: test)"
-    alike = _beside_paper(score(benchmark=replace(TOY, paper_split="")), config, reported)
+    alike = beside_paper(score(benchmark=replace(TOY, paper_split="")), config, reported)
     assert alike.paper == 70.0 and "+5.0" in table_rows([alike])[1]
     limited = replace(config, eval=replace(config.eval, limit=3))
-    assert _beside_paper(score(benchmark=replace(TOY, paper_split="")), limited, reported).paper is None
+    assert beside_paper(score(benchmark=replace(TOY, paper_split="")), limited, reported).paper is None
 
 
 def test_unread_pictures_stay_in_the_denominator():
