@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -75,15 +78,19 @@ def answer_all(
     known, own = known or {}, Answers()
     order = by_length(respondent, questions)
     batches = [[questions[i] for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size)]
-    with generating(respondent.hf, schedule, steps), torch.autocast(device.type, dtype, dtype is not None):
-        for turn in tqdm(range(team.rounds(len(batches))), desc=progress, disable=progress is None, leave=False):
+    turns = range(team.rounds(len(batches)))
+    left = [[q for q in batches[number] if q.id not in known] for number in team.tasks(len(batches))]
+    with (
+        generating(respondent.hf, schedule, steps),
+        torch.autocast(device.type, dtype, dtype is not None),
+        _prepared(respondent, left) as ready,
+    ):
+        for turn in tqdm(turns, desc=progress, disable=progress is None, leave=False):
             team.at(f"round {turn + 1} of the questions")
-            number = team.task(turn)
-            if number >= len(batches):
+            if turn >= len(left):
                 break
-            left = [question for question in batches[number] if question.id not in known]
-            torch.manual_seed(seed + number)
-            new = _batch(respondent, left, max_new_tokens, strict) if left else []
+            torch.manual_seed(seed + team.task(turn))
+            new = _batch(respondent, next(ready), max_new_tokens, strict)
             own.answers += new
             if keep is not None and new:
                 keep(new)
@@ -112,17 +119,50 @@ def by_length(respondent: Respondent, questions: Sequence[Question]) -> list[int
     return sorted(range(len(questions)), key=lambda place: -lengths[place])
 
 
-def _batch(respondent: Respondent, questions: Sequence[Question], max_new_tokens: int, strict: bool) -> list[Answer]:
-    start, answers, prepared = time.perf_counter(), dict[str, Answer](), []
-    for question in questions:
+@contextmanager
+def _prepared(
+    respondent: Respondent, batches: Sequence[Sequence[Question]]
+) -> Iterator[Iterator[list[tuple[Question, Any]]]]:
+    """Every batch with its questions' prompts, or the `UserError` in the place of one. The next batch is made while the
+    model answers: reading pictures takes as long as a GPU needs for them."""
+
+    def one(question: Question) -> Any:
         try:
-            prepared.append((question, respondent.prepare(question)))
+            return respondent.prepare(question)
         except UserError as error:
+            return error
+
+    def batch(number: int) -> list[tuple[Question, Any]]:
+        return [(question, one(question)) for question in batches[number]]
+
+    def ready() -> Iterator[list[tuple[Question, Any]]]:
+        coming = pool.submit(batch, 0) if batches else None
+        for number in range(len(batches)):
+            assert coming is not None
+            here = coming.result()
+            coming = pool.submit(batch, number + 1) if number + 1 < len(batches) else None
+            yield here
+
+    with ThreadPoolExecutor(1, "prepare") as pool:
+        try:
+            yield ready()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _batch(
+    respondent: Respondent, batch: Sequence[tuple[Question, Any]], max_new_tokens: int, strict: bool
+) -> list[Answer]:
+    """The answers to the questions of a batch that can be asked; the others are empty."""
+    start, answers = time.perf_counter(), dict[str, Answer]()
+    for question, own in batch:
+        if isinstance(own, UserError):
             if strict:
-                raise
-            answers[question.id] = Answer(question.id, "", problem=str(error))
-    if prepared:
-        inputs, image_tokens = respondent.inputs([own for _, own in prepared])
+                raise own
+            answers[question.id] = Answer(question.id, "", problem=str(own))
+    asked = [(question, own) for question, own in batch if not isinstance(own, UserError)]
+    if asked:
+        inputs, image_tokens = respondent.inputs([own for _, own in asked])
         device = next(respondent.hf.parameters()).device
         inputs = {name: value.to(device) for name, value in inputs.items()}
         ids = respondent.hf.generate(
@@ -133,8 +173,8 @@ def _batch(respondent: Respondent, questions: Sequence[Question], max_new_tokens
             eos_token_id=respondent.ends or None,
         )
         rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
-        seconds = (time.perf_counter() - start) / len(questions)
-        for (question, _), row, tokens in zip(prepared, rows, image_tokens):
+        seconds = (time.perf_counter() - start) / len(asked)
+        for (question, _), row, tokens in zip(asked, rows, image_tokens):
             text = answer_text(row, respondent.tokenizer, respondent.ends, respondent.stops)
             answers[question.id] = Answer(question.id, text, tuple(tokens), seconds)
-    return [answers[question.id] for question in questions]
+    return [answers[question.id] for question, _ in batch]

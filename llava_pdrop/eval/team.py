@@ -42,6 +42,10 @@ class Team:
         """Number of this process's task in round ``turn``, both from 0."""
         return turn * self.ranks + self.rank
 
+    def tasks(self, count: int) -> range:
+        """Numbers of this process's tasks among ``count``, round by round."""
+        return range(self.rank, count, self.ranks)
+
     def gather(self, own: T) -> list[T]:
         """What every process has done, in the order of their ranks. All come here."""
         return [own] if self.ranks == 1 else from_every_rank(own)
