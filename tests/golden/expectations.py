@@ -40,6 +40,7 @@ TEXT_REASONS: dict[str, str] = {
     "wordless": "a question without words or image loses its marks or raises; written like any other here",
     "pad": "a real token that equals the padding token is masked away in the batch (B15); kept here",
     "nfc": "transformers 5 normalises the text of this tokenizer to NFC, transformers 4.37 did not",
+    "slot": "an image inside an answer keeps its placeholder (-200) as a label until the model merges and masks it",
     "spaces": "transformers 5 decodes with other spaces beside special tokens",
     "tags": "a research format of the first LLaVA; `test_a_template_is_added_in_a_few_lines` adds it",
     "end": "plain has one question and one answer; the official code raises on a second question, ours says so",

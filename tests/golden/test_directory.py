@@ -13,13 +13,17 @@ from pathlib import Path
 import PIL
 import pytest
 import torch
+from tokenizers.normalizers import Sequence
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llava_pdrop.types import PackedBatch
+from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.labels import encode_pieces
+from llava_pdrop.types import PackedBatch, Turn
 from tests.golden import test_cases, test_generation
 from tests.golden.cases import REPOSITORY, Case, case_files, directories
 from tests.golden.test_cases import check_official
 from tests.golden.test_models import model_directories
-from tests.golden.test_text import judge, load
+from tests.golden.test_text import judge, load, merge_images
 from tests.messages import says
 
 KINDS = {"text": "*.json*", "preprocess": "geometry.json", "cases": "*.json", "models": "*/config.json"}
@@ -71,6 +75,65 @@ def test_a_wrong_line_is_not_explained(text, change) -> None:
             1 if change == "a label" else len(line["labels"]) - place
         )
     assert judge(line, conversation, REFERENCE) is None
+
+
+# ---- text that no recorded line has, made here ----
+
+
+def made(template: str, reader, turns: list[dict], **changes) -> dict:
+    """A line as the official code would record it: ours, before ``changes``."""
+    row = TEMPLATES[template]
+    rounds = row.rounds([Turn(turn["from"], turn["value"]) for turn in turns])
+    encoded = encode_pieces(row.pieces(rounds), reader)
+    line = {"template": template, "preprocess_multimodal": True, "has_image": True, "in_batch": False, "stdout": ""}
+    return line | {"model_max_length": 2048, "input_ids": encoded.ids, "labels": encoded.labels, **changes}
+
+
+ACCENTS = [{"from": "human", "value": "<image>\nUn cafe\u0301 ?"}, {"from": "gpt", "value": "Le cafe\u0301."}]
+
+
+@pytest.fixture
+def apart() -> PreTrainedTokenizerFast:
+    """The tokenizer ``bpe_neox`` as transformers 4.37 used it: letters and accents stay apart."""
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE / "tokenizers" / "bpe_neox")
+    tokenizer.backend_tokenizer.normalizer = Sequence([])
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["plain", "mistral_instruct"])
+def test_letters_and_accents_that_only_we_compose_are_explained(apart, template) -> None:
+    line = made(template, apart, ACCENTS, tokenizer="bpe_neox")
+    assert judge(line, ACCENTS, REFERENCE) == "nfc"
+    place = [i for i, label in enumerate(line["labels"]) if label != -100][2]  # behind the space, which may be any
+    other = apart("x", add_special_tokens=False).input_ids[0]
+    wrong = copy.deepcopy(line)
+    wrong["labels"][place] = -100
+    assert judge(wrong, ACCENTS, REFERENCE) is None
+    wrong = copy.deepcopy(line)
+    wrong["input_ids"][place] = wrong["labels"][place] = other
+    assert judge(wrong, ACCENTS, REFERENCE) is None
+    masked = line | {"labels": [-100] * len(line["labels"]), "stdout": "WARNING: tokenization mismatch"}
+    assert judge(masked, ACCENTS, REFERENCE) == "masked"
+    length = len(line["input_ids"]) - 2
+    shortened = line | {"model_max_length": length, "has_image": False}  # texts are cut while they are tokenised
+    shortened |= {key: line[key][:length] for key in ("input_ids", "labels")}
+    assert judge(shortened, ACCENTS, REFERENCE) == "nfc"
+
+
+@pytest.mark.parametrize("answer", ["Like <image> this.", "<image>", "<image> or <image>"])
+def test_labels_that_hold_an_image_are_explained(answer) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE / "tokenizers" / "sp_legacy_false")
+    shown = [turns[0], {"from": "gpt", "value": merge_images(answer)}]  # the official code keeps one of several
+    line = made("v1", tokenizer, shown, tokenizer="sp_legacy_false")
+    first = next(i for i, label in enumerate(line["labels"]) if label != -100)
+    places = [i for i, token in enumerate(line["input_ids"]) if token == -200][1:]
+    for place in places:
+        line["labels"][place] = -200
+    assert places and judge(line, turns, REFERENCE) == ("merged" if answer.count("<image>") > 1 else "slot")
+    wrong = copy.deepcopy(line)
+    wrong["labels"][first] = -100
+    assert judge(wrong, turns, REFERENCE) is None
 
 
 @pytest.mark.parametrize("key", ["keep_length", "kept_original", "kept_current", "query_index", "survivors_in_merged"])
