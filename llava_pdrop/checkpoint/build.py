@@ -17,7 +17,7 @@ from llava_pdrop.checkpoint.hf_models import empty_hf_model
 from llava_pdrop.checkpoint.layouts import is_projector
 from llava_pdrop.checkpoint.load import load_projector, load_strictly
 from llava_pdrop.checkpoint.open import Source, open_llava, open_parts
-from llava_pdrop.errors import UserError, naming
+from llava_pdrop.errors import MissingFileError, UserError, naming
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import pack_by_geometry
 from llava_pdrop.model.vlm import HfLlava
@@ -40,6 +40,15 @@ class Parts:
     def processor(self) -> LlavaProcessor | LlavaNextProcessor:
         """The Hugging Face processor that turns text and pictures into this model's inputs, to be saved with it."""
         return make_processor(self.tokenizer, self.image_processor, self.geometry)
+
+
+def require_tokenizer(parts: Parts, directory: str | Path) -> None:
+    """Raises `MissingFileError` if ``directory``, which ``parts`` were read from, holds no tokenizer."""
+    if parts.tokenizer is None:
+        raise MissingFileError(
+            f"{directory}: holds no tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json), without "
+            "which no text can be read: copy its files there from where the model comes from"
+        )
 
 
 def make_processor(

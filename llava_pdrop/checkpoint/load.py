@@ -57,19 +57,29 @@ def load_strictly(
 
 
 def check_fit(
-    module: nn.Module, tensors: Mapping[str, Tensor | Stored], origin: str, kept: Collection[str] = ()
+    module: nn.Module,
+    tensors: Mapping[str, Tensor | Stored],
+    origin: str,
+    kept: Collection[str] = (),
+    rows: int | None = None,
 ) -> None:
     """Compares names and shapes with those of ``module``, which may be on the meta device or cut up by ZeRO-3.
 
     Args:
         kept: names that may be missing.
+        rows: vocabulary that the checkpoint says it has, where `mean_rows` has given ``module`` a larger one: what an
+            embedding or head of another size is told to lack.
 
     Raises:
         UserError: lists every missing, unexpected and mis-shaped key of ``origin``.
     """
     twins = tied(module)
+    wanted = {name: whole_shape(tensor) for name, tensor in own_tensors(module).items()}
+    if rows is not None:
+        padded = [name for name in EMBEDDINGS if name in wanted and name in tensors]
+        wanted |= {n: (rows, *wanted[n][1:]) for n in padded if tuple(tensors[n].shape) != wanted[n]}
     check_shapes(
-        {name: whole_shape(tensor) for name, tensor in own_tensors(module).items()},
+        wanted,
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         f"{origin} does not fit the model",
         {name for name, twin in twins.items() if twin in tensors} | set(kept),

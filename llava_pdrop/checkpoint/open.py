@@ -73,8 +73,12 @@ class Source:
     image_processor: CLIPImageProcessorPil
     generation: GenerationConfig
 
-    def checked(self, fresh: bool = False) -> Source:
-        """Itself, if its tensors are those of the model; ``fresh``: its projector is yet to be made.
+    def checked(self, fresh: bool = False, rows: int | None = None) -> Source:
+        """Itself, if its tensors are those of the model.
+
+        Args:
+            fresh: its projector is yet to be made.
+            rows: its vocabulary before ``<image>`` and ``<pad>``, where rows were added for them.
 
         Raises:
             UserError: lists every missing, unexpected and mis-shaped key; or the tower has no such feature layer.
@@ -88,7 +92,7 @@ class Source:
         own = hf.state_dict()
         tensors = in_memory(self.tensors, own)
         made = {name: Stored.of(tensor) for name, tensor in own.items() if fresh and is_projector(name)}
-        check_fit(hf, tensors | made, self.origin)
+        check_fit(hf, tensors | made, self.origin, rows=rows)
         return replace(self, tensors=tensors)
 
 
@@ -214,7 +218,7 @@ def _open_original(
         tokenizer,
         _image_processor(resolve(tower_source), geometry.tile),
         _generation(directory, text, tokenizer),
-    ).checked()
+    ).checked(rows=rows)
 
 
 def _original_tensors(directory: Path, base: str | None) -> tuple[dict[str, Stored], Path]:
@@ -294,7 +298,7 @@ def _joined(
         tokenizer,
         image_processor,
         _generation(home, text, tokenizer),
-    ).checked(fresh=True)
+    ).checked(fresh=True, rows=rows)
 
 
 def _named(directory: Path, table: Table) -> dict[str, Stored]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.build import Parts, build_parts, require_tokenizer
 from llava_pdrop.config.load import RUN_FILE
 from llava_pdrop.config.paths import check_name
 from llava_pdrop.config.schema import Config

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.build import Parts, build_parts, require_tokenizer
 from llava_pdrop.checkpoint.load import PROJECTOR_FILE
 from llava_pdrop.config.load import to_yaml
 from llava_pdrop.config.paths import check_name
@@ -26,7 +26,7 @@ from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.errors import ConfigError, MissingFileError, UserError, first_line
+from llava_pdrop.errors import ConfigError, MissingFileError, UserError, first_line, naming
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.lock import owning
@@ -207,7 +207,7 @@ def load_parts(config: Config) -> Parts:
     """
     model = config.model
     try:
-        return build_parts(
+        parts = build_parts(
             path=model.path,
             language_model=model.language_model,
             vision_tower=model.vision_tower,
@@ -218,6 +218,9 @@ def load_parts(config: Config) -> Parts:
             rounding=model.rounding,
             image_size=model.image_size,
         )
+        with naming("model.path"):
+            require_tokenizer(parts, model.path or "")  # without a path it has been read with the decoder
+        return parts
     except UserError as error:
         if error.key is None:
             raise ConfigError(f"{config.file}: {first_line(error)}") from error

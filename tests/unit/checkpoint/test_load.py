@@ -94,6 +94,17 @@ def test_a_raw_llm_with_a_missing_key(tmp_path):
         build_parts(language_model=str(tmp_path), vision_tower=str(MODELS / "clip56"))
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_rows_are_told_as_the_files_have_them(tmp_path, name):
+    """Not as many as they would be with those for <image> and <pad>, which the checkpoint does not have."""
+    config, tensors = original("e2e_l15")
+    tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+    write(tmp_path, config, tensors)
+    with pytest.raises(ValueError, match=r"wrong shape: \S+\.weight \(1001, 48\) instead of \(1000, 48\)$") as error:
+        build_parts(str(tmp_path))
+    assert "1024" not in str(error.value)
+
+
 def shards(tmp_path: Path, kind: str = "safetensors-shards") -> tuple[Path, list[Path], Path]:
     write(tmp_path, *original(), kind)
     suffix = kind.split("-")[0]

@@ -12,6 +12,7 @@ import torch
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.checkpoint.load import save_pretrained
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.errors import ConfigError
@@ -152,6 +153,18 @@ def test_a_run_that_cannot_keep_the_answers_is_said_first(tiny_config, monkeypat
     with pytest.raises(ConfigError, match=says(str(output), "answers", "written")):
         evaluate_config(config)
     assert not (output / "predictions.jsonl").exists()
+
+
+def test_eval_of_a_directory_without_tokenizer_is_one_line(tiny_config, tiny_files, tmp_path, capsys):
+    config = load_config(tiny_config())
+    parts = build_parts(language_model=str(tiny_files / "llm"), vision_tower=str(tiny_files / "tower"))
+    save_pretrained(parts.hf, parts.processor(), tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    words = [f"data.eval={config.data.eval}", f"data.image_root={config.data.image_root}"]
+    assert main(["eval", str(tmp_path / "model"), *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(says(str(tmp_path / "model"), "tokenizer.json", "copy"), error) and "\n" not in error
 
 
 def test_eval_of_a_directory_that_was_not_trained_here(tiny_config, tmp_path, capsys):

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_pdrop.checkpoint import build
 from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.checkpoint.load import save_pretrained
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.train.checks import stage1_config
@@ -258,6 +259,17 @@ def test_skipping_lists_what_is_left_out(load):
     assert json.loads(line)["id"] == "bad" and dataset.records[len(dataset) - 1].id == "good"
     with pytest.raises(ValueError, match=says("1 of", "records", "skipped.jsonl", "data.max_invalid")):
         build_dataset(load("data.on_invalid=skip", "data.max_invalid=0"), parts)
+
+
+def test_a_model_without_tokenizer_is_named(tiny_config, tiny_files, tmp_path):
+    parts = build_parts(language_model=str(tiny_files / "llm"), vision_tower=str(tiny_files / "tower"))
+    save_pretrained(parts.hf, parts.processor(), tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    model = {"path": str(tmp_path / "model"), "template": "qa"}
+    file = tiny_config(model=model | {"language_model": None, "vision_tower": None})
+    with pytest.raises(ConfigError, match=says("run.yaml", "model.path", str(tmp_path / "model"), "tokenizer.json")):
+        load_parts(load_config(file))
 
 
 def test_formats_are_checked(load):
