@@ -39,9 +39,9 @@ def convert(
         UserError: a checkpoint that is not whole or not supported, a ``target`` that may not be replaced, a full disk.
     """
     directory = resolve(origin)
-    if not (directory / "config.json").is_file():
+    if not (directory / "config.json").is_file() and not is_lora(directory):
         raise MissingFileError(f"{directory} is no checkpoint, it has no config.json{runs_in(directory)}")
-    takes_tower = "mm_vision_tower" in read_json(directory / "config.json") or is_lora(directory)
+    takes_tower = is_lora(directory) or "mm_vision_tower" in read_json(directory / "config.json")
     if vision_tower is not None and not takes_tower and layout == "llava-hf":
         raise UserError(f"{origin}: has its own vision tower: --vision-tower is for the original layout and LoRA runs")
     check_target(Path(origin), target, overwrite)

@@ -47,6 +47,7 @@ from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import load_image_processor, used_tower_layers
 from llava_pdrop.model.vlm import geometry_of
 from llava_pdrop.schedule import Schedule
+from llava_pdrop.types import IMAGE_MARKER
 
 PROJECTOR_ONLY = "mm_projector.bin"
 
@@ -111,6 +112,8 @@ def open_llava(
             model that is not supported.
     """
     directory = resolve(source)
+    if lora.is_lora(directory) and not (directory / "config.json").is_file():
+        return _open_peft(directory, base, vision_tower)
     fields = read_json(directory / "config.json")
     if "mm_vision_tower" in fields:
         return _open_original(directory, fields, base, vision_tower, pad_vocabulary)
@@ -124,6 +127,19 @@ def open_llava(
             "no mm_vision_tower as the original layout has"
         )
     return _open_hf(directory, fields)
+
+
+def _open_peft(directory: Path, base: str | None, vision_tower: str | None) -> Source:
+    """Adapters that peft has saved on a Hugging Face LLaVA: all but their weights is the base's own, and the tokenizer
+    theirs where they bring one."""
+    home = lora.config_directory(directory, base)
+    takes_tower = "mm_vision_tower" in read_json(home / "config.json")
+    source = open_llava(str(home), vision_tower=vision_tower if takes_tower else None)
+    tokenizer = _tokenizer(directory)
+    if tokenizer is None or tokenizer.convert_tokens_to_ids(IMAGE_MARKER) != source.config.image_token_id:
+        tokenizer = source.tokenizer
+    tensors = lora.merged(source.tensors, directory, HF_TO_MEMORY)
+    return replace(source, origin=str(directory), tensors=tensors, tokenizer=tokenizer)
 
 
 def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vision_tower: str | None) -> Source:
@@ -146,7 +162,7 @@ def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vi
                 f"{directory}/config.json: mm_vision_tower: {error}; name a copy of it (convert: --vision-tower DIR)"
             ) from None
         tensors = open_parts(base, tower, {}, side).tensors
-    return _open_hf(directory, fields, lora.merged(tensors, directory))
+    return _open_hf(directory, fields, lora.merged(tensors, directory, HF_TO_MEMORY))
 
 
 def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored] | None = None) -> Source:

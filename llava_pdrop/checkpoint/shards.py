@@ -76,7 +76,7 @@ def resolve(source: str) -> Path:
     if Path(source).is_file():
         raise MissingFileError(f"{source} is a file; a checkpoint is a directory: name the one that holds it")
     try:
-        directory = Path(snapshot_download(source, allow_patterns=[*WANTED, "model*.safetensors"]))
+        directory = Path(snapshot_download(source, allow_patterns=[*WANTED, "model*.safetensors", "adapter_model*"]))
         if not weight_files(directory):
             directory = Path(snapshot_download(source, allow_patterns=[*WANTED, "*.bin"]))
     except Exception as error:  # noqa: BLE001  every HTTP client has its own kinds, with one meaning here

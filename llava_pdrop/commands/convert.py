@@ -23,11 +23,14 @@ DTYPES = ("bfloat16", "float16", "float32", "keep")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument(
-        "source", type=a_path, metavar="SRC", help="directory or hub id: llava-hf, original LLaVA, or a LoRA run"
+        "source",
+        type=a_path,
+        metavar="SRC",
+        help="directory or hub id: llava-hf, original LLaVA, a LoRA run, or adapters of peft",
     )
     parser.add_argument("target", type=a_path, metavar="DST", help="directory to write to")
     parser.add_argument("--to", required=True, choices=("llava-hf", "llava"), help="layout to write")
-    parser.add_argument("--base", type=a_path, metavar="LLM", help="model under a LoRA run or an mm_projector.bin")
+    parser.add_argument("--base", type=a_path, metavar="MODEL", help="model under a LoRA run or an mm_projector.bin")
     parser.add_argument(
         "--vision-tower", type=a_path, metavar="DIR", help="CLIP tower to use instead of the one SRC names"
     )

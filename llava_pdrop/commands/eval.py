@@ -45,12 +45,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> Any:
     """The config named on the command line. A directory stands for the run that was saved there, evaluated as it is."""
+    from llava_pdrop.checkpoint.lora import is_lora
     from llava_pdrop.config.load import RUN_FILE, load_config, runs_in
     from llava_pdrop.errors import ConfigError
 
     path, overrides = Path(args.config), list(args.overrides)
     if path.is_dir() and not (path / RUN_FILE).is_file():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not is_lora(path):
             raise ConfigError(
                 f"{path} is no run and no model: it has neither {RUN_FILE} nor config.json{runs_in(path)}"
             )
@@ -66,6 +67,7 @@ def _foreign(directory: Path, overrides: list[str]) -> Any:
     """The config of a model that was not trained here: it is evaluated with the schedule in its config.json, if any,
     and asked as its files say."""
     from llava_pdrop.checkpoint.hf_files import reading
+    from llava_pdrop.checkpoint.lora import config_directory
     from llava_pdrop.checkpoint.original import original_schedule
     from llava_pdrop.checkpoint.shards import read_json
     from llava_pdrop.config.load import RUN_FILE, config_of

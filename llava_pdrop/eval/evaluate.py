@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from llava_pdrop.checkpoint.build import Parts, build_parts, require_tokenizer
+from llava_pdrop.checkpoint.lora import is_lora
 from llava_pdrop.config.load import RUN_FILE
 from llava_pdrop.config.paths import check_name
 from llava_pdrop.config.schema import Config
@@ -183,7 +184,7 @@ def finished(config: Config) -> Path:
     """
     own = Path(config.file).name == RUN_FILE
     directory = Path(config.file).parent if own else Path(config.output_dir)
-    if not (directory / "config.json").is_file():
+    if not (directory / "config.json").is_file() and not is_lora(directory):
         inside = sorted(str(file.parent) for file in directory.glob("*/config.json"))
         remedy = f"name one of {', '.join(inside)}" if inside else "train it first"
         raise ConfigError(f"{config.file}: output_dir: {directory} holds no finished run: {remedy}")

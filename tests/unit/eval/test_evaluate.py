@@ -9,6 +9,8 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlavaForConditionalGeneration
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
@@ -165,6 +167,21 @@ def test_eval_of_a_directory_without_tokenizer_is_one_line(tiny_config, tiny_fil
     assert main(["eval", str(tmp_path / "model"), *words]) == 2
     error = capsys.readouterr().err.strip()
     assert re.search(says(str(tmp_path / "model"), "tokenizer.json", "copy"), error) and "\n" not in error
+
+
+def test_eval_of_adapters_that_peft_saved(tiny_config, tiny_files, tmp_path, capsys):
+    """They have no config.json: model, tokenizer and schedule are those of their base."""
+    config = load_config(tiny_config())
+    base = tmp_path / "base"
+    parts = build_parts(language_model=str(tiny_files / "llm"), vision_tower=str(tiny_files / "tower"))
+    parts.hf.config.pyramid_drop = Schedule((1, 2), (0.5, 0.25)).to_dict()
+    save_pretrained(parts.hf, parts.processor(), base)
+    adapted = get_peft_model(LlavaForConditionalGeneration.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapters")
+    words = [f"data.eval={config.data.eval}", f"data.image_root={config.data.image_root}", "eval.limit=2"]
+    assert main(["eval", str(tmp_path / "adapters"), *words, "model.template=qa", "train.use_cpu=true"]) == 0
+    assert re.search(says("16 -> 8 -> 4", "own schedule)"), capsys.readouterr().out)
+    assert (tmp_path / "adapters" / "predictions.jsonl").is_file()
 
 
 def test_eval_of_a_directory_that_was_not_trained_here(tiny_config, tmp_path, capsys):
