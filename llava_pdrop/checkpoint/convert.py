@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ def convert(
             original layout gets.
         dtype: precision of all weights; None: as they are stored.
 
+    Returns:
+        what was written; its ``notes`` are lines for the user.
+
     Raises:
         UserError: a checkpoint that is not whole or not supported, a ``target`` that may not be replaced, a full disk.
     """
@@ -46,6 +50,7 @@ def convert(
         raise UserError(f"{origin}: has its own vision tower: --vision-tower is for the original layout and LoRA runs")
     check_target(Path(origin), target, overwrite)
     source = open_llava(origin, base, vision_tower if takes_tower else None)
+    notes: list[str] = []
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     try:
@@ -53,13 +58,13 @@ def convert(
             save_llava_hf(source, partial, dtype)
             open_llava(str(partial))
         else:
-            save_original(source, partial, dtype, vision_tower)
+            notes += save_original(source, partial, dtype, vision_tower, home=target)
         _put(partial, target)
     except SafetensorError as error:  # of writing: what cannot be read, `shards` says
         raise UserError(f"{target} could not be written, and nothing of it is kept: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return source
+    return replace(source, notes=tuple(notes))
 
 
 def check_target(origin: Path, target: Path, overwrite: bool) -> None:

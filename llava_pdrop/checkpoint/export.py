@@ -3,7 +3,6 @@ most one shard is in memory."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,16 @@ from typing import Any
 import torch
 
 from llava_pdrop.checkpoint.build import make_image_processor, make_processor
-from llava_pdrop.checkpoint.hf_files import complete_tokenizer, write_config, write_image_processor, write_processor
-from llava_pdrop.checkpoint.layouts import EMBEDDINGS, MEMORY_TO_HF, MEMORY_TO_ORIGINAL, TOWER, rename
+from llava_pdrop.checkpoint.hf_files import write_config, write_image_processor, write_processor
+from llava_pdrop.checkpoint.layouts import EMBEDDINGS, MEMORY_TO_HF, MEMORY_TO_ORIGINAL, rename
 from llava_pdrop.checkpoint.load import cut_rows
-from llava_pdrop.checkpoint.open import Source, beside, open_tower
+from llava_pdrop.checkpoint.old_tokenizers import write_original_tokenizer
+from llava_pdrop.checkpoint.open import Source, beside
 from llava_pdrop.checkpoint.original import SECTION, dtype_of, original_config
-from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, read_json, write_json, write_shards
-from llava_pdrop.checkpoint.vocabulary import PAD_TOKEN, original_rows
+from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, write_json, write_shards
+from llava_pdrop.checkpoint.tower import TOWER_FOLDER, is_that_tower, opens_in_transformers_4, write_tower
+from llava_pdrop.checkpoint.vocabulary import original_rows
 from llava_pdrop.errors import UserError
-from llava_pdrop.types import IMAGE_MARKER
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 """The tower of all published LLaVA-1.5 and LLaVA-NeXT models, assumed where a checkpoint of its shape names none."""
@@ -79,14 +79,20 @@ def save_original(
     dtype: torch.dtype | None = None,
     vision_tower: str | None = None,
     shard_size: str = SHARD_SIZE,
-) -> None:
-    """Writes ``source`` as the original LLaVA code reads it: without the rows and tokens that Hugging Face's layout
-    adds, the vision tower inside.
+    home: Path | None = None,
+) -> list[str]:
+    """Writes ``source`` as the original LLaVA code, on transformers 4.37, reads it: without the rows and tokens that
+    Hugging Face's layout adds, the vision tower inside. That code also opens the tower where it comes from; where it
+    cannot, because transformers 5 wrote that one, a copy for it lies in the folder ``vision_tower``.
 
     Args:
         dtype: precision of all weights; None: each as it is stored.
         vision_tower: ``mm_vision_tower``, the CLIP directory or hub id that the original code will open for the tower's
             shape and its image processor; default: what the checkpoint was made from.
+        home: where ``directory`` will lie in the end; default: where it is.
+
+    Returns:
+        lines for the user on what is not the same in the old environment.
 
     Raises:
         UserError: the original code has no such model, or no vision tower is known.
@@ -94,16 +100,21 @@ def save_original(
     tower = vision_tower or tower_name(source.config)
     if tower is None:
         raise UserError(f"{source.origin}: does not say which CLIP its vision tower is: name it (--vision-tower DIR)")
+    vision, lies_at = source.config.vision_config, beside(Path(source.origin), tower)
     rows = original_rows(source.config, source.tokenizer)
     tensors = _prepared(source, cut_rows(source.tensors, rows), dtype)
     recorded = (getattr(source.config, SECTION, None) or {}).get("unfreeze_mm_vision_tower")
+    trained = bool(recorded) or not is_that_tower(tensors, lies_at)
+    if not opens_in_transformers_4(lies_at, vision.image_size):
+        write_tower(tensors, vision, source.image_processor, directory / TOWER_FOLDER)
+        tower = str((home or directory).resolve() / TOWER_FOLDER)
     config = original_config(
         source.config,
         source.geometry,
         source.schedule,
         rows,
         tower,
-        bool(recorded) or not is_that_tower(tensors, tower, Path(source.origin)),
+        trained,
         dtype_of(tensors),
     )
     write_shards(directory, rename(tensors, MEMORY_TO_ORIGINAL), shard_size)
@@ -112,8 +123,9 @@ def save_original(
     ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ids |= {} if ends is None else {"eos_token_id": ends}
     write_json(directory / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-    if source.tokenizer is not None:
-        write_original_tokenizer(source.tokenizer, directory)
+    if source.tokenizer is None:
+        return []
+    return write_original_tokenizer(source.tokenizer, directory, source.config.text_config)
 
 
 def _prepared(source: Source, tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Stored]:
@@ -128,43 +140,3 @@ def tower_name(config: Any) -> str | None:
     vision = config.vision_config
     shape = (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size)
     return recorded or (CLIP_L_336 if shape == (1024, 24, 336, 14) else None)
-
-
-def is_that_tower(tensors: Mapping[str, Stored], tower: str, origin: Path) -> bool:
-    """Whether the tower among ``tensors`` is, bit by bit, the one that lies at ``tower``: then it was not trained. A
-    tower that is not at hand counts as another one, since the weights inside are right in any case."""
-    try:
-        _, theirs = open_tower(beside(origin, tower))
-    except FileNotFoundError:
-        return False
-    plain = {name.replace(f"{TOWER}vision_model.", TOWER): tensor for name, tensor in tensors.items()}
-    ours = {name: tensor for name, tensor in plain.items() if name.startswith(TOWER)}
-    return ours.keys() == theirs.keys() and all(
-        tensor.shape == theirs[name].shape and torch.equal(tensor.read(), theirs[name].to(tensor.dtype).read())
-        for name, tensor in ours.items()
-    )
-
-
-def write_original_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Writes ``tokenizer`` without ``<image>`` and ``<pad>``. Where it was padded with ``<pad>``, unk is the pad token
-    again, as the original training sets it."""
-    tokenizer.save_pretrained(directory)
-    complete_tokenizer(tokenizer, directory)
-    (directory / "chat_template.jinja").unlink(missing_ok=True)
-    ours = {IMAGE_MARKER, PAD_TOKEN} if tokenizer.pad_token == PAD_TOKEN else {IMAGE_MARKER}
-    file = directory / "tokenizer.json"
-    if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in ours]
-        content["padding"] = None
-        file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    fields = read_json(directory / "tokenizer_config.json")
-    decoder = fields["added_tokens_decoder"]
-    fields["added_tokens_decoder"] = {i: token for i, token in decoder.items() if token["content"] not in ours}
-    fields["additional_special_tokens"] = [t for t in fields["additional_special_tokens"] if t not in ours]
-    fields.pop("processor_class", None)
-    if fields.get("pad_token") in ours:
-        fields["pad_token"] = tokenizer.unk_token or tokenizer.eos_token
-    write_json(directory / "tokenizer_config.json", fields)
-    named = ("bos_token", "eos_token", "unk_token", "pad_token")
-    write_json(directory / "special_tokens_map.json", {name: fields[name] for name in named if fields.get(name)})

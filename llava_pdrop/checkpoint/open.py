@@ -9,10 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, GenerationConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_pdrop.checkpoint import lora
@@ -21,15 +18,13 @@ from llava_pdrop.checkpoint.hf_models import make_config, meta_hf_model
 from llava_pdrop.checkpoint.layouts import (
     HF_TO_MEMORY,
     ORIGINAL_TO_MEMORY,
-    TEXT_HALF,
     TOWER,
-    TOWER_TO_MEMORY,
     Table,
     in_memory,
     is_projector,
     rename,
 )
-from llava_pdrop.checkpoint.load import check_fit, check_shapes, mean_rows
+from llava_pdrop.checkpoint.load import check_fit, mean_rows
 from llava_pdrop.checkpoint.original import (
     SECTION,
     carried,
@@ -40,6 +35,7 @@ from llava_pdrop.checkpoint.original import (
     written_schedule,
 )
 from llava_pdrop.checkpoint.shards import Stored, beside, open_tensors, read_json, resolve, weight_files
+from llava_pdrop.checkpoint.tower import TOWER_FOLDER, open_tower
 from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_specials
 from llava_pdrop.config.places import absolute
 from llava_pdrop.errors import MissingFileError, UserError, naming
@@ -63,6 +59,7 @@ class Source:
         schedule: the one it was trained with, None where nothing says so.
         tokenizer: None where none lies there.
         generation: what ``generate`` uses if nothing is said.
+        notes: lines for the user on what its files contradict each other in.
     """
 
     origin: str
@@ -73,6 +70,7 @@ class Source:
     tokenizer: Any | None
     image_processor: CLIPImageProcessorPil
     generation: GenerationConfig
+    notes: tuple[str, ...] = ()
 
     def checked(self, fresh: bool = False, rows: int | None = None) -> Source:
         """Itself, if its tensors are those of the model.
@@ -199,7 +197,7 @@ def _open_original(
     refuse_unsupported(fields, str(directory))
     tensors, home = _original_tensors(directory, base)
     tensors = rename(tensors, ORIGINAL_TO_MEMORY)
-    tower_source = vision_tower or beside(directory, fields["mm_vision_tower"])
+    tower_source = vision_tower or _named_tower(directory, fields["mm_vision_tower"])
     try:
         vision, beside_tensors = open_tower(tower_source)
     except FileNotFoundError as error:
@@ -235,6 +233,14 @@ def _open_original(
         _image_processor(resolve(tower_source), geometry.tile),
         _generation(directory, text, tokenizer),
     ).checked(rows=rows)
+
+
+def _named_tower(directory: Path, name: str) -> str:
+    """The tower that an original config calls ``name``; of a checkpoint that brings it along and was moved, the one
+    inside."""
+    if not Path(name).is_dir() and Path(name).name == TOWER_FOLDER and (directory / TOWER_FOLDER).is_dir():
+        return str(directory / TOWER_FOLDER)
+    return beside(directory, name)
 
 
 def _original_tensors(directory: Path, base: str | None) -> tuple[dict[str, Stored], Path]:
@@ -349,46 +355,3 @@ def _generation(directory: Path, text: Any, tokenizer: Any | None) -> Generation
     pad = fields.get("pad_token_id") if tokenizer is None else tokenizer.pad_token_id
     with reading(file):
         return GenerationConfig(**ids, pad_token_id=pad)
-
-
-# Opens CLIP vision towers without reading their weights.
-
-
-def open_tower(source: str, image_size: int | None = None) -> tuple[CLIPVisionConfig, dict[str, Stored]]:
-    """A CLIP vision tower, alone or as a half of CLIP: its config, and its tensors under names in memory.
-
-    Args:
-        image_size: side of a picture in pixels if not its own (position embeddings are interpolated, bicubic).
-
-    Raises:
-        UserError: not CLIP, or keys that are missing, unexpected or mis-shaped.
-    """
-    directory = resolve(source)
-    kind = read_json(directory / "config.json").get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise UserError(f"{source}: a {kind!r} vision tower is not supported, only CLIP's")
-    with reading(directory / "config.json"):
-        config = CLIPVisionConfig.from_pretrained(directory)
-    stored = {name: tensor for name, tensor in open_tensors(directory).items() if not TEXT_HALF.match(name)}
-    tensors = rename(stored, TOWER_TO_MEMORY)
-    with reading(directory / "config.json"), torch.device("meta"):
-        own = rename(CLIPVisionModel(config).state_dict(), TOWER_TO_MEMORY)
-    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    check_shapes(wanted, found, f"{source} does not fit a CLIP tower")
-    if image_size not in (None, config.image_size):
-        name = f"{TOWER}embeddings.position_embedding.weight"
-        side = image_size // config.patch_size
-        shape = (side**2 + 1, config.hidden_size)
-        tensors[name] = tensors[name].map(lambda old_PD: _interpolate(old_PD, side), shape)
-        config.image_size = image_size
-    return config, tensors
-
-
-def _interpolate(position_PD: Tensor, side: int) -> Tensor:
-    """Position embeddings (class token first) for a grid of ``side`` x ``side`` patches."""
-    token_1D, grid_PD = position_PD[:1], position_PD[1:]
-    old = int(len(grid_PD) ** 0.5)
-    grid_1Dhw = grid_PD.float().T.reshape(1, -1, old, old)
-    grid_1Dhw = F.interpolate(grid_1Dhw, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([token_1D, grid_1Dhw.flatten(2)[0].T.to(position_PD.dtype)])

@@ -54,9 +54,6 @@ def run(args: argparse.Namespace) -> None:
     schedule = source.schedule
     drops = "says nothing about dropping" if schedule is None else f"drops after layers {list(schedule.layers)}"
     weights = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 1e9
-    Console().print(
-        f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+    lines = [f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}"]
+    for line in [*lines, *source.notes]:
+        Console().print(line, soft_wrap=True, markup=False, highlight=False)

@@ -187,7 +187,8 @@ def test_the_original_tokenizer_and_rows_come_back(whole, tmp_path):
     before, after = (AutoTokenizer.from_pretrained(d) for d in (whole, tmp_path / "original"))
     assert after.get_vocab() == before.get_vocab() and after.pad_token == before.pad_token == "<unk>"
     assert (tmp_path / "original" / "tokenizer.model").is_file()
-    assert "<image>" not in (tmp_path / "original" / "tokenizer.json").read_text()
+    assert "<image>" not in (tmp_path / "original" / "tokenizer_config.json").read_text()
+    assert not (tmp_path / "original" / "chat_template.jinja").exists()
     fields = read_json(tmp_path / "original" / "config.json")
     assert fields["vocab_size"] == 1000 and fields["model_type"] == "llava_llama" and fields["pad_token_id"] == 0
     assert fields["architectures"] == ["LlavaLlamaForCausalLM"]
