@@ -43,6 +43,7 @@ setup(
         "sentencepiece>=0.2",
         "protobuf>=5",  # reads tokenizer.model files, which older checkpoints have instead of tokenizer.json
         "omegaconf>=2.3",
+        "jinja2>=3.1.6",  # what transformers renders chat templates with
         "numpy>=2",
         "pillow>=11",
         "datasets>=4",

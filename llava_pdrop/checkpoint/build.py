@@ -63,6 +63,7 @@ def make_processor(
         vision_feature_select_strategy="default",
         image_token=IMAGE_MARKER,
         num_additional_image_tokens=1,  # the class token, which "default" takes off again
+        chat_template=tokenizer.chat_template,
     )
 
 

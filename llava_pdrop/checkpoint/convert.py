@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def convert(
     vision_tower: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    prepare: Callable[[Source], list[str]] | None = None,
 ) -> Source:
     """Writes the checkpoint ``origin`` to ``target`` in ``layout``, beside it first and renamed when it is whole.
 
@@ -35,6 +37,8 @@ def convert(
         vision_tower: the CLIP tower of an original checkpoint or under a LoRA run; for a llava-hf one the name the
             original layout gets.
         dtype: precision of all weights; None: as they are stored.
+        prepare: makes what was opened ready to serve before it is written as ``llava-hf`` (its tokenizer's chat
+            template), and returns lines for the user.
 
     Returns:
         what was written; its ``notes`` are lines for the user.
@@ -51,6 +55,8 @@ def convert(
     check_target(Path(origin), target, overwrite)
     source = open_llava(origin, base, vision_tower if takes_tower else None)
     notes: list[str] = []
+    if prepare is not None and layout == "llava-hf":
+        notes += prepare(source)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     try:
@@ -64,7 +70,7 @@ def convert(
         raise UserError(f"{target} could not be written, and nothing of it is kept: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return replace(source, notes=tuple(notes))
+    return replace(source, notes=(*source.notes, *notes))
 
 
 def check_target(origin: Path, target: Path, overwrite: bool) -> None:

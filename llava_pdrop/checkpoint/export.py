@@ -24,23 +24,6 @@ from llava_pdrop.errors import UserError
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 """The tower of all published LLaVA-1.5 and LLaVA-NeXT models, assumed where a checkpoint of its shape names none."""
 
-VICUNA_CHAT = (
-    "{%- macro flat(content) -%}"
-    "{%- if content is string -%}{{ content }}{%- else -%}"
-    "{%- for part in content if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}"
-    "{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
-    "{%- endif -%}{%- endmacro -%}"
-    "{%- if messages[0]['role'] == 'system' -%}{{ flat(messages[0]['content']) + ' ' }}{%- else -%}"
-    "{{ 'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user\\'s questions. ' }}{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ 'USER: ' + flat(message['content']) + ' ' }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' + flat(message['content']) + '</s>' }}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
-)
-"""Chat template of `conv_templates["v1"]` in the original code."""
-
 
 def save_llava_hf(
     source: Source, directory: Path, dtype: torch.dtype | None = None, shard_size: str = SHARD_SIZE
@@ -58,19 +41,17 @@ def save_llava_hf(
     if source.tokenizer is None:
         write_image_processor(make_image_processor(source.image_processor, source.geometry), directory)
     else:
-        processor = make_processor(source.tokenizer, source.image_processor, source.geometry)
-        if source.tokenizer.chat_template is None and is_vicuna(source.config):
-            processor.chat_template = VICUNA_CHAT
-        write_processor(processor, directory)
+        write_processor(make_processor(source.tokenizer, source.image_processor, source.geometry), directory)
 
 
-def is_vicuna(config: Any) -> bool:
-    """Whether a model was an original LLaVA on LLaMA's 32000 tokens: LLaVA-1.5, LLaVA-NeXT-Vicuna and what was trained
-    like them, which all talk by the template ``v1``."""
+def usual_template(config: Any) -> str | None:
+    """The conversation template of the published models of this kind, as no original config names one: LLaVA-1.5,
+    LLaVA-NeXT-Vicuna and what was trained like them (32000 tokens of LLaMA) talk by ``v1``, LLaVA-NeXT-Mistral by
+    ``mistral_instruct``. None for any other, and for what was no original LLaVA."""
     section = getattr(config, SECTION, None) or {}
-    return (
-        "tune_mm_mlp_adapter" in section and section["vocab_size"] == 32000 and config.text_config.model_type == "llama"
-    )
+    if "tune_mm_mlp_adapter" not in section or section["vocab_size"] != 32000:
+        return None
+    return {"llama": "v1", "mistral": "mistral_instruct"}.get(config.text_config.model_type)
 
 
 def save_original(

@@ -63,7 +63,8 @@ def rope_fields(text_config: Any) -> dict[str, Any]:
 
 
 def write_processor(processor: Any, directory: Path) -> None:
-    """Writes a Hugging Face processor: ``preprocessor_config.json``, ``processor_config.json``, the tokenizer."""
+    """Writes a Hugging Face processor: ``preprocessor_config.json``, ``processor_config.json``, its chat template
+    and the tokenizer, which pads on the left whatever training did, as ``generate`` needs it."""
     directory.mkdir(parents=True, exist_ok=True)
     kind = type(processor).__name__
     write_image_processor(processor.image_processor, directory, kind)
@@ -72,6 +73,8 @@ def write_processor(processor: Any, directory: Path) -> None:
     own.pop("image_processor", None)  # transformers 4 would take it for a second image processor
     write_json(directory / "processor_config.json", own)
     complete_tokenizer(processor.tokenizer, directory)
+    fields = read_json(directory / "tokenizer_config.json")
+    write_json(directory / "tokenizer_config.json", fields | {"padding_side": "left"})
 
 
 def write_image_processor(image_processor: Any, directory: Path, processor_class: str | None = None) -> None:

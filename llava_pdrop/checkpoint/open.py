@@ -46,6 +46,9 @@ from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IMAGE_MARKER
 
 PROJECTOR_ONLY = "mm_projector.bin"
+PROCESSOR_CHAT = "chat_template.json"
+"""The chat template of a processor as transformers 4 wrote it, on the hub beside another one of the tokenizer; it is
+the one that knows of pictures."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +338,11 @@ def _tokenizer(directory: Path, text: Any | None = None) -> Any | None:
     if not any(directory.glob("tokenizer*")):
         return None
     with reading(directory / "tokenizer_config.json"):
-        return AutoTokenizer.from_pretrained(directory, **({} if text is None else {"config": text}))
+        tokenizer = AutoTokenizer.from_pretrained(directory, **({} if text is None else {"config": text}))
+    file = directory / PROCESSOR_CHAT
+    if file.is_file() and not (directory / "chat_template.jinja").is_file():  # which both have, and comes first
+        tokenizer.chat_template = read_json(file).get("chat_template", tokenizer.chat_template)
+    return tokenizer
 
 
 def _image_processor(directory: Path, tile: int) -> CLIPImageProcessorPil:

@@ -6,12 +6,18 @@ needs memory: the embedding and the head once in float32, and with ``--dtype`` o
 Round trips are bit-exact. The original layout has no rows for ``<image>``, ``<pad>`` and the padding of the vocabulary:
 they are cut, and on the way back each becomes the mean of the others, as this command makes them. A checkpoint from the
 hub comes back with other spare rows, whose embeddings nothing reads.
+
+What is written is ready to serve: a llava-hf directory has a chat template that shows pictures, the source's own, else
+the one ``--template`` names, else that of the run, else the published models' of this kind; an original one opens in
+the original code's environment.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -34,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vision-tower", type=a_path, metavar="DIR", help="CLIP tower to use instead of the one SRC names"
     )
+    parser.add_argument(
+        "--template", metavar="NAME", help="conversation template that a llava-hf target is to be served with, as v1"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="precision to write (default: keep)")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST")
 
@@ -47,13 +56,38 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from llava_pdrop.checkpoint.convert import convert
+    from llava_pdrop.errors import UserError
 
+    if args.template is not None and args.to == "llava":
+        raise UserError("--template: the original layout has no place for a chat template: leave it out")
     target = Path(args.target)
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    source = convert(args.source, target, args.to, args.base, args.vision_tower, dtype, overwrite=args.overwrite)
+    prepare = _serving(args.source, args.template)
+    source = convert(args.source, target, args.to, args.base, args.vision_tower, dtype, args.overwrite, prepare)
     schedule = source.schedule
     drops = "says nothing about dropping" if schedule is None else f"drops after layers {list(schedule.layers)}"
     weights = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 1e9
     lines = [f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}"]
     for line in [*lines, *source.notes]:
         Console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _serving(origin: str, asked: str | None) -> Callable[[Any], list[str]]:
+    """What makes an opened checkpoint ready to serve; ``asked``: name of the conversation template, if the user gives
+    one."""
+    from llava_pdrop.checkpoint.export import usual_template
+    from llava_pdrop.checkpoint.shards import resolve
+    from llava_pdrop.config.load import template_of_run
+    from llava_pdrop.data.chat import give_chat
+    from llava_pdrop.errors import UserError
+
+    def prepare(source: Any) -> list[str]:
+        if source.tokenizer is None:
+            if asked is not None:
+                raise UserError(f"--template {asked}: {origin} has no tokenizer to write it for: copy its files there")
+            return [f"chat template: none, as {origin} has no tokenizer"]
+        recorded, usual = template_of_run(resolve(origin)), usual_template(source.config)
+        because = "which the run was trained with" if recorded else "that of the published models of this kind"
+        return [give_chat(source.tokenizer, source.generation, asked, recorded or usual, because)]
+
+    return prepare

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from llava_pdrop.config.schema import Config
+from llava_pdrop.data.chat import add_ends, jinja_of
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
-from llava_pdrop.data.marks import end_ids, fitting, split_marks
+from llava_pdrop.data.marks import fitting, split_marks
 from llava_pdrop.data.records import Records
 from llava_pdrop.errors import ConfigError
 
@@ -89,11 +90,10 @@ def check_learning(config: Config, dataset: ConversationDataset) -> list[str]:
     return []
 
 
-def add_ends(generation: Any, config: Config, records: Records, tokenizer: Any) -> None:
-    """Puts the tokens that end an answer in the templates of a run among those at which ``generate`` stops; the base
-    may know others only."""
-    before = generation.eos_token_id
-    ids = [] if before is None else list(before) if isinstance(before, list | tuple) else [before]
+def make_servable(generation: Any, config: Config, records: Records, tokenizer: Any) -> None:
+    """What is saved of a run is served as it was trained: ``tokenizer`` gets the run's template as its chat template,
+    and the tokens that end an answer in any of its templates are among those at which ``generate`` stops; the base may
+    know others only."""
     for name in templates_of(config, records):
-        ids += [token for token in end_ids(TEMPLATES[name], tokenizer) if token not in ids]
-    generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+        add_ends(generation, name, tokenizer)
+    tokenizer.chat_template = jinja_of(config.model.template)

@@ -37,7 +37,7 @@ from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.adapters import adapt
 from llava_pdrop.train.arguments import endless_warmup, learning_rates, training_arguments
 from llava_pdrop.train.checks import check_arguments, check_run, stage1_config
-from llava_pdrop.train.data_checks import add_ends, check_learning, check_templates
+from llava_pdrop.train.data_checks import check_learning, check_templates, make_servable
 from llava_pdrop.train.fit import check_fit
 from llava_pdrop.train.history import (
     checkpoint_to_resume,
@@ -256,7 +256,7 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
         say(f"data.index: {len(records):,} of {index.records:,} records are used")
     for line in check_templates(config, records, parts.tokenizer):
         say(line)
-    add_ends(parts.hf.generation_config, config, records, parts.tokenizer)
+    make_servable(parts.hf.generation_config, config, records, parts.tokenizer)
     dataset = ConversationDataset(
         records,
         Encoder(

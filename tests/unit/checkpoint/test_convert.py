@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.checkpoint.layouts import EMBEDDINGS, MEMORY_TO_HF, rename_one
 from llava_pdrop.checkpoint.shards import open_tensors
+from llava_pdrop.data.chat import jinja_of
+from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.types import Turn
 from tests.messages import says
 from tests.unit.checkpoint.layout_files import TOWER, original, with_tokenizer, write, write_file
 
@@ -88,6 +92,8 @@ def test_a_directory_of_runs_is_no_run_and_names_them(tmp_path, capsys, words):
         (["SOURCE", "FILE/out", "--to", "llava"], says("file", "another directory")),
         (["FILE", "OUT", "--to", "llava"], says("file", "checkpoint is a directory")),
         (["nobody/nothing", "OUT", "--to", "llava"], says("nobody/nothing", "directory")),
+        (["SOURCE", "OUT", "--to", "llava", "--template", "v1"], says("--template", "chat template")),
+        (["SOURCE", "OUT", "--to", "llava-hf", "--template", "v1"], says("--template v1", "no tokenizer")),
     ],
 )
 def test_errors_are_one_line(source, tmp_path, capsys, words, message):
@@ -209,3 +215,48 @@ def test_a_whole_original_checkpoint_is_read_without_warnings(tmp_path, capfd, r
     source = with_tokenizer(write(tmp_path / "source", *original("e2e_l15")))
     assert main(["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf"]) == 0
     assert not capfd.readouterr().err and not list(recwarn)
+
+
+# ---- ready to serve ----
+
+
+def chat_of(directory: Path) -> str | None:
+    return AutoProcessor.from_pretrained(directory).chat_template
+
+
+def test_the_chat_template_is_the_one_asked_for_or_said_to_be_missing(tmp_path, capsys):
+    source = with_tokenizer(write(tmp_path / "source", *original("e2e_l15")))
+    words = ["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf", "--overwrite"]
+    assert main(words) == 0
+    assert re.search(says("chat template: none", "--template"), capsys.readouterr().out)
+    assert chat_of(tmp_path / "hf") is None
+    assert main([*words, "--template", "v1"]) == 0
+    assert re.search(says("chat template: v1", "--template"), capsys.readouterr().out)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Where?"}, {"type": "image"}]}]
+    text = AutoProcessor.from_pretrained(tmp_path / "hf").apply_chat_template(messages, add_generation_prompt=True)
+    pieces = TEMPLATES["v1"].generation_prompt(TEMPLATES["v1"].rounds([Turn("human", "<image>\nWhere?")]))
+    assert text == "".join(piece.text for piece in pieces)
+    assert main([*words, "--template", "mpt"]) == 2
+    assert re.search(says("mpt", "<|im_end|>", "v1"), capsys.readouterr().err)
+    assert chat_of(tmp_path / "hf") == jinja_of("v1")
+
+
+def test_a_chat_template_of_the_source_stays_if_it_shows_images(tmp_path, capsys):
+    source = with_tokenizer(write(tmp_path / "source", *original("e2e_l15")))
+    own = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] or '<image>' }}{% endfor %}{% endfor %}"
+    for chat, kept in ((own, True), ("{% for m in messages %}{{ m['content'] }}{% endfor %}", False)):
+        (source / "chat_template.jinja").write_text(chat)
+        words = ["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf", "--overwrite"]
+        assert main(words) == 0
+        said = says("chat template", "own") if kept else says("chat template: none", "no images")
+        assert re.search(said, capsys.readouterr().out)
+        assert chat_of(tmp_path / "hf") == (own if kept else None)
+
+
+def test_a_run_is_converted_with_the_template_it_was_trained_in(tmp_path, capsys):
+    """Also one saved before chat templates were."""
+    run = with_tokenizer(write(tmp_path / "run", *original("e2e_l15")))
+    (run / "llava_pdrop.yaml").write_text("model: {template: llava_v1}\n")
+    assert main(["convert", str(run), str(tmp_path / "hf"), "--to", "llava-hf"]) == 0
+    assert re.search(says("chat template: llava_v1", "trained"), capsys.readouterr().out)
+    assert chat_of(tmp_path / "hf") == jinja_of("llava_v1")

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from llava_pdrop.checkpoint.build import build_parts, load_source
 from llava_pdrop.checkpoint.convert import convert
-from llava_pdrop.checkpoint.export import save_llava_hf, save_original, tower_name
+from llava_pdrop.checkpoint.export import save_llava_hf, save_original, tower_name, usual_template
 from llava_pdrop.checkpoint.layouts import MEMORY_TO_HF, rename
 from llava_pdrop.checkpoint.load import save_pretrained
 from llava_pdrop.checkpoint.open import open_llava
 from llava_pdrop.checkpoint.shards import open_tensors, read_json
 from llava_pdrop.config.load import load_config
-from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.chat import jinja_of
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.run import train
-from llava_pdrop.types import Turn
 from tests.messages import says
 from tests.tiny import ANYRES, DECODERS, make_tiny_hf
 from tests.unit.checkpoint.layout_files import TOKENIZER, TOWER, original, with_tokenizer, write
@@ -94,6 +94,8 @@ def test_a_training_run_is_canonical_and_brings_its_schedule(tiny_config, tmp_pa
         assert (directory / "preprocessor_config.json").is_file() and (directory / "tokenizer.json").is_file()
         fields = read_json(directory / "config.json")
         assert fields["image_token_index"] == fields["image_token_id"] == parts.hf.config.image_token_id
+    processor = AutoProcessor.from_pretrained(run)
+    assert processor.tokenizer.padding_side == "left" and processor.chat_template == jinja_of("qa")
     convert(str(run), tmp_path / "original", "llava")  # the run knows its tower
     assert build_parts(str(tmp_path / "original")).schedule == Schedule((1, 2), (0.5, 0.25)).at("renumber")
     assert not read_json(tmp_path / "original" / "config.json")["unfreeze_mm_vision_tower"]
@@ -158,24 +160,59 @@ def test_precision(whole, tmp_path):
     assert not read_json(tmp_path / "kept" / "config.json")["unfreeze_mm_vision_tower"]  # bfloat16 of the frozen one
 
 
-def test_vicuna_gets_the_chat_template_of_the_original_code(tmp_path):
+@pytest.mark.parametrize("aspect", ["pad", "anyres"])
+def test_the_processor_expands_images_as_we_do(tmp_path, aspect):
+    """And pads on the left, whatever the tokenizer of the source did."""
+    name = {"pad": "e2e_l15", "anyres": "e2e_next"}[aspect]
+    config, tensors = original("e2e_l15")
+    if aspect == "anyres":
+        pinpoints = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+        config |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": pinpoints}
+        config |= {"mm_patch_merge_type": "spatial_unpad"}
+        tensors["model.image_newline"] = torch.zeros(48)
+    convert(str(with_tokenizer(write(tmp_path / name, config, tensors))), tmp_path / "hf", "llava-hf")
+    processor, parts = AutoProcessor.from_pretrained(tmp_path / "hf"), build_parts(str(tmp_path / "hf"))
+    assert parts.geometry.aspect == aspect and processor.image_token == "<image>"
+    assert (processor.patch_size, processor.num_additional_image_tokens) == (14, 1)
+    assert processor.vision_feature_select_strategy == "default"
+    assert processor.tokenizer.padding_side == "left"
+    sizes = [(56, 56), (200, 30), (31, 207), (90, 61), (113, 112)]
+    for size in sizes:
+        ids = processor(images=Image.new("RGB", size), text="<image>\nWhat?").input_ids[0]
+        assert ids.count(1000) == parts.geometry.num_tokens(size), size
+    short_and_long = processor(images=[Image.new("RGB", (56, 56))] * 2, text=["<image>", "<image> and"], padding=True)
+    assert short_and_long.input_ids[0][0] == 1001 and short_and_long.input_ids[0][-1] == 1000
+
+
+def with_rows(tmp_path: Path, rows: int, **fields) -> Path:
+    """An original checkpoint of so many tokens, by name alone."""
     config, tensors = original("e2e_l15")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = torch.randn(32000, 8).repeat(1, 6)
-    source = with_tokenizer(write(tmp_path / "source", config | {"vocab_size": 32000}, tensors))
-    convert(str(source), tmp_path / "hf", "llava-hf")
-    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Where?"}, {"type": "image"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "Here."}]},
-        {"role": "user", "content": "And now?"},
-    ]
-    turns = (Turn("human", "<image>\nWhere?"), Turn("gpt", "Here."), Turn("human", "And now?"))
-    theirs = processor.apply_chat_template(messages, add_generation_prompt=True)
-    ours = TEMPLATES["v1"].generation_prompt(TEMPLATES["v1"].rounds(turns))
-    assert theirs == "".join(piece.text for piece in ours)
-    convert(str(with_tokenizer(write(tmp_path / "other", *original("e2e_l15")))), tmp_path / "plain", "llava-hf")
-    assert AutoProcessor.from_pretrained(tmp_path / "plain").chat_template is None
+        tensors[name] = torch.randn(rows, 8).repeat(1, 6)
+    return with_tokenizer(write(tmp_path / f"source{rows}", config | {"vocab_size": rows, **fields}, tensors))
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "template"),
+    [
+        (32000, {}, "v1"),
+        (32000, {"model_type": "llava_mistral"}, "mistral_instruct"),
+        (32064, {}, None),  # a LLaVA of its own vocabulary: nobody knows how it talks
+    ],
+)
+def test_published_models_talk_as_they_were_trained(tmp_path, rows, fields, template):
+    assert usual_template(open_llava(str(with_rows(tmp_path, rows, **fields))).config) == template
+    assert usual_template(make_tiny_hf().config) is None
+
+
+def test_a_chat_template_of_a_processor_is_read(whole, tmp_path):
+    """On the hub it lies beside another one of the tokenizer, which may know no images."""
+    convert(str(whole), tmp_path / "hf", "llava-hf")
+    (tmp_path / "hf" / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'of the processor' }}"}))
+    convert(str(tmp_path / "hf"), tmp_path / "again", "llava-hf")
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ 'of the processor' }}"
+    for kind in (AutoProcessor, AutoTokenizer):
+        assert kind.from_pretrained(tmp_path / "again").chat_template == "{{ 'of the processor' }}"
 
 
 # ---- original layout ----
