@@ -29,13 +29,15 @@ from llava_pdrop.types import IMAGE_MARKER
 class Parts:
     """A Hugging Face LLaVA with all that is needed to feed it. ``image_processor`` makes one square tile (CLIP's);
     ``geometry`` says how a picture is cut into tiles; ``schedule`` is the one the checkpoint was trained with (an empty
-    one: without dropping), None where the checkpoint says nothing."""
+    one: without dropping), None where the checkpoint says nothing; ``notes`` are lines for the user on what its files
+    contradict each other in."""
 
     hf: HfLlava
     tokenizer: Any
     image_processor: CLIPImageProcessorPil
     geometry: ImageGeometry
     schedule: Schedule | None = None
+    notes: tuple[str, ...] = ()
 
     def processor(self) -> LlavaProcessor | LlavaNextProcessor:
         """The Hugging Face processor that turns text and pictures into this model's inputs, to be saved with it."""
@@ -134,4 +136,4 @@ def load_source(source: Source, dtype: torch.dtype = torch.float32) -> Parts:
     load_strictly(hf, source.tensors, source.origin, {name for name, _ in hf.named_parameters() if is_projector(name)})
     hf.generation_config = source.generation
     pack_by_geometry(hf, source.geometry)
-    return Parts(hf, source.tokenizer, source.image_processor, source.geometry, source.schedule)
+    return Parts(hf, source.tokenizer, source.image_processor, source.geometry, source.schedule, source.notes)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, Generation
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_pdrop.checkpoint import lora
+from llava_pdrop.checkpoint.ends import GENERATION_CONFIG, settle_ends
 from llava_pdrop.checkpoint.hf_files import reading
 from llava_pdrop.checkpoint.hf_models import make_config, meta_hf_model
 from llava_pdrop.checkpoint.layouts import (
@@ -76,7 +77,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
     def checked(self, fresh: bool = False, rows: int | None = None) -> Source:
-        """Itself, if its tensors are those of the model.
+        """Itself, if its tensors are those of the model, with one opinion of where an answer ends.
 
         Args:
             fresh: its projector is yet to be made.
@@ -95,7 +96,10 @@ class Source:
         tensors = in_memory(self.tensors, own)
         made = {name: Stored.of(tensor) for name, tensor in own.items() if fresh and is_projector(name)}
         check_fit(hf, tensors | made, self.origin, rows=rows)
-        return replace(self, tensors=tensors)
+        notes: list[str] = []
+        if self.tokenizer is not None:
+            notes = settle_ends(Path(self.origin), self.generation, self.config, self.tokenizer)
+        return replace(self, tensors=tensors, notes=(*self.notes, *notes))
 
 
 def open_llava(
@@ -356,7 +360,7 @@ def _image_processor(directory: Path, tile: int) -> CLIPImageProcessorPil:
 def _generation(directory: Path, text: Any, tokenizer: Any | None) -> GenerationConfig:
     """The checkpoint's own token ids for ``generate``. Sampling settings are left out: some published ones contradict
     each other, and transformers then refuses to save them."""
-    file = directory / "generation_config.json"
+    file = directory / GENERATION_CONFIG
     fields = read_json(file) if file.is_file() else {}
     ids = {name: fields.get(name, getattr(text, name, None)) for name in ("bos_token_id", "eos_token_id")}
     pad = fields.get("pad_token_id") if tokenizer is None else tokenizer.pad_token_id

@@ -191,6 +191,8 @@ def train_watched(
 def learning_model(config: Config, args: TrainingArguments) -> tuple[Parts, PyramidLlava]:
     """What the run starts from, and the training model around it, with what does not learn frozen."""
     parts = load_parts(config)
+    for line in parts.notes:
+        say(line)
     model = build_model(config, parts)
     if config.lora is None:
         freeze(model, config.model.trainable)

@@ -260,3 +260,10 @@ def test_a_run_is_converted_with_the_template_it_was_trained_in(tmp_path, capsys
     assert main(["convert", str(run), str(tmp_path / "hf"), "--to", "llava-hf"]) == 0
     assert re.search(says("chat template: llava_v1", "trained"), capsys.readouterr().out)
     assert chat_of(tmp_path / "hf") == jinja_of("llava_v1")
+
+
+def test_what_the_files_contradict_each_other_in_is_said(tmp_path, capsys):
+    config, tensors = original("e2e_l15")
+    source = with_tokenizer(write(tmp_path / "source", config | {"eos_token_id": 300}, tensors))
+    assert main(["convert", str(source), str(tmp_path / "hf"), "--to", "llava-hf"]) == 0
+    assert re.search(says("config.json", "300", "tokenizer_config.json"), capsys.readouterr().out)
