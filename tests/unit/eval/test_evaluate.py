@@ -10,13 +10,15 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.checkpoint.load import save_pretrained
 from llava_pdrop.config.load import RUN_FILE, load_config
+from llava_pdrop.data.chat import jinja_of
 from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.images import load_image
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import chance_of, evaluate, evaluate_config, load_questions
 from llava_pdrop.eval.questions import llava_json
@@ -155,6 +157,20 @@ def test_a_run_that_cannot_keep_the_answers_is_said_first(tiny_config, monkeypat
     with pytest.raises(ConfigError, match=says(str(output), "answers", "written")):
         evaluate_config(config)
     assert not (output / "predictions.jsonl").exists()
+
+
+def test_what_is_served_is_what_is_evaluated(tiny_files, questions, tmp_path):
+    """The ids that a saved processor makes of a chat are those of our prompts, images expanded."""
+    parts = build_parts(language_model=str(tiny_files / "llm"), vision_tower=str(tiny_files / "tower"))
+    parts.tokenizer.chat_template = jinja_of("qa")
+    save_pretrained(parts.hf, parts.processor(), tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    for question in questions:
+        own = prompt_sample(question, TEMPLATES["qa"], parts.tokenizer, parts.hf, parts.geometry, parts.image_processor)
+        chat = [{"role": "user", "content": question.record.turns[0].text}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        images = [load_image(path) for path in question.record.images]
+        assert images and processor(images=images, text=text).input_ids[0] == own.input_ids.tolist()
 
 
 def test_eval_of_a_directory_without_tokenizer_is_one_line(tiny_config, tiny_files, tmp_path, capsys):
