@@ -184,7 +184,8 @@ def give_chat(tokenizer: Any, generation: Any, asked: str | None, known: str | N
     if name is None:
         return f"chat template: none{dropped}, as nothing says which it was trained with: choose one with --template"
     if name not in TEMPLATES:
-        raise UserError(f"--template {name}: there is no such template{did_you_mean(name, TEMPLATES)}")
+        near = did_you_mean(name, TEMPLATES)
+        raise UserError(f"--template {name}: there is no such template{near}; choose one of {', '.join(TEMPLATES)}")
     split, _ = split_marks(TEMPLATES[name], tokenizer)
     if split and asked:
         able = ", ".join(fitting(tokenizer)) or "a plain one (qa)"
