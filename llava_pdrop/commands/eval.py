@@ -80,13 +80,13 @@ def _foreign(directory: Path, overrides: list[str]) -> Any:
             f"{directory} has no {RUN_FILE} that names questions: add data.eval=FILE data.image_root=DIR, or "
             "benchmarks=NAME"
         )
-    fields = read_json(directory / "config.json")
-    with reading(directory / "config.json"):
+    home = config_directory(directory)  # of adapters that peft has saved: their base
+    fields = read_json(home / "config.json")
+    with reading(home / "config.json"):
         schedule = original_schedule(fields)
     model = {"path": str(directory)}
     if "model.template" not in names:
-        ours = is_ours(directory)
-        model["template"] = template_of(directory, fields, chat_template_in(directory)) if ours else CHAT
+        model["template"] = template_of(home, fields, chat_template_in(home)) if is_ours(home) else CHAT
     data = "${data.eval}" if "data.eval" in names else str(directory)  # required keys, which evaluation does not read
     values = {
         "name": directory.name,

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from llava_pdrop.checkpoint.build import Parts, build_parts, require_tokenizer
-from llava_pdrop.checkpoint.lora import is_lora
+from llava_pdrop.checkpoint.lora import config_directory, is_lora
 from llava_pdrop.config.load import RUN_FILE
 from llava_pdrop.config.paths import check_name
 from llava_pdrop.config.schema import Config
@@ -284,5 +284,15 @@ def respondent_of(parts: Parts, config: Config) -> LlavaRespondent:
 
 
 def respondent_in(directory: Path, config: Config) -> Respondent:
-    """The model in ``directory``, ready to be asked: a LLaVA of ours, or one of another family by its own processor."""
-    return respondent_of(build_parts(path=str(directory)), config) if is_ours(directory) else open_respondent(directory)
+    """The model in ``directory``, ready to be asked: a LLaVA of ours, or one of another family by its own processor.
+
+    Raises:
+        MissingFileError: it has no tokenizer. ConfigError: ``model.template`` is unknown.
+    """
+    if not is_ours(config_directory(directory)):
+        return open_respondent(directory)
+    parts = build_parts(path=str(directory))
+    require_tokenizer(parts, directory)
+    for line in parts.notes if os.environ.get("RANK", "0") == "0" else ():
+        Console().print(line, soft_wrap=True, markup=False, highlight=False)
+    return respondent_of(parts, config)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava_pdrop.checkpoint.lora import config_directory
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, UserError, did_you_mean
 from llava_pdrop.eval import scores as table
@@ -193,7 +194,7 @@ def measure_config(config: Config) -> list[Score]:
         ConfigError: files of a benchmark are missing or wrong, or there is no finished run.
     """
     directory = finished(config)
-    loaded = load_benchmarks(config, is_ours(directory))
+    loaded = load_benchmarks(config, is_ours(config_directory(directory)))
     own = DROPPING if config.schedule.layers else VANILLA
     with team_of(config, directory) as team:
         respondent = respondent_in(directory, config)

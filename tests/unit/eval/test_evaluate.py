@@ -166,7 +166,7 @@ def test_what_is_served_is_what_is_evaluated(tiny_files, questions, tmp_path):
     save_pretrained(parts.hf, parts.processor(), tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
     for question in questions:
-        own = prompt_sample(question, TEMPLATES["qa"], parts.tokenizer, parts.hf, parts.geometry, parts.image_processor)
+        own = LlavaRespondent(parts, TEMPLATES["qa"]).prepare(question)
         chat = [{"role": "user", "content": question.record.turns[0].text}]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
         images = [load_image(path) for path in question.record.images]
