@@ -9,6 +9,7 @@ decoded ones fill gigabytes in every process.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def open_entries(path: Path, format: str | None = None) -> Sequence[Entry]:
     if not path.exists():
         raise MissingFileError(f"{path}: no such data file; check the path")
     if format is None and path.is_dir():
-        format = next((name for pattern, name in DIRECTORIES.items() if any(path.glob(pattern))), None)
+        names = [file.name.lower() for file in path.iterdir()]
+        format = next((name for pattern, name in DIRECTORIES.items() if fnmatch.filter(names, pattern)), None)
     elif format is None:
         format = SUFFIXES.get(path.suffix.lower())
     if format not in READERS:

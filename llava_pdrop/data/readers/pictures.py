@@ -17,6 +17,12 @@ from typing import Any, BinaryIO, cast
 
 from llava_pdrop.errors import UserError
 
+MEDIA_SUFFIXES = {
+    "mp4", "m4v", "avi", "mov", "mkv", "webm", "mpg", "mpeg", "wmv", "flv",
+    "wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "wma", "pcd", "ply",
+}  # fmt: skip
+"""Suffixes of films, sounds and clouds of points, which no model here can see or hear."""
+
 URL_SAFE = str.maketrans("-_", "+/")
 """Letters of the base64 of web addresses -> those of plain base64."""
 

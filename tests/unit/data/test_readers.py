@@ -200,9 +200,15 @@ def members(path: Path, *names: str) -> Path:
     """A tar of these members, in this order."""
     with tarfile.open(path, "w") as tar:
         for name in names:
+            name, _, target = name.partition(" -> ")
             content = json.dumps({"conversations": talk(1, "x")}).encode() if name.endswith("json") else encoded(0)
             member = tarfile.TarInfo(name)
             member.size = len(content)
+            if "meta" in name:
+                content = b"{}".ljust(len(content))
+            if target:
+                member.size, member.linkname = 0, target
+                member.type = tarfile.SYMTYPE if target.startswith("/") else tarfile.LNKTYPE
             tar.addfile(member, io.BytesIO(content))
     return path
 
@@ -216,6 +222,8 @@ def members(path: Path, *names: str) -> Path:
         (("a/k1.0.png", "a/k1.1.png", "a/k1.0.PNG", "a/k1.json"), "a/k1.0.png"),
         (("k1.png", "k1.json", "k2.png", "k2.json", "./k1.png", "./k1.json"), "./k1"),
         (("k1.json", "k2.json", "k1.png", "k2.png"), "k1"),  # sorted by what they are
+        (("k1.png", "k1.json", "k1.jpg"), "k1.jpg"),
+        (("k1.0.png", "k1.json", "k1.00.png"), "k1.00.png"),
     ],
 )
 def test_the_same_name_twice_in_a_tar(tmp_path, names, cause):
@@ -236,11 +244,41 @@ def test_the_same_key_in_two_shards_is_two_records(tmp_path):
         (("v1.0_a.png", "v1.0_a.json"), "v1.0_a.json", "v1"),
         (("img/photo.final.json", "img/photo.final.jpg"), "img/photo.final.json", "img/photo"),
         (("2024.05.01.json",), "2024.05.01.json", "2024"),
+        (("k.json", "k.png", "k.1.json"), "k.1.json", "k"),  # beside another one it would be lost without a word
+        (("k.\u00b2.json", "k.\u00b2.png"), "k.\u00b2.json", "k"),
     ],
 )
 def test_a_dot_too_much_in_a_tar_key(tmp_path, names, broken, key):
     with pytest.raises(ValueError, match=says(f"a.tar:{key}", broken, "first dot")):
         read_records(members(tmp_path / "a.tar", *names))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("k1.png", "k1.json", "k2.png -> k1.png", "k2.json -> k1.json"), says("k2.png", "link", "k1.png")),
+        (("k1.png", "k1.json", "k2.json -> /k1.json"), says("k2.json", "link")),
+        (("k1.png", "k1.json", ".k2.json"), says(".k2.json", "first dot")),
+        (("k1.png", "k1.json", "k\udcff.json"), says("UTF-8")),
+        (("k1.txt",), says("no records")),
+        (("k1.png", "k1.json", "k2.mp4", "k2.json"), says("a.tar:k2", "k2.mp4", "cannot be shown")),
+        (("k1.png", "k1.json", "k1.1.WAV"), says("a.tar:k1", "k1.1.WAV", "cannot be shown")),
+    ],
+)
+def test_no_member_is_lost_without_a_word(tmp_path, names, message):
+    """Not in a directory either, where other shards have records."""
+    members(tmp_path / "b.tar", "._k1.json", "k1.png", "k1.json")
+    for path in (members(tmp_path / "a.tar", *names), tmp_path):
+        with pytest.raises(ValueError, match=says("a.tar") + message):
+            read_records(path)
+
+
+def test_every_shard_of_a_directory_is_read_or_named(tmp_path):
+    members(tmp_path / "A.TAR", "k1.png", "k1.json")
+    assert len(read_records(tmp_path)) == 1
+    (tmp_path / "b.tar.gz").touch()
+    with pytest.raises(ValueError, match=says(str(tmp_path), "b.tar.gz", "compressed")):
+        read_records(tmp_path)
 
 
 def test_messages_in_containers(tmp_path, expected):
