@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llava_pdrop.data.readers.pictures import MEDIA_SUFFIXES, FileSlice
+from llava_pdrop.data.readers.text import parse_json
 from llava_pdrop.errors import RecordError, UserError, clip
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
@@ -86,7 +86,7 @@ class TarEntries(Sequence[tuple[str, Any]]):
         with self._slice(shard, f"{key}.json", self._texts[index]).open() as file:
             text = file.read()
         try:
-            entry = json.loads(text)
+            entry = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise RecordError(f"{origin}.json", key, f"not valid JSON: {clip(error)}") from None
         if isinstance(entry, dict):
@@ -165,7 +165,7 @@ def _holds_a_record(member: FileSlice) -> bool:
     """Whether it is another record's text, and no note about this one."""
     with member.open() as file:
         try:
-            entry = json.loads(file.read())
+            entry = parse_json(file.read())
         except (ValueError, RecursionError):
             return False
     return isinstance(entry, dict) and any(entry.get(key) is not None for key in ("conversations", "messages"))

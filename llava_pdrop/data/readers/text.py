@@ -49,7 +49,7 @@ class TextEntries(Sequence[tuple[str, Any]]):
         number = index if self._numbers is None else self._numbers[index]
         origin = self._origin.format(path=self.path, n=number)
         try:
-            return origin, json.loads(self._text[self._starts[index] : self._stops[index]])
+            return origin, parse_json(self._text[self._starts[index] : self._stops[index]])
         except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8
             raise RecordError(origin, None, f"not valid JSON: {clip(error)}") from None
 
@@ -78,6 +78,24 @@ class JoinedEntries(Sequence[tuple[str, Any]]):
             raise IndexError(index)
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+def parse_json(text: bytes) -> Any:
+    """What a piece of JSON holds.
+
+    Raises:
+        ValueError: not valid JSON, or an object has a key twice, of which `json` keeps the last without a word.
+        RecursionError: nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return made
 
 
 def read_jsonl(path: Path) -> Sequence[tuple[str, Any]]:

@@ -142,6 +142,16 @@ def test_messages_are_a_format_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+@pytest.mark.parametrize("twice", ['"image": "a.png"', '"conversations": []', '"\\u0069mage": "a.png"'])
+def test_a_key_that_stands_twice_is_refused(tmp_path, name, twice):
+    """`json` keeps the last one, and says nothing."""
+    text = "{" + twice + ", " + json.dumps(ENTRY)[1:]
+    key = "conversations" if "conversations" in twice else "image"
+    with pytest.raises(ValueError, match=says(name, f"'{key}'", "twice")):
+        read_records(write(tmp_path / name, f"[{text}]" if name == "d.json" else text))
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
 def test_json_nested_too_deeply_is_one_line(tmp_path, name):
     path = write(tmp_path / name, '[{"id": ' + "[" * 200_000 + "]" * 200_000 + "}]")
     with pytest.raises(ValueError, match=says(name, "JSON")) as error:
