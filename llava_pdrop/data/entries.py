@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from llava_pdrop.data.readers.pictures import InlinePicture
+from llava_pdrop.data.readers.pictures import MEDIA_SUFFIXES, InlinePicture
 from llava_pdrop.errors import RecordError, UserError, clip
 from llava_pdrop.types import IMAGE_MARKER, ImageSource, Record, Turn
 
@@ -31,17 +31,28 @@ ROLES: dict[str, Role] = {
 LAYOUTS = ("conversations", "messages")
 RECORD_KEYS = {"id", "image", "images", *LAYOUTS, "system", "loss", "weight"}
 TURN_KEYS = {"from", "value", "role", "content", "loss", "weight"}
+PART_KEYS = {"type", "text", "image", "image_url", "path", "url", "base64"}
 
-MEDIA = re.compile(r"(videos?|audios?|sounds?|voices?|speech|music|point_?clouds?)(_?(paths?|files?|urls?))?", re.I)
+MEDIA = re.compile(
+    r"(videos?|movies?|films?|clips?|audios?|sounds?|voices?|speech|music|point_?clouds?)"
+    r"(_?(paths?|files?|file_?names?|urls?|\d+))?",
+    re.I,
+)
 """Keys, and types of parts, of what no model here can see or hear."""
 
+MEDIA_FILE = re.compile(rf"[^\n]*\.({'|'.join(sorted(MEDIA_SUFFIXES))})(\?[^\n]*)?", re.I)
+"""Names of such files. Under any other key they may be a note, as long as the record shows pictures."""
+
 PICTURES = re.compile(
-    r"(images?|imgs?|pictures?|pics?|photos?|frames?|screenshots?)(_?(paths?|files?|file_?names?|urls?))?", re.I
+    r"(images?|imgs?|pictures?|pics?|photos?|(video_?)?frames?|screenshots?)(_?(paths?|files?|file_?names?|urls?))?",
+    re.I,
 )
 """Keys under which pictures may stand; of a record, `image` and `images` are read."""
 
-MEDIA_MARKER = re.compile(r"\s*<(video|audio|sound|speech|point_?cloud)>", re.I)
-"""A question that begins like this shows something else than pictures; further on it may be a word of HTML."""
+_MARK = r"<\|?(video|audio|sound|speech|voice|music|point_?cloud)\|?>"
+MEDIA_MARKER = re.compile(rf"\A(?:\s|{IMAGE_MARKER})*{_MARK}|\n\s*{_MARK}\s*\Z", re.I)
+"""A question that begins like this, or ends in such a line, shows something else than pictures; in between it may be a
+word of HTML."""
 
 CALLS = ("tool_calls", "function_call")
 SOURCES = ("image", "image_url", "path", "url", "base64")
@@ -83,6 +94,8 @@ def parse_entry(entry: Any, image_root: Path, origin: str, template: str | None 
         if _off(entry):
             spoken = tuple(Turn(turn.role, turn.text, turn.role == "human") for turn in spoken)
         images = tuple(_source(image, image_root) for image in pictures.shown())
+        if not images:
+            _refuse_media_files(entry, listed, key)
         markers = sum(turn.text.count(IMAGE_MARKER) for turn in spoken)
         if markers != len(images):
             raise Unfit(
@@ -136,12 +149,17 @@ def unknown_keys(entry: Any) -> list[str]:
     if not isinstance(entry, dict):
         return []
     keys = [str(key) for key in entry if key not in RECORD_KEYS]
-    keys += [key for key in ("loss", "weight") if entry.get(key) not in (None, True, False, 0, 1)]
+    keys += ["loss"] if _is_measured(entry.get("loss")) else []
     for layout in LAYOUTS:
         turns = entry.get(layout)
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
                 keys += [f"{layout}[].{key}" for key in turn if key not in TURN_KEYS and turn[key] is not None]
+                for name in ("value", "content"):
+                    listed = turn.get(name) if isinstance(turn.get(name), list) else []
+                    parts = [part for part in listed if isinstance(part, dict)]
+                    unread = [key for part in parts for key in part if key not in PART_KEYS and part[key] is not None]
+                    keys += [f"{layout}[].{name}[].{key}" for key in unread]
     return list(dict.fromkeys(keys))
 
 
@@ -189,8 +207,9 @@ def _parse_turn(turn: Any, place: str, pictures: _Pictures) -> tuple[Role, str, 
         raise UserError(f"{place}: '{calls[0]}' cannot be trained on; write what the model shall say as text")
     text = content if isinstance(content, str) else _join(content, f"{place}.{keys[1]}", pictures)
     role = ROLES[speaker]
-    if role == "human" and (marker := MEDIA_MARKER.match(text)) and f"</{marker[1]}" not in text:
-        raise Unfit("media", f"{place}: begins with {marker[0].strip()}, which cannot be shown; only pictures can")
+    if role == "human" and (marker := MEDIA_MARKER.search(text)) and f"</{marker[1] or marker[2]}" not in text:
+        shown = marker[0].replace(IMAGE_MARKER, "").strip()
+        raise Unfit("media", f"{place}: shows {shown}, which cannot be shown; only pictures can")
     return role, text, _learnt(turn, place, role)
 
 
@@ -215,15 +234,20 @@ def _part(part: Any, place: str) -> tuple[Any, str | None]:
         return None, part
     given = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     kind = given.get("type")
+    if isinstance(kind, str) and MEDIA.fullmatch(kind.removeprefix("input_")):
+        raise Unfit("media", f"{place}: a part of type {clip(repr(kind))} cannot be shown; only pictures can")
+    _refuse_media(given, place, pictures_too=False)
+    named = {key: given[key] for key in SOURCES if given.get(key)}
     if kind in ("text", None) and isinstance(given.get("text"), str):
+        if named:
+            raise UserError(f"{place}: a text with a picture ({', '.join(named)}) in one part; make two parts of it")
         return None, given["text"]
     if kind in ("image", "image_url"):
-        named = {key: given[key] for key in SOURCES if given.get(key)}
+        if given.get("text"):
+            raise UserError(f"{place}: a picture with a text in one part; make two parts of it")
         if len(named) > 1:
             raise UserError(f"{place}: names a picture by {', '.join(named)}; by one of them, please")
         return next(iter(named.values()), None), None
-    if isinstance(kind, str) and MEDIA.fullmatch(kind.removeprefix("input_")):
-        raise Unfit("media", f"{place}: a part of type {clip(repr(kind))} cannot be shown; only pictures can")
     raise UserError(f"{place}: a part is {{'type': 'text', 'text': ...}} or {{'type': 'image', 'image': ...}}")
 
 
@@ -260,7 +284,12 @@ def _learnt(turn: dict[str, Any], place: str, role: Role) -> bool:
 
 def _off(entry: dict[str, Any]) -> bool:
     """Whether a whole record says that nothing of it is trained on."""
-    return any(isinstance(entry.get(key), bool | int | float) and entry[key] == 0 for key in ("loss", "weight"))
+    return not _learnt({**entry, "loss": None} if _is_measured(entry.get("loss")) else entry, "the record", "gpt")
+
+
+def _is_measured(loss: Any) -> bool:
+    """Whether the ``loss`` of a record is what somebody measured, and says nothing about training."""
+    return isinstance(loss, int | float) and loss not in (0, 1)
 
 
 def _refuse_media(holder: dict[str, Any], place: str, pictures_too: bool) -> None:
@@ -277,6 +306,21 @@ def _refuse_media(holder: dict[str, Any], place: str, pictures_too: bool) -> Non
             raise UserError(f"{where}pictures stand in 'image' or 'images' of the record, not in '{clip(key)}'")
 
 
+def _refuse_media_files(entry: dict[str, Any], turns: Sequence[dict[str, Any]], layout: str) -> None:
+    """Refuses a record without pictures that names a film or sound under whatever key."""
+    holders = [("", entry, RECORD_KEYS), *((f"{layout}[{i}].", turn, TURN_KEYS) for i, turn in enumerate(turns))]
+    for place, holder, known in holders:
+        for key, value in holder.items():
+            values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+            named = [name for name in values if isinstance(name, str) and MEDIA_FILE.fullmatch(name)]
+            if key not in known and named:
+                raise Unfit(
+                    "media",
+                    f"'{place}{clip(key)}' names {clip(named[0])}, which cannot be shown; only pictures can: "
+                    "remove it, or leave the record out",
+                )
+
+
 def _source(value: Any, root: Path) -> ImageSource:
     """Names become paths below ``root``; what a reader has made a source already stays.
 
@@ -285,12 +329,15 @@ def _source(value: Any, root: Path) -> ImageSource:
     """
     if hasattr(value, "open"):
         return value
+    found = type(value).__name__ if value != "" else "an empty text"
     while isinstance(value, dict):
         named = [value[key] for key in SOURCES if value.get(key)]
-        value = named[0] if len(named) == 1 else named
+        found = f"an object with the keys {', '.join(map(str, value)) or 'none'}"
+        value = named[0] if len(named) == 1 else None
     if not isinstance(value, str) or not value:
         raise UserError(
-            f"'image' must be a file name, a data URI, base64 or a list of these, found {clip(type(value).__name__)}"
+            f"'image' must be a file name, a data URI, base64 or a list of these (or an object with one of "
+            f"{', '.join(SOURCES)}), found {clip(found)}"
         )
     if value[:5].lower() == "data:":
         head, _, letters = value.partition(",")

@@ -212,6 +212,19 @@ def test_an_empty_system_prompt_is_none():
         ({"conversations": [{"from": "human", "value": "<video>\nA?"}, ANSWER]}, says("conversations[0]", "<video>")),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, says("content[0]", "'input_audio'")),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "v"}]}]}, says("content[0]", "'video'")),
+        ({"conversations": [{**ASK, "value": "<image>\n<video>\nA?"}, ANSWER], "image": "a"}, says("[0]", "<video>")),
+        ({"conversations": [{"from": "human", "value": "What moves?\n<video>"}, ANSWER]}, says("[0]", "<video>")),
+        ({"conversations": [{"from": "human", "value": "<|audio|>Who?"}, ANSWER]}, says("[0]", "<|audio|>")),
+        ({"movie": "a", "conversations": TALK}, says("'movie'", "cannot be shown")),
+        ({"video_1": "a", "conversations": TALK}, says("'video_1'", "cannot be shown")),
+        ({"video_frames": ["a.png"], "conversations": TALK}, says("'image'", "'video_frames'")),
+        ({"source": "a/b.MP4", "conversations": TALK}, says("'source'", "a/b.MP4", "cannot be shown")),
+        ({"media": [{"x": 1}, "b.wav?x=1"], "conversations": TALK}, says("'media'", "b.wav?x=1", "cannot be shown")),
+        ({"meta": {"path": "a.mkv"}, "conversations": TALK}, says("'meta'", "a.mkv", "cannot be shown")),
+        ({"conversations": [{**TALK[0], "file": "a.mp3"}, ANSWER]}, says("'conversations[0].file'", "a.mp3")),
+        ({"messages": [{"role": "user", "content": [{**text("a"), "video": "v"}]}]}, says("content[0]", "'video'")),
+        ({"messages": [{"role": "user", "content": [{**text("a"), "image": "b"}]}]}, says("content[0]", "two parts")),
+        ({"messages": [{"role": "user", "content": [image("b", text="a")]}]}, says("content[0]", "two parts")),
         ({"messages": [{"role": "user", "content": [{"type": "box"}]}]}, says("content[0]", "'text'", "'image'")),
         ({"messages": [{"role": "user", "content": [7]}]}, says("content[0]", "'text'")),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, says("names no picture", "'images'")),
@@ -224,7 +237,9 @@ def test_an_empty_system_prompt_is_none():
         ({"image": "file://[host/a.png", "conversations": [ASK, ANSWER]}, says("download")),
         ({"image": "data:video/mp4;base64,AAAA", "conversations": [ASK, ANSWER]}, says("data:video/mp4;base64")),
         ({"image": "data:image/png,%89PNG", "conversations": [ASK, ANSWER]}, says("data:image/png", "base64")),
-        ({"image": {"path": "a", "url": "b"}, "conversations": [ASK, ANSWER]}, says("'image'", "file name")),
+        ({"image": {"path": "a", "url": "b"}, "conversations": [ASK, ANSWER]}, says("'image'", "file", "path, url")),
+        ({"image": [{"bytes": "a"}], "conversations": [ASK, ANSWER]}, says("'image'", "file name", "keys bytes")),
+        ({"image": ["a", ""], "conversations": [ASK, ANSWER]}, says("'image'", "file name", "empty text")),
         ({"system": ["Be brief."], "conversations": TALK}, says("'system'", "list")),
         ({"system": "A", "conversations": [{"from": "system", "value": "B"}, *TALK]}, says("two", "system prompts")),
         ({"system": "<image>", "image": "a", "conversations": TALK}, says("system prompt", "<image>")),
@@ -232,6 +247,9 @@ def test_an_empty_system_prompt_is_none():
         ({"conversations": [TALK[0], {**ANSWER, "weight": 0.5}]}, says("conversations[1]", "'weight'", "0.5")),
         ({"conversations": [TALK[0], {**ANSWER, "loss": "false"}]}, says("conversations[1]", "'loss'", "'false'")),
         ({"conversations": [TALK[0], {**ANSWER, "loss": True, "weight": 0}]}, says("'loss'", "'weight'", "contradict")),
+        ({"conversations": TALK, "weight": 0.5}, says("the record", "'weight'", "0.5")),
+        ({"conversations": TALK, "loss": "false"}, says("the record", "'loss'", "'false'")),
+        ({"conversations": TALK, "loss": False, "weight": 1}, says("the record", "'loss'", "'weight'", "contradict")),
         ({"conversations": [{**TALK[0], "loss": True}, ANSWER]}, says("conversations[0]", "'loss'", "only answers")),
     ],
 )  # fmt: skip
@@ -246,11 +264,15 @@ def test_what_only_looks_like_media_is_read():
     page = "Write a page:\n<video>\n<source></video>"
     parse({"conversations": [{"from": "human", "value": page}, {"from": "gpt", "value": "<audio>"}]})
     parse({"video": None, "audio": [], "video_id": "7", "frames": 8, "conversations": TALK})
-    parse({"image": "a.png", "image_path": "raw/a.png", "conversations": [ASK, ANSWER]})
+    parse({"image": "a.png", "image_path": "raw/a.png", "source": "film.mp4", "conversations": [ASK, ANSWER]})
+    parse({"source": "shop.mp4.com/a", "conversations": [{**TALK[0], "value": "Is\n<video>\nHTML?"}, ANSWER]})
 
 
 def test_keys_that_nobody_reads():
     turns = [{**TALK[0], "note": None}, {**ANSWER, "score": 3}]
-    entry = {"id": 1, "model": "x", "loss": "often", "weight": 1, "conversations": turns}
-    parse(entry)
+    entry = {"id": 1, "model": "x", "loss": 2.31, "weight": 1, "conversations": turns}  # a loss that was measured
+    assert parse(entry).turns[1].learnt
     assert unknown_keys(entry) == ["model", "loss", "conversations[].score"]
+    entry = {"messages": [{"role": "user", "content": [image("a.png", detail="low", url=None)]}]}
+    parse(entry)
+    assert unknown_keys(entry) == ["messages[].content[].detail"]
