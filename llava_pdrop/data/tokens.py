@@ -198,7 +198,8 @@ class Encoder:
             raise UserError(f"{wanted} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
         if self._controls is not None:
             texts = [turn.text for turn in record.turns] + ([] if record.system is None else [record.system])
-            for text in texts:
+            texts += [text for question, answer, _ in rounds for text in (question, answer or "")]  # images moved
+            for text in dict.fromkeys(texts):
                 if found := self._controls.search(text):
                     reason = (
                         f"its text has {found[0]!r} written out, which the tokenizer takes for a command: spell it "

@@ -180,6 +180,13 @@ def test_control_tokens_in_a_text_are_refused(tokenizer, image_token_id, place, 
     assert isinstance(found, RecordError) and found.kind == "control_token"
 
 
+def test_a_control_token_that_a_moved_image_leaves_behind(tokenizer, image_token_id):
+    encoder = Encoder(V1, tokenizer, image_token_id, PAD)
+    with pytest.raises(RecordError, match=says("made.json[0]", "'</s>'", "command")):
+        encoder.train(make_record("</<image>s>", "It is."), [IMAGE])
+    Encoder(QA, tokenizer, image_token_id, PAD).train(make_record("</<image>s>", "It is."), [IMAGE])  # moves none
+
+
 def test_the_unknown_token_and_what_only_looks_like_a_command_are_text(tokenizer, image_token_id):
     record = make_record("What is <unk>, </S>, < /s>, <|im_end|>?", "No </p> command.")
     assert show(Encoder(QA, tokenizer, image_token_id, PAD).train(record, []), tokenizer)[1] == " No </p> command.\n"
