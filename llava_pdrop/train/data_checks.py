@@ -6,14 +6,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.chat import add_ends, jinja_of
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
+from llava_pdrop.data.images import image_size
 from llava_pdrop.data.marks import fitting, split_marks
 from llava_pdrop.data.records import Records
 from llava_pdrop.errors import ConfigError
+from llava_pdrop.types import IGNORE_INDEX, ImageInput
 
 FEW = 0.01
 """Share of records without a label from which on it is said."""
@@ -70,6 +73,11 @@ def check_learning(config: Config, dataset: ConversationDataset) -> list[str]:
             that learn from pictures.
     """
     found, total = dataset.survey, len(dataset)
+    if not total:
+        raise ConfigError(
+            f"{config.file}: none of the records of {config.data.train} can be used (data.on_invalid: skip)"
+            ": mend them, llava-pdrop doctor lists why"
+        )
     cut = f"data.max_length={config.data.max_length} (data.truncation=tokens)"
     empty = len(found.unlabelled)
     if empty == total:
@@ -80,14 +88,25 @@ def check_learning(config: Config, dataset: ConversationDataset) -> list[str]:
     learning = set(config.model.trainable)
     labelled = np.ones(total, bool)
     labelled[found.unlabelled] = False
-    if learning <= SEE_PICTURES and not found.images[labelled].any():
+    shown = np.flatnonzero(labelled & (found.images > 0)).tolist()
+    if learning <= SEE_PICTURES and not any(_shows_before_a_label(dataset, index) for index in shown):
         raise ConfigError(
             f"{config.file}: model.trainable: {', '.join(sorted(learning))} learn from pictures only, and none of the "
-            f"{total:,} records of {config.data.train} shows one: add language_model, or data with pictures"
+            f"{total:,} records of {config.data.train} shows one before what it trains on: add language_model, or data "
+            "with pictures"
         )
     if empty > FEW * total:
         return [f"{empty:,} of {total:,} records ({empty / total:.1%}) have no label left behind the cut at {cut}"]
     return []
+
+
+def _shows_before_a_label(dataset: ConversationDataset, index: int) -> bool:
+    """Whether a picture of a record can change the loss: it is left, and in front of a token that is trained on."""
+    record = dataset.records[index]
+    images = [ImageInput(torch.empty(0), image_size(source)) for source in record.images]
+    sample = dataset.encoder.train(record, images)
+    last = int((sample.labels != IGNORE_INDEX).nonzero().max())
+    return any(start < last for start, _ in sample.image_spans)
 
 
 def make_servable(generation: Any, config: Config, records: Records, tokenizer: Any) -> None:

@@ -169,6 +169,30 @@ def test_pictures_whose_answers_are_cut_teach_nothing(tiny_config, tiny_files, t
     build(tiny_config(), *words)
 
 
+def test_pictures_behind_all_that_is_learnt_teach_nothing(tiny_config, tiny_files, tmp_path):
+    """In a question without an answer, before one that is not trained on, or in a round that is cut off."""
+    (first, *_) = json.loads((tiny_files / "data/train.json").read_text())
+    ask, answer = first["conversations"][:2]
+    before = [{"from": "human", "value": "Yes?"}, {"from": "gpt", "value": "Yes"}]
+    file, alone = tiny_config(), "model.trainable=[projector]"
+    for number, more in enumerate(([ask], [ask, {**answer, "loss": False}], [ask, {**answer, "value": "x" * 900}])):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps([{**first, "conversations": before + more}] * 2))
+        words = [f"data.train={path}", "data.max_length=400", f"data.image_root={tiny_files / 'data/images'}"]
+        with pytest.raises(ConfigError, match=says("model.trainable", "2 records", "before")):
+            build(file, *words, alone)
+        build(file, *words)
+        path.write_text(json.dumps([{**first, "conversations": before + more}, first]))
+        build(file, *words, alone)
+
+
+def test_a_run_whose_records_are_all_left_out_says_so(tiny_config, tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([{"video": "v.mp4", "conversations": []}]))
+    words = [f"data.train={tmp_path / 'd.json'}", "data.on_invalid=skip", "data.max_invalid=1"]
+    with pytest.raises(ConfigError, match=says("run.yaml", str(tmp_path / "d.json"), "data.on_invalid")):
+        build(tiny_config(), *words)
+
+
 def test_keys_that_nobody_reads_are_said_once(tiny_config, tiny_files, tmp_path, capsys):
     records = json.loads((tiny_files / "data/train.json").read_text())
     (tmp_path / "d.json").write_text(json.dumps([{**record, "model": "x"} for record in records]))
