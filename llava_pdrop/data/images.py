@@ -72,7 +72,8 @@ def load_image(source: str | Path | ImageSource) -> Image.Image:
     with _opened(source) as image:
         orientation = _orientation(image)
         image.load()
-        return _to_rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image)
+        kind = "I;16" if image.format == "PPM" and image.mode == "I" else image.mode  # PIL scales them to 65535
+        return _to_rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image, kind)
 
 
 def image_size(source: str | Path | ImageSource) -> tuple[int, int]:
@@ -234,9 +235,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, kind: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
-        image = Image.fromarray(_grey(np.asarray(image), image.mode))
+        image = Image.fromarray(_grey(np.asarray(image), kind))
     if image.mode == "P":  # by way of the palette's own alpha, which PIL otherwise warns about
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -247,10 +248,11 @@ def _grey(values: np.ndarray, mode: str) -> np.ndarray:
     fractions none of which is above 1, else 0 to 255.
 
     Raises:
-        UserError: a value that is no number, negative, or above 65535.
+        UserError: a value that is no number, negative, or above 65535; fractions that go a little beyond 1, of which
+            nobody can tell whether they are white or black.
     """
     low, high = values.min(), values.max()  # NaN where there is one
-    if not (low >= 0 and high <= 65535):
+    if not (low >= 0 and high <= 65535) or (mode == "F" and 1 < high < 2):
         raise UserError(
             f"cannot be read as an image, its greys go from {low:g} to {high:g}: scale them to 0 to 1, 0 to 255 or "
             "0 to 65535"

@@ -242,7 +242,14 @@ def test_greys_of_other_ranges(tmp_path, values, mode, expected):
     assert np.asarray(load_image(tmp_path / "grey.tiff"))[0, :, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.5, 70_000.0])
+def test_sixteen_bits_of_a_pgm_file_are_scaled_however_dark(tmp_path):
+    for number, values in enumerate(([0, 100, 200], [0, 257, 65535])):
+        path = tmp_path / f"{number}.pgm"
+        path.write_bytes(b"P5 3 1 65535\n" + np.array(values, ">u2").tobytes())
+        assert np.asarray(load_image(path))[0, :, 0].tolist() == [round(value / 257) for value in values]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.5, 1.001, 70_000.0])
 def test_values_that_are_no_greys_are_refused(tmp_path, value):
     Image.fromarray(np.array([[0.5, value, 0.25]], np.float32)).save(tmp_path / "depth.tiff")
     with pytest.raises(UserError, match=says("depth.tiff", "65535")):
