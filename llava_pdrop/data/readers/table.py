@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.data.readers.pictures import TableCell, is_list, pictures_of
-from llava_pdrop.errors import RecordError, UserError, clip
+from llava_pdrop.errors import FULL, RecordError, UserError, clip
 
 TEXT_COLUMNS = ("id", "conversations", "messages", "system", "loss", "weight")
 IMAGE_COLUMNS = ("image", "images")
@@ -102,10 +102,13 @@ def read_hf(path: Path) -> TableEntries:
             dataset = datasets.load_dataset("parquet", data_files=files, split="train")
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         cache = Path(datasets.config.HF_DATASETS_CACHE)
-        if (problem := not_writable(cache)) is not None:
+        problem = not_writable(cache)
+        if problem is None and _is_full(error):
+            problem = "lies on a disk without room for it: make some"
+        if problem is not None:
             raise UserError(
-                f"{cache}: the cache of data sets, into which {path} has to be converted, {problem}: make it writable, "
-                "or name another directory in the environment variable HF_DATASETS_CACHE (or HF_HOME)"
+                f"{cache}: the cache of data sets, into which {path} has to be converted, {problem}, or "
+                "name another directory in the environment variable HF_DATASETS_CACHE (or HF_HOME)"
             ) from None
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{path}: cannot be read as a Hugging Face data set: {reason}") from None
@@ -122,7 +125,13 @@ def not_writable(directory: Path) -> str | None:
         with tempfile.TemporaryFile(dir=directory):
             return None
     except OSError as error:
-        return f"cannot be written to ({error.strerror})"
+        return f"cannot be written to ({error.strerror}): make it writable"
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether it was the disk that failed, and not the data: ``datasets`` looks before, or writes until it fails."""
+    causes = (error, error.__cause__)
+    return any(getattr(cause, "errno", None) in FULL or "Not enough disk space" in str(cause) for cause in causes)
 
 
 def _read_footer(file: str) -> None:

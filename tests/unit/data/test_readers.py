@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import pickle
@@ -388,6 +389,15 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=says(str(cache), "good.parquet", "HF_DATASETS_CACHE", "Not a directory")):
         read_records(tmp_path / "good.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for cause in (OSError(errno.ENOSPC, "No space left on device"), OSError("Not enough disk space. Needed: 3 MB")):
+
+        def full(*args, cause=cause, **options):
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from cause
+
+        with monkeypatch.context() as patch:
+            patch.setattr(datasets, "load_dataset", full)
+            with pytest.raises(UserError, match=says("HF_DATASETS_CACHE", "room")):
+                read_records(tmp_path / "good.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(UserError, match=says("bad.parquet")) as error:
         read_records(tmp_path / "bad.parquet")
