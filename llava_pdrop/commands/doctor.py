@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.doctor.cost import predict
     from llava_pdrop.doctor.examine import examine_set, verdict, what_training_does
     from llava_pdrop.doctor.report import describe, draw, to_markdown
-    from llava_pdrop.train.data_checks import check_templates
+    from llava_pdrop.train.data_checks import check_templates, shows_before_a_label
 
     path = Path(args.config)
     config = load_config(path / RUN_FILE if path.is_dir() else path, args.overrides)
@@ -93,7 +93,13 @@ def run(args: argparse.Namespace) -> None:
         data[name] = describe(findings, getattr(section, name), limit)
         data[name]["figures"] = draw(findings, name, limit, out)
     CleanIndex.of(section.train, sets["train"], found["train"].clean).write(out / INDEX)
-    training = what_training_does(config, data["train"])
+
+    def shows() -> bool:
+        if encoder is None or not data["train"]["images"]["records_with_images"]:
+            return bool(data["train"]["images"]["records_with_images"])
+        return any(shows_before_a_label(encoder, sets["train"][index]) for index in found["train"].clean.tolist())
+
+    training = what_training_does(config, data["train"], shows)
     measured = Path(args.measured) if args.measured else None
     report = {
         "name": config.name,

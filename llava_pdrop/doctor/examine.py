@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -232,13 +232,14 @@ def examine_set(
     return examine(records, checks, workers, args.listed)
 
 
-def what_training_does(config: Config, train: dict[str, Any]) -> dict[str, Any]:
-    """What training would do with ``data.train``. It skips what is over the budget of a micro-batch in no case."""
+def what_training_does(config: Config, train: dict[str, Any], shows: Callable[[], bool]) -> dict[str, Any]:
+    """What training would do with ``data.train``. It skips what is over the budget of a micro-batch in no case.
+    ``shows``: looks for a record with a picture in front of what is trained on."""
     left_out = train["records"] - train["usable"]
     share = left_out / train["records"]
     skips = config.data.on_invalid == "skip" and share <= config.data.max_invalid and train["usable"] > 0
     skips = skips and "over_budget" not in train["problems"]
-    nothing = nothing_learnt(config, train)
+    nothing = nothing_learnt(config, train, shows)
     return {
         "on_invalid": config.data.on_invalid,
         "max_invalid": config.data.max_invalid,
@@ -250,13 +251,16 @@ def what_training_does(config: Config, train: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def nothing_learnt(config: Config, train: dict[str, Any]) -> str | None:
+def nothing_learnt(config: Config, train: dict[str, Any], shows: Callable[[], bool]) -> str | None:
     """Why no record teaches anything, though each can be used (as `llava_pdrop.train.data_checks` finds out)."""
     empty = train["problems"].get("no_supervised_token", {}).get("records", 0)
     if config.data.truncation == "tokens" and empty == train["distinct_records"]:
         return "no record has a label left: raise data.max_length, or data.truncation=turns"
-    if "language_model" not in config.model.trainable and not train["images"]["records_with_images"]:
-        return "model.trainable learns from pictures only, and no record shows one: add language_model, or pictures"
+    if "language_model" not in config.model.trainable and not shows():
+        return (
+            "model.trainable learns from pictures only, and no record shows one before what it trains on: add "
+            "language_model, or pictures"
+        )
     return None
 
 

@@ -15,8 +15,9 @@ from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.marks import fitting, split_marks
 from llava_pdrop.data.records import Records
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.types import IGNORE_INDEX, ImageInput
+from llava_pdrop.types import IGNORE_INDEX, ImageInput, Record
 
 FEW = 0.01
 """Share of records without a label from which on it is said."""
@@ -82,31 +83,29 @@ def check_learning(config: Config, dataset: ConversationDataset) -> list[str]:
     empty = len(found.unlabelled)
     if empty == total:
         raise ConfigError(
-            f"{config.file}: none of the {total:,} records has a label left: all answers lie behind the cut at {cut}: "
-            "raise it, or data.truncation=turns"
+            f"{config.file}: none of the {total:,} records has a label left: its answers are missing, empty or not "
+            f"trained on (loss: false), or lie behind the cut at {cut}: raise it, or data.truncation=turns"
         )
     learning = set(config.model.trainable)
     labelled = np.ones(total, bool)
     labelled[found.unlabelled] = False
-    shown = np.flatnonzero(labelled & (found.images > 0)).tolist()
-    if learning <= SEE_PICTURES and not any(_shows_before_a_label(dataset, index) for index in shown):
+    shown = (dataset.records[index] for index in np.flatnonzero(labelled & (found.images > 0)).tolist())
+    if learning <= SEE_PICTURES and not any(shows_before_a_label(dataset.encoder, record) for record in shown):
         raise ConfigError(
             f"{config.file}: model.trainable: {', '.join(sorted(learning))} learn from pictures only, and none of the "
             f"{total:,} records of {config.data.train} shows one before what it trains on: add language_model, or data "
             "with pictures"
         )
     if empty > FEW * total:
-        return [f"{empty:,} of {total:,} records ({empty / total:.1%}) have no label left behind the cut at {cut}"]
+        share = f"{empty:,} of {total:,} records ({empty / total:.1%})"
+        return [f"{share} have no label: none at all, or only behind the cut at {cut}"]
     return []
 
 
-def _shows_before_a_label(dataset: ConversationDataset, index: int) -> bool:
+def shows_before_a_label(encoder: Encoder, record: Record) -> bool:
     """Whether a picture of a record can change the loss: it is left, and in front of a token that is trained on."""
-    record = dataset.records[index]
-    images = [ImageInput(torch.empty(0), image_size(source)) for source in record.images]
-    sample = dataset.encoder.train(record, images)
-    last = int((sample.labels != IGNORE_INDEX).nonzero().max())
-    return any(start < last for start, _ in sample.image_spans)
+    sample = encoder.train(record, [ImageInput(torch.empty(0), image_size(source)) for source in record.images])
+    return any((sample.labels[stop:] != IGNORE_INDEX).any() for _, stop in sample.image_spans)
 
 
 def make_servable(generation: Any, config: Config, records: Records, tokenizer: Any) -> None:

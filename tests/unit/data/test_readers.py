@@ -259,7 +259,7 @@ def test_a_dot_too_much_in_a_tar_key(tmp_path, names, broken, key):
     [
         (("k1.png", "k1.json", "k2.png -> k1.png", "k2.json -> k1.json"), says("k2.png", "link", "k1.png")),
         (("k1.png", "k1.json", "k2.json -> /k1.json"), says("k2.json", "link")),
-        (("k1.png", "k1.json", ".k2.json"), says(".k2.json", "first dot")),
+        (("k1.png", "k1.json", ".k2.json"), says(".k2.json", "no key", "first dot")),
         (("k1.png", "k1.json", "k\udcff.json"), says("UTF-8")),
         (("k1.txt",), says("no records")),
         (("k1.png", "k1.json", "k2.mp4", "k2.json"), says("a.tar:k2", "k2.mp4", "cannot be shown")),

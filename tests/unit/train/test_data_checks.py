@@ -125,6 +125,13 @@ def test_a_run_without_a_label_is_refused(tiny_config, capsys):
     assert status.value.code == 1 and "would not start" in capsys.readouterr().out
 
 
+def test_answers_that_are_not_trained_on_are_not_said_to_be_cut(tiny_config, tmp_path):
+    turns = [{"from": "human", "value": "Yes?"}, {"from": "gpt", "value": "Yes", "loss": False}]
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": turns}]))
+    with pytest.raises(ConfigError, match=says("1 records", "label", "loss: false")):
+        build(tiny_config(), f"data.train={tmp_path / 'd.json'}", "data.truncation=tokens")
+
+
 def test_a_share_without_labels_is_said(tiny_config, tiny_files, tmp_path, capsys):
     records = json.loads((tiny_files / "data/train.json").read_text())
     records[0]["conversations"][0]["value"] += "x" * 300
@@ -169,7 +176,7 @@ def test_pictures_whose_answers_are_cut_teach_nothing(tiny_config, tiny_files, t
     build(tiny_config(), *words)
 
 
-def test_pictures_behind_all_that_is_learnt_teach_nothing(tiny_config, tiny_files, tmp_path):
+def test_pictures_behind_all_that_is_learnt_teach_nothing(tiny_config, tiny_files, tmp_path, capsys):
     """In a question without an answer, before one that is not trained on, or in a round that is cut off."""
     (first, *_) = json.loads((tiny_files / "data/train.json").read_text())
     ask, answer = first["conversations"][:2]
@@ -181,6 +188,9 @@ def test_pictures_behind_all_that_is_learnt_teach_nothing(tiny_config, tiny_file
         words = [f"data.train={path}", "data.max_length=400", f"data.image_root={tiny_files / 'data/images'}"]
         with pytest.raises(ConfigError, match=says("model.trainable", "2 records", "before")):
             build(file, *words, alone)
+        with pytest.raises(SystemExit) as status:
+            main(["doctor", str(file), *words, alone, "--workers", "0"])
+        assert status.value.code == 1 and "would not start" in capsys.readouterr().out
         build(file, *words)
         path.write_text(json.dumps([{**first, "conversations": before + more}, first]))
         build(file, *words, alone)
