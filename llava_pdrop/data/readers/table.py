@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.data.readers.pictures import TableCell, is_list, pictures_of
-from llava_pdrop.errors import FULL, RecordError, UserError, clip
+from llava_pdrop.errors import FULL, QUOTED, RecordError, UserError, clip
 
 TEXT_COLUMNS = ("id", "conversations", "messages", "system", "loss", "weight")
 IMAGE_COLUMNS = ("image", "images")
 
 HELD = "(not read)"
-"""Stands in an entry for what any other column holds: that it has such a key is all that is asked."""
+"""Stands in an entry for what any other column holds, if that is no short text: that it has such a key is all that is
+asked. Of a text it is also asked whether it names a film."""
 
 
 class TableEntries(Sequence[tuple[str, Any]]):
@@ -30,15 +31,16 @@ class TableEntries(Sequence[tuple[str, Any]]):
         self.path = path
         dataset = dataset.with_format("arrow")
         self._text = dataset.select_columns([name for name in TEXT_COLUMNS if name in dataset.column_names])
-        self._column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
-        self._images = dataset.select_columns([self._column]) if self._column else None
-        others = [name for name in dataset.column_names if name not in (*TEXT_COLUMNS, self._column)]
+        self._columns = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
+        self._images = dataset.select_columns(self._columns)
+        others = [name for name in dataset.column_names if name not in (*TEXT_COLUMNS, *IMAGE_COLUMNS)]
         self._others = dataset.select_columns(others) if others else None
-        if self._column and not _holds_pictures(found := dataset.features.arrow_schema.field(self._column).type):
-            raise UserError(
-                f"{path}: column '{self._column}' is of type {found}; a picture is a file name, bytes, or an image of "
-                "datasets (a struct of bytes and path), alone or in a list"
-            )
+        for column in self._columns:
+            if not _holds_pictures(found := dataset.features.arrow_schema.field(column).type):
+                raise UserError(
+                    f"{path}: column '{column}' is of type {found}; a picture is a file name, bytes, or an image of "
+                    "datasets (a struct of bytes and path), alone or in a list"
+                )
 
     def __len__(self) -> int:
         return len(self._text)
@@ -52,17 +54,19 @@ class TableEntries(Sequence[tuple[str, Any]]):
             raise RecordError(origin, None, clip(error)) from None
         if self._others is not None:
             row = self._others[int(index)]
-            entry |= {name: HELD for name in row.column_names if _holds_something(row.column(name)[0])}
-        if self._images is not None:
-            cell = self._images[int(index)].column(self._column)[0]
-            entry["image"] = [self._source(picture, int(index), i) for i, picture in enumerate(pictures_of(cell))]
-            if None in entry["image"]:
-                place = entry["image"].index(None)
+            entry |= {name: _held(row.column(name)[0]) for name in row.column_names}
+            entry = {name: value for name, value in entry.items() if value is not None or name in TEXT_COLUMNS}
+        for column in self._columns:
+            cell = self._images[int(index)].column(column)[0]
+            found = [self._source(picture, int(index), column, i) for i, picture in enumerate(pictures_of(cell))]
+            entry[column] = found
+            if None in found:
+                place = found.index(None)
                 id = None if entry.get("id") is None else str(entry["id"])
                 raise RecordError(origin, id, f"picture {place} has neither bytes nor a file name")
         return origin, entry
 
-    def _source(self, picture: Any, row: int, position: int) -> TableCell | str | None:
+    def _source(self, picture: Any, row: int, column: str, position: int) -> TableCell | str | None:
         import pyarrow.types as of
 
         value = picture
@@ -72,7 +76,7 @@ class TableEntries(Sequence[tuple[str, Any]]):
                 return picture["path"].as_py() if "path" in picture else None
         if _is_text(value.type) or not value.is_valid:
             return value.as_py()
-        return TableCell(self.path, row, str(self._column), position, self._images)
+        return TableCell(self.path, row, column, position, self._images)
 
 
 def read_hf(path: Path) -> TableEntries:
@@ -142,6 +146,15 @@ def _read_footer(file: str) -> None:
         pyarrow.parquet.read_schema(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def _held(cell: Any) -> str | None:
+    """What an entry says a cell of any other column holds; None: nothing."""
+    if not _holds_something(cell):
+        return None
+    if _is_text(cell.type) and (text := cell.as_buffer()).size <= QUOTED:
+        return text.to_pybytes().decode(errors="replace")
+    return HELD
 
 
 def _holds_something(cell: Any) -> bool:

@@ -308,6 +308,16 @@ def test_messages_in_containers(tmp_path, expected):
     with pytest.raises(ValueError, match=says("v.parquet[0]", "id one", "'video'")):
         read_records(tmp_path / "v.parquet")
 
+    only_text = {"conversations": talk(0, "x"), "source": "f.mp4"}
+    datasets.Dataset.from_list([only_text]).to_parquet(tmp_path / "s.parquet")
+    with pytest.raises(ValueError, match=says("s.parquet[0]", "'source'", "f.mp4")):
+        read_records(tmp_path / "s.parquet")
+
+    both = [{**row, "image": None}, {**row, "image": {"bytes": encoded(1), "path": None}, "images": []}]
+    datasets.Dataset.from_list(both).to_parquet(tmp_path / "i.parquet")
+    sizes = [image_size(record.images[0]) for record in read_records(tmp_path / "i.parquet")]
+    assert sizes == [SIZES[0], SIZES[1][::-1]]
+
     parts[0]["image"] = "an old name.png"
     with tarfile.open(tmp_path / "m.tar", "w") as tar:
         for name, content in (("k.json", json.dumps({"messages": messages}).encode()), ("k.png", encoded(0))):
