@@ -166,7 +166,7 @@ def _holds_something(cell: Any) -> bool:
         return len(cell) > 0
     if of.is_struct(cell.type):
         return any(_holds_something(value) for value in cell.values())
-    return not _is_text(cell.type) or bool(cell.as_py())
+    return not _is_text(cell.type) or cell.as_buffer().size > 0
 
 
 def _is_text(type: Any) -> bool:

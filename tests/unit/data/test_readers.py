@@ -285,6 +285,7 @@ def test_every_shard_of_a_directory_is_read_or_named(tmp_path):
 def test_messages_in_containers(tmp_path, expected):
     """Pictures of the container take the place of what the parts name; other columns are not lost without a word."""
     import datasets
+    import pyarrow.parquet
 
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
     messages = [
@@ -312,6 +313,11 @@ def test_messages_in_containers(tmp_path, expected):
     datasets.Dataset.from_list([only_text]).to_parquet(tmp_path / "s.parquet")
     with pytest.raises(ValueError, match=says("s.parquet[0]", "'source'", "f.mp4")):
         read_records(tmp_path / "s.parquet")
+
+    broken = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())  # in a column that nobody reads
+    columns = {"conversations": [talk(0, "x")], "source": broken}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "u.parquet")
+    assert read_records(tmp_path / "u.parquet").examined(0)[1] == ["source"]
 
     both = [{**row, "image": None}, {**row, "image": {"bytes": encoded(1), "path": None}, "images": []}]
     datasets.Dataset.from_list(both).to_parquet(tmp_path / "i.parquet")
