@@ -20,7 +20,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.runtime.processes import machine, started
@@ -35,6 +34,9 @@ EXIT_CODE = 88
 """Of a run that was taken for dead (it was suspended), and another has its ``output_dir`` by now."""
 
 _held: set[str] = set()
+
+Found = tuple["Owner | None", float, float]
+"""A lock as `_read` finds it: its owner, when it was touched last, and how many seconds ago that was."""
 
 
 class InUse(UserError):
@@ -91,7 +93,7 @@ def owning(directory: Path, name: str, say: Callable[[str], None] = print) -> It
     _held.add(me.token)
     try:
         while not _taken(file, me):
-            _clear_away(file, name, say)
+            _clear_away(file, me, name, say)
         keeper = threading.Thread(target=_keep, args=(file, me, over), name="lock", daemon=True)
         keeper.start()
         try:
@@ -99,7 +101,7 @@ def owning(directory: Path, name: str, say: Callable[[str], None] = print) -> It
         finally:
             over.set()
             keeper.join()
-            if _token(_read(file)) == me.token:
+            if _is(file, me):
                 file.unlink(missing_ok=True)
     finally:
         _held.discard(me.token)
@@ -114,26 +116,27 @@ def _taken(file: Path, me: Owner) -> bool:
         try:
             os.link(aside, file)
         except FileExistsError:
-            return False
+            return _is(file, me)  # a network file system that asks twice is told that it is there already
         except OSError:  # a file system without links
             try:
                 with file.open("x", encoding="utf-8") as lock:
                     lock.write(text)
             except FileExistsError:
-                return False
+                return _is(file, me)
     finally:
         with suppress(OSError):
             aside.unlink()
     return True
 
 
-def _clear_away(file: Path, name: str, say: Callable[[str], None]) -> None:
+def _clear_away(file: Path, me: Owner, name: str, say: Callable[[str], None]) -> None:
     """Comes back when the lock is gone: its owner has left it, or is dead and it was taken away.
 
     Raises:
         InUse: its owner lives.
     """
     began, touched, said = time.monotonic(), None, False
+    unchanged = began
     while True:
         found = _read(file)
         if found is None:
@@ -141,10 +144,12 @@ def _clear_away(file: Path, name: str, say: Callable[[str], None]) -> None:
         owner, changed, age = found
         lives = owner.lives() if owner is not None else None
         beats = touched is not None and changed != touched
+        if changed != touched:
+            unchanged = time.monotonic()
         if beats or (lives and time.monotonic() - began > ENDING):
             raise InUse(_in_use(name, file, owner))
-        if lives is False or (lives is None and age > DEAD_AFTER):
-            return _take_away(file, _token(found))
+        if lives is False or (lives is None and max(age, time.monotonic() - unchanged) > DEAD_AFTER):
+            return _take_away(file, me, found)
         if lives is None and not said:
             say(f"{name}: {file.parent} was used {age:.0f} s ago{_by(owner)}: looking whether that run still lives")
             said = True
@@ -152,43 +157,48 @@ def _clear_away(file: Path, name: str, say: Callable[[str], None]) -> None:
         time.sleep(0.2)
 
 
-def _take_away(file: Path, token: str) -> None:
-    """Removes the dead lock ``token``, if it is still there. Only one start at a time may remove a given lock, so that
-    none removes the lock of a faster one: who makes the file of the claim first."""
-    claim = file.with_name(f"{file.name}.{token or 'unread'}.claim")
-    try:
-        claim.open("x", encoding="utf-8").close()
-    except FileExistsError:
-        with suppress(FileNotFoundError):
-            if _now(file.parent) - claim.stat().st_mtime > DEAD_AFTER:  # who made it died over it
-                claim.unlink()
-        time.sleep(0.05)
+def _take_away(file: Path, me: Owner, dead: Found) -> None:
+    """Removes the lock that was found ``dead``, if it is still that very one, untouched. Only one start at a time may,
+    so that none removes the lock of a faster one: who holds the claim on it, which is a lock like any other. A dead
+    claim is taken away in the same way."""
+    claim = file.with_name(f"{LOCK_FILE}.{_token(dead) or 'unread'}.claim")
+    if not _taken(claim, me):
+        other = _read(claim)
+        if other is not None and _is_dead(other):
+            _take_away(claim, me, other)
+        else:
+            time.sleep(0.05)
         return
     try:
-        if _token(_read(file)) == token:
+        found = _read(file)
+        if found is not None and found[:2] == dead[:2] and _is(claim, me):
             file.unlink(missing_ok=True)
     finally:
-        claim.unlink(missing_ok=True)
+        if _is(claim, me):
+            claim.unlink(missing_ok=True)
 
 
 def _keep(file: Path, me: Owner, over: threading.Event) -> None:
-    """Touches the lock until it is ``over``. Ends the process if it is another's by now."""
+    """Touches the lock until it is ``over``. Ends the process if it is another's by now, or was and nobody's again."""
+    beat = time.time()
     while not over.wait(INTERVAL):
         try:
             found = _read(file)
-            if found is None:
+            if found is None and time.time() - beat <= DEAD_AFTER:
                 _taken(file, me)
             elif _token(found) == me.token:
                 os.utime(file)
             elif not over.is_set():
-                line = f"error: {_in_use('', file, found[0]).removeprefix(': ')}; this one was silent for too long"
+                where = _in_use("", file, found[0]) if found else f"{file.parent} may have been used by another run"
+                line = f"error: {where.removeprefix(': ')}; this one was silent for too long"
                 print(f"{line} (suspended?) and ends without saving", file=sys.stderr, flush=True)
                 os._exit(EXIT_CODE)
+            beat = time.time()
         except OSError:  # a disk that is full or away for a while
             continue
 
 
-def _read(file: Path) -> tuple[Owner | None, float, float] | None:
+def _read(file: Path) -> Found | None:
     """(owner, when it was touched last, seconds since then by the clock of the file system); None where there is no
     lock. An owner that cannot be read, as it is being written, is None too."""
     try:
@@ -213,7 +223,17 @@ def _now(directory: Path) -> float:
     return now
 
 
-def _token(found: tuple[Owner | None, Any, Any] | None) -> str:
+def _is_dead(found: Found) -> bool:
+    owner, _, age = found
+    lives = owner.lives() if owner is not None else None
+    return lives is False or (lives is None and age > DEAD_AFTER)
+
+
+def _is(file: Path, me: Owner) -> bool:
+    return _token(_read(file)) == me.token
+
+
+def _token(found: Found | None) -> str:
     return "" if found is None or found[0] is None else found[0].token
 
 

@@ -156,6 +156,19 @@ def test_who_was_taken_for_dead_writes_no_more(tmp_path, monkeypatch, capsys):
     assert (tmp_path / LOCK_FILE).exists()  # it is not ours to remove
 
 
+def test_who_comes_back_when_another_has_been_there_writes_no_more(tmp_path, monkeypatch, capsys):
+    """Silent for longer than a lock lives, and the lock is gone: another run took it, wrote, and has left."""
+    ended = threading.Event()
+    monkeypatch.setattr(lock, "INTERVAL", 0.2)
+    monkeypatch.setattr(lock, "DEAD_AFTER", 0.1)
+    monkeypatch.setattr(lock.os, "_exit", lambda code: ended.set())
+    with owning(tmp_path, "x"):
+        (tmp_path / LOCK_FILE).unlink()
+        assert ended.wait(60)
+    assert re.search(says("error", str(tmp_path), "without saving"), capsys.readouterr().err)
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
 def test_without_links_it_works_too(tmp_path, monkeypatch, holder):
     def no_links(*paths):
         raise PermissionError(1, "Operation not permitted")
@@ -190,3 +203,92 @@ def test_of_many_that_start_at_once_over_a_dead_lock_one_wins(tmp_path, monkeypa
     for thread in threads:
         thread.join()
     assert set(most) == {1} and len(most) + len(refused) == 8
+
+
+DEAD = Owner("node7", 12, "then", token="dead")
+
+
+def found_dead(directory: Path, text: str | None = None) -> lock.Found:
+    """What a start has seen that is about to take the lock of a dead owner away."""
+    file = write(directory, DEAD, age=3600)
+    if text is not None:
+        file.write_text(text)
+        os.utime(file, (1, 1))
+    return lock._read(file)
+
+
+@pytest.mark.parametrize("text", [None, ""], ids=["an owner's", "unreadable"])
+def test_who_looked_before_a_faster_one_took_it_removes_nothing(tmp_path, monkeypatch, text):
+    file, seen, read = tmp_path / LOCK_FILE, found_dead(tmp_path, text), lock._read
+    file.unlink()  # a faster one has taken it away ...
+
+    def slowly(path: Path) -> lock.Found | None:
+        found = read(path)
+        if path == file:
+            write(tmp_path, Owner.me())  # ... and owns it, when this one has just looked
+        return found
+
+    monkeypatch.setattr(lock, "_read", slowly)
+    lock._take_away(file, Owner.me(), seen)
+    assert file.exists() and [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    file.write_text("")  # of one that is just writing it, without links
+    lock._take_away(file, Owner.me(), seen)
+    assert file.exists()
+
+
+def claim_of(directory: Path, owner: Owner, age: float) -> Path:
+    claim = directory / f"{LOCK_FILE}.{DEAD.token}.claim"
+    write(directory, owner, age).rename(claim)
+    return claim
+
+
+def test_the_claim_of_a_slow_start_stays_its_own(tmp_path, monkeypatch):
+    """However slow: its process lives."""
+    slow = Owner.me()
+    monkeypatch.setattr(lock, "_held", {slow.token})
+    claim = claim_of(tmp_path, slow, age=3600)
+    lock._take_away(tmp_path / LOCK_FILE, Owner.me(), found_dead(tmp_path))
+    assert claim.exists() and (tmp_path / LOCK_FILE).exists()
+
+
+def test_the_claim_of_a_dead_start_is_taken_away(tmp_path):
+    claim = claim_of(tmp_path, replace(DEAD, token="died over it"), age=3600)
+    seen = found_dead(tmp_path)
+    lock._take_away(tmp_path / LOCK_FILE, Owner.me(), seen)
+    assert not claim.exists()
+    assert take(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+def test_who_has_lost_its_claim_removes_nothing(tmp_path, monkeypatch):
+    """Suspended on another host for a minute, between the claim and the deed."""
+    file, seen, read = tmp_path / LOCK_FILE, found_dead(tmp_path), lock._read
+
+    def suspended(path: Path) -> lock.Found | None:
+        if path == file:
+            claim_of(tmp_path, replace(DEAD, token="another start"), age=0)
+            write(tmp_path, DEAD)
+            os.utime(file, (seen[1], seen[1]))
+        return read(path)
+
+    monkeypatch.setattr(lock, "_read", suspended)
+    lock._take_away(file, Owner.me(), seen)
+    assert file.exists() and len(list(tmp_path.iterdir())) == 2  # the claim is the other's too
+
+
+def test_a_link_that_is_answered_twice_is_ours(tmp_path, monkeypatch):
+    """Network file systems ask again where the answer was lost, and are told that the link is there."""
+    link = os.link
+
+    def twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(lock.os, "link", twice)
+    assert take(tmp_path)
+
+
+def test_a_lock_of_the_future_is_dead_when_nobody_touches_it(tmp_path, monkeypatch):
+    """Its host's clock, or that of the file system, was wrong."""
+    monkeypatch.setattr(lock, "DEAD_AFTER", 1.0)
+    write(tmp_path, DEAD, age=-3600)
+    assert take(tmp_path)
