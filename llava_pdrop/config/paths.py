@@ -147,9 +147,12 @@ def _config_json(entry: str) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys, got {type(content).__name__}")
+    return content
 
 
 def check_name(config: Config, key: str, name: str, known: Iterable[str]) -> None:

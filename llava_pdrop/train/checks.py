@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import DynamoBackend
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, Trainer, TrainingArguments, get_scheduler
+from transformers import AutoConfig, LlamaConfig, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -28,9 +29,9 @@ from llava_pdrop.config.paths import check_name, check_paths, number, part_confi
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
-from llava_pdrop.errors import ConfigError, UserError, did_you_mean, first_line
+from llava_pdrop.errors import ConfigError, UserError, did_you_mean, first_line, line_of
 from llava_pdrop.model.attention import check_transformers
-from llava_pdrop.model.decoder import check_decoder
+from llava_pdrop.model.decoder import COVERED, check_decoder
 from llava_pdrop.runtime.ranks import environment_kept, number_of_processes
 from llava_pdrop.train.arguments import given_arguments, recomputes_activations
 from llava_pdrop.train.history import FINISHED_FILE
@@ -64,18 +65,18 @@ def check_run(config: Config) -> None:
 def check_decoder_type(config: Config) -> None:
     """Raises `ConfigError` if the decoder is none that the training forward is proved on, before anything of it is
     loaded. The layout of the original code names a decoder otherwise: it is looked at when it has been opened."""
-    language, _ = part_configs(config.model)
-    kind = (language or {}).get("model_type")
-    if language is None or kind is None or kind.startswith("llava"):
+    language = part_configs(config.model)[0] or {}
+    kind, entry = language.get("model_type"), "language_model" if config.model.path is None else "path"
+    if kind is None or (entry == "path" and str(kind).startswith("llava")):
         return
     text = SimpleNamespace(model_type=kind)
-    if kind in CONFIG_MAPPING:
-        text = AutoConfig.for_model(**language)
     try:
+        if kind in COVERED:
+            text = AutoConfig.for_model(**language)
         check_decoder(text, config.schedule)
-    except UserError as error:
-        entry = "model.path" if config.model.path is not None else "model.language_model"
-        raise ConfigError(f"{config.file}: {entry}: {error}") from None
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
+        place = f"{config.file}: model.{entry}: {getattr(config.model, entry)}"
+        raise ConfigError(f"{place}: {line_of(error)}") from None
 
 
 def check_output(config: Config) -> None:

@@ -226,6 +226,18 @@ def test_a_decoder_that_no_test_covers_is_refused_before_anything_is_loaded(tiny
         check_run(config)
 
 
+@pytest.mark.parametrize(("config", "said"), [
+    ({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 7}, ("hidden size", "64", "7")),
+    ({"model_type": 7}, ("type 7", *COVERED)),
+    ({"model_type": "llava"}, ("llava", *COVERED)),
+    (["model_type"], ("config.json", "mapping of keys", "list")),
+])  # fmt: skip
+def test_a_decoder_that_is_none_is_refused_before_it_is_loaded(tiny_config, tmp_path, config, said):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=says(str(tmp_path), *said)):
+        check_run(load_config(tiny_config(), [f"model.language_model={tmp_path}"]))
+
+
 def test_positions_with_gaps_and_a_sliding_window_are_refused(tiny_config, tmp_path):
     (tmp_path / "decoder").mkdir()
     config = {"model_type": "mistral", "num_hidden_layers": 4, "sliding_window": 4096, "max_position_embeddings": 32768}
