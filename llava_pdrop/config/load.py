@@ -66,6 +66,9 @@ SHORT = {"benchmarks": "eval.benchmarks", "training_free": "eval.training_free"}
 SECRET = re.compile(r"(?:^|_)(?:token|secret|password|api_key)$")
 """Names of training arguments whose value must not be written anywhere, as a config is with every checkpoint."""
 
+INSIDE = re.compile(r"""(\w+)["']?\s*[=:]\s*([^\s,;{}\[\]]+)""")
+"""A key and its value within a text."""
+
 TRAINING_ARGUMENTS_SET_ELSEWHERE = {
     "output_dir": "output_dir (top level)",
     "run_name": "name (top level)",
@@ -199,9 +202,9 @@ def _dotlist(overrides: Sequence[str]) -> Mapping[str, Any]:
         return OmegaConf.to_container(OmegaConf.from_dotlist(overrides))  # type: ignore[return-value]
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         shown = [
-            clip("=".join((name, "***")) if SECRET.search(name) else word)
+            clip(f"{name}=***" if SECRET.search(name) or _secret("", value) is not None else word)
             for word in overrides
-            for name in [word.split("=")[0]]
+            for name, _, value in [word.partition("=")]
         ]
         raise ConfigError(f"{OVERRIDES}: {' '.join(shown)}: {first_line(error)}") from None
 
@@ -264,9 +267,9 @@ def _training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
         key = f"train.{name}"
         if name in TRAINING_ARGUMENTS_SET_ELSEWHERE:
             raise Problem(key, f"{key!r} is not set here: write {TRAINING_ARGUMENTS_SET_ELSEWHERE[name]}")
-        if SECRET.search(name) and value is not None:
+        if (secret := _secret(key, value)) is not None:
             remedy = "set HF_TOKEN in the environment, or log in (hf auth login), and leave the key out"
-            raise Problem(key, f"{key} is a secret, and a config is saved in clear with every checkpoint: {remedy}")
+            raise Problem(key, f"{secret} is a secret, and a config is saved in clear with every checkpoint: {remedy}")
         if name not in hints:
             raise Problem(key, f"unknown key {key!r}, also not a field of TrainingArguments", unknown=True)
         convert(value, hints[name], key)
@@ -275,6 +278,20 @@ def _training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
     if section.get("bf16") and section.get("fp16"):
         raise Problem("train.fp16", "train.bf16 and train.fp16 exclude each other: set one of them to false")
     return dict(section)
+
+
+def _secret(key: str, value: Any) -> str | None:
+    """The first key with a secret in it, of ``key`` and those in its ``value``: a mapping, or what is written as one
+    (``optim_args: a=1,b=2``, JSON)."""
+    if SECRET.search(key.rsplit(".", 1)[-1]) and value is not None:
+        return key
+    if isinstance(value, Mapping):
+        parts = [(str(name), entry) for name, entry in value.items()]
+    elif isinstance(value, list | tuple):
+        parts = [(str(number), entry) for number, entry in enumerate(value)]
+    else:
+        parts = INSIDE.findall(value) if isinstance(value, str) else []
+    return next((found for name, entry in parts if (found := _secret(f"{key}.{name}", entry)) is not None), None)
 
 
 def _all_keys(unknown: str) -> list[str]:

@@ -170,6 +170,20 @@ def test_a_secret_is_refused_and_not_repeated(tiny_config, tmp_path, place, caps
     assert load_config(tiny_config(), ["train.hub_token=null"]).train.arguments["hub_token"] is None
 
 
+@pytest.mark.parametrize(("word", "key"), [
+    ("train.deepspeed={comet: {api_key: hf_mysecret}}", "train.deepspeed.comet.api_key"),
+    ("train.lr_scheduler_kwargs={token: hf_mysecret}", "train.lr_scheduler_kwargs.token"),
+    ("train.optim_args='lr=1,token=hf_mysecret'", "train.optim_args.token"),
+    ('train.accelerator_config=\'{"hub_token": "hf_mysecret"}\'', "train.accelerator_config.hub_token"),
+    ("train.deepspeed={comet:{api_key: hf_mysecret}}", "train.deepspeed"),
+])  # fmt: skip
+def test_a_secret_within_an_argument_is_one_too(tiny_config, capsys, word, key):
+    assert main(["train", str(tiny_config()), word]) == 2
+    said = capsys.readouterr().err
+    assert re.search(says(key), said) and "hf_mysecret" not in said
+    assert load_config(tiny_config(), ["train.optim_args='a=1,tokens=2'"]).train.arguments["optim_args"]
+
+
 def test_a_secret_in_a_line_that_cannot_be_read_is_not_repeated(tiny_config, capsys):
     assert main(["train", str(tiny_config()), "train.hub_token=hf_mysecret", "train.max_steps={"]) == 2
     said = capsys.readouterr().err
