@@ -31,6 +31,10 @@ def _above_zero(value: Any) -> bool:
     return isinstance(value, int | float) and value > 0
 
 
+def _constant(value: Any) -> bool:
+    return value == "constant"
+
+
 def _not_steps(value: Any) -> bool:
     return value in ("no", "epoch", False)
 
@@ -38,6 +42,7 @@ def _not_steps(value: Any) -> bool:
 RIVALS = (
     Rivals("train.num_train_epochs", "train.max_steps", _above_zero, -1),
     Rivals("train.save_steps", "train.save_strategy", _not_steps, "steps"),
+    Rivals("train.warmup_steps", "train.lr_scheduler_type", _constant, "constant_with_warmup"),
     Rivals("train.logging_steps", "train.logging_strategy", _not_steps, "steps"),
 )
 

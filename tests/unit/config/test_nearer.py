@@ -45,6 +45,8 @@ def lines(caplog) -> list[str]:
     ({"max_steps": 5, "num_train_epochs": 1}, {}, [], {"max_steps": 5}, says("train.max_steps=5", "base.yaml")),
     ({"save_strategy": "no"}, {}, ["train.save_steps=2"], {"save_strategy": "steps", "save_steps": 2},
      says("train.save_steps=2", "command line", "train.save_strategy=no", "base.yaml")),
+    ({"lr_scheduler_type": "constant"}, {}, ["train.warmup_steps=3"], {"lr_scheduler_type": "constant_with_warmup"},
+     says("train.warmup_steps=3", "command line", "train.lr_scheduler_type=constant", "base.yaml")),
     ({"logging_strategy": "epoch"}, {"logging_steps": 5}, [], {"logging_strategy": "steps"},
      says("train.logging_steps=5", "child.yaml", "train.logging_strategy=epoch")),
 ])  # fmt: skip
