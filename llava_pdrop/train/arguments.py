@@ -186,9 +186,14 @@ def _has_wandb_key() -> bool:
         return False
 
 
+def total_steps(args: TrainingArguments, steps_per_epoch: int) -> int:
+    """Steps of a run."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+
+
 def endless_warmup(args: TrainingArguments, steps_per_epoch: int) -> str | None:
     """What to say of a run whose learning rate is still rising at its end; None of all others."""
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+    steps = total_steps(args, steps_per_epoch)
     warmup = args.get_warmup_steps(steps)
     if warmup < steps or warmup < 2 or args.lr_scheduler_type == "constant":
         return None

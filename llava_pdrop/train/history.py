@@ -212,6 +212,18 @@ def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> 
     return str(checkpoint)
 
 
+def check_steps(config: Config, checkpoint: str, steps: int) -> None:
+    """Raises `UserError` if ``checkpoint`` is from behind the ``steps`` of this run, which would be called finished
+    with the weights of a longer one."""
+    done = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    if done > steps:
+        raise UserError(
+            f"{config.file}: train.max_steps, train.num_train_epochs: this run has {steps:,} steps, and {checkpoint} "
+            f"is from step {done:,}: raise them, name an earlier one (train.resume), choose another output_dir, or "
+            "start over with train.resume=never"
+        )
+
+
 def _check_processes(checkpoint: Path, config: Config, say: Callable[[str], None]) -> bool:
     """Whether this run shares a step's micro-batches out to another number of processes than the one that wrote
     ``checkpoint``, which is possible where their number stays the same and nothing was sharded.

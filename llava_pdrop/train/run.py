@@ -35,11 +35,12 @@ from llava_pdrop.runtime.processes import end_with_launcher
 from llava_pdrop.runtime.ranks import by_first_rank, engine_for_one_run
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.adapters import adapt
-from llava_pdrop.train.arguments import endless_warmup, learning_rates, training_arguments
+from llava_pdrop.train.arguments import endless_warmup, learning_rates, total_steps, training_arguments
 from llava_pdrop.train.checks import check_arguments, check_run, stage1_config
 from llava_pdrop.train.data_checks import check_learning, check_templates, make_servable
 from llava_pdrop.train.fit import check_fit
 from llava_pdrop.train.history import (
+    check_steps,
     checkpoint_to_resume,
     clear,
     digest,
@@ -151,6 +152,8 @@ def train_watched(
     with watchdog.led_by(args.local_process_index == 0, "comparing data and model"):
         check_fit(config, parts.hf.config.text_config, dataset)
     plan = build_plan(config, dataset, args)
+    if checkpoint:
+        check_steps(config, checkpoint, total_steps(args, plan.steps))
     if (line := endless_warmup(args, plan.steps)) is not None:
         say(f"{config.name}: {line}")
     trainer = PyramidTrainer(

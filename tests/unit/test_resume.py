@@ -164,6 +164,15 @@ def test_a_longer_sharded_run_has_them_too(make_run, tmp_path, engine):
     assert rates(cut)[4:] == rates(whole)[4:] and rates(cut)[4] > 0
 
 
+def test_a_run_shorter_than_its_checkpoint_is_refused(make_run):
+    """It was called finished after 4 steps, with the weights of 8."""
+    run = make_run("run")
+    assert run_ranks(run).codes == [0]
+    ended = run_ranks(run, "train.max_steps=3")
+    assert ended.codes == [2], ended.texts
+    assert re.search(says("run.yaml", "train.max_steps", "3 steps", "checkpoint-8", "train.resume"), ended.texts[0])
+
+
 def test_a_run_killed_after_its_last_step_makes_no_further_one(make_run):
     whole, cut = make_run("whole", max_steps=2), make_run("cut", max_steps=2)
     run_ranks(whole)
