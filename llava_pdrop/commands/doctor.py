@@ -113,7 +113,11 @@ def run(args: argparse.Namespace) -> None:
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / TEXT).write_text(to_markdown(report), encoding="utf-8", errors="backslashreplace")
     _show(report, out)
-    if training["nothing_learnt"] or any(entry["usable"] < entry["records"] for entry in data.values()):
+    if (
+        training["nothing_learnt"]
+        or training["beyond_positions"]
+        or any(entry["usable"] < entry["records"] for entry in data.values())
+    ):
         raise SystemExit(1)
 
 

@@ -7,6 +7,7 @@ or stated rate.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def rate_of(config: Config, cost: Cost, measured: Path | None, tflops: float | N
     if measured is None and tflops is None and (Path(config.output_dir) / METRICS_FILE).is_file():
         try:
             return _rate_of_run(Path(config.output_dir), cost)
-        except (UserError, OSError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (ValueError, OSError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             why_not = f"; not measured: {first_line(error)}"  # a run that died: nobody has asked for its speed
     if measured is None:
         assumed = " (assumed: 40 % of an A100's 312 in bfloat16)" if tflops is None else " (--tflops-per-second)"
@@ -156,6 +157,8 @@ def _rate_of_run(directory: Path, cost: Cost) -> Rate:
     rows = [row for row in read_metrics(file) if row.get("samples") and row.get("step_seconds")]
     if not rows:
         raise UserError(f"{file}: holds no timed step")
+    if not all(0 < row["step_seconds"] < math.inf and row["samples"] > 0 for row in rows):
+        raise UserError(f"{file}: holds a step of no time: it is not a file that a run has written")
     seconds = median(row["step_seconds"] / row["samples"] for row in rows[min(2, len(rows) - 1) :])
     saved = directory / RUN_FILE
     dropped = saved.is_file() and bool(load_config(saved).schedule.layers)

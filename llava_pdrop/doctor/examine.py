@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from llava_pdrop.config.paths import number as number_in
+from llava_pdrop.config.paths import part_configs
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.records import Records
@@ -24,6 +27,7 @@ from llava_pdrop.data.survey import as_it_is
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor.checks import KINDS, UNKNOWN, Block, Blocks, Checks, RecordProblem
 from llava_pdrop.doctor.images import same_content
+from llava_pdrop.train.fit import positions_of
 
 LISTED = 1000
 """Problems of one kind that are kept with their words; all are counted."""
@@ -239,15 +243,17 @@ def what_training_does(config: Config, train: dict[str, Any], shows: Callable[[]
     share = left_out / train["records"]
     skips = config.data.on_invalid == "skip" and share <= config.data.max_invalid and train["usable"] > 0
     skips = skips and "over_budget" not in train["problems"]
-    nothing = nothing_learnt(config, train, shows)
+    nothing, beyond = nothing_learnt(config, train, shows), beyond_positions(config, train)
+    refused = nothing is not None or beyond is not None
     return {
         "on_invalid": config.data.on_invalid,
         "max_invalid": config.data.max_invalid,
         "refused_records": left_out,
         "refused_share": share,
-        "would_start": (not left_out or skips) and nothing is None,
-        "would_use_every_record": not left_out and nothing is None,
+        "would_start": (not left_out or skips) and not refused,
+        "would_use_every_record": not left_out and not refused,
         "nothing_learnt": nothing,
+        "beyond_positions": beyond,
     }
 
 
@@ -264,11 +270,30 @@ def nothing_learnt(config: Config, train: dict[str, Any], shows: Callable[[], bo
     return None
 
 
+def beyond_positions(config: Config, train: dict[str, Any]) -> str | None:
+    """Why training refuses records that are longer than the decoder has positions (as `llava_pdrop.train.fit` does);
+    None where it does not, or where the decoder's config is not on this machine."""
+    language = part_configs(config.model)[0]
+    longest = ((train["tokens"] or {}).get("after_truncation") or {}).get("max")
+    if language is None or longest is None or config.model.beyond_positions == "allow":
+        return None
+    rope = {name: language.get(name) for name in ("rope_parameters", "rope_scaling")}
+    limit = positions_of(
+        SimpleNamespace(max_position_embeddings=number_in(language, "max_position_embeddings"), **rope)
+    )
+    if limit is None or longest <= limit:
+        return None
+    return (
+        f"the longest record has {longest:,} tokens, and the decoder {limit:,} positions: data.max_length={limit}, or "
+        "model.beyond_positions=allow"
+    )
+
+
 def verdict(data: dict[str, Any], training: dict[str, Any], no_tokens: bool, index: Path) -> str:
     known = " (tokens were not counted, so records may still be too long)" if no_tokens else ""
     train, lines = data["train"], []
-    if training["nothing_learnt"] is not None:
-        lines.append(f"Training would not start: {training['nothing_learnt']}.")
+    if (reason := training["nothing_learnt"] or training["beyond_positions"]) is not None:
+        lines.append(f"Training would not start: {reason}.")
     elif training["would_use_every_record"]:
         lines.append(f"Training would start and use every record{known}.")
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -207,19 +208,27 @@ def test_hours_from_the_run_itself(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", '{"step": 1, "loss": 2.0}\n', '{"step": 1, "samples": 2, "step_seconds": "x"}\n', "[3]\n"]
+    "text",
+    [
+        "",
+        '{"step": 1, "loss": 2.0}\n',
+        '{"step": 1, "samples": 2, "step_seconds": "x"}\n',
+        '{"step": 1, "samples": 2, "step_seconds": NaN}\n',
+        "[3]\n",
+        "\udcff",
+    ],
 )
 def test_a_run_that_died_early_takes_no_report_away(tiny_config, tmp_path, text):
     """The speed of the run in output_dir is an extra; only who asks for it (--measured) is refused."""
     file = tiny_config()
     run = tmp_path / "out/run"
     run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text(text)
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
     rate = rate_of(load_config(file), COST, None, None)
     assert rate.vanilla == cost.DEFAULT_TFLOPS * 1e12 and "not measured" in rate.source
     assert doctor(file) == 0
     assert "not measured" in (run / "doctor/doctor.md").read_text()
-    if "samples" not in text and text != "[3]\n":
+    if not text or "loss" in text:
         with pytest.raises(ValueError, match=says("metrics.jsonl", "timed")):
             rate_of(load_config(file), COST, run, None)
 
@@ -253,3 +262,16 @@ def test_help_lists_the_options(capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--help"])
     assert "--no-tokens" in capsys.readouterr().out
+
+
+def test_records_beyond_the_positions_of_the_decoder_are_said(tiny_config, tiny_files, tmp_path, capsys):
+    """As training says it: the verdict was that it would start."""
+    llm = tmp_path / "llm"
+    shutil.copytree(tiny_files / "llm", llm)
+    settings = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 20}))
+    words = [f"model.language_model={llm}"]
+    assert doctor(tiny_config(), *words) == 1
+    assert re.search(says("would not start", "20 positions", "data.max_length=20"), capsys.readouterr().out)
+    assert doctor(tiny_config(), *words, "model.beyond_positions=allow") == 0
+    assert doctor(tiny_config(), *words, "--no-tokens") == 0
