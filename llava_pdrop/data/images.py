@@ -106,10 +106,10 @@ def _opened(source: str | Path | ImageSource) -> Iterator[Image.Image]:
                 )
             yield image
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     except MemoryError:
         raise UserError(
-            f"{source}: cannot be read as an image, memory does not suffice for it; make it smaller"
+            f"{name}: cannot be read as an image, memory does not suffice for it; make it smaller"
         ) from None
     except FileNotFoundError:
         raise MissingFileError(f"{name}: no such image; check the image root") from None

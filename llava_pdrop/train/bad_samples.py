@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from llava_pdrop.data.dataset import ConversationDataset, collate
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, clip
 from llava_pdrop.types import PackedBatch, Sample
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
@@ -70,6 +70,9 @@ class CheckedSamples(Dataset["Sample | BadSample"]):
             return self.dataset[index]
         except (UserError, OSError) as error:
             return " ".join(str(error).split())
+        except MemoryError:
+            record = self.dataset.records[index]
+            return f"{record.origin} (id {clip(record.id)}): memory does not suffice for it; make it smaller"
 
     @cached_property
     def _lengths(self) -> list[int]:

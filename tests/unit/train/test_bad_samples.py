@@ -56,6 +56,18 @@ def test_stop_names_record_and_file(losing):
     assert not samples.report.exists()
 
 
+def test_a_sample_too_large_for_the_memory_is_one(losing, monkeypatch):
+    """Wherever it gives out: here behind the pictures, where the sample is put together."""
+    samples = checked(losing(), skip=False)
+
+    def full(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(type(samples.dataset.encoder), "train", full)
+    found = samples[4]
+    assert isinstance(found, BadSample) and re.search(says("train.json[4]", "train4", "memory"), found.message)
+
+
 def test_half_a_picture_is_advised_on_once(losing, tmp_path):
     """Its header is whole, so that the survey takes it."""
     config = losing()
