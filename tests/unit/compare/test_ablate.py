@@ -20,6 +20,7 @@ from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.runtime.preemption import EXIT_CODE
 from llava_pdrop.train.trainer import PyramidTrainer
+from tests.benchmark_sets import write_pope
 from tests.messages import meant, says
 
 ROOT = Path(__file__).parents[3]
@@ -181,12 +182,16 @@ def questions(tiny_files: Path) -> int:
     return len(json.loads((tiny_files / "data/eval.json").read_text()))
 
 
+def pictures_of(tiny_files: Path) -> list[Path]:
+    return sorted((tiny_files / "data/images").glob("*.png"))[:2]
+
+
 def results(directory: Path) -> dict[str, dict]:
     return {row["name"]: row for row in json.loads((directory / "ablation.json").read_text())["variants"]}
 
 
 def test_a_whole_ablation_interrupted_once(
-    write, tmp_path: Path, questions: int, monkeypatch: pytest.MonkeyPatch, capsys
+    write, tmp_path: Path, tiny_files: Path, questions: int, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """Started again with the same words: what is finished is passed over, what was told to stop goes on."""
     compute_loss = PyramidTrainer.compute_loss
@@ -196,20 +201,21 @@ def test_a_whole_ablation_interrupted_once(
             os.kill(os.getpid(), signal.SIGTERM)
         return compute_loss(self, *args, **kwargs)
 
+    words = ["benchmarks=pope", f"eval.root={write_pope(tmp_path / 'sets', pictures_of(tiny_files))}"]
     file = write(variants=LAMBDAS)
     with monkeypatch.context() as patch:
         patch.setattr(PyramidTrainer, "compute_loss", told_to_stop)
         with pytest.raises(SystemExit) as end:
-            main(["ablate", str(file)])
+            main(["ablate", str(file), *words])
     printed = capsys.readouterr().out
     assert "variant 2 of 3: lambda_04" in printed and "variant 3" not in printed and "finished before" not in printed
     assert end.value.code == EXIT_CODE and not (tmp_path / "ab" / "ablation.md").exists()
 
-    assert main(["ablate", str(file)]) == 0
+    assert main(["ablate", str(file), *words]) == 0
     printed = capsys.readouterr().out
-    words = "".join(printed.split())
-    assert words.count("ab/vanilla:finishedbeforewiththesamesettings") == 1 == words.count("finishedbefore")
-    assert f"resumingfrom{tmp_path}/ab/lambda_04/checkpoint-2" in words
+    said = "".join(printed.split())
+    assert said.count("ab/vanilla:finishedbeforewiththesamesettings") == 1 == said.count("finishedbefore")
+    assert f"resumingfrom{tmp_path}/ab/lambda_04/checkpoint-2" in said
 
     rows = results(tmp_path / "ab")
     assert list(rows) == list(LAMBDAS)
@@ -220,7 +226,9 @@ def test_a_whole_ablation_interrupted_once(
     assert rows["lambda_04"]["realised"] == pytest.approx(1 - rows["lambda_04"]["seconds"] / rows["vanilla"]["seconds"])
     assert {row["evaluation"]["questions"] for row in rows.values()} == {questions}
     assert rows["lambda_04"]["evaluation"]["image_tokens"] == [16, 6, 2, 1]
+    assert {name: row["benchmarks"][0]["column"] for name, row in rows.items()} == {name: name for name in LAMBDAS}
     text = (tmp_path / "ab" / "ablation.md").read_text()
+    assert "| POPE | lambda_05 |" in text and "| POPE |" in text.splitlines()[2]
     assert "16 → 6 → 2 → 1" in text and "16 → 6 → 2 → 1" in printed
     assert f"{rows['lambda_04']['evaluation']['accuracy']:.1%}" in text
     with Image.open(tmp_path / "ab" / "ablation.png") as picture:
@@ -228,12 +236,16 @@ def test_a_whole_ablation_interrupted_once(
 
 
 @pytest.mark.process
-def test_one_checkpoint_with_every_schedule(write, tmp_path: Path, questions: int, capsys) -> None:
+def test_one_checkpoint_with_every_schedule(write, tmp_path: Path, tiny_files: Path, questions: int, capsys) -> None:
     train = {"variants": {"vanilla": {"pyramid_drop": None}}}
     assert main(["ablate", str(write(**train))]) == 0
     made = sorted(path.name for path in (tmp_path / "ab").iterdir())
-    assert main(["ablate", str(write(variants=LAMBDAS)), f"checkpoint={tmp_path}/ab/vanilla"]) == 0
+    words = ["benchmarks=pope", f"eval.root={write_pope(tmp_path / 'sets', pictures_of(tiny_files))}"]
+    assert main(["ablate", str(write(variants=LAMBDAS)), f"checkpoint={tmp_path}/ab/vanilla", *words]) == 0
     rows = results(tmp_path / "ab")
+    assert [row["benchmarks"][0]["column"] for row in rows.values()] == list(LAMBDAS)
+    assert rows["lambda_04"]["benchmarks"][0]["image_tokens"] == [16, 6, 2, 1]
+    assert "| POPE | lambda_04 |" in (tmp_path / "ab" / "ablation.md").read_text()
     assert not (tmp_path / "ab" / "lambda_04").exists() and "vanilla" in made
     assert rows["lambda_04"]["evaluation"]["image_tokens"] == [16, 6, 2, 1]
     assert rows["lambda_05"]["evaluation"]["questions"] == questions and rows["lambda_05"]["seconds"] > 0

@@ -13,6 +13,7 @@ from llava_pdrop.compare.compare import compare
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.train.metrics import timing_of
+from tests.benchmark_sets import write_pope
 from tests.messages import meant, says
 
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
@@ -24,8 +25,10 @@ FREE = {
 
 
 @pytest.fixture
-def finished(tiny_config, capsys):
-    config = load_config(tiny_config("job", pyramid_drop=DROP, compare={"training_free": FREE}))
+def finished(tiny_config, tiny_files, tmp_path, capsys):
+    pictures = sorted((tiny_files / "data/images").glob("*.png"))[:2]
+    words = ["benchmarks=pope", f"eval.root={write_pope(tmp_path / 'sets', pictures)}"]
+    config = load_config(tiny_config("job", pyramid_drop=DROP, compare={"training_free": FREE}), words)
     file = compare(config)
     return file, capsys.readouterr().out
 
@@ -47,6 +50,11 @@ def test_the_whole_job(finished):
     assert rows["vanilla"]["chance"] == pytest.approx(1 / 3)
     assert rows["pyramid_drop"]["image_tokens"] == [16, 8, 4, 2]
     assert "16 → 8 → 4 → 2" in text and "16 → 8 → 4 → 2" in printed
+
+    measured = results["benchmarks"]
+    assert {row["column"] for row in measured} == set(names) | {"pyramid_drop"} and len(measured) == 5
+    assert [row["against"] is None for row in measured] == [True, False, False, False, False]
+    assert "## Benchmarks" in text and "| POPE | vanilla + fastv |" in text and "POPE" in printed
 
     saving = rows["pyramid_drop"]["saving"]
     assert rows["pyramid_drop"]["realised"] == saving["realised"] == statistics.median(saving["pairs"])
