@@ -157,7 +157,7 @@ def test_a_second_data_set_does_not_overwrite_the_first(run, sets, capsys):
 
 
 def test_the_files_of_benchmarks_are_listed(tmp_path, capsys):
-    write_pope(tmp_path, [])
+    write_pope(tmp_path, [], questions=0)
     assert main(["benchmarks", "pope", "--root", str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["pope", "pope/llava_pope_test.jsonl", "yes"] in [row[:3] for row in rows]
