@@ -47,6 +47,7 @@ setup(
         "numpy>=2",
         "pillow>=11",
         "datasets>=4",
+        "openpyxl>=3.1",  # the sheet that MMBench's server takes
         "peft>=0.18",
         "scikit-learn>=1.6",
         "matplotlib>=3.9",
