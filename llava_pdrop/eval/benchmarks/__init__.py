@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from llava_pdrop.eval.benchmarks.ai2d import AI2D
 from llava_pdrop.eval.benchmarks.base import Benchmark
+from llava_pdrop.eval.benchmarks.chartqa import CHARTQA
+from llava_pdrop.eval.benchmarks.docvqa import DOCVQA, INFOVQA
+from llava_pdrop.eval.benchmarks.gqa import GQA
+from llava_pdrop.eval.benchmarks.mmbench import MMBENCH, MMBENCH_CN
+from llava_pdrop.eval.benchmarks.mme import MME
+from llava_pdrop.eval.benchmarks.mmstar import MMSTAR
+from llava_pdrop.eval.benchmarks.mmvet import MMVET
+from llava_pdrop.eval.benchmarks.ocrvqa import OCRVQA
 from llava_pdrop.eval.benchmarks.pope import POPE
+from llava_pdrop.eval.benchmarks.scienceqa import SCIENCEQA
+from llava_pdrop.eval.benchmarks.seed_bench import SEED_BENCH
+from llava_pdrop.eval.benchmarks.textvqa import TEXTVQA
+from llava_pdrop.eval.benchmarks.vizwiz import VIZWIZ
+from llava_pdrop.eval.benchmarks.vqav2 import VQAV2
 
-BENCHMARKS: dict[str, Benchmark] = {row.name: row for row in (POPE,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    row.name: row
+    for row in (
+        MME, MMBENCH, MMBENCH_CN, SEED_BENCH, MMSTAR, POPE, SCIENCEQA, AI2D, DOCVQA, INFOVQA, TEXTVQA, CHARTQA, OCRVQA,
+        VQAV2, VIZWIZ, GQA, MMVET,
+    )
+}  # fmt: skip
 """Name -> benchmark, in the order of the paper's tables."""

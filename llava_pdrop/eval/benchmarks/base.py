@@ -1,9 +1,14 @@
-"""What a benchmark is made of: files, questions, the value of an answer, and the numbers that are printed of all."""
+"""What a benchmark is made of: files, questions, the value of an answer, and the numbers that are printed of all.
+
+Where only a server knows the right answers, its questions say so (``facts["known"]`` is False). They are asked and
+written for the server; the value of every answer is NaN, and `Statistic` is empty: there is no score to print.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,7 @@ from llava_pdrop.eval.questions import Question
 
 Statistic = Callable[[np.ndarray], dict[str, float]]
 """Weights (questions,) -> named numbers. Ones give the official ones; a draw of an interval counts some questions twice
-and others not at all."""
+and others not at all. Empty where the right answers are not known."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,28 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Grade:
-    """What an answer is worth, in [0, 1], and what the rule read in it (an option, a word, the normalised text)."""
+    """What an answer is worth, in [0, 1], and what the rule read in it (an option, a word, the normalised text).
+
+    ``value`` is NaN where the right answer is not known; ``answered`` is False for an answer that was never given,
+    which is wrong under every rule.
+    """
 
     value: float
     read: str = ""
+    answered: bool = True
+
+
+Grader = Callable[[Question, str | None], Grade]
+Total = Callable[[Sequence[Question], Sequence[Grade]], Statistic]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Another project's rule for the same answers: its project and file, and the two functions of `Benchmark`."""
+
+    rule: str
+    grade: Grader
+    total: Total
 
 
 @dataclass(frozen=True)
@@ -45,15 +68,17 @@ class Benchmark:
         folder: its directory below ``eval.root``, as LLaVA names it.
         wanted: files and directories that `read` needs.
         rule: whose rule the score follows: project and file.
-        split: the split that is scored; ``paper_split``: the one of the paper, where that is another. Their scores are
-            then not compared.
+        split: the split that is scored, unless its questions name another (`split_of`); ``paper_split``: the one of the
+            paper, where that is another, whose answers only a server knows. Their scores are then not compared.
         max_new_tokens: of an answer, at most, as where the prompt comes from.
         headline: the number of `total` that the paper prints, ``factor`` times; ``best``: the most it can be there.
         read: (directory, whether a LLaVA is asked) -> questions. Raises UserError: the files are not what is expected.
-        grade: (question, answer) -> its value. ``None`` is an answer that was never given, "" an empty one.
+        grade: (question, answer) -> its value. ``None`` is an answer that was never given, "" an empty one. No
+            function: only a judge can tell.
         total: (questions, grades) -> the numbers of all.
-        upload: writes what a server or judge takes: (questions, answers, grades, directory, name) -> its file. None:
-            nothing is uploaded.
+        upload: writes what a server or judge takes: (questions, answers, directory, name) -> its file. None: nothing is
+            uploaded.
+        also: other rules for the same answers, by the name of their project.
     """
 
     name: str
@@ -63,8 +88,8 @@ class Benchmark:
     rule: str
     split: str
     read: Callable[[Path, bool], list[Question]]
-    grade: Callable[[Question, str | None], Grade] | None
-    total: Callable[[Sequence[Question], Sequence[Grade]], Statistic] | None
+    grade: Grader | None
+    total: Total | None
     headline: str
     factor: float = 1.0
     best: float = 100.0
@@ -72,6 +97,33 @@ class Benchmark:
     aliases: tuple[str, ...] = ()
     max_new_tokens: int = 128
     upload: Callable[[Sequence[Question], Sequence[str | None], Path, str], Path] | None = None
+    also: Mapping[str, Rule] = field(default_factory=dict, compare=False)
+
+    def split_of(self, questions: Sequence[Question]) -> str:
+        """The split that these questions are of: which files lie there decides it."""
+        return str(questions[0].facts.get("split", self.split)) if questions else self.split
+
+    def is_of_the_paper(self, questions: Sequence[Question]) -> bool:
+        """Whether these questions are those that the paper's score is of."""
+        return not self.paper_split or self.split_of(questions) == self.paper_split
+
+
+def known(questions: Sequence[Question]) -> bool:
+    """Whether the right answers are here; else only a server has them."""
+    return all(question.facts.get("known", True) for question in questions)
+
+
+def grader(rule: Callable[[Question, str], Grade]) -> Grader:
+    """A rule for given answers as one for all: none that was never given is right, and none is judged where the right
+    answer is not known."""
+
+    @wraps(rule)
+    def grade(question: Question, answer: str | None) -> Grade:
+        if not question.facts.get("known", True):
+            return Grade(float("nan"), answered=answer is not None)
+        return Grade(0.0, answered=False) if answer is None else rule(question, answer)
+
+    return grade
 
 
 def values_of(grades: Sequence[Grade]) -> np.ndarray:
@@ -85,16 +137,48 @@ def mean(values: np.ndarray, weights: np.ndarray) -> float:
     return float(values @ weights / total) if total else 0.0
 
 
-def means(
-    questions: Sequence[Question], grades: Sequence[Grade], by: str | None = None, scale: float = 100.0
-) -> Statistic:
-    """``Overall``, the mean value times ``scale``, and that of every value of the fact ``by`` under its name."""
-    values = values_of(grades)
-    names = [] if by is None else [str(question.facts[by]) for question in questions]
-    groups = {name: np.array([own == name for own in names]) for name in dict.fromkeys(names)}
+def grouped(values: np.ndarray, names: Sequence[str], scale: float = 1.0) -> Statistic:
+    """Mean of ``values`` (rows,) times ``scale`` in every group of ``names``, in their order; 0 where none is drawn.
+
+    Weights are counted once for all groups, so that a thousand draws of 200,000 questions stay a matter of seconds.
+    """
+    codes_of = {name: code for code, name in enumerate(dict.fromkeys(names))}
+    codes = np.array([codes_of[name] for name in names], dtype=np.intp)
 
     def statistic(weights: np.ndarray) -> dict[str, float]:
-        found = {"Overall": scale * mean(values, weights)}
-        return found | {name: scale * mean(values[rows], weights[rows]) for name, rows in groups.items()}
+        counts = np.bincount(codes, weights, len(codes_of))
+        sums = np.bincount(codes, weights * values, len(codes_of))
+        found = scale * sums / np.where(counts > 0, counts, 1.0)
+        return dict(zip(codes_of, found.tolist()))
+
+    return statistic
+
+
+def means(
+    questions: Sequence[Question],
+    grades: Sequence[Grade],
+    by: str | Sequence[str] = (),
+    scale: float = 100.0,
+    overall: str = "Overall",
+    only: np.ndarray | None = None,
+    prefix: str = "",
+) -> Statistic:
+    """``overall``, the mean value times ``scale``, and that of every value of the facts ``by`` under its name.
+
+    ``only``: a mask (questions,) of those that count; ``prefix`` stands in front of every name. Empty where the right
+    answers are not known.
+    """
+    values = values_of(grades)
+    if np.isnan(values).any():
+        return lambda weights: {}
+    rows = np.arange(len(questions)) if only is None else np.flatnonzero(only)
+    kept = values[rows]
+    parts = [grouped(kept, [f"{prefix}{overall}"] * len(rows), scale)]
+    for fact in [by] if isinstance(by, str) else by:
+        parts.append(grouped(kept, [f"{prefix}{questions[row].facts[fact]}" for row in rows.tolist()], scale))
+
+    def statistic(weights: np.ndarray) -> dict[str, float]:
+        own = weights[rows]
+        return {name: value for part in parts for name, value in part(own).items()}
 
     return statistic

@@ -15,6 +15,7 @@ from typing import Any
 
 from llava_pdrop.data.readers.pictures import InlinePicture
 from llava_pdrop.errors import MissingFileError, UserError, clip
+from llava_pdrop.eval.questions import Question
 from llava_pdrop.types import ImageSource
 
 MISSING = frozenset(
@@ -80,8 +81,9 @@ def with_keys(row: Any, keys: Iterable[str], origin: str) -> dict[str, Any]:
     return row
 
 
-def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a TSV file as VLMEvalKit has them, as text; missing cells are not in them.
+def read_table(file: Path, columns: Sequence[str], whole: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a TSV file as VLMEvalKit has them, as text; missing cells are not in them, but for those of the
+    columns ``whole``, which stay what they are.
 
     Raises:
         MissingFileError: no such file. UserError: it lacks one of ``columns``, a row of another length, the same
@@ -99,7 +101,7 @@ def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     for number, row in enumerate(rows, 2):
         if len(row) != len(head):
             raise UserError(f"{file}: row {number}: has {len(row)} cells, and the head has {len(head)}")
-        table.append({name: cell for name, cell in zip(head, row) if cell not in MISSING})
+        table.append({name: cell for name, cell in zip(head, row) if name in whole or cell not in MISSING})
         if "index" not in table[-1]:
             raise UserError(f"{file}: row {number}: has no index")
     if not table:
@@ -160,3 +162,42 @@ def find_table(directory: Path, names: Sequence[str]) -> Path:
         f"{directory}: has no {' or '.join(f'{name}.tsv' for name in names)}; `llava-pdrop benchmarks` says where it "
         "comes from"
     )
+
+
+ANSWER_KEYS = (("question_id", "text"), ("index", "prediction"))
+"""What LLaVA and VLMEvalKit call the name of a question and its answer."""
+
+
+def read_answers(file: Path, questions: Sequence[Question]) -> list[str | None]:
+    """Answers (JSON lines, in LLaVA's keys or VLMEvalKit's), one per question, None where there is none.
+
+    Where several questions have one name (MME, TextVQA), their answers are in their order.
+
+    Raises:
+        MissingFileError: no such file. UserError: a line without these keys, an answer that is no text, one for a
+            question that is not asked, more for a question than it is asked, or half of them missing. Nothing is scored
+            then.
+    """
+    places = {question.id: place for place, question in enumerate(questions)}
+    answers: list[str | None] = [None] * len(questions)
+    seen: Counter[str] = Counter()
+    for number, row in enumerate(read_lines(file, ()), 1):
+        origin = f"{file}: answer {number}"
+        name, text = next((keys for keys in ANSWER_KEYS if keys[0] in row), ANSWER_KEYS[0])
+        with_keys(row, (name, text), origin)
+        id = str(row[name])
+        seen[id] += 1
+        own = id if seen[id] == 1 else f"{id}#{seen[id]}"
+        if own not in places:
+            wrong = f"is there {seen[id]} times" if seen[id] > 1 else "is no question of this benchmark"
+            raise UserError(f"{origin}: {name} {clip(id)} {wrong}; nothing is scored")
+        if not isinstance(row[text], str):
+            raise UserError(f"{origin}: {name} {clip(id)}: its {text} is {clip(repr(row[text]))}, not text")
+        answers[places[own]] = row[text]
+    missing = [question.id for question, answer in zip(questions, answers) if answer is None]
+    if 2 * len(missing) >= len(questions):
+        raise UserError(
+            f"{file}: answers {len(questions) - len(missing)} of {len(questions)} questions (not {clip(missing[0])}); "
+            "nothing is scored with half of them missing"
+        )
+    return answers

@@ -12,6 +12,9 @@ from llava_pdrop.eval.benchmarks.files import MISSING
 THRESHOLD = 0.5
 """ANLS below it is 0."""
 
+TOLERANCE = 0.05
+"""Of the gold number, by which another may differ in relaxed accuracy."""
+
 
 def from_sheet(text: str | None) -> str:
     """An answer as it comes back from the spreadsheet."""
@@ -31,8 +34,34 @@ def anls(answer: str, golds: list[str]) -> float:
     """Average normalised Levenshtein similarity of one answer (arXiv 1907.00490): 1 - the smallest edit distance over
     the longer length, and 0 below a half. The distance ignores case and blanks; the lengths are those of the texts as
     they stand."""
-    similarity = max(1 - _distance(_plain(gold), _plain(answer)) / max(len(gold), len(answer), 1) for gold in golds)
+    similarity = max(1 - _distance(_plain(gold), _plain(answer)) / _longer(gold, answer) for gold in golds)
     return similarity if similarity >= THRESHOLD else 0.0
+
+
+def relaxed(answer: str, gold: str) -> bool:
+    """Relaxed accuracy of ChartQA (arXiv 2203.10244): a number within 5 % of the gold one; else the same text but for
+    case. A gold 0 is never a number, and one that is no number within nothing (NaN)."""
+    number, target = _number(answer), _number(gold)
+    if number is not None and target:
+        return abs(number - target) / abs(target) <= TOLERANCE
+    return answer.lower() == gold.lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def same(answer: str, gold: str) -> bool:
+    """Equal but for case and outer blanks."""
+    return answer.strip().lower() == gold.strip().lower()
+
+
+def _longer(gold: str, answer: str) -> int:
+    """Of both in capitals, as the official code counts: they may have more letters (ß)."""
+    return max(len(gold.upper()), len(answer.upper()), 1)
 
 
 def _plain(text: str) -> str:

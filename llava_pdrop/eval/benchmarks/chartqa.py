@@ -1,0 +1,51 @@
+"""ChartQA: a number or a word out of a chart; numbers may be 5 % away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llava_pdrop.eval.benchmarks.base import Grade, Rule, Statistic, grader, means
+from llava_pdrop.eval.benchmarks.tables import short_answers
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.text import alternatives, from_sheet, relaxed
+
+SPLITS = {"human": "test_human", "augmented": "test_augmented"}
+
+
+def as_read(answer: str) -> str:
+    return from_sheet(answer).strip()
+
+
+def value(answer: str, gold: str) -> float:
+    return float(any(relaxed(as_read(answer), text) for text in alternatives(from_sheet(gold))))
+
+
+@grader
+def grade_lmms(question: Question, answer: str) -> Grade:
+    """lmms-eval: one answer, whose cell is never a list, and blanks at the ends stay."""
+    return Grade(float(relaxed(answer, question.gold)), answer)
+
+
+def total_lmms(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
+    """All questions, those that people wrote, and those made by machine."""
+    parts = [means(questions, grades, scale=1, overall="relaxed_overall")]
+    for name, split in SPLITS.items():
+        own = np.array([question.facts["split"] == split for question in questions])
+        parts.append(means(questions, grades, scale=1, overall=f"relaxed_{name}_split", only=own))
+    return lambda weights: {name: number for part in parts for name, number in part(weights).items()}
+
+
+CHARTQA = short_answers(
+    "chartqa",
+    "ChartQA",
+    ["ChartQA_TEST"],
+    "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (relaxed_accuracy)",
+    value,
+    split="test",
+    read_as=as_read,
+    by=["split"],
+    also={"lmms_eval": Rule("lmms-eval lmms_eval/tasks/chartqa/utils.py", grade_lmms, total_lmms)},
+    licence="GPL-3.0 (github.com/vis-nlp/ChartQA)",
+)

@@ -1,0 +1,93 @@
+"""GQA: questions about the things of a picture, where they are and what they are like, in a word."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_pdrop.errors import UserError
+from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Wanted, grader, means
+from llava_pdrop.eval.benchmarks.files import read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
+from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.rules.text import from_sheet, same
+
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def read(directory: Path, llava: bool) -> list[Question]:
+    """Questions of ``llava_gqa_testdev_balanced.jsonl``, answers of ``data/testdev_balanced_questions.json``."""
+    file = directory / "llava_gqa_testdev_balanced.jsonl"
+    labels = directory / "data" / "testdev_balanced_questions.json"
+    rows = read_lines(file, ("question_id", "image", "text"))
+    unique([row["question_id"] for row in rows], file, "question_id")
+    known = read_json(labels)
+    questions = []
+    for row in rows:
+        id = str(row["question_id"])
+        if id not in known:
+            raise UserError(f"{file}: question_id {id}: {labels} has no answer for it; take both from one release")
+        gold = with_keys(known[id], ["answer"], f"{labels}: {id}")["answer"]
+        questions.append(ask(id, row["text"], [directory / "data" / "images" / row["image"]], f"{file}[{id}]", gold))
+    return questions
+
+
+def prediction(answer: str) -> str:
+    """As LLaVA hands it to GQA's own code: no full stops at the end, small letters; blanks stay."""
+    return answer.rstrip(".").lower()
+
+
+@grader
+def grade(question: Question, answer: str) -> Grade:
+    text = prediction(answer)
+    return Grade(float(text == question.gold), text)
+
+
+@grader
+def grade_lmms(question: Question, answer: str) -> Grade:
+    """lmms-eval: but for case, outer blanks and punctuation."""
+    text, gold = (words.strip().lower().translate(NO_PUNCTUATION) for words in (answer, question.gold))
+    return Grade(float(text == gold), text)
+
+
+@grader
+def grade_vlmevalkit(question: Question, answer: str) -> Grade:
+    text = from_sheet(answer)
+    return Grade(float(same(text, from_sheet(question.gold))), text)
+
+
+def upload(questions: Sequence[Question], answers: Sequence[str | None], directory: Path, name: str) -> Path:
+    """``NAME/testdev_balanced_predictions.json``, which GQA's ``eval.py`` takes."""
+    rows = [
+        {"questionId": question.id, "prediction": prediction(answer)}
+        for question, answer in zip(questions, all_answered(questions, answers))
+    ]
+    return write_json(rows, directory / name / "testdev_balanced_predictions.json")
+
+
+GQA = Benchmark(
+    name="gqa",
+    title="GQA",
+    folder="gqa",
+    wanted=(
+        Wanted("llava_gqa_testdev_balanced.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
+        Wanted("data/testdev_balanced_questions.json", "cs.stanford.edu/people/dorarad/gqa (questions)", "CC BY 4.0"),
+        Wanted("data/images", "cs.stanford.edu/people/dorarad/gqa (images)"),
+    ),
+    rule="LLaVA scripts/convert_gqa_for_eval.py, then GQA eval.py",
+    split="testdev_balanced",
+    read=read,
+    grade=grade,
+    total=lambda questions, grades: means(questions, grades, overall="accuracy"),
+    headline="accuracy",
+    upload=upload,
+    also={
+        "lmms_eval": Rule(
+            "lmms-eval lmms_eval/api/metrics.py exact_match",
+            grade_lmms,
+            lambda questions, grades: means(questions, grades, scale=1, overall="exact_match"),
+        ),
+        "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)", grade_vlmevalkit, means),
+    },
+)

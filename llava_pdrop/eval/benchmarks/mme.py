@@ -1,0 +1,173 @@
+"""MME: two questions a picture, one of which is to be answered with yes; 14 categories of up to 200 points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llava_pdrop.errors import MissingFileError, UserError
+from llava_pdrop.eval.benchmarks.base import (
+    Benchmark,
+    Grade,
+    Grader,
+    Rule,
+    Statistic,
+    Total,
+    Wanted,
+    grader,
+    grouped,
+    values_of,
+)
+from llava_pdrop.eval.benchmarks.files import numbered, read_lines
+from llava_pdrop.eval.benchmarks.prompts import SHORT
+from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.rules.text import from_sheet
+from llava_pdrop.eval.rules.vqa import without_marks
+
+PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
+COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
+RELEASE = "MME_Benchmark_release_version"
+YES_OR_NO = "Please answer yes or no."
+
+
+def read(directory: Path, llava: bool) -> list[Question]:
+    """Questions of ``llava_mme.jsonl``, whose words leave out what MME's own files end in; labels of those."""
+    file = directory / "llava_mme.jsonl"
+    rows = read_lines(file, ("question_id", "image", "text"))
+    labels: dict[Path, dict[str, str]] = {}
+    questions = []
+    for id, row in zip(numbered([str(row["question_id"]) for row in rows]), rows):
+        name, words = str(row["question_id"]), row["text"]
+        category, stem = name.split("/")[0], name.split("/")[-1].split(".")[0]
+        if category not in (*PERCEPTION, *COGNITION):
+            raise UserError(f"{file}: question_id {name}: MME has no category {category}")
+        folder = directory / RELEASE / category
+        text = (folder / "questions_answers_YN" if (folder / "images").is_dir() else folder) / f"{stem}.txt"
+        if text not in labels:
+            labels[text] = _labels(text)
+        question = words.replace(SHORT, "").strip() if SHORT in words else words
+        ends = ("",) if YES_OR_NO in question else (f" {YES_OR_NO}", f"  {YES_OR_NO}")
+        found = [labels[text][question + end] for end in ends if question + end in labels[text]]
+        if not found:
+            raise UserError(
+                f"{file}: question_id {name}: {text} has no line for {question!r}; take both from one release"
+            )
+        picture = directory / RELEASE / row["image"]
+        unit = f"{category}/{stem}"
+        questions.append(ask(id, words, [picture], f"{file}[{id}]", found[0], unit, category=category))
+    for unit in dict.fromkeys(question.unit for question in questions):
+        if (times := sum(question.unit == unit for question in questions)) != 2:
+            raise UserError(f"{file}: picture {unit} has {times} questions; MME has two of each")
+    return questions
+
+
+def _labels(file: Path) -> dict[str, str]:
+    """Question -> Yes or No."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
+    pairs = [line.strip().split("\t") for line in lines if line.strip()]
+    if any(len(pair) != 2 or pair[1].lower() not in ("yes", "no") for pair in pairs):
+        raise UserError(f"{file}: expected a question, a tab, and Yes or No in every line")
+    return {question: answer for question, answer in pairs}
+
+
+def four_letters(text: str) -> str:
+    """``yes`` or ``no`` within the first four characters, else ``other``."""
+    return next((word for word in ("yes", "no") if word in text[:4].lower()), "other")
+
+
+def without_stops(text: str) -> str:
+    """lmms-eval: outer blanks and full stops do not count, and a lone letter does."""
+    words = text.lower().strip().replace(".", "")
+    return {"y": "yes", "n": "no"}.get(words) or four_letters(words)
+
+
+def one_word(text: str) -> str:
+    """VLMEvalKit: exactly one of the words, wherever it stands."""
+    words = set(without_marks(from_sheet(text).lower()).split()) & {"yes", "no"}
+    return words.pop().capitalize() if len(words) == 1 else "Unknown"
+
+
+def by(said: Callable[[str], str]) -> Grader:
+    @grader
+    def grade(question: Question, answer: str) -> Grade:
+        word = said(answer)
+        return Grade(float(word.lower() == question.gold.lower()), word)
+
+    return grade
+
+
+def counted(name: Callable[[str, str], list[str]], groups: tuple[str, str], in_order: bool) -> Total:
+    """Points of a category: share of right answers plus share of pictures whose two answers are right, in percent.
+
+    Pictures are pairs of questions, one after the other ``in_order`` within their category (`eval_tool`), or those of
+    one file. ``name``: (category, which of acc, acc_plus and score) -> the names that it has; ``groups``: those of the
+    sums.
+    """
+
+    def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
+        values = values_of(grades)
+        categories = [question.facts["category"] for question in questions]
+        rows: dict[str, list[int]] = {}
+        for row, question in enumerate(questions):
+            rows.setdefault(categories[row] if in_order else question.unit, []).append(row)
+        first = np.array([row for own in rows.values() for row in own[::2]], dtype=np.intp)
+        second = np.array([row for own in rows.values() for row in own[1::2]], dtype=np.intp)
+        single = grouped(values, categories, 100)
+        double = grouped(values[first] * values[second], [categories[row] for row in first], 100)
+
+        def statistic(weights: np.ndarray) -> dict[str, float]:
+            acc, plus = single(weights), double(weights[first])
+            score = {category: acc[category] + plus[category] for category in acc}
+            sums = [sum(score.get(category, 0.0) for category in part) for part in (PERCEPTION, COGNITION)]
+            found = dict(zip(groups, sums))
+            for category in acc:
+                for key, numbers in (("acc", acc), ("acc_plus", plus), ("score", score)):
+                    found |= dict.fromkeys(name(category, key), numbers[category])
+            return found
+
+        return statistic
+
+    return total
+
+
+def in_full(category: str, key: str) -> list[str]:
+    return [f"categories/{category}/{key}"]
+
+
+def points(prefix: str) -> Callable[[str, str], list[str]]:
+    return lambda category, key: [prefix + category] if key == "score" else []
+
+
+MME = Benchmark(
+    name="mme",
+    title="MME",
+    folder="MME",
+    wanted=(
+        Wanted("llava_mme.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
+        Wanted(RELEASE, "github.com/BradyFU/Awesome-Multimodal-Large-Language-Models (MME, on request)"),
+    ),
+    rule="MME eval_tool/calculation.py",
+    split="test",
+    read=read,
+    grade=by(four_letters),
+    total=counted(in_full, ("perception", "cognition"), in_order=True),
+    headline="perception",
+    best=2000,
+    also={
+        "lmms_eval": Rule(
+            "lmms-eval lmms_eval/tasks/mme/utils.py",
+            by(without_stops),
+            counted(points("categories/"), ("perception", "cognition"), in_order=False),
+        ),
+        "vlmevalkit": Rule(
+            "VLMEvalKit vlmeval/dataset/utils/yorn.py MME_rating",
+            by(one_word),
+            counted(points(""), ("perception", "reasoning"), in_order=False),
+        ),
+    },
+)

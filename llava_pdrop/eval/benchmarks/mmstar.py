@@ -1,0 +1,28 @@
+"""MMStar: multiple choice that cannot be answered without the picture."""
+
+from __future__ import annotations
+
+from llava_pdrop.eval.benchmarks.base import Benchmark
+from llava_pdrop.eval.benchmarks.tables import (
+    CHOICE_RULE,
+    MOST_TOKENS,
+    grade_choice,
+    read_choices,
+    total_choice,
+    wanted,
+)
+
+MMSTAR = Benchmark(
+    name="mmstar",
+    title="MMStar",
+    folder="mmstar",
+    wanted=wanted(["MMStar"]),
+    rule=CHOICE_RULE,
+    split="val",
+    read=lambda directory, llava: read_choices(directory, llava, ["MMStar"], ["category"]),
+    grade=grade_choice,
+    total=total_choice,
+    headline="Overall",
+    factor=100,
+    max_new_tokens=MOST_TOKENS,
+)

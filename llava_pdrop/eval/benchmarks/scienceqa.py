@@ -1,0 +1,131 @@
+"""ScienceQA: multiple choice out of school books, about half with a picture; the paper prints that of these (IMG)."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llava_pdrop.errors import UserError
+from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Wanted, grader, means
+from llava_pdrop.eval.benchmarks.files import MISSING, read_json, unique, with_keys
+from llava_pdrop.eval.benchmarks.prompts import LETTER
+from llava_pdrop.eval.benchmarks.tables import CHOICE_RULE, grade_choice
+from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.types import IMAGE_MARKER
+
+LETTERS = "ABCDE"
+ANSWER_IS = re.compile("The answer is ([A-Z]).")
+FAILED = "FAILED"
+
+
+def read(directory: Path, llava: bool) -> list[Question]:
+    """Questions of ``llava_test_CQM-A.json``, answers of ``problems.json``; all of the split ``test``, with a picture
+    or without."""
+    file = directory / "llava_test_CQM-A.json"
+    split = with_keys(read_json(directory / "pid_splits.json"), ["test"], str(directory / "pid_splits.json"))["test"]
+    problems = read_json(directory / "problems.json")
+    rows = read_json(file)
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{file}: expected a list of questions, found {type(rows).__name__}")
+    rows = [with_keys(row, ("id", "conversations"), f"{file}[{number}]") for number, row in enumerate(rows)]
+    unique([row["id"] for row in rows], file, "id")
+    if others := {str(row["id"]) for row in rows} ^ set(map(str, split)):
+        raise UserError(
+            f"{file}: question {min(others)} is not in both this file and the split test of pid_splits.json; take both "
+            "from one release"
+        )
+    questions = []
+    for row in rows:
+        id = str(row["id"])
+        problem = with_keys(problems.get(id), ("choices", "answer", "subject"), f"{directory / 'problems.json'}: {id}")
+        if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
+            raise UserError(f"{directory / 'problems.json'}: {id}: answer {problem['answer']} is none of its choices")
+        text = row["conversations"][0]["value"].replace(IMAGE_MARKER, "").strip()
+        pictures = [directory / "images" / "test" / row["image"]] if "image" in row else []
+        questions.append(
+            ask(
+                id,
+                f"{text}\n{LETTER}",
+                pictures,
+                f"{file}[{id}]",
+                LETTERS[problem["answer"]],
+                letters=LETTERS[: len(problem["choices"])],
+                options={
+                    letter: text for letter, text in zip(LETTERS, map(str, problem["choices"])) if text not in MISSING
+                },
+                category=problem["subject"],
+                image=bool(pictures),
+            )
+        )
+    return questions
+
+
+def parsed(answer: str) -> str:
+    """The letter that LLaVA reads: alone, in front of a full stop and a blank, or behind the one "The answer is"."""
+    if answer and answer in LETTERS and len(answer) == 1:
+        return answer
+    if answer[:1] and answer[0] in LETTERS and answer[1:3] == ". ":
+        return answer[0]
+    found = ANSWER_IS.findall(answer)
+    return found[0] if len(found) == 1 else FAILED
+
+
+@grader
+def grade(question: Question, answer: str) -> Grade:
+    letter = parsed(answer)
+    return Grade(float(letter == question.gold), letter)
+
+
+@grader
+def grade_lmms(question: Question, answer: str) -> Grade:
+    """lmms-eval: the letter in either case, or a capital in front of a full stop."""
+    text = answer.strip()
+    letter = text[0] if len(text) >= 2 and text[0] in string.ascii_uppercase and text[1] == "." else text
+    return Grade(float(letter.lower() == question.gold.lower()), letter)
+
+
+def pictured(questions: Sequence[Question], grades: Sequence[Grade]) -> np.ndarray:
+    """Mask of the questions with a picture. One that was never answered is not among them: the official code looks for
+    the picture in the answer file."""
+    return np.array([question.facts["image"] and grade.answered for question, grade in zip(questions, grades)])
+
+
+def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
+    """Share of right answers of all, and of those with a picture."""
+    of_all = means(questions, grades, overall="accuracy")
+    of_pictures = means(questions, grades, overall="img_accuracy", only=pictured(questions, grades))
+    return lambda weights: of_all(weights) | of_pictures(weights)
+
+
+def total_of_pictures(name: str, by: Sequence[str] = ()):
+    return lambda questions, grades: means(questions, grades, by, 1, name, pictured(questions, grades))
+
+
+SCIENCEQA = Benchmark(
+    name="scienceqa",
+    title="SQA-I",
+    aliases=("SQA", "ScienceQA-IMG"),
+    folder="scienceqa",
+    wanted=(
+        Wanted("llava_test_CQM-A.json", "LLaVA's eval.zip (docs/Evaluation.md)"),
+        *(
+            Wanted(path, "github.com/lupantech/ScienceQA", "CC BY-NC-SA 4.0")
+            for path in ("pid_splits.json", "problems.json", "images/test")
+        ),
+    ),
+    rule="LLaVA llava/eval/eval_science_qa.py",
+    split="test",
+    read=read,
+    grade=grade,
+    total=total,
+    headline="img_accuracy",
+    max_new_tokens=1024,
+    also={
+        "lmms_eval": Rule("lmms-eval lmms_eval/tasks/scienceqa/utils.py", grade_lmms, total_of_pictures("exact_match")),
+        "vlmevalkit": Rule(CHOICE_RULE, grade_choice, total_of_pictures("Overall", ["category"])),
+    },
+)

@@ -1,0 +1,118 @@
+"""Benchmarks in VLMEvalKit's TSV files: questions, and the rules that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llava_pdrop.errors import UserError
+from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Wanted, grader, means
+from llava_pdrop.eval.benchmarks.files import find_table, pictures_of_table, read_table
+from llava_pdrop.eval.benchmarks.prompts import choice, generic_choice, short
+from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.rules.choices import chosen, options_of
+
+SOURCE = "VLMEvalKit (addresses in vlmeval/dataset)"
+MOST_TOKENS = 512
+"""Of an answer, as VLMEvalKit lets LLaVA say (``vlmeval/vlm/llava/llava.py``)."""
+
+
+def read_choices(directory: Path, llava: bool, names: Sequence[str], facts: Sequence[str]) -> list[Question]:
+    """Questions with options; columns ``facts`` are kept.
+
+    Raises:
+        UserError: a row without options, or whose answer is none of them. Otherwise as `read_table`.
+    """
+    file = find_table(directory, names)
+    rows = read_table(file, ("image", "question", "answer", "A", *facts))
+    questions = []
+    for row, picture in zip(rows, pictures_of_table(rows, file)):
+        options = options_of(row)
+        if row.get("answer") not in options:
+            raise UserError(
+                f"{file}: index {row['index']}: its answer is {row.get('answer')}, and its options are "
+                f"{', '.join(options) or 'missing'}"
+            )
+        words = (choice if llava else generic_choice)(row.get("question", ""), options, row.get("hint"))
+        kept = {fact: row.get(fact, "") for fact in facts}
+        origin = f"{file}[{row['index']}]"
+        questions.append(ask(row["index"], words, [picture], origin, row["answer"], options=options, **kept))
+    return questions
+
+
+@grader
+def grade_choice(question: Question, answer: str) -> Grade:
+    """VLMEvalKit without a judge: the option that is read, or none."""
+    letter = chosen(answer, question.facts["options"])
+    return Grade(float(letter == question.gold), letter)
+
+
+def total_choice(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
+    """Share of right answers, of all and by category."""
+    return means(questions, grades, "category", scale=1)
+
+
+CHOICE_RULE = "VLMEvalKit vlmeval/utils/matching_util.py, without a judge"
+
+
+def read_answers_of(directory: Path, names: Sequence[str], facts: Sequence[str] = ()) -> list[Question]:
+    """Questions that a word or two answer; the cell of the right one is ``gold`` as it stands."""
+    file = find_table(directory, names)
+    rows = read_table(file, ("image", "question", "answer", *facts), whole=("answer",))
+    pictures = pictures_of_table(rows, file)
+    return [
+        ask(
+            row["index"],
+            short(row.get("question", "")),
+            [picture],
+            f"{file}[{row['index']}]",
+            row["answer"],
+            **{fact: row.get(fact, "") for fact in facts},
+        )
+        for row, picture in zip(rows, pictures)
+    ]
+
+
+def wanted(tables: Sequence[str], licence: str = "") -> tuple[Wanted, ...]:
+    """One of ``tables``: the first, or another instead."""
+    first, *others = (f"{table}.tsv" for table in tables)
+    return (
+        Wanted(first, SOURCE, licence),
+        *(Wanted(other, f"{SOURCE}; instead of {first}", licence) for other in others),
+    )
+
+
+def short_answers(
+    name: str,
+    title: str,
+    tables: Sequence[str],
+    rule: str,
+    value: Callable[[str, str], float],
+    *,
+    split: str,
+    read_as: Callable[[str], str],
+    by: Sequence[str] = (),
+    also: dict[str, Rule] | None = None,
+    licence: str = "",
+) -> Benchmark:
+    """A row whose table has short answers. ``value``: (answer, gold cell) -> [0, 1]; ``read_as``: what the rule makes
+    of an answer before it compares."""
+
+    @grader
+    def grade(question: Question, answer: str) -> Grade:
+        return Grade(value(answer, question.gold), read_as(answer))
+
+    return Benchmark(
+        name=name,
+        title=title,
+        folder=name,
+        wanted=wanted(tables, licence),
+        rule=rule,
+        split=split,
+        read=lambda directory, llava: read_answers_of(directory, tables, by),
+        grade=grade,
+        total=lambda questions, grades: means(questions, grades, by),
+        headline="Overall",
+        max_new_tokens=MOST_TOKENS,
+        also=also or {},
+    )

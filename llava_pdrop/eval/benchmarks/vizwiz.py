@@ -1,0 +1,119 @@
+"""VizWiz: questions of blind people about photographs they took. The paper's split is scored by a server only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_pdrop.errors import UserError
+from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Wanted, grader, means
+from llava_pdrop.eval.benchmarks.files import read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.prompts import short
+from llava_pdrop.eval.benchmarks.textvqa import by_vlmevalkit
+from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
+from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.rules.vqa import eval_ai, normalised
+
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+
+
+def read(directory: Path, llava: bool) -> list[Question]:
+    """The split ``test`` (``llava_test.jsonl``) if ``test.json`` has its answers; else ``val`` (``val.json``, ``val/``)
+    if that is there; else ``test`` for the server."""
+    known = _answers(directory / "test.json")
+    if known is None and (directory / "val.json").is_file():
+        return _read_val(directory)
+    file = directory / "llava_test.jsonl"
+    rows = read_lines(file, ("question_id", "image", "text"))
+    unique([row["question_id"] for row in rows], file, "question_id")
+    questions = []
+    for row in rows:
+        if known is not None and row["image"] not in known:
+            raise UserError(f"{file}: question_id {row['question_id']}: test.json has no answers for {row['image']}")
+        answers = None if known is None else known[row["image"]]
+        questions.append(_ask(str(row["question_id"]), row["text"], directory, "test", row["image"], file, answers))
+    return questions
+
+
+def _read_val(directory: Path) -> list[Question]:
+    file = directory / "val.json"
+    rows = read_json(file)
+    answers = _answers(file)
+    if answers is None:
+        raise UserError(f"{file}: has no answers; fetch it again")
+    return [
+        _ask(
+            row["image"], short(f"{row['question']}\n{UNANSWERABLE}"), directory, "val", row["image"], file,
+            answers[row["image"]],
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _answers(file: Path) -> dict[str, list[str]] | None:
+    """Picture -> the answers of all people; None if the file is not there, or has none."""
+    if not file.is_file():
+        return None
+    rows = read_json(file)
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{file}: expected a list of questions")
+    for number, row in enumerate(rows):
+        with_keys(row, ("image", "question"), f"{file}[{number}]")
+    if "answers" not in rows[0]:
+        return None
+    unique([row["image"] for row in rows], file, "image")
+    found = {}
+    for number, row in enumerate(rows):
+        answers: list[Any] = with_keys(row, ["answers"], f"{file}[{number}]")["answers"]
+        found[row["image"]] = [with_keys(answer, ["answer"], f"{file}[{number}]")["answer"] for answer in answers]
+    return found
+
+
+def _ask(
+    id: str, text: str, directory: Path, split: str, image: str, file: Path, answers: list[str] | None
+) -> Question:
+    gold = max(answers, key=answers.count) if answers else ""
+    picture = directory / split / image
+    return ask(
+        id, text, [picture], f"{file}[{id}]", gold, image=image, answers=answers, split=split, known=answers is not None
+    )
+
+
+@grader
+def grade(question: Question, answer: str) -> Grade:
+    return Grade(*normalised(answer, question.facts["answers"], eval_ai))
+
+
+def upload(questions: Sequence[Question], answers: Sequence[str | None], directory: Path, name: str) -> Path:
+    """``answers_upload/NAME.json`` as the server takes it (LLaVA ``convert_vizwiz_for_submission.py``)."""
+    rows = [
+        {"image": question.facts["image"], "answer": eval_ai(answer)}
+        for question, answer in zip(questions, all_answered(questions, answers))
+    ]
+    return write_json(rows, directory / "answers_upload" / f"{name}.json")
+
+
+VIZWIZ = Benchmark(
+    name="vizwiz",
+    title="VizWiz",
+    folder="vizwiz",
+    wanted=(
+        Wanted("llava_test.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
+        Wanted("test", "vizwiz.org (VQA, test images)", "CC BY 4.0"),
+        Wanted("val.json", "vizwiz.org (VQA, annotations)", "CC BY 4.0"),
+        Wanted("val", "vizwiz.org (VQA, val images)", "CC BY 4.0"),
+    ),
+    rule="lmms-eval lmms_eval/tasks/vizwiz_vqa/utils.py",
+    split="val",
+    paper_split="test",
+    read=read,
+    grade=grade,
+    total=lambda questions, grades: means(questions, grades, scale=1, overall="exact_match"),
+    headline="exact_match",
+    factor=100,
+    upload=upload,
+    also={
+        "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (vqa_score)", by_vlmevalkit("answers"), means)
+    },
+)
