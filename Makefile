@@ -48,7 +48,7 @@ test-slurm: setup ## train, preempt, requeue and resume under a real Slurm of tw
 test-gpu: setup ## run the tests that need a CUDA device (elsewhere they are skipped, with the reason)
 	$(PYTHON_VENV) -m pytest tests/gpu $(PYTEST_ARGS)
 
-test-golden: setup ## compare with the official results in the directory PDROP_GOLDEN (default: those in the repository)
+test-golden: setup ## compare with the official results in the directories PDROP_GOLDEN and PDROP_SCORING (default: those in the repository)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup tests/golden $(PYTEST_ARGS)
 
 check: setup ## lint, formatting and types

@@ -73,6 +73,8 @@ class Benchmark:
         max_new_tokens: of an answer, at most, as where the prompt comes from.
         headline: the number of `total` that the paper prints, ``factor`` times; ``best``: the most it can be there.
         read: (directory, whether a LLaVA is asked) -> questions. Raises UserError: the files are not what is expected.
+            ``facts["question_id"]`` is what LLaVA's files call a question, where that is not its id: MME and TextVQA
+            call several by one name, and others by numbers.
         grade: (question, answer) -> its value. ``None`` is an answer that was never given, "" an empty one. No
             function: only a judge can tell.
         total: (questions, grades) -> the numbers of all.

@@ -29,7 +29,8 @@ def read(directory: Path, llava: bool) -> list[Question]:
         if id not in known:
             raise UserError(f"{file}: question_id {id}: {labels} has no answer for it; take both from one release")
         gold = with_keys(known[id], ["answer"], f"{labels}: {id}")["answer"]
-        questions.append(ask(id, row["text"], [directory / "data" / "images" / row["image"]], f"{file}[{id}]", gold))
+        picture = directory / "data" / "images" / row["image"]
+        questions.append(ask(id, row["text"], [picture], f"{file}[{id}]", gold, question_id=row["question_id"]))
     return questions
 
 

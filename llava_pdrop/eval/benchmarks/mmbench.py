@@ -65,6 +65,7 @@ def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
                 f"{file}[{index}]",
                 answer or "",
                 unit=str(int(index) % ROTATION),
+                question_id=int(index),
                 options=options,
                 known=answer is not None,
                 category=row.get("category", ""),

@@ -56,7 +56,9 @@ def read(directory: Path, llava: bool) -> list[Question]:
             )
         picture = directory / RELEASE / row["image"]
         unit = f"{category}/{stem}"
-        questions.append(ask(id, words, [picture], f"{file}[{id}]", found[0], unit, category=category))
+        questions.append(
+            ask(id, words, [picture], f"{file}[{id}]", found[0], unit, category=category, question_id=name)
+        )
     for unit in dict.fromkeys(question.unit for question in questions):
         if (times := sum(question.unit == unit for question in questions)) != 2:
             raise UserError(f"{file}: picture {unit} has {times} questions; MME has two of each")

@@ -24,6 +24,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
             f"{file}[{row['question_id']}]",
             "",
             known=False,
+            question_id=row["question_id"],
         )
         for row in rows
     ]

@@ -40,7 +40,17 @@ def read(directory: Path, llava: bool) -> list[Question]:
             )
         picture = directory / "val2014" / row["image"]
         origin = f"{file}[{row['question_id']}]"
-        questions.append(ask(str(row["question_id"]), row["text"], [picture], origin, label["label"], category=name))
+        questions.append(
+            ask(
+                str(row["question_id"]),
+                row["text"],
+                [picture],
+                origin,
+                label["label"],
+                category=name,
+                question_id=row["question_id"],
+            )
+        )
     return questions
 
 

@@ -49,6 +49,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
                 f"{file}[{id}]",
                 label["answer"],
                 options={letter: text for letter, text in options.items() if text not in MISSING},
+                question_id=row["question_id"],
                 kind=label["data_type"],
                 category=types[label["question_type_id"]],
             )

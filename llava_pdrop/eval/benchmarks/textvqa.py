@@ -40,7 +40,8 @@ def read(directory: Path, llava: bool) -> list[Question]:
         answers = found[key][-1]
         gold = max(answers, key=answers.count)
         picture = directory / "train_images" / row["image"]
-        questions.append(ask(id, row["text"], [picture], f"{file}[{id}]", gold, answers=answers, own=own))
+        facts = {"question_id": row["question_id"], "answers": answers, "own": own}
+        questions.append(ask(id, row["text"], [picture], f"{file}[{id}]", gold, **facts))
     return questions
 
 

@@ -32,7 +32,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
         if known is not None and row["image"] not in known:
             raise UserError(f"{file}: question_id {row['question_id']}: test.json has no answers for {row['image']}")
         answers = None if known is None else known[row["image"]]
-        questions.append(_ask(str(row["question_id"]), row["text"], directory, "test", row["image"], file, answers))
+        questions.append(_ask(row["question_id"], row["text"], directory, "test", row["image"], file, answers))
     return questions
 
 
@@ -71,12 +71,21 @@ def _answers(file: Path) -> dict[str, list[str]] | None:
 
 
 def _ask(
-    id: str, text: str, directory: Path, split: str, image: str, file: Path, answers: list[str] | None
+    id: str | int, text: str, directory: Path, split: str, image: str, file: Path, answers: list[str] | None
 ) -> Question:
     gold = max(answers, key=answers.count) if answers else ""
     picture = directory / split / image
     return ask(
-        id, text, [picture], f"{file}[{id}]", gold, image=image, answers=answers, split=split, known=answers is not None
+        str(id),
+        text,
+        [picture],
+        f"{file}[{id}]",
+        gold,
+        question_id=id,
+        image=image,
+        answers=answers,
+        split=split,
+        known=answers is not None,
     )
 
 

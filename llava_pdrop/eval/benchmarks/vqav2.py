@@ -81,7 +81,15 @@ def _ask(
         }
     answers = facts.get("answers", [""])
     return ask(
-        str(id), text, [picture], f"{file}[{id}]", max(answers, key=answers.count), split=split, file=file, **facts
+        str(id),
+        text,
+        [picture],
+        f"{file}[{id}]",
+        max(answers, key=answers.count),
+        question_id=id,
+        split=split,
+        file=file,
+        **facts,
     )
 
 

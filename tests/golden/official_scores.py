@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,10 @@ from llava_pdrop.eval.benchmarks import BENCHMARKS
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule
 from llava_pdrop.eval.benchmarks.files import MISSING, numbered, read_answers
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.types import IMAGE_MARKER
 
 REPOSITORY = Path(__file__).parents[2]
+PACKED = REPOSITORY / "tests" / "golden" / "scoring" / "set.tar.xz"
 TOLERANCE = 1e-9
 
 MAIN = {
@@ -67,12 +73,24 @@ FACTS = {"label": "gold", "answer": "gold", "category": "category", "data_type":
 
 
 def directories() -> list[Path]:
-    """What ``PDROP_SCORING`` names; by default the subset in this repository and the full set beside it, if there."""
+    """What ``PDROP_SCORING`` names; by default what is packed in this repository, and the set beside it, if there."""
     if named := os.environ.get("PDROP_SCORING"):
         assert Path(named).is_dir(), f"PDROP_SCORING={named}: no such directory"
         return [Path(named).resolve()]
     full = REPOSITORY.parent / "shared" / "scoring"
-    return [REPOSITORY / "tests" / "golden" / "scoring", *([full] if full.is_dir() else [])]
+    return [PACKED, *([full] if full.is_dir() else [])]
+
+
+@lru_cache(maxsize=1)
+def unpacked(archive: Path) -> Path:
+    """The directory within ``archive``, which lies there until the tests end; a directory stays where it is."""
+    if archive.is_dir():
+        return archive
+    home = tempfile.TemporaryDirectory()
+    atexit.register(home.cleanup)
+    with tarfile.open(archive) as opened:
+        opened.extractall(home.name, filter="data")
+    return Path(home.name)
 
 
 def load_lines(file: Path) -> list[dict[str, Any]]:
@@ -175,6 +193,9 @@ class Scored:
         for name, value in theirs.items():
             name = name.replace("_dev/", "/")
             if name.startswith("printed"):
+                if name in ("printed", "printed/accuracy"):  # rounded, the number of the paper last
+                    shown = value[-1] if isinstance(value, list) else value
+                    self.same(round(ours[self.row.headline], 2), shown, f"{key} {name}")
                 continue
             if name in counts:
                 self.same(counts[name], value, f"{key} {name}")
@@ -183,6 +204,7 @@ class Scored:
             own = round(ours[name], 2) if "official" in key else ours[name]
             self.same(own, float(value), f"{key} {name}")
         missing = ours.keys() - {name.replace("_dev/", "/") for name in theirs}
+        assert missing != ours.keys(), f"{self.row.name}: {key}: nothing was compared"
         assert not missing, f"{self.row.name}: {key}: nothing official to compare {sorted(missing)} with"
         if self.row.headline and key == MAIN[self.row.name]:
             assert self.row.headline in ours
@@ -193,6 +215,20 @@ class Scored:
         file = self.row.upload(self.questions, self.answers, scratch, "golden")
         assert file.is_file() and "golden" in str(file.relative_to(scratch))
         UPLOADS[self.row.name](self, file)
+
+    def compare_prompts(self, root: Path) -> None:
+        """Prompts of a LLaVA as the whole conversation; those of VLMEvalKit for other models, where LLaVA has none."""
+        lines = [line for line in load_lines(root / "prompts.jsonl") if line["benchmark"] == self.row.folder]
+        if any(line["source"] == "llava" for line in lines):
+            asked, source, text_of = self.questions, "llava", conversation
+        else:
+            asked, source, text_of = self.row.read(self.directory, False), "vlmevalkit", words
+        before = self.compared
+        for line in lines:
+            if line["source"] == source:
+                own = [text_of(question) for question in asked if question.id.split("#")[0] == str(line["id"])]
+                self.same(line["prompt"] if line["prompt"] in own else own, line["prompt"], f"prompt of {line['id']}")
+        assert self.compared > before, f"{self.row.name}: no prompt to compare"
 
     def compare_upload_vqav2(self, file: Path) -> None:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -280,3 +316,8 @@ def conversation(question: Question) -> str:
     """The whole prompt of a LLaVA-1.5, as text."""
     template = TEMPLATES["v1"]
     return "".join(piece.text for piece in template.generation_prompt(template.rounds(question.record.turns)))
+
+
+def words(question: Question) -> str:
+    """The text behind the picture."""
+    return question.record.turns[-1].text.replace(f"{IMAGE_MARKER}\n", "", 1)
