@@ -16,15 +16,8 @@ from typing import Any
 from llava_pdrop.data.readers.pictures import InlinePicture
 from llava_pdrop.errors import MissingFileError, UserError, clip
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.text import MISSING
 from llava_pdrop.types import ImageSource
-
-MISSING = frozenset(
-    {
-        "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
-        "NULL", "NaN", "None", "n/a", "nan", "null",
-    }
-)  # fmt: skip
-"""Cells that pandas takes for missing values, and all that read tables with it do."""
 
 REFERENCE = 64
 """Letters of an image cell up to which it is the index of another row, whose picture is meant (VLMEvalKit)."""

@@ -79,7 +79,7 @@ def _labels(file: Path) -> dict[str, str]:
 
 def four_letters(text: str) -> str:
     """``yes`` or ``no`` within the first four characters, else ``other``."""
-    return next((word for word in ("yes", "no") if word in text[:4].lower()), "other")
+    return next((word for word in ("yes", "no") if word in text.lower()[:4]), "other")
 
 
 def without_stops(text: str) -> str:

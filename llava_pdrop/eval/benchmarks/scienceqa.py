@@ -11,10 +11,11 @@ import numpy as np
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import MISSING, read_json, unique, with_keys
+from llava_pdrop.eval.benchmarks.files import read_json, unique, with_keys
 from llava_pdrop.eval.benchmarks.prompts import LETTER
 from llava_pdrop.eval.benchmarks.tables import CHOICE_RULE, grade_choice
 from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.rules.text import MISSING
 from llava_pdrop.types import IMAGE_MARKER
 
 LETTERS = "ABCDE"

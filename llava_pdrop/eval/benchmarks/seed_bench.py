@@ -9,9 +9,10 @@ import numpy as np
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Total, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import MISSING, read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.files import read_json, read_lines, unique, with_keys
 from llava_pdrop.eval.benchmarks.tables import CHOICE_RULE, grade_choice
 from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.rules.text import MISSING
 
 KEYS = ("question_id", "question_type_id", "data_type", "answer", "choice_a", "choice_b", "choice_c", "choice_d")
 VIDEO = "SEED-Bench-video-image"

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import ast
 
-from llava_pdrop.eval.benchmarks.files import MISSING
+MISSING = frozenset(
+    {
+        "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+        "NULL", "NaN", "None", "n/a", "nan", "null",
+    }
+)  # fmt: skip
+"""Cells that pandas takes for missing values, and all that read tables with it do."""
 
 THRESHOLD = 0.5
 """ANLS below it is 0."""
