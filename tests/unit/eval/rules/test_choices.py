@@ -15,7 +15,8 @@ LONG = {"A": "a rowing boat at the shore", "B": "a typewriter over the door", "C
     [
         ("A", "A"), (" C\n", "C"), ("(B)", "B"), ("[D]", "D"), ("B.", "B"), ("B: pear", "B"), ("**A**", "A"),
         ("#C#", "C"), ("{D}", "D"), ("A cat", "A"), ("The correct option is C: pear", "C"),
-        ("b", "Z"), ('"B"', "Z"), ("B。", "Z"), ("B\uff1a", "Z"), ("\uff22", "Z"), ("A B", "Z"), ("A/B", "Z"), ("AA", "Z"),
+        ("b", "Z"), ('"B"', "Z"), ("B。", "Z"), ("B\uff1a", "Z"), ("\uff22", "Z"), ("A B", "Z"),
+        ("A/B", "Z"), ("AA", "Z"),
         ("E", "Z"), ("Z", "Z"), ("", "Z"), ("It is Z", "Z"),
         ("Cannot determine the answer", "Z"), ("Cannot determine the answer: B", "Z"),
         ("A thing is shown here", "Z"),  # the letter is not among the last four words
