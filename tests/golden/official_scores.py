@@ -69,7 +69,7 @@ READ = {
 }
 """(benchmark, rule) -> what was parsed, in ``per_question``."""
 
-FACTS = {"label": "gold", "answer": "gold", "category": "category", "data_type": "kind", "split": "split"}
+FACTS = {"label": "gold", "answer": "gold", "category": "category", "data_type": "kind", "split": "part"}
 """Field of ``per_question`` -> what we call it."""
 
 

@@ -11,7 +11,7 @@ from llava_pdrop.eval.benchmarks.tables import short_answers
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.text import alternatives, from_sheet, relaxed
 
-SPLITS = {"human": "test_human", "augmented": "test_augmented"}
+PARTS = {"human": "test_human", "augmented": "test_augmented"}
 
 
 def as_read(answer: str) -> str:
@@ -30,22 +30,21 @@ def grade_lmms(question: Question, answer: str) -> Grade:
 
 def total_lmms(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
     """All questions, those that people wrote, and those made by machine."""
-    parts = [means(questions, grades, scale=1, overall="relaxed_overall")]
-    for name, split in SPLITS.items():
-        own = np.array([question.facts["split"] == split for question in questions])
-        parts.append(means(questions, grades, scale=1, overall=f"relaxed_{name}_split", only=own))
-    return lambda weights: {name: number for part in parts for name, number in part(weights).items()}
+    found = [means(questions, grades, scale=1, overall="relaxed_overall")]
+    for name, part in PARTS.items():
+        own = np.array([question.facts["part"] == part for question in questions])
+        found.append(means(questions, grades, scale=1, overall=f"relaxed_{name}_split", only=own))
+    return lambda weights: {name: number for numbers in found for name, number in numbers(weights).items()}
 
 
 CHARTQA = short_answers(
     "chartqa",
     "ChartQA",
-    ["ChartQA_TEST"],
+    {"ChartQA_TEST": "test"},
     "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (relaxed_accuracy)",
     value,
-    split="test",
     read_as=as_read,
-    by=["split"],
+    by="split",
     also={"lmms_eval": Rule("lmms-eval lmms_eval/tasks/chartqa/utils.py", grade_lmms, total_lmms)},
     licence="GPL-3.0 (github.com/vis-nlp/ChartQA)",
 )

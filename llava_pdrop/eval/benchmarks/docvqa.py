@@ -26,10 +26,9 @@ def row(name: str, title: str, table: str) -> Benchmark:
     return short_answers(
         name,
         title,
-        [table],
+        {table: "val"},
         "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (anls)",
         lambda answer, gold: anls(from_sheet(answer), alternatives(from_sheet(gold))),
-        split="val",
         read_as=from_sheet,
         also={"lmms_eval": LMMS},
     )

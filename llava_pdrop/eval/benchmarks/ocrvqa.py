@@ -13,9 +13,8 @@ def value(answer: str, gold: str) -> float:
 OCRVQA = short_answers(
     "ocrvqa",
     "OCRVQA",
-    ["OCRVQA_TESTCORE", "OCRVQA_TEST"],
+    {"OCRVQA_TESTCORE": "testcore", "OCRVQA_TEST": "test"},
     "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)",
     value,
-    split="testcore",
     read_as=lambda answer: from_sheet(answer).strip(),
 )

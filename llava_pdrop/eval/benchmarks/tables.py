@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llava_pdrop.errors import UserError
@@ -55,10 +55,13 @@ def total_choice(questions: Sequence[Question], grades: Sequence[Grade]) -> Stat
 CHOICE_RULE = "VLMEvalKit vlmeval/utils/matching_util.py, without a judge"
 
 
-def read_answers_of(directory: Path, names: Sequence[str], facts: Sequence[str] = ()) -> list[Question]:
-    """Questions that a word or two answer; the cell of the right one is ``gold`` as it stands."""
-    file = find_table(directory, names)
-    rows = read_table(file, ("image", "question", "answer", *facts), whole=("answer",))
+def read_answers_of(directory: Path, tables: Mapping[str, str], by: str | None = None) -> list[Question]:
+    """Questions that a word or two answer; the cell of the right one is ``gold`` as it stands.
+
+    ``tables``: name of a table -> its split; ``by``: a column whose cell is kept as the fact ``part``.
+    """
+    file = find_table(directory, [*tables])
+    rows = read_table(file, ("image", "question", "answer", *([by] if by else [])), whole=("answer",))
     pictures = pictures_of_table(rows, file)
     return [
         ask(
@@ -67,7 +70,8 @@ def read_answers_of(directory: Path, names: Sequence[str], facts: Sequence[str] 
             [picture],
             f"{file}[{row['index']}]",
             row["answer"],
-            **{fact: row.get(fact, "") for fact in facts},
+            split=tables[file.stem],
+            part=row.get(by or "", ""),
         )
         for row, picture in zip(rows, pictures)
     ]
@@ -85,13 +89,12 @@ def wanted(tables: Sequence[str], licence: str = "") -> tuple[Wanted, ...]:
 def short_answers(
     name: str,
     title: str,
-    tables: Sequence[str],
+    tables: Mapping[str, str],
     rule: str,
     value: Callable[[str, str], float],
     *,
-    split: str,
     read_as: Callable[[str], str],
-    by: Sequence[str] = (),
+    by: str | None = None,
     also: dict[str, Rule] | None = None,
     licence: str = "",
 ) -> Benchmark:
@@ -106,12 +109,12 @@ def short_answers(
         name=name,
         title=title,
         folder=name,
-        wanted=wanted(tables, licence),
+        wanted=wanted([*tables], licence),
         rule=rule,
-        split=split,
+        split=next(iter(tables.values())),
         read=lambda directory, llava: read_answers_of(directory, tables, by),
         grade=grade,
-        total=lambda questions, grades: means(questions, grades, by),
+        total=lambda questions, grades: means(questions, grades, "part" if by else ()),
         headline="Overall",
         max_new_tokens=MOST_TOKENS,
         also=also or {},

@@ -1,0 +1,80 @@
+"""MMBench: rotations, missing options, and the sheet for the server."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava_pdrop.errors import UserError
+from llava_pdrop.eval.benchmarks.mmbench import MMBENCH, MMBENCH_CN
+from llava_pdrop.eval.benchmarks.prompts import LETTER, LETTER_CN
+from tests.messages import says
+from tests.unit.eval.benchmarks.made import numbers, write_table
+
+HEAD = "index|question|hint|A|B|C|D|answer|category|image|source|l2-category|comment|split"
+ROWS = (
+    "7|Which?|nan|cat|dog|||A|ocr|@|x|logic_reasoning||dev",
+    "8|Which?|Look.|red|None|blue||C|topic|@|x|coarse_perception||dev",
+    "1000007|Which?||dog|cat|||B|ocr|@|x|logic_reasoning||dev",
+)
+
+
+@pytest.fixture
+def made(tmp_path):
+    write_table(tmp_path / "mmbench_dev_20230712.tsv", HEAD, *ROWS)
+    write_table(tmp_path / "MMBench_DEV_CN.tsv", HEAD, *ROWS)
+    return tmp_path
+
+
+def test_llavas_words_for_every_model(made) -> None:
+    first, second, third = MMBENCH.read(made, False)
+    assert first.record.turns[0].text == f"<image>\nWhich?\nA. cat\nB. dog\n{LETTER}"
+    assert second.text == f"Look.\nWhich?\nA. red\n{LETTER}"  # its options end where one is missing
+    assert second.facts["options"] == {"A": "red", "C": "blue"}  # but the rule knows the rest
+    assert third.unit == first.unit == "7" and second.unit == "8"
+    assert MMBENCH_CN.read(made, True)[0].text.endswith(f"B. dog\n{LETTER_CN}")
+    assert MMBENCH.split_of([first]) == "dev"
+
+
+def test_all_rotations_must_be_right(made) -> None:
+    questions = MMBENCH.read(made, True)
+    found = numbers(MMBENCH, questions, ["A", "C", "A"])
+    assert found["circular/Overall"] == 0.5 and found["circular/LR"] == 0 and found["circular/CP"] == 1
+    assert found["vanilla_0/Overall"] == 1 and found["vanilla_all/Overall"] == pytest.approx(2 / 3)
+    assert found["vanilla_all/ocr"] == 0.5
+    assert numbers(MMBENCH, questions, ["A", "C", "cat"])["circular/Overall"] == 1
+    assert numbers(MMBENCH, questions, ["A", "C", None])["circular/Overall"] == 0.5
+
+
+def test_the_sheet_of_the_server(made, tmp_path) -> None:
+    from openpyxl import load_workbook
+
+    questions = MMBENCH.read(made, True)
+    file = MMBENCH.upload(questions, ["=1+1", "A\x0b", None], tmp_path / "out", "own")
+    assert file == tmp_path / "out" / "answers_upload" / "mmbench_dev_20230712" / "own.xlsx"
+    head, *rows = load_workbook(file).active.iter_rows(values_only=True)
+    assert head == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+    assert rows[0] == (7, "Which?", "cat", "dog", None, None, "=1+1", "A", "dev")
+    assert [row[6] for row in rows[1:]] == ["A", None]
+
+
+def test_rows_without_answers_are_for_the_server(made) -> None:
+    rows = [row.replace("|A|ocr|", "||ocr|") for row in ROWS]
+    write_table(made / "mmbench_dev_20230712.tsv", HEAD, *rows)
+    assert numbers(MMBENCH, MMBENCH.read(made, True), ["A", "C", "B"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ("x|?||a|b|||A|ocr|@|x|y||dev", ("index x", "number")),
+        ("9|?||a|b|||C|ocr|@|x|y||dev", ("index 9", "answer is C", "A, B")),
+        ("7|?||a|b|||A|ocr|@|x|y||dev", ("index 7", "2 times")),
+    ],
+)
+def test_rows_that_do_not_fit(made, row, parts) -> None:
+    write_table(made / "mmbench_dev_20230712.tsv", HEAD, *ROWS, row)
+    with pytest.raises(UserError, match=says("mmbench_dev_20230712.tsv", *parts)):
+        MMBENCH.read(made, True)
+    write_table(made / "mmbench_dev_20230712.tsv", HEAD.replace("l2-", "l2_"), *ROWS)
+    with pytest.raises(UserError, match=says("'l2-category'")):
+        MMBENCH.read(made, True)
