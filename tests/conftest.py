@@ -30,7 +30,9 @@ def pytest_addoption(parser) -> None:
 def pytest_configure(config) -> None:
     restarts.begin(config)
     if config.getoption("fast"):
-        os.environ["PDROP_GOLDEN"] = str(Path(__file__).parent / "golden" / "reference")  # the subset
+        golden = Path(__file__).parent / "golden"  # what lies in the repository
+        os.environ["PDROP_GOLDEN"] = str(golden / "reference")
+        os.environ["PDROP_SCORING"] = str(golden / "scoring" / "set.tar.xz")
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.eval.answering import Answer
-from llava_pdrop.eval.benchmarks.base import Benchmark, Statistic
+from llava_pdrop.eval.benchmarks.base import Benchmark, Statistic, known
 from llava_pdrop.eval.evaluate import image_tokens_of
 from llava_pdrop.eval.interval import draws_of, interval
 from llava_pdrop.eval.questions import Question
@@ -95,7 +95,7 @@ def score_of(
 
 
 def _statistic(benchmark: Benchmark, questions: Sequence[Question], answers: Sequence[Answer]) -> Statistic | None:
-    if benchmark.total is None or benchmark.grade is None:
+    if benchmark.total is None or benchmark.grade is None or not known(questions):
         return None
     grades = [benchmark.grade(question, answer.text) for question, answer in zip(questions, answers)]
     return benchmark.total(questions, grades)

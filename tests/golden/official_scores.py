@@ -76,7 +76,7 @@ FACTS = {"label": "gold", "answer": "gold", "category": "category", "data_type":
 def directories() -> list[Path]:
     """What ``PDROP_SCORING`` names; by default what is packed in this repository, and the set beside it, if there."""
     if named := os.environ.get("PDROP_SCORING"):
-        assert Path(named).is_dir(), f"PDROP_SCORING={named}: no such directory"
+        assert Path(named).exists(), f"PDROP_SCORING={named}: no such directory, or archive of one"
         return [Path(named).resolve()]
     full = REPOSITORY.parent / "shared" / "scoring"
     return [PACKED, *([full] if full.is_dir() else [])]

@@ -87,17 +87,19 @@ def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
     units: dict[str, list[int]] = {}
     for row, question in enumerate(questions):
         units.setdefault(question.unit, []).append(row)
-    plain = np.array([row for row, question in enumerate(questions) if int(question.id) < ROTATION], dtype=np.intp)
-    circular = np.array([values[units[questions[row].unit]].min() for row in plain])
+    indices = np.array([int(question.id) for question in questions])
+    plain = np.flatnonzero(indices < ROTATION)
+    circular = np.array([values[units[questions[row].unit]].min() for row in plain.tolist()])
+    low = np.flatnonzero(indices <= ROTATION)  # VLMEvalKit counts a rotation of index 0 among them
     parts = []
     for name, rows, own in (
         ("circular", plain, circular),
-        ("vanilla_0", plain, values[plain]),
+        ("vanilla_0", low, values[low]),
         ("vanilla_all", np.arange(len(values)), values),
     ):
         parts.append((rows, grouped(own, [f"{name}/Overall"] * len(rows))))
         for fact in ("ability", "category"):
-            parts.append((rows, grouped(own, [f"{name}/{questions[row].facts[fact]}" for row in rows])))
+            parts.append((rows, grouped(own, [f"{name}/{questions[row].facts[fact]}" for row in rows.tolist()])))
 
     def statistic(weights: np.ndarray) -> dict[str, float]:
         return {name: value for rows, part in parts for name, value in part(weights[rows]).items()}

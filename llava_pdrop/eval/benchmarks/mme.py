@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def read(directory: Path, llava: bool) -> list[Question]:
         questions.append(
             ask(id, words, [picture], f"{file}[{id}]", found[0], unit, category=category, question_id=name)
         )
-    for unit in dict.fromkeys(question.unit for question in questions):
-        if (times := sum(question.unit == unit for question in questions)) != 2:
+    for unit, times in Counter(question.unit for question in questions).items():
+        if times != 2:
             raise UserError(f"{file}: picture {unit} has {times} questions; MME has two of each")
     return questions
 

@@ -65,7 +65,10 @@ def said(answer: str) -> str:
 
 
 def grade(question: Question, answer: str | None) -> Grade:
-    word = said(answer or "")
+    """LLaVA's word against the label. An answer that was never given is the wrong word, whichever that is."""
+    if answer is None:
+        return Grade(0.0, "no" if question.gold == "yes" else "yes", answered=False)
+    word = said(answer)
     return Grade(float(word == question.gold), word)
 
 

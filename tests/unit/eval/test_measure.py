@@ -115,3 +115,5 @@ def test_what_only_a_server_knows_has_no_score():
     found = score_of(replace(TOY, total=None), QUESTIONS, answers(2), "vanilla", Schedule(), "p")
     assert found.value is None and "server" in table_rows([found])[1]
     assert "server" in markdown(paired([found, found]), "Benchmarks")
+    asked = [replace(question, facts={"known": False}) for question in QUESTIONS]
+    assert score_of(TOY, asked, answers(2), "vanilla", Schedule(), "p").value is None

@@ -45,6 +45,13 @@ def test_all_rotations_must_be_right(made) -> None:
     assert numbers(MMBENCH, questions, ["A", "C", None])["circular/Overall"] == 0.5
 
 
+def test_a_rotation_of_index_0_is_among_the_unrotated(made) -> None:
+    rows = ["0|?||a|b|||A|ocr|@|x|y||dev", "1000000|?||b|a|||B|ocr|@|x|y||dev"]
+    write_table(made / "mmbench_dev_20230712.tsv", HEAD, *rows)
+    found = numbers(MMBENCH, MMBENCH.read(made, True), ["A", "A"])
+    assert found["circular/Overall"] == 0 and found["vanilla_0/Overall"] == 0.5
+
+
 def test_the_sheet_of_the_server(made, tmp_path) -> None:
     from openpyxl import load_workbook
 

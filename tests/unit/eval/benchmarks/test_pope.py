@@ -48,6 +48,12 @@ def test_the_mean_of_three_is_printed(made) -> None:
     assert found[POPE.headline] == pytest.approx(5 / 9)
 
 
+def test_what_was_never_answered_is_wrong(made) -> None:
+    questions = POPE.read(made[0], True)
+    assert numbers(POPE, questions, [None] * 12)["random/accuracy"] == 0
+    assert numbers(POPE, questions, [""] * 12)["random/accuracy"] == 0.5
+
+
 def test_labels_that_do_not_fit(made) -> None:
     root, rows = made
     write_lines(root / "llava_pope_test.jsonl", rows[1:])
