@@ -36,7 +36,6 @@ MAIN = {
 """Benchmark -> the key of its own rule in ``expected.json``. Those of `Benchmark.also` are called as there."""
 
 NOT_OURS = {
-    "pope": {"lmms_eval", "vlmevalkit"},
     "mmbench": {"lmms_eval_static"},
     "mmbench_cn": {"lmms_eval_static"},
     "mmstar": {"lmms_eval"},
@@ -45,6 +44,7 @@ NOT_OURS = {
 
 READ = {
     ("pope", "llava"): "llava_word",
+    ("pope", "vlmevalkit"): "vlmevalkit_word",
     ("mme", "eval_tool"): "eval_tool_word",
     ("mme", "lmms_eval"): "lmms_eval_word",
     ("mme", "vlmevalkit"): "vlmevalkit_word",

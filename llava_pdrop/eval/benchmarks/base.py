@@ -128,6 +128,17 @@ def grader(rule: Callable[[Question, str], Grade]) -> Grader:
     return grade
 
 
+def by_word(said: Callable[[str], str]) -> Grader:
+    """The rule that what is ``said`` in an answer is the right one, in either case."""
+
+    @grader
+    def grade(question: Question, answer: str) -> Grade:
+        word = said(answer)
+        return Grade(float(word.lower() == question.gold.lower()), word)
+
+    return grade
+
+
 def values_of(grades: Sequence[Grade]) -> np.ndarray:
     """Values (questions,) float64."""
     return np.array([grade.value for grade in grades], dtype=np.float64)

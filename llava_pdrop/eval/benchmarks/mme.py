@@ -12,20 +12,18 @@ from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.eval.benchmarks.base import (
     Benchmark,
     Grade,
-    Grader,
     Rule,
     Statistic,
     Total,
     Wanted,
-    grader,
+    by_word,
     grouped,
     values_of,
 )
 from llava_pdrop.eval.benchmarks.files import numbered, read_lines
 from llava_pdrop.eval.benchmarks.prompts import SHORT
 from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.text import from_sheet
-from llava_pdrop.eval.rules.vqa import without_marks
+from llava_pdrop.eval.rules.yes_no import four_letters, one_word, without_stops
 
 PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
@@ -76,32 +74,6 @@ def _labels(file: Path) -> dict[str, str]:
     if any(len(pair) != 2 or pair[1].lower() not in ("yes", "no") for pair in pairs):
         raise UserError(f"{file}: expected a question, a tab, and Yes or No in every line")
     return {question: answer for question, answer in pairs}
-
-
-def four_letters(text: str) -> str:
-    """``yes`` or ``no`` within the first four characters, else ``other``."""
-    return next((word for word in ("yes", "no") if word in text.lower()[:4]), "other")
-
-
-def without_stops(text: str) -> str:
-    """lmms-eval: outer blanks and full stops do not count, and a lone letter does."""
-    words = text.lower().strip().replace(".", "")
-    return {"y": "yes", "n": "no"}.get(words) or four_letters(words)
-
-
-def one_word(text: str) -> str:
-    """VLMEvalKit: exactly one of the words, wherever it stands."""
-    words = set(without_marks(from_sheet(text).lower()).split()) & {"yes", "no"}
-    return words.pop().capitalize() if len(words) == 1 else "Unknown"
-
-
-def by(said: Callable[[str], str]) -> Grader:
-    @grader
-    def grade(question: Question, answer: str) -> Grade:
-        word = said(answer)
-        return Grade(float(word.lower() == question.gold.lower()), word)
-
-    return grade
 
 
 def counted(name: Callable[[str, str], list[str]], groups: tuple[str, str], in_order: bool) -> Total:
@@ -157,19 +129,19 @@ MME = Benchmark(
     rule="MME eval_tool/calculation.py",
     split="test",
     read=read,
-    grade=by(four_letters),
+    grade=by_word(four_letters),
     total=counted(in_full, ("perception", "cognition"), in_order=True),
     headline="perception",
     best=2000,
     also={
         "lmms_eval": Rule(
             "lmms-eval lmms_eval/tasks/mme/utils.py",
-            by(without_stops),
+            by_word(without_stops),
             counted(points("categories/"), ("perception", "cognition"), in_order=False),
         ),
         "vlmevalkit": Rule(
             "VLMEvalKit vlmeval/dataset/utils/yorn.py MME_rating",
-            by(one_word),
+            by_word(one_word),
             counted(points(""), ("perception", "reasoning"), in_order=False),
         ),
     },

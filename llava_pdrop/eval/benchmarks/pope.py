@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from llava_pdrop.errors import UserError
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Statistic, Wanted
+from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Total, Wanted, by_word, values_of
 from llava_pdrop.eval.benchmarks.files import read_lines, unique
 from llava_pdrop.eval.benchmarks.prompts import short
 from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.rules.yes_no import no_among_words, one_word, rates, share, whole_answer
 
 CATEGORIES = ("adversarial", "popular", "random")
 MEAN = "mean_of_three"
@@ -58,17 +59,11 @@ def _labels(directory: Path, name: str) -> list[dict[str, str]]:
     return read_lines(directory / "coco" / f"coco_pope_{name}.json", ("image", "text", "label"))
 
 
-def said(answer: str) -> str:
-    """``no`` if one of these words stands before the first full stop, else ``yes``."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "not", "no"} & set(words) else "yes"
-
-
 def grade(question: Question, answer: str | None) -> Grade:
     """LLaVA's word against the label. An answer that was never given is the wrong word, whichever that is."""
     if answer is None:
         return Grade(0.0, "no" if question.gold == "yes" else "yes", answered=False)
-    word = said(answer)
+    word = no_among_words(answer)
     return Grade(float(word == question.gold), word)
 
 
@@ -82,21 +77,44 @@ def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
         by_name = {}
         for name, own in rows.items():
             w = weights * own
-            hit, false_alarm, miss = w @ (yes & true), w @ (yes & ~true), w @ (~yes & true)
-            rest = w.sum() - hit - false_alarm - miss
-            precision = _share(hit, hit + false_alarm)
-            recall = _share(hit, hit + miss)
-            by_name[name] = {
-                "accuracy": _share(hit + rest, w.sum()),
-                "precision": precision,
-                "recall": recall,
-                "f1": _share(2 * precision * recall, precision + recall),
-                "yes_ratio": _share(hit + false_alarm, w.sum()),
-            }
+            by_name[name] = rates(w, true, yes, ~yes, yes == true) | {"yes_ratio": share(w @ yes, w.sum())}
         by_name[MEAN] = {key: sum(by_name[name][key] for name in rows) / len(rows) for key in by_name[CATEGORIES[0]]}
         return {f"{name}/{key}": value for name, found in by_name.items() for key, value in found.items()}
 
     return statistic
+
+
+def total_of(names: dict[str, str], pooled: str, scale: float, misses: tuple[str, ...]) -> Total:
+    """Numbers of all questions together (``pooled``) and by category, of the projects that do not take every answer for
+    one of the two words.
+
+    ``names``: accuracy, precision, recall, f1 and label_ratio -> what they are called; ``misses``: what is read in an
+    answer that counts as no where the label is yes.
+    """
+
+    def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
+        right = values_of(grades) == 1
+        read = [grade.read.lower() for grade in grades]
+        true = np.array([question.gold == "yes" for question in questions])
+        yes, no = np.array([word == "yes" for word in read]), np.array([word in misses for word in read])
+        rows = {pooled: np.ones(len(questions))}
+        rows |= {name: np.array([question.facts["category"] == name for question in questions]) for name in CATEGORIES}
+
+        def statistic(weights: np.ndarray) -> dict[str, float]:
+            numbers: dict[str, float] = {}
+            for group, own in rows.items():
+                w = weights * own
+                found = rates(w, true, yes, no, right) | {"label_ratio": share(w @ true, w.sum())}
+                numbers |= {f"{group}/{name}": scale * found[key] for key, name in names.items()}
+            return numbers
+
+        return statistic
+
+    return total
+
+
+LMMS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "f1", "label_ratio": "yes_ratio"}
+VLMEVALKIT = {"f1": "Overall", "accuracy": "acc", "precision": "precision", "recall": "recall"}
 
 
 def _share(part: float, whole: float) -> float:
@@ -121,4 +139,14 @@ POPE = Benchmark(
     total=total,
     headline=f"{MEAN}/f1",
     factor=100,
+    also={
+        "lmms_eval": Rule(
+            "lmms-eval lmms_eval/tasks/pope/utils.py", by_word(whole_answer), total_of(LMMS, "pooled", 1, ("no",))
+        ),
+        "vlmevalkit": Rule(
+            "VLMEvalKit vlmeval/dataset/utils/yorn.py POPE_rating",
+            by_word(one_word),
+            total_of(VLMEVALKIT, "Overall", 100, ("no", "unknown")),
+        ),
+    },
 )

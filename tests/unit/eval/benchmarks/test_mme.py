@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava_pdrop.errors import MissingFileError, UserError
-from llava_pdrop.eval.benchmarks.mme import MME, RELEASE, four_letters, one_word, without_stops
+from llava_pdrop.eval.benchmarks.mme import MME, RELEASE
 from tests.messages import says
 from tests.unit.eval.benchmarks.made import ask_of, numbers, write_lines
 
@@ -34,38 +34,6 @@ def made(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("answer", "word"),
-    [("Yes", "yes"), ("yes.", "yes"), ("  no", "no"), ("   yes", "other"), ("None", "no"), ("Not really", "no"),
-     ("nothing", "no"), ("Nope", "no"), ("The answer is yes.", "other"), ("Unknown", "other"), ("Yep", "other"),
-     ("... no", "other"), (".. yes", "other"), ("", "other"), ("y", "other"), ("no yes", "no"), ("AYES", "yes")],
-)  # fmt: skip
-def test_eval_tool_looks_at_four_characters(answer, word) -> None:
-    assert four_letters(answer) == word
-
-
-@pytest.mark.parametrize(
-    ("answer", "word"),
-    [("   yes", "yes"), ("... no", "no"), ("y", "yes"), ("N.", "no"), ("Yep", "other"), ("", "other"), ("ye.s", "yes")],
-)
-def test_lmms_eval_strips(answer, word) -> None:
-    assert without_stops(answer) == word
-
-
-@pytest.mark.parametrize(
-    ("answer", "word"),
-    [
-        ("The answer is yes.", "Yes"),
-        ("yes or no", "Unknown"),
-        ("Not really", "Unknown"),
-        ("(No)", "No"),
-        ("", "Unknown"),
-    ],
-)
-def test_vlmevalkit_looks_for_one_word(answer, word) -> None:
-    assert one_word(answer) == word
 
 
 def test_questions_of_a_picture_belong_together(made) -> None:
