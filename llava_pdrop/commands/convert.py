@@ -77,7 +77,6 @@ def _serving(origin: str, asked: str | None) -> Callable[[Any], list[str]]:
     one."""
     from llava_pdrop.checkpoint.export import usual_template
     from llava_pdrop.checkpoint.shards import resolve
-    from llava_pdrop.config.load import template_of_run
     from llava_pdrop.data.chat import give_chat
     from llava_pdrop.errors import UserError
 
@@ -91,3 +90,19 @@ def _serving(origin: str, asked: str | None) -> Callable[[Any], list[str]]:
         return [give_chat(source.tokenizer, source.generation, asked, recorded or usual, because)]
 
     return prepare
+
+
+def template_of_run(directory: Path) -> str | None:
+    """The conversation template (``model.template``) of the run that is saved in ``directory``; None where none is.
+
+    Raises:
+        ConfigError: its config cannot be read.
+    """
+    from llava_pdrop.config.load import RUN_FILE
+    from llava_pdrop.config.values import read_mapping
+
+    if not (directory / RUN_FILE).is_file():
+        return None
+    model = read_mapping(directory / RUN_FILE).get("model")
+    name = model.get("template") if isinstance(model, dict) else None
+    return name if isinstance(name, str) else None

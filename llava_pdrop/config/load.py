@@ -44,19 +44,6 @@ def runs_in(directory: Path) -> str:
     return f": name one of the runs in it, {' or '.join(runs)}" if runs else ""
 
 
-def template_of_run(directory: Path) -> str | None:
-    """The conversation template (``model.template``) of the run that is saved in ``directory``; None where none is.
-
-    Raises:
-        ConfigError: its config cannot be read.
-    """
-    if not (directory / RUN_FILE).is_file():
-        return None
-    model = read_mapping(directory / RUN_FILE).get("model")
-    name = model.get("template") if isinstance(model, dict) else None
-    return name if isinstance(name, str) else None
-
-
 OVERRIDES = "command line"
 """Stands for the file in errors about a dotted override."""
 

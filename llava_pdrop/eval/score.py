@@ -11,7 +11,7 @@ import numpy as np
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.eval.answering import Answer
-from llava_pdrop.eval.benchmarks.base import Benchmark, Statistic, known
+from llava_pdrop.eval.benchmarks.base import Benchmark, Grader, Statistic, Total, known
 from llava_pdrop.eval.evaluate import image_tokens_of
 from llava_pdrop.eval.interval import draws_of, interval
 from llava_pdrop.eval.questions import Question
@@ -28,7 +28,7 @@ class Score:
         against: (first column of the benchmark, difference, low, high) on the same questions, drawn in pairs.
         unread: questions that could not be asked, with empty answers; ``problem`` of the first.
         seconds: per question; ``image_tokens`` per question, before any drop and after each one.
-        numbers: all that its rule gives.
+        numbers: all that its rule gives; ``also``: what other projects' rules give for the same answers, by project.
         prompt: of the first question.
         files: what was written.
     """
@@ -47,6 +47,7 @@ class Score:
     seconds: float
     image_tokens: list[float]
     numbers: dict[str, float]
+    also: dict[str, dict[str, float]]
     prompt: str
     files: list[Path]
     against: tuple[str, float, float, float] | None = None
@@ -62,7 +63,7 @@ def score_of(
     prompt: str,
 ) -> Score:
     """What ``answers`` are worth."""
-    statistic = _statistic(benchmark, questions, answers)
+    statistic = _statistic(benchmark.grade, benchmark.total, questions, answers)
     value = low = high = None
     numbers, draws = dict[str, float](), np.empty(0)
     if statistic is not None:
@@ -88,17 +89,31 @@ def score_of(
         seconds=sum(asked) / max(len(asked), 1),
         image_tokens=image_tokens_of(answers, schedule),
         numbers=numbers,
+        also=_also(benchmark, questions, answers),
         prompt=prompt,
         files=[],
         draws=draws,
     )
 
 
-def _statistic(benchmark: Benchmark, questions: Sequence[Question], answers: Sequence[Answer]) -> Statistic | None:
-    if benchmark.total is None or benchmark.grade is None or not known(questions):
+def _statistic(
+    grade: Grader | None, total: Total | None, questions: Sequence[Question], answers: Sequence[Answer]
+) -> Statistic | None:
+    """None where only a server, or a judge, can tell."""
+    if total is None or grade is None or not known(questions):
         return None
-    grades = [benchmark.grade(question, answer.text) for question, answer in zip(questions, answers)]
-    return benchmark.total(questions, grades)
+    return total(questions, [grade(question, answer.text) for question, answer in zip(questions, answers)])
+
+
+def _also(
+    benchmark: Benchmark, questions: Sequence[Question], answers: Sequence[Answer]
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for name, rule in benchmark.also.items():
+        statistic = _statistic(rule.grade, rule.total, questions, answers)
+        if statistic is not None:
+            found[name] = statistic(np.ones(len(questions)))
+    return found
 
 
 def beside_paper(score: Score, config: Config, reported: Mapping[str, float]) -> Score:
@@ -136,6 +151,7 @@ def as_json(score: Score) -> dict[str, Any]:
         "image_tokens": score.image_tokens,
         "prompt": score.prompt,
         "numbers": score.numbers,
+        "also": score.also,
     }
 
 
