@@ -16,7 +16,7 @@ RULES = ["benchmark", "in the paper", "split", "number", "rule"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to list (default: all)")
-    parser.add_argument("--root", type=a_path, metavar="DIR", help="where they lie (default: eval.root's default)")
+    parser.add_argument("--root", type=a_path, metavar="DIR", help="where they lie (default: playground/data/eval)")
     parser.add_argument("--rules", action="store_true", help="list splits and rules instead of files")
 
 
@@ -26,9 +26,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a name that no benchmark has.
     """
-    from llava_pdrop.config.schema import EvalSection
     from llava_pdrop.errors import UserError, did_you_mean
     from llava_pdrop.eval.benchmarks import BENCHMARKS
+    from llava_pdrop.eval.benchmarks.files import ROOT
     from llava_pdrop.report.style import print_table
 
     for name in args.names:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     if args.rules:
         print_table("How benchmarks are scored", [RULES, *rules(rows)], right=False)
         return
-    root = args.root or EvalSection.root
+    root = args.root or ROOT
     print_table(f"Files of the benchmarks below {root}", [FILES, *files(rows, Path(root))], right=False)
 
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.doctor.cost import predict
     from llava_pdrop.doctor.examine import examine_set, verdict, what_training_does
     from llava_pdrop.doctor.report import describe, draw, to_markdown
-    from llava_pdrop.train.data_checks import check_templates, shows_before_a_label
+    from llava_pdrop.train.fit import check_templates, shows_before_a_label
 
     path = Path(args.config)
     config = load_config(path / RUN_FILE if path.is_dir() else path, args.overrides)

@@ -191,8 +191,8 @@ class EvalSection:
     training_free: tuple[str, ...] = ()
     """Measure them with these schedules too: names in ``compare.training_free``, or ``vanilla``. On the command line
     ``training_free=vanilla,fastv``."""
-    root: str = "playground/data/eval"
-    """Directory of the benchmarks, one per benchmark, as LLaVA's ``eval.zip`` has them."""
+    root: str | None = None
+    """Directory of the benchmarks' own, as LLaVA's ``eval.zip`` has them; null: ``playground/data/eval``."""
     max_unread: float = 0.01
     """Largest share of a benchmark's questions that may be unreadable; more, and the exit status is 1."""
 

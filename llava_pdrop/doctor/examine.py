@@ -258,7 +258,7 @@ def what_training_does(config: Config, train: dict[str, Any], shows: Callable[[]
 
 
 def nothing_learnt(config: Config, train: dict[str, Any], shows: Callable[[], bool]) -> str | None:
-    """Why no record teaches anything, though each can be used (as `llava_pdrop.train.data_checks` finds out)."""
+    """Why no record teaches anything, though each can be used (as `llava_pdrop.train.fit` finds out)."""
     empty = train["problems"].get("no_supervised_token", {}).get("records", 0)
     if config.data.truncation == "tokens" and empty == train["distinct_records"]:
         return "no record has a label left: raise data.max_length, or data.truncation=turns"

@@ -13,6 +13,7 @@ from llava_pdrop.eval import scores as table
 from llava_pdrop.eval.answering import answer_all
 from llava_pdrop.eval.benchmarks import BENCHMARKS
 from llava_pdrop.eval.benchmarks.base import Benchmark
+from llava_pdrop.eval.benchmarks.files import ROOT
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, dtype_of, finished, respondent_in, settings_of
 from llava_pdrop.eval.kept import HOME, Kept, questions_digest, weights_of
 from llava_pdrop.eval.questions import Question
@@ -60,7 +61,7 @@ def load_benchmarks(config: Config, llava: bool) -> dict[Benchmark, list[Questio
     """
     loaded = {}
     for benchmark in chosen(config):
-        directory = Path(config.eval.root) / benchmark.folder
+        directory = Path(config.eval.root or ROOT) / benchmark.folder
         try:
             questions = benchmark.read(directory, llava)
         except UserError as error:

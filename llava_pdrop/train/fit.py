@@ -1,4 +1,6 @@
-"""What the data ask of the model, compared when both are known and before the first step."""
+"""Do the parts of a run fit each other? Its templates and the tokenizer, its data, what of the model may learn, and the
+positions that it has: each can be right alone, and a run of both still teach nothing, or the wrong thing, without an
+error. All is compared before the first step."""
 
 from __future__ import annotations
 
@@ -6,12 +8,117 @@ import logging
 from typing import Any
 
 import numpy as np
+import torch
 
 from llava_pdrop.config.schema import Config
+from llava_pdrop.data.chat import add_ends, jinja_of
+from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
+from llava_pdrop.data.images import image_size
+from llava_pdrop.data.marks import fitting, split_marks
+from llava_pdrop.data.records import Records
+from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError
+from llava_pdrop.types import IGNORE_INDEX, ImageInput, Record
 
 log = logging.getLogger(__name__)
+
+FEW = 0.01
+"""Share of records without a label from which on it is said."""
+
+SEE_PICTURES = {"projector", "vision_tower"}
+"""Parts of the model that learn from pictures only."""
+
+
+def templates_of(config: Config, records: Records) -> list[str]:
+    """Names of the conversation templates that the records of a run are written in."""
+    return list(dict.fromkeys(part.template or config.model.template for part in records.parts))
+
+
+def check_templates(config: Config, records: Records, tokenizer: Any) -> list[str]:
+    """Compares the templates of a run with its tokenizer.
+
+    Returns:
+        lines for the user on marks of plain-text templates.
+
+    Raises:
+        ConfigError: a mark that must be one token is several: the model would learn to write its letters.
+    """
+    lines = []
+    for name in templates_of(config, records):
+        key = (
+            f"{config.file}: model.template"
+            if name == config.model.template
+            else f"{config.file}: data.train: template"
+        )
+        split, plain = split_marks(TEMPLATES[name], tokenizer)
+        if split:
+            names = fitting(tokenizer)
+            remedy = (
+                f"take a template that the tokenizer knows ({', '.join(names)})" if names else "take a plain one (qa)"
+            )
+            raise ConfigError(
+                f"{key} {name}: {', '.join(split)} must each be one token and fall into several with the tokenizer of "
+                f"{config.model.path or config.model.language_model}: {remedy}, or add them to the tokenizer"
+            )
+        if plain:
+            marks = ", ".join(map(repr, plain))
+            lines.append(f"{key} {name}: {marks} are several tokens with this tokenizer, so they are trained as text")
+    return lines
+
+
+def check_learning(config: Config, dataset: ConversationDataset) -> list[str]:
+    """Compares what may learn with the usable records.
+
+    Returns:
+        lines for the user on records that teach nothing.
+
+    Raises:
+        ConfigError: no record teaches anything: none has a label, or those that have one show no picture to the parts
+            that learn from pictures.
+    """
+    found, total = dataset.survey, len(dataset)
+    if not total:
+        raise ConfigError(
+            f"{config.file}: none of the records of {config.data.train} can be used (data.on_invalid: skip)"
+            ": mend them, llava-pdrop doctor lists why"
+        )
+    cut = f"data.max_length={config.data.max_length} (data.truncation=tokens)"
+    empty = len(found.unlabelled)
+    if empty == total:
+        raise ConfigError(
+            f"{config.file}: none of the {total:,} records has a label left: its answers are missing, empty or not "
+            f"trained on (loss: false), or lie behind the cut at {cut}: raise it, or data.truncation=turns"
+        )
+    learning = set(config.model.trainable)
+    labelled = np.ones(total, bool)
+    labelled[found.unlabelled] = False
+    shown = (dataset.records[index] for index in np.flatnonzero(labelled & (found.images > 0)).tolist())
+    if learning <= SEE_PICTURES and not any(shows_before_a_label(dataset.encoder, record) for record in shown):
+        raise ConfigError(
+            f"{config.file}: model.trainable: {', '.join(sorted(learning))} learn from pictures only, and none of the "
+            f"{total:,} records of {config.data.train} shows one before what it trains on: add language_model, or data "
+            "with pictures"
+        )
+    if empty > FEW * total:
+        share = f"{empty:,} of {total:,} records ({empty / total:.1%})"
+        return [f"{share} have no label: none at all, or only behind the cut at {cut}"]
+    return []
+
+
+def shows_before_a_label(encoder: Encoder, record: Record) -> bool:
+    """Whether a picture of a record can change the loss: it is left, and in front of a token that is trained on."""
+    sample = encoder.train(record, [ImageInput(torch.empty(0), image_size(source)) for source in record.images])
+    return any((sample.labels[stop:] != IGNORE_INDEX).any() for _, stop in sample.image_spans)
+
+
+def make_servable(generation: Any, config: Config, records: Records, tokenizer: Any) -> None:
+    """What is saved of a run is served as it was trained: ``tokenizer`` gets the run's template as its chat template,
+    and the tokens that end an answer in any of its templates are among those at which ``generate`` stops; the base may
+    know others only."""
+    for name in templates_of(config, records):
+        add_ends(generation, name, tokenizer)
+    tokenizer.chat_template = jinja_of(config.model.template)
 
 
 def check_fit(config: Config, text_config: Any, dataset: ConversationDataset) -> None:

@@ -37,8 +37,7 @@ from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.adapters import adapt
 from llava_pdrop.train.arguments import endless_warmup, learning_rates, total_steps, training_arguments
 from llava_pdrop.train.checks import check_arguments, check_run, stage1_config
-from llava_pdrop.train.data_checks import check_learning, check_templates, make_servable
-from llava_pdrop.train.fit import check_fit
+from llava_pdrop.train.fit import check_fit, check_learning, check_templates, make_servable
 from llava_pdrop.train.history import (
     check_steps,
     checkpoint_to_resume,

@@ -19,6 +19,9 @@ from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.text import MISSING
 from llava_pdrop.types import ImageSource
 
+ROOT = "playground/data/eval"
+"""Where LLaVA's scripts expect the benchmarks, below the checkout."""
+
 REFERENCE = 64
 """Letters of an image cell up to which it is the index of another row, whose picture is meant (VLMEvalKit)."""
 

@@ -1,19 +1,220 @@
-"""What the data ask of the model, before the first step."""
+"""What fits alone and not together: template and tokenizer, labels and limit, pictures and what learns, positions."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import LlamaConfig
+import yaml
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from llava_pdrop.__main__ import main
+from llava_pdrop.checkpoint.convert import convert
+from llava_pdrop.checkpoint.export import save_original
+from llava_pdrop.checkpoint.open import open_llava
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.train.fit import check_positions, positions_of, warn_of_rates
-from llava_pdrop.train.run import train
+from llava_pdrop.train.run import build_dataset, load_parts, train
 from tests.messages import says
+
+LLAMA_3 = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+def build(file: Path, *overrides: str):
+    config = load_config(file, overrides)
+    parts = load_parts(config)
+    return build_dataset(config, parts), parts
+
+
+@pytest.fixture
+def llama_3(tiny_files: Path, tmp_path: Path) -> Path:
+    """The tiny decoder with Llama-3's marks among its tokens, whose own end is another one."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_files / "llm")
+    tokenizer.add_tokens(LLAMA_3, special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "llama_3")
+    decoder = LlamaForCausalLM.from_pretrained(tiny_files / "llm")
+    decoder.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
+    decoder.save_pretrained(tmp_path / "llama_3")
+    return tmp_path / "llama_3"
+
+
+# ---- template and tokenizer ----
+
+
+def test_a_template_of_another_tokenizer_is_refused(tiny_config, tiny_files, llama_3, tmp_path, capsys):
+    file = tiny_config()
+    message = says("run.yaml", "model.template", "llama_3", "<|eot_id|>", str(tiny_files / "llm"), "several", "v1")
+    with pytest.raises(ConfigError, match=message):
+        build(file, "model.template=llama_3")
+    for template in ("gemma", "qwen_2", "mpt"):
+        with pytest.raises(ConfigError, match=says("model.template", template, "several", "llama_3")):
+            build(file, f"model.template={template}", f"model.language_model={llama_3}")
+    build(file, "model.template=llama_3", f"model.language_model={llama_3}", "data.max_length=400")
+    build(file, "model.template=v1")
+    capsys.readouterr()
+    assert main(["doctor", str(file), "model.template=llama_3", "--workers", "0"]) == 2
+    assert "<|eot_id|>" in capsys.readouterr().err
+
+
+def test_a_template_of_a_part_is_compared_too(tiny_config, tiny_files, tmp_path):
+    parts = [{"path": str(tiny_files / "data/train.json"), "image_root": str(tiny_files / "data/images")}]
+    parts.append({**parts[0], "template": "gemma"})
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"parts": parts}))
+    with pytest.raises(ConfigError, match=says("data.train", "template gemma", "<end_of_turn>")):
+        build(tiny_config(), f"data.train={tmp_path / 'mixture.yaml'}")
+
+
+def test_marks_that_are_meant_as_text_are_said(tiny_config, capsys):
+    file = tiny_config()
+    build(file, "model.template=mistral_instruct")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "mistral_instruct" in line]
+    assert "'[INST]'" in line and "several tokens" in line
+    build(file)
+    assert "several" not in capsys.readouterr().out
+
+
+# ---- where generate stops ----
+
+
+def ends_in(directory: Path) -> list[int]:
+    found = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+    return found if isinstance(found, list) else [found]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_every_saved_model_stops_at_the_end_of_its_template(tiny_config, llama_3, tmp_path, lora):
+    sections = {"lora": {"r": 2, "alpha": 4}} if lora else {}
+    file = tiny_config(**sections)
+    words = [
+        "model.template=llama_3",
+        f"model.language_model={llama_3}",
+        "train.save_strategy=steps",
+        "data.max_length=400",
+    ]
+    output = train(load_config(file, [*words, "train.save_steps=2", "train.max_steps=2"]))
+    end = AutoTokenizer.from_pretrained(llama_3).convert_tokens_to_ids("<|eot_id|>")
+    for directory in (output, output / "checkpoint-2"):
+        assert ends_in(directory) == [2, end]
+    if not lora:
+        convert(str(output), tmp_path / "hf", "llava-hf")
+        save_original(open_llava(str(output)), tmp_path / "original", vision_tower="tower")
+        assert ends_in(tmp_path / "hf") == ends_in(tmp_path / "original") == [2, end]
+
+
+def test_an_end_that_the_base_knows_stays_one(tiny_config):
+    _, parts = build(tiny_config(), "model.template=v1")
+    assert parts.hf.generation_config.eos_token_id == 2
+    _, parts = build(tiny_config())
+    newline = parts.tokenizer.convert_tokens_to_ids("Ċ")
+    assert parts.hf.generation_config.eos_token_id == [2, newline]
+
+
+# ---- labels ----
+
+
+def test_a_run_without_a_label_is_refused(tiny_config, capsys):
+    file, words = tiny_config(), ["data.truncation=tokens", "data.max_length=17"]
+    with pytest.raises(
+        ConfigError, match=says("run.yaml", "12 records", "label", "data.max_length=17", "data.truncation")
+    ):
+        build(file, *words)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        main(["doctor", str(file), *words, "--workers", "0"])
+    assert status.value.code == 1 and "would not start" in capsys.readouterr().out
+
+
+def test_answers_that_are_not_trained_on_are_not_said_to_be_cut(tiny_config, tmp_path):
+    turns = [{"from": "human", "value": "Yes?"}, {"from": "gpt", "value": "Yes", "loss": False}]
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": turns}]))
+    with pytest.raises(ConfigError, match=says("1 records", "label", "loss: false")):
+        build(tiny_config(), f"data.train={tmp_path / 'd.json'}", "data.truncation=tokens")
+
+
+def test_a_share_without_labels_is_said(tiny_config, tiny_files, tmp_path, capsys):
+    records = json.loads((tiny_files / "data/train.json").read_text())
+    records[0]["conversations"][0]["value"] += "x" * 300
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    words = [f"data.train={tmp_path / 'long.json'}", "data.truncation=tokens", "data.max_length=200"]
+    dataset, _ = build(tiny_config(), *words)
+    assert len(dataset) == 12
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "label" in line]
+    assert "1 of 12" in line and "8.3%" in line and "data.max_length=200" in line
+    build(tiny_config(), "data.truncation=tokens")
+    assert "label" not in capsys.readouterr().out
+
+
+# ---- what learns ----
+
+
+@pytest.mark.parametrize("trainable", ["[projector]", "[projector,vision_tower]"])
+def test_text_cannot_teach_what_sees(tiny_config, tmp_path, trainable, capsys):
+    turns = [{"from": "human", "value": "Yes?"}, {"from": "gpt", "value": "Yes"}]
+    (tmp_path / "text.json").write_text(json.dumps([{"conversations": turns}] * 3))
+    file, words = tiny_config(), [f"data.train={tmp_path / 'text.json'}", f"model.trainable={trainable}"]
+    with pytest.raises(ConfigError, match=says("run.yaml", "model.trainable", "projector", "3 records", "pictures")):
+        build(file, *words)
+    build(file, words[0])
+    build(file, words[1])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        main(["doctor", str(file), *words, "--workers", "0"])
+    assert status.value.code == 1 and "would not start" in capsys.readouterr().out
+
+
+def test_pictures_whose_answers_are_cut_teach_nothing(tiny_config, tiny_files, tmp_path):
+    """Records with pictures lose their labels, those that keep one show none."""
+    records = json.loads((tiny_files / "data/train.json").read_text())[:2]
+    for record in records:
+        record["conversations"][0]["value"] += "x" * 300
+    records.append({"conversations": [{"from": "human", "value": "Yes?"}, {"from": "gpt", "value": "Yes"}]})
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    words = [f"data.train={tmp_path / 'd.json'}", "data.truncation=tokens", "data.max_length=100"]
+    with pytest.raises(ConfigError, match=says("model.trainable", "pictures")):
+        build(tiny_config(), *words, "model.trainable=[projector]")
+    build(tiny_config(), *words)
+
+
+def test_pictures_behind_all_that_is_learnt_teach_nothing(tiny_config, tiny_files, tmp_path, capsys):
+    """In a question without an answer, before one that is not trained on, or in a round that is cut off."""
+    (first, *_) = json.loads((tiny_files / "data/train.json").read_text())
+    ask, answer = first["conversations"][:2]
+    before = [{"from": "human", "value": "Yes?"}, {"from": "gpt", "value": "Yes"}]
+    file, alone = tiny_config(), "model.trainable=[projector]"
+    for number, more in enumerate(([ask], [ask, {**answer, "loss": False}], [ask, {**answer, "value": "x" * 900}])):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps([{**first, "conversations": before + more}] * 2))
+        words = [f"data.train={path}", "data.max_length=400", f"data.image_root={tiny_files / 'data/images'}"]
+        with pytest.raises(ConfigError, match=says("model.trainable", "2 records", "before")):
+            build(file, *words, alone)
+        with pytest.raises(SystemExit) as status:
+            main(["doctor", str(file), *words, alone, "--workers", "0"])
+        assert status.value.code == 1 and "would not start" in capsys.readouterr().out
+        build(file, *words)
+        path.write_text(json.dumps([{**first, "conversations": before + more}, first]))
+        build(file, *words, alone)
+
+
+def test_a_run_whose_records_are_all_left_out_says_so(tiny_config, tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([{"video": "v.mp4", "conversations": []}]))
+    words = [f"data.train={tmp_path / 'd.json'}", "data.on_invalid=skip", "data.max_invalid=1"]
+    with pytest.raises(ConfigError, match=says("run.yaml", str(tmp_path / "d.json"), "data.on_invalid")):
+        build(tiny_config(), *words)
+
+
+def test_keys_that_nobody_reads_are_said_once(tiny_config, tiny_files, tmp_path, capsys):
+    records = json.loads((tiny_files / "data/train.json").read_text())
+    (tmp_path / "d.json").write_text(json.dumps([{**record, "model": "x"} for record in records]))
+    build(tiny_config(), f"data.train={tmp_path / 'd.json'}")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "'model'" in line]
+    assert "data.train" in line and "12 records" in line
+
+
+# ---- positions and rates ----
 
 RECORD = SimpleNamespace(origin="train.json[1]", id="b", images=[])
 PICTURE = SimpleNamespace(origin="train.json[0]", id="a", images=["a.png"])
