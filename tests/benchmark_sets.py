@@ -19,7 +19,7 @@ def write_pope(root: Path, pictures: Sequence[Path], questions: int = 6) -> Path
     for picture in pictures:
         shutil.copyfile(picture, home / "val2014" / picture.name)
     for number in range(questions):
-        name, image = CATEGORIES[number % 3], pictures[number % len(pictures)].name
+        name, image = CATEGORIES[number % 3], pictures[number % len(pictures)].name if pictures else "none.png"
         text = f"Is there a thing {number} in the image?"
         labels[name].append({"image": image, "text": text, "label": "yes" if number < questions // 2 else "no"})
         prompt = f"{text}\nAnswer the question using a single word or phrase."

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_pdrop.commands.arguments import a_path
 
+NUMBERS = ["number", "rule", "value", "as the paper prints it"]
 FILES = ["benchmark", "file or directory", "there", "comes from", "licence"]
 RULES = ["benchmark", "in the paper", "split", "number", "rule"]
 
@@ -17,14 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to list (default: all)")
     parser.add_argument("--root", type=a_path, metavar="DIR", help="where they lie (default: playground/data/eval)")
-    parser.add_argument("--rules", action="store_true", help="list splits and rules instead of files")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--rules", action="store_true", help="list splits and rules instead of files")
+    what.add_argument(
+        "--score", type=a_path, metavar="FILE", help="score the answers in FILE (LLaVA's JSON lines) to the one NAME"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command.
 
     Raises:
-        UserError: a name that no benchmark has.
+        UserError: a name that no benchmark has; answers or files that are not what they should be.
     """
     from llava_pdrop.errors import UserError, did_you_mean
     from llava_pdrop.eval.benchmarks import BENCHMARKS
@@ -40,7 +45,39 @@ def run(args: argparse.Namespace) -> None:
         print_table("How benchmarks are scored", [RULES, *rules(rows)], right=False)
         return
     root = args.root or ROOT
+    if args.score is not None:
+        if len(args.names) != 1:
+            raise UserError(f"--score {args.score}: name the one benchmark that it answers")
+        print_table(f"{rows[0].title}: {args.score}", [NUMBERS, *numbers(rows[0], Path(root), Path(args.score))])
+        return
     print_table(f"Files of the benchmarks below {root}", [FILES, *files(rows, Path(root))], right=False)
+
+
+def numbers(benchmark: Any, root: Path, file: Path) -> list[list[str]]:
+    """A line per number of every rule; behind the one that the paper prints stands its 95 % interval, in its unit.
+
+    Raises:
+        UserError: wrong files, or only a server knows the answers.
+    """
+    import numpy as np
+
+    from llava_pdrop.errors import UserError
+    from llava_pdrop.eval.benchmarks.files import read_answers
+    from llava_pdrop.eval.score import interval_of, statistics_of
+
+    questions = benchmark.read(root / benchmark.folder, True)
+    texts = read_answers(file, questions)
+    found = statistics_of(benchmark, questions, texts)
+    if not found:
+        raise UserError(f"{benchmark.name} ({benchmark.split_of(questions)}): only a server, or a judge, can score it")
+    _, (low, high) = interval_of(benchmark, questions, found[benchmark.rule])
+    lines = [["questions", "", f"{len(questions):,}", ""], ["not answered", "", f"{texts.count(None):,}", ""]]
+    for rule, statistic in found.items():
+        for name, value in statistic(np.ones(len(questions))).items():
+            is_headline = rule == benchmark.rule and name == benchmark.headline
+            printed = f"{benchmark.factor * value:.1f} [{low:.1f}, {high:.1f}]" if is_headline else ""
+            lines.append([name, rule, f"{value:.6g}", printed])
+    return lines
 
 
 def files(benchmarks: Sequence[Any], root: Path) -> list[list[str]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.eval.answering import Answer
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grader, Statistic, Total, known
+from llava_pdrop.eval.benchmarks.base import Benchmark, Rule, Statistic, known
 from llava_pdrop.eval.evaluate import image_tokens_of
 from llava_pdrop.eval.interval import draws_of, interval
 from llava_pdrop.eval.questions import Question
@@ -63,15 +63,14 @@ def score_of(
     prompt: str,
 ) -> Score:
     """What ``answers`` are worth."""
-    statistic = _statistic(benchmark.grade, benchmark.total, questions, answers)
+    found = statistics_of(benchmark, questions, [answer.text for answer in answers])
+    numbers = {name: statistic(np.ones(len(questions))) for name, statistic in found.items()}
+    own = numbers.pop(benchmark.rule, {})
     value = low = high = None
-    numbers, draws = dict[str, float](), np.empty(0)
-    if statistic is not None:
-        numbers = statistic(np.ones(len(questions)))
-        value = benchmark.factor * numbers[benchmark.headline]
-        units = [unit_of(question) for question in questions]
-        draws = draws_of(units, [lambda weights: benchmark.factor * statistic(weights)[benchmark.headline]])[:, 0]
-        low, high = interval(draws, len(set(units)), benchmark.best)
+    draws = np.empty(0)
+    if own:
+        value = benchmark.factor * own[benchmark.headline]
+        draws, (low, high) = interval_of(benchmark, questions, found[benchmark.rule])
     problems = [answer.problem for answer in answers if answer.problem is not None]
     asked = [answer.seconds for answer in answers if answer.problem is None]
     return Score(
@@ -88,32 +87,35 @@ def score_of(
         problem=problems[0] if problems else None,
         seconds=sum(asked) / max(len(asked), 1),
         image_tokens=image_tokens_of(answers, schedule),
-        numbers=numbers,
-        also=_also(benchmark, questions, answers),
+        numbers=own,
+        also=numbers,
         prompt=prompt,
         files=[],
         draws=draws,
     )
 
 
-def _statistic(
-    grade: Grader | None, total: Total | None, questions: Sequence[Question], answers: Sequence[Answer]
-) -> Statistic | None:
-    """None where only a server, or a judge, can tell."""
-    if total is None or grade is None or not known(questions):
-        return None
-    return total(questions, [grade(question, answer.text) for question, answer in zip(questions, answers)])
+def statistics_of(
+    benchmark: Benchmark, questions: Sequence[Question], texts: Sequence[str | None]
+) -> dict[str, Statistic]:
+    """Whose rule -> what it makes of the answers ``texts`` (None: never given); the benchmark's own rule comes first.
+    Nothing where only a server, or a judge, can tell."""
+    if benchmark.total is None or benchmark.grade is None or not known(questions):
+        return {}
+    own = Rule(benchmark.rule, benchmark.grade, benchmark.total)
+    return {
+        name: rule.total(questions, [rule.grade(question, text) for question, text in zip(questions, texts)])
+        for name, rule in {benchmark.rule: own, **benchmark.also}.items()
+    }
 
 
-def _also(
-    benchmark: Benchmark, questions: Sequence[Question], answers: Sequence[Answer]
-) -> dict[str, dict[str, float]]:
-    found = {}
-    for name, rule in benchmark.also.items():
-        statistic = _statistic(rule.grade, rule.total, questions, answers)
-        if statistic is not None:
-            found[name] = statistic(np.ones(len(questions)))
-    return found
+def interval_of(
+    benchmark: Benchmark, questions: Sequence[Question], statistic: Statistic
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Draws (draws,) of the benchmark's number as the paper prints it, and its 95 % interval."""
+    units = [unit_of(question) for question in questions]
+    draws = draws_of(units, [lambda weights: benchmark.factor * statistic(weights)[benchmark.headline]])[:, 0]
+    return draws, interval(draws, len(set(units)), benchmark.best)
 
 
 def beside_paper(score: Score, config: Config, reported: Mapping[str, float]) -> Score:

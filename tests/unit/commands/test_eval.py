@@ -15,7 +15,6 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.eval import answering
 from llava_pdrop.train.run import train
-from tests.benchmark_sets import write_pope
 from tests.faults.processes import run_ranks
 from tests.messages import says
 
@@ -154,16 +153,3 @@ def test_a_second_data_set_does_not_overwrite_the_first(run, sets, capsys):
     shutil.copyfile(sets / "forms" / "eval.json", other)
     assert main(["eval", str(run), f"data.eval={other}"]) == 0
     assert len(list(run.glob("predictions-*.jsonl"))) == 2
-
-
-def test_the_files_of_benchmarks_are_listed(tmp_path, capsys):
-    write_pope(tmp_path, [], questions=0)
-    assert main(["benchmarks", "pope", "--root", str(tmp_path)]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["pope", "pope/llava_pope_test.jsonl", "yes"] in [row[:3] for row in rows]
-    assert main(["benchmarks", "--root", str(tmp_path)]) == 0
-    assert "scienceqa" in capsys.readouterr().out
-    assert main(["benchmarks", "--rules"]) == 0
-    assert "eval_pope.py" in capsys.readouterr().out
-    assert main(["benchmarks", "popo"]) == 2
-    assert re.search(says("'popo'", "did you mean 'pope'"), capsys.readouterr().err)

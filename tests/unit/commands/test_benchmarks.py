@@ -1,0 +1,73 @@
+"""``llava-pdrop benchmarks``: what is wanted and there, by which rules, and what answers of any tool are worth."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from llava_pdrop.__main__ import main
+from tests.benchmark_sets import write_pope
+from tests.messages import says
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_pope(tmp_path / "sets", [], questions=12)
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """Writes LLaVA's answer file: question -> answer."""
+
+    def write(answers):
+        file = tmp_path / "answers.jsonl"
+        file.write_text("".join(json.dumps({"question_id": i, "text": text}) + "\n" for i, text in answers))
+        return str(file)
+
+    return write
+
+
+def test_the_files_of_benchmarks_are_listed(root, capsys):
+    assert main(["benchmarks", "pope", "--root", str(root)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["pope", "pope/llava_pope_test.jsonl", "yes"] in [row[:3] for row in rows]
+    assert main(["benchmarks", "--root", str(root)]) == 0
+    assert "scienceqa" in capsys.readouterr().out
+    assert main(["benchmarks", "--rules"]) == 0
+    assert "eval_pope.py" in capsys.readouterr().out
+    assert main(["benchmarks", "popo"]) == 2
+    assert re.search(says("'popo'", "did you mean 'pope'"), capsys.readouterr().err)
+
+
+def test_answers_of_any_tool_are_scored(root, answered, capsys):
+    """The first half is to be answered with yes."""
+    file = answered([(i, "Yes" if i < 6 else "no, it is not") for i in range(11)])
+    assert main(["benchmarks", "pope", "--root", str(root), "--score", file]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["not", "answered", "1"] in lines
+    (headline,) = [line for line in printed.splitlines() if "mean_of_three/f1" in line]
+    assert re.search(r" 1 +100\.0 \[\d+\.\d, 100\.0\]", headline)
+    assert any(line[:2] == ["pooled/accuracy", "lmms_eval"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("answers", "parts"),
+    [
+        ([(i, "yes") for i in range(6)], ("6 of 12", "half")),
+        ([(i % 11, "yes") for i in range(12)], ("question_id 0", "2 times")),
+        ([(i + 1, "yes") for i in range(12)], ("question_id 12", "no question")),
+        ([(0, None)], ("question_id 0", "not text")),
+    ],
+)
+def test_wrong_answers_are_one_line_and_nothing_is_scored(root, answered, answers, parts, capsys):
+    assert main(["benchmarks", "pope", "--root", str(root), "--score", answered(answers)]) == 2
+    said = capsys.readouterr()
+    assert re.search(says("answers.jsonl", *parts), said.err) and "f1" not in said.out
+
+
+def test_one_benchmark_is_scored_at_a_time(root, capsys):
+    assert main(["benchmarks", "pope", "mme", "--root", str(root), "--score", "x"]) == 2
+    assert re.search(says("--score x", "one benchmark"), capsys.readouterr().err)
