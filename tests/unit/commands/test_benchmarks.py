@@ -43,11 +43,11 @@ def test_the_files_of_benchmarks_are_listed(root, capsys):
 
 def test_answers_of_any_tool_are_scored(root, answered, capsys):
     """The first half is to be answered with yes."""
-    file = answered([(i, "Yes" if i < 6 else "no, it is not") for i in range(11)])
+    file = answered([(i, "Yes" if i < 6 else "no, it is not") for i in range(12)])
     assert main(["benchmarks", "pope", "--root", str(root), "--score", file]) == 0
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
-    assert ["not", "answered", "1"] in lines
+    assert ["not", "answered", "0"] in lines
     (headline,) = [line for line in printed.splitlines() if "mean_of_three/f1" in line]
     assert re.search(r" 1 +100\.0 \[\d+\.\d, 100\.0\]", headline)
     assert any(line[:2] == ["pooled/accuracy", "lmms_eval"] for line in lines)
