@@ -194,6 +194,8 @@ class Encoder:
 
     def _rounds(self, template: Template, record: Record, sizes: Sequence[Size]) -> list[Round]:
         rounds = template.rounds(record.turns)
+        if record.system is not None and IMAGE_MARKER in record.system:
+            raise UserError(f"the system prompt has an {IMAGE_MARKER} marker; show pictures in a question")
         if len(sizes) != (wanted := sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)):
             raise UserError(f"{wanted} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
         if self._controls is not None:

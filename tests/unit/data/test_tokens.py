@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -466,3 +467,14 @@ def test_a_record_without_an_answer_says_its_kind(tokenizer, image_token_id) -> 
         assert isinstance(listed, RecordError)
         for error in (caught.value, listed, pickle.loads(pickle.dumps(listed))):
             assert (error.kind, error.origin, error.id) == (kind, record.origin, record.id)
+
+
+def test_a_picture_in_a_system_prompt_is_refused(tokenizer, image_token_id):
+    """By the count of tokens, too, which does without the text being put together."""
+    turns = (Turn("human", "Why?"), Turn("gpt", "So."))
+    record = Record("r", turns, (), "d.json[0]", None, "<image>\nBe brief.")
+    encoder = Encoder(TEMPLATES["chatml"], tokenizer, image_token_id, PAD)
+    (length,) = encoder.lengths([record], [[]])
+    assert isinstance(length, RecordError) and re.search(says("d.json[0]", "system prompt", "question"), str(length))
+    with pytest.raises(RecordError, match=says("d.json[0]", "system prompt", "question")):
+        encoder.train(record, [])
