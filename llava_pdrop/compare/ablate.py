@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.shards import resolve
 from llava_pdrop.compare.compare import training_batches
 from llava_pdrop.compare.runs import read_run, with_savings
 from llava_pdrop.compare.variants import Ablation, Variant
@@ -194,7 +195,8 @@ def _evaluate_checkpoint(ablation: Ablation, checkpoint: str) -> list[dict[str, 
             )
         respondent = respondent_of(parts, first)
         columns = {variant.name: variant.config.schedule for variant in ablation.variants}
-        scores = measure(first, respondent, loaded, columns, ablation.output_dir, team, {})
+        model = resolve(checkpoint)
+        scores = measure(first, respondent, loaded, columns, ablation.output_dir, team, {}, model)
         if questions:
             answer(first, parts, questions[: first.eval.batch_size], first.schedule, None)  # what is slow once
         for variant in ablation.variants:

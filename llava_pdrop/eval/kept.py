@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llava_pdrop.checkpoint.lora import config_directory, find_base, is_lora
+from llava_pdrop.checkpoint.shards import resolve
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.questions import Question
@@ -27,6 +29,11 @@ HOME = "benchmarks"
 ANSWERS, FACTS, SCORE = "answers.jsonl", "facts.json", "score.json"
 PART = "answers-{rank:05d}.part.jsonl"
 WEIGHTS = ("*.safetensors", "*.bin")
+SAYS = (
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "chat_template*",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+"""Small files of a checkpoint that decide what is asked, what is seen, and where an answer ends."""
 
 
 class Kept:
@@ -44,7 +51,8 @@ class Kept:
         self.directory, self.facts = home / f"{column}-{digest}", facts
 
     def read(self) -> dict[str, Answer]:
-        """What is answered already, by the id of the question. A line that a kill has cut short is asked again.
+        """What is answered already, by the id of the question. A line that a kill has cut short is asked again, and so
+        is a question that could not be asked: its picture may have been replaced.
 
         Raises:
             UserError: a whole line cannot be read.
@@ -60,7 +68,8 @@ class Kept:
                         raise UserError(
                             f"{file}:{number}: is no answer of ours: remove the line, and it is asked again"
                         ) from None
-                    found[answer.id] = answer
+                    if answer.problem is None:
+                        found[answer.id] = answer
         return found
 
     def writer(self, rank: int, questions: Sequence[Question]) -> Callable[[Sequence[Answer]], None]:
@@ -95,10 +104,20 @@ class Kept:
         os.replace(aside, self.directory / name)
 
 
-def weights_of(directory: Path) -> list[list[Any]]:
-    """Name, size and time of every file of weights: enough to tell one training from the next."""
-    files = sorted(file for pattern in WEIGHTS for file in directory.glob(pattern))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def model_facts(directory: Path) -> dict[str, Any]:
+    """What tells the model in ``directory`` from any other, the base under its adapters included: name, size and time
+    of every file of weights, enough to tell one training from the next, and the content of the files in `SAYS`."""
+    homes = [directory]
+    if is_lora(directory):
+        homes += [resolve(base)] if (base := find_base(directory)) else [config_directory(directory)]
+    weights = sorted(file for home in homes for pattern in WEIGHTS for file in home.glob(pattern))
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(file for home in homes for pattern in SAYS for file in home.glob(pattern)):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode(errors="surrogateescape") + file.read_bytes())
+    return {
+        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
+        "files": digest.hexdigest(),
+    }
 
 
 def questions_digest(questions: Sequence[Question]) -> str:
@@ -129,8 +148,14 @@ def _line(question: Question, answer: Answer, model: str) -> str:
 
 
 def _parsed(line: dict[str, Any]) -> Answer:
+    """Raises `TypeError` at a value that `_line` does not write."""
     own = line["metadata"]
-    return Answer(own["id"], line["text"], tuple(own["image_tokens"]), own["seconds"], own.get("problem"))
+    answer = Answer(own["id"], line["text"], tuple(own["image_tokens"]), own["seconds"], own.get("problem"))
+    texts = (answer.id, answer.text, "" if answer.problem is None else answer.problem)
+    whole = all(isinstance(text, str) for text in texts) and all(type(count) is int for count in answer.image_tokens)
+    if not whole or type(answer.seconds) not in (int, float):
+        raise TypeError("a text, a count or a time is something else")
+    return answer
 
 
 def _json(value: Any) -> str:

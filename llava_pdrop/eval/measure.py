@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llava_pdrop.checkpoint.lora import config_directory
 from llava_pdrop.config.schema import Config
@@ -15,7 +16,7 @@ from llava_pdrop.eval.benchmarks import BENCHMARKS
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.files import ROOT
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, dtype_of, finished, respondent_in, settings_of
-from llava_pdrop.eval.kept import HOME, Kept, questions_digest, weights_of
+from llava_pdrop.eval.kept import HOME, Kept, model_facts, questions_digest
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import Respondent, is_ours
 from llava_pdrop.eval.score import Score, as_json, beside_paper, paired, score_of, unit_of
@@ -104,22 +105,24 @@ def measure(
     directory: Path,
     team: Team,
     paper: Mapping[str, Mapping[str, float]],
+    model: Path | None = None,
 ) -> list[Score]:
     """Asks all questions with every schedule and writes what was answered below ``directory``.
 
     Args:
         loaded: of `load_benchmarks`.
-        directory: of the model.
+        directory: where the answers are kept.
         paper: column -> what the paper has for it.
+        model: where the model lies, if not there too.
 
     Returns:
         scores, those of a benchmark one after the other; nothing on all but the first process of ``team``.
     """
-    scores = []
+    scores, facts = [], model_facts(model or directory) if loaded else {}
     for benchmark, questions in loaded.items():
         of_one: list[Score] = []
         for column, schedule in columns.items():
-            asked = _Asked(config, benchmark, questions, column, schedule, directory)
+            asked = _Asked(config, benchmark, questions, column, schedule, directory, facts)
             score = _measure_one(asked, respondent, team)
             if score is not None:
                 of_one.append(beside_paper(score, config, paper.get(column, {})))
@@ -138,6 +141,7 @@ class _Asked:
     column: str
     schedule: Schedule
     directory: Path
+    model: dict[str, Any]
 
     @property
     def max_new_tokens(self) -> int:
@@ -148,7 +152,8 @@ class _Asked:
         facts = {
             "benchmark": self.benchmark.name,
             "questions": questions_digest(self.questions),
-            "model": weights_of(self.directory),
+            "model": self.model,
+            "ends": [respondent.ends, list(respondent.stops)],
             "schedule": self.schedule.to_dict(),
             "seed": self.config.seed if self.schedule.ranker == "random" else None,
             "prompt": respondent.text(self.questions[0]),

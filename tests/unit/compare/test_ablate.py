@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.compare.ablate import missing_lines, plan
@@ -252,6 +254,18 @@ def test_one_checkpoint_with_every_schedule(write, tmp_path: Path, tiny_files: P
     assert rows["lambda_05"]["realised"] == pytest.approx(1 - rows["lambda_05"]["seconds"] / rows["vanilla"]["seconds"])
     assert 0 < rows["lambda_05"]["predicted"] < rows["lambda_04"]["predicted"] < 1
     assert "Nothing was trained" in (tmp_path / "ab" / "ablation.md").read_text()
+    assert len(list((tmp_path / "ab/benchmarks/pope").iterdir())) == len(LAMBDAS)
+
+    other, picture = tmp_path / "other", next((tmp_path / "sets/pope/val2014").iterdir())
+    shutil.copytree(tmp_path / "ab/vanilla", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    picture.write_bytes(picture.read_bytes()[:40])
+    with pytest.raises(SystemExit) as end:
+        main(["ablate", str(write(variants=LAMBDAS)), f"checkpoint={other}", *words])
+    assert end.value.code == 1, "a picture that cannot be read costs the exit status here too"
+    assert all(row["benchmarks"][0]["unread"] for row in results(tmp_path / "ab").values())
+    assert len(list((tmp_path / "ab/benchmarks/pope").iterdir())) == 2 * len(LAMBDAS), "another model answers anew"
     capsys.readouterr()
     assert main(["ablate", str(write(variants=LAMBDAS)), f"checkpoint={tmp_path}/nowhere"]) == 2
     assert re.search(says("checkpoint", f"{tmp_path}/nowhere"), capsys.readouterr().err)
