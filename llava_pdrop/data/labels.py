@@ -48,6 +48,15 @@ class Encoded(NamedTuple):
     firsts: list[int]
 
 
+def refuse_halves(text: str) -> None:
+    """Raises `UserError` if ``text`` holds half a character, which no tokeniser takes."""
+    if broken := SURROGATE.search(text):
+        raise UserError(
+            f"the text holds half a character (a lone surrogate, {broken[0]!a}) behind "
+            f"{text[: broken.start()][-20:]!r}: remove it"
+        )
+
+
 def encode_pieces(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """The text put together from ``pieces``, each ``<image>`` being one `IMAGE_SLOT`.
 
@@ -59,11 +68,7 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -
             half a character.
     """
     text = "".join(piece.text for piece in pieces)
-    if broken := SURROGATE.search(text):
-        raise UserError(
-            f"the text holds half a character (a lone surrogate, {broken[0]!a}) behind "
-            f"{text[: broken.start()][-20:]!r}: remove it"
-        )
+    refuse_halves(text)
     is_target = b"".join(bytes([piece.is_target]) * len(piece.text) for piece in pieces)
 
     ids = bos_ids(tokenizer)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, clip
 from llava_pdrop.eval.generation import answer_text, generating
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import Respondent
@@ -161,8 +161,18 @@ def _batch(
                 raise own
             answers[question.id] = Answer(question.id, "", problem=str(own))
     asked = [(question, own) for question, own in batch if not isinstance(own, UserError)]
-    if asked:
-        inputs, image_tokens = respondent.inputs([own for _, own in asked])
+    try:
+        given = respondent.inputs([own for _, own in asked]) if asked else None
+    except UserError:  # of one of them at least; the others are asked without it
+        refused = {question.id: _refusal(respondent, own) for question, own in asked}
+        for id, problem in refused.items() if strict else ():
+            if problem is not None:
+                raise UserError(f"question {clip(id)}: {problem}") from None
+        answers |= {id: Answer(id, "", problem=problem) for id, problem in refused.items() if problem is not None}
+        asked = [(question, own) for question, own in asked if refused[question.id] is None]
+        given = respondent.inputs([own for _, own in asked]) if asked else None
+    if given is not None:
+        inputs, image_tokens = given
         device = next(respondent.hf.parameters()).device
         inputs = {name: value.to(device) for name, value in inputs.items()}
         ids = respondent.hf.generate(
@@ -178,3 +188,12 @@ def _batch(
             text = answer_text(row, respondent.tokenizer, respondent.ends, respondent.stops)
             answers[question.id] = Answer(question.id, text, tuple(tokens), seconds)
     return [answers[question.id] for question, _ in batch]
+
+
+def _refusal(respondent: Respondent, prepared: Any) -> str | None:
+    """Why the model cannot be given a question, None if it can."""
+    try:
+        respondent.inputs([prepared])
+    except UserError as error:
+        return str(error)
+    return None

@@ -75,6 +75,7 @@ class Result:
         file.write_text(
             "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self.predictions),
             encoding="utf-8",
+            errors="backslashreplace",  # half a character in the name of a record
         )
         return file
 
@@ -216,7 +217,7 @@ def used_schedule(used: Schedule, own: Schedule | None) -> str:
     drops = f"dropping after layers {list(used.layers)}" if used.layers else "no dropping"
     if own is None:
         return f"{drops}; the checkpoint names no schedule"
-    if used == own:
+    if used == own or not (used.layers or own.layers):
         return f"{drops}, the checkpoint's own schedule"
     return f"{drops}; the checkpoint's own schedule has layers {list(own.layers)}, ratios {list(own.ratios)}"
 
@@ -290,6 +291,11 @@ def respondent_in(directory: Path, config: Config) -> Respondent:
         MissingFileError: it has no tokenizer. ConfigError: ``model.template`` is unknown.
     """
     if not is_ours(config_directory(directory)):
+        if config.model.template != CHAT:
+            raise ConfigError(
+                f"{config.file}: model.template={config.model.template} is for LLaVAs: {directory} is asked by its own "
+                "processor's chat template: leave it out"
+            )
         return open_respondent(directory)
     parts = build_parts(path=str(directory))
     require_tokenizer(parts, directory)

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from llava_pdrop.checkpoint.build import Parts
 from llava_pdrop.checkpoint.hf_files import reading
+from llava_pdrop.checkpoint.lora import is_lora
 from llava_pdrop.checkpoint.shards import read_json
 from llava_pdrop.data.conversation import TEMPLATES, Piece, Template
 from llava_pdrop.data.images import image_size, load_image, preprocess
-from llava_pdrop.data.labels import encode_pieces, expand_slots
+from llava_pdrop.data.labels import encode_pieces, expand_slots, refuse_halves
 from llava_pdrop.data.marks import end_ids
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.errors import UserError, clip
-from llava_pdrop.eval.questions import Question
+from llava_pdrop.errors import UserError, clip, first_line
+from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IMAGE_MARKER, ImageInput, Sample
 
@@ -109,7 +111,7 @@ class LlavaRespondent:
 
     def length(self, question: Question) -> int:
         geometry, shown = self.parts.geometry, question.record.images
-        words = len(self.tokenizer(self.text(question)).input_ids)
+        words = _words(self.tokenizer, question, self.text(question))
         if geometry.aspect != "anyres":
             return words + len(shown) * geometry.num_tokens((1, 1))
         return words + sum(geometry.num_tokens(image_size(picture)) for picture in shown)
@@ -121,6 +123,7 @@ class LlavaRespondent:
         return "".join(p.text for p in template.generation_prompt(template.rounds(question.record.turns)))
 
     def prepare(self, question: Question) -> Sample:
+        _whole(question, self.text(question))
         return prompt_sample(question, self)
 
     def inputs(self, prepared: Sequence[Sample]) -> tuple[dict[str, Tensor], list[list[int]]]:
@@ -155,7 +158,7 @@ def model_inputs(samples: Sequence[Sample], tokenizer: Any, hf: Any) -> dict[str
     there are images ``pixel_values`` ((images, 3, h, w) for LLaVA; (images, tiles, 3, h, w), the missing tiles 0, with
     ``image_sizes`` (images, (height, width)) for LLaVA-NeXT)."""
     longest = max(len(sample.input_ids) for sample in samples)
-    ids = torch.full((len(samples), longest), tokenizer.pad_token_id, dtype=torch.int64)
+    ids = torch.full((len(samples), longest), tokenizer.pad_token_id or 0, dtype=torch.int64)  # masked
     mask = torch.zeros_like(ids)
     for row, sample in enumerate(samples):
         ids[row, longest - len(sample.input_ids) :] = sample.input_ids
@@ -193,26 +196,31 @@ class ProcessorRespondent:
 
     def length(self, question: Question) -> int:
         sizes = [image_size(picture) for picture in question.record.images]
-        words = len(self.tokenizer(self.text(question)).input_ids)
+        words = _words(self.tokenizer, question, self.text(question))
         return words + sum(width * height // PIXELS_PER_TOKEN for width, height in sizes)
 
     def text(self, question: Question) -> str:
         return _rendered(self.processor, question, None)
 
     def prepare(self, question: Question) -> tuple[str, list[Any]]:
-        return self.text(question), [load_image(picture) for picture in question.record.images]
+        text = self.text(question)
+        _whole(question, text)
+        return text, [load_image(picture) for picture in question.record.images]
 
     def inputs(self, prepared: Sequence[tuple[str, list[Any]]]) -> tuple[dict[str, Tensor], list[list[int]]]:
         texts, pictures = [text for text, _ in prepared], [own for _, own in prepared]
         bos = self.tokenizer.bos_token
         self.tokenizer.padding_side = "left"
-        inputs = self.processor(
-            text=texts,
-            images=pictures if any(pictures) else None,
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-        )
+        try:
+            inputs = self.processor(
+                text=texts,
+                images=pictures if any(pictures) else None,
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=not (bos and texts[0].startswith(bos)),
+            )
+        except ValueError as error:
+            raise UserError(f"{type(self.processor).__name__}: {clip(first_line(error))}") from None
         config = self.hf.config
         token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
         counts = (inputs["input_ids"] == token).sum(1).tolist()
@@ -231,18 +239,40 @@ def open_respondent(directory: Path) -> ProcessorRespondent:
     """A model that is no LLaVA of ours, with its own processor.
 
     Raises:
-        UserError: its files cannot be read, or it says no chat template.
+        UserError: its files cannot be read or lack weights, or no chat template of its says where pictures stand.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
-    with reading(directory):
-        processor = AutoProcessor.from_pretrained(directory)
-        hf = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    if is_lora(directory):
+        raise UserError(f"{directory}: holds adapters on no LLaVA: merge them into their base model with peft first")
+    try:
+        with reading(directory):
+            processor = AutoProcessor.from_pretrained(directory)
+    except ImportError as error:
+        raise UserError(f"{directory}: its processor cannot be made: {first_line(error)} Install it.") from None
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{directory}: has a tokenizer and no image processor: copy preprocessor_config.json there")
     if not getattr(processor, "chat_template", None):
         raise UserError(
             f"{directory}: has no chat template, so nothing says how its model is asked: add chat_template.jinja"
+        )
+    _check_chat(processor, directory)
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token  # masked, whatever it is
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of its report on weights, which is said below
+    try:
+        with reading(directory):
+            hf, found = AutoModelForImageTextToText.from_pretrained(
+                directory, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    if random := sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}):
+        raise UserError(
+            f"{directory}: {len(random)} of its weights are missing or of another shape, such as {random[0]}: copy its "
+            "files again"
         )
     section = getattr(hf.config, "pyramid_drop", None)
     return ProcessorRespondent(hf, processor, Schedule.from_dict(section) if section else None)
@@ -291,6 +321,32 @@ LLAMA_3_ROWS = 128_000
 """Words of Llama 3's vocabulary; those of Llama 1 and 2, and of Vicuna, are 32,000."""
 
 
+def _check_chat(processor: Any, directory: Path) -> None:
+    """Raises `UserError` unless the chat template writes the words of a question once, and more where a picture is
+    shown. One for texts alone writes the list of both as Python prints it, or leaves the picture out."""
+    words, picture = "which words are these", Path("picture")
+    alone, shown = (_rendered(processor, ask("", words, pictures, "", ""), None) for pictures in ([], [picture]))
+    if shown.count(words) != 1 or "'type'" in shown or shown == alone:
+        raise UserError(
+            f"{directory}: its chat template is for texts alone, it writes {clip(shown)!r} for a question with a "
+            "picture: take chat_template.jinja from where its processor comes from"
+        )
+
+
+def _whole(question: Question, text: str) -> None:
+    """Raises `UserError` if ``text`` holds half a character."""
+    try:
+        refuse_halves(text)
+    except UserError as error:
+        raise UserError(f"question {clip(question.id)}: {error}") from None
+
+
+def _words(tokenizer: Any, question: Question, text: str) -> int:
+    """Tokens of ``text``."""
+    _whole(question, text)
+    return len(tokenizer(text).input_ids)
+
+
 def _ends(hf: Any, tokenizer: Any, own: Sequence[int]) -> list[int]:
     known = getattr(hf.generation_config, "eos_token_id", None)
     known = [] if known is None else list(known) if isinstance(known, list | tuple) else [known]
@@ -309,7 +365,13 @@ def _rendered(renderer: Any, question: Question, marker: str | None) -> str:
         shown = [{"type": "image"}] * turn.text.count(IMAGE_MARKER)
         said = [{"type": "text", "text": turn.text.replace(IMAGE_MARKER, "").strip()}]
         messages.append({"role": "user" if turn.role == "human" else "assistant", "content": [*shown, *said]})
-    text: str = renderer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text: str = renderer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"the chat template cannot write question {clip(question.id)} ({clip(first_line(error))}): mend "
+            "chat_template.jinja, or for a LLaVA give model.template"
+        ) from None
     if marker is None:
         return text
     if text.count(marker) != len(record.images):

@@ -15,6 +15,7 @@ from llava_pdrop.eval.evaluate import evaluate
 from llava_pdrop.eval.questions import ask, llava_json
 from llava_pdrop.eval.respondent import LlavaRespondent
 from llava_pdrop.schedule import Schedule
+from tests.messages import says
 
 DROP = Schedule((1, 2, 3), (0.5, 0.25, 0.125))
 
@@ -79,6 +80,23 @@ def test_a_picture_that_cannot_be_read_is_an_empty_answer_or_an_error(respondent
     assert all(answer.problem is None for answer in found.answers[:8])
     with pytest.raises(UserError, match="bad.png"):
         answer_all(respondent, [*questions, bad], DROP)
+
+
+def test_a_question_that_a_processor_refuses_costs_no_other_one(respondent, questions, monkeypatch):
+    """As PaliGemma's does that has no picture."""
+    original = LlavaRespondent.inputs
+
+    def inputs(self, prepared):
+        if not all(sample.images for sample in prepared):
+            raise UserError("a picture is wanted")
+        return original(self, prepared)
+
+    monkeypatch.setattr(LlavaRespondent, "inputs", inputs)
+    found = answer_all(respondent, questions, DROP, batch_size=8, max_new_tokens=2, strict=False)
+    assert [answer.problem is not None for answer in found.answers] == [i in (2, 5) for i in range(8)]
+    assert all(answer.text for answer in found.answers if answer.problem is None)
+    with pytest.raises(UserError, match=says("question", "wanted")):
+        answer_all(respondent, questions, DROP, batch_size=8, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])

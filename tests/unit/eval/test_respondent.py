@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
@@ -133,6 +134,82 @@ def chat_processor(parts):
         "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
     )
     return processor
+
+
+@pytest.fixture
+def vip(parts, tmp_path):
+    """A whole directory of another family."""
+    torch.manual_seed(0)
+    config = hf.VipLlavaConfig(
+        text_config=parts.hf.config.text_config,
+        vision_config=parts.hf.config.vision_config,
+        image_token_index=parts.hf.config.image_token_id,
+        vision_feature_layers=[-2, -1],
+        tie_word_embeddings=False,
+    )
+    hf.VipLlavaForConditionalGeneration(config).save_pretrained(tmp_path / "vip")
+    chat_processor(parts).save_pretrained(tmp_path / "vip")
+    return tmp_path / "vip"
+
+
+def test_weights_that_would_be_random_are_refused(vip):
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(vip / "model.safetensors")
+    stored = next(key for key in tensors if key.endswith("layers.1.mlp.up_proj.weight") and "language" in key)
+    weight = tensors.pop(stored)
+    for changed in (tensors, tensors | {stored: weight[:2].clone()}):
+        save_file(changed, vip / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=says(str(vip), name)):
+            open_respondent(vip)
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] | map(attribute='text', default='') | join }}{% endfor %}",
+        "{% for m in messages %}<image>{% endfor %}",
+        "{% for m in messages %}{{ m['content'] {% endfor %}",
+        "{{ raise_exception('no') }}",
+    ],
+)
+def test_a_processor_whose_chat_template_shows_no_picture_is_one_line(vip, chat):
+    (vip / "chat_template.jinja").write_text(chat)
+    with pytest.raises(UserError, match=says("chat_template.jinja")):
+        open_respondent(vip)
+
+
+def test_a_tokenizer_without_a_pad_token_is_padded_all_the_same(vip, picture, parts, monkeypatch):
+    respondent = open_respondent(vip)
+    questions = [ask(str(i), "Which " * (1 + i), [picture], f"q[{i}]", "x") for i in range(3)]
+    wanted = [a.text for a in answer_all(respondent, questions, max_new_tokens=3).answers]
+    fields = json.loads((vip / "tokenizer_config.json").read_text())
+    (vip / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in fields.items() if k != "pad_token"}))
+    bare = open_respondent(vip)
+    assert bare.tokenizer.pad_token == bare.tokenizer.eos_token
+    assert [a.text for a in answer_all(bare, questions, max_new_tokens=3).answers] == wanted
+    ours = LlavaRespondent(parts, TEMPLATES["qa"])
+    wanted = [a.text for a in answer_all(ours, questions, max_new_tokens=3).answers]
+    monkeypatch.setattr(parts.tokenizer, "pad_token", None)
+    assert [a.text for a in answer_all(ours, questions, max_new_tokens=3).answers] == wanted
+
+
+def test_what_another_family_cannot_be_given_is_one_line(vip, tiny_files, capsys, monkeypatch):
+    words = [f"data.eval={tiny_files / 'data/eval.json'}", f"data.image_root={tiny_files / 'data/images'}"]
+    assert main(["eval", str(vip), *words, "model.template=v1"]) == 2
+    assert re.search(says("model.template=v1", "processor"), capsys.readouterr().err)
+
+    def lacking(directory):
+        raise ImportError("\nQwenVideoProcessor requires the Torchvision library but it was not found.\nMore")
+
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lacking)
+    assert main(["eval", str(vip), *words]) == 2
+    assert re.search(says(str(vip), "Torchvision"), capsys.readouterr().err)
+    base = vip.rename(vip.with_name("base"))
+    vip.mkdir()
+    (vip / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert main(["eval", str(vip), *words]) == 2
+    assert re.search(says(str(vip), "merge"), capsys.readouterr().err)
 
 
 def test_another_family_is_asked_by_its_own_processor(parts, picture, tmp_path):
