@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     ablation = load_ablation(args.config, args.overrides)
     from llava_pdrop.compare.ablate import ablate, plan
     from llava_pdrop.compare.ablate_report import show, write
+    from llava_pdrop.eval.scores import refuse_unread
 
     rows = plan(ablation)
     if os.environ.get("RANK", "0") == "0":
@@ -32,3 +33,5 @@ def run(args: argparse.Namespace) -> None:
     if measured is not None:
         show(ablation, measured, ablation.name)
         print(f"report: {write(ablation, measured)}")
+        allowed = ablation.variants[0].config.eval.max_unread
+        refuse_unread([score for row in measured for score in row.scores], allowed)

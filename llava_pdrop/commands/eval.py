@@ -30,17 +30,17 @@ def run(args: argparse.Namespace) -> None:
         SystemExit: with status 1, after all is written, where too many pictures cannot be read.
     """
     config = _config(args)
+    from llava_pdrop.errors import ConfigError
     from llava_pdrop.eval.evaluate import evaluate_config
     from llava_pdrop.eval.measure import measure_config
+    from llava_pdrop.eval.scores import refuse_unread
 
     if not config.eval.benchmarks:
+        if config.eval.training_free:
+            raise ConfigError(f"{config.file}: eval.training_free: is for benchmarks: add benchmarks=NAME,NAME")
         evaluate_config(config)
         return
-    scores = measure_config(config)
-    worst = max((score.unread / score.questions for score in scores), default=0.0)
-    if worst > config.eval.max_unread:
-        print(f"{worst:.1%} of the questions of a benchmark cannot be read; eval.max_unread={worst:.3f} allows it")
-        raise SystemExit(1)
+    refuse_unread(measure_config(config), config.eval.max_unread)
 
 
 def _config(args: argparse.Namespace) -> Any:

@@ -26,7 +26,7 @@ from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, answer, check_scorer, load_questions, respondent_of
 from llava_pdrop.eval.measure import load_benchmarks, measure
 from llava_pdrop.eval.score import Score, paired
-from llava_pdrop.eval.scores import show
+from llava_pdrop.eval.scores import refuse_unread, show
 from llava_pdrop.eval.team import team_of
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.style import TABLE_WIDTH
@@ -56,6 +56,7 @@ def compare(config: Config) -> Path:
 
     Raises:
         ConfigError: nothing to compare, or something named in the config is missing or impossible.
+        SystemExit: with status 1, after all is written, where too many pictures of a benchmark cannot be read.
     """
     if config.pyramid_drop is None:
         raise ConfigError(f"{config.file}: pyramid_drop: is not set, so there is nothing to compare: add the section")
@@ -82,6 +83,7 @@ def compare(config: Config) -> Path:
         show(comparison.scores, "Benchmarks")
     file = report.write(comparison, Path(config.output_dir), table_rows(comparison.rows))
     console.print(f"report: {file}", soft_wrap=True)
+    refuse_unread(comparison.scores, config.eval.max_unread)
     return file
 
 

@@ -201,6 +201,8 @@ def _written_whole(override: str) -> str:
     name, value = override.split("=", 1)
     if name not in SHORT:
         return override
+    if not value.startswith("[") and not all(word.strip() for word in value.split(",")):
+        raise ConfigError(f"{OVERRIDES}: {override}: give names with commas between them, such as {name}=one,two")
     return f"{SHORT[name]}={value if value.startswith('[') else f'[{value}]'}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 from llava_pdrop.eval.kept import HOME
@@ -58,6 +59,19 @@ def write(scores: Sequence[Score], directory: Path, title: str) -> Path:
     file = home / TABLE
     file.write_text(markdown(scores, title), encoding="utf-8")
     return file
+
+
+def refuse_unread(scores: Sequence[Score], allowed: float) -> None:
+    """Raises `SystemExit` with status 1, naming the worst, where of some benchmark a larger share of questions than
+    ``allowed`` could not be asked. All is written by then."""
+    worst = max(scores, key=lambda score: score.unread / score.questions, default=None)
+    if worst is None or (share := worst.unread / worst.questions) <= allowed:
+        return
+    print(
+        f"{worst.benchmark.name} ({worst.column}): {worst.unread:,} of {worst.questions:,} questions could not be "
+        f"asked: mend them and start again, or allow it: eval.max_unread={ceil(share * 1000) / 1000:g}"
+    )
+    raise SystemExit(1)
 
 
 def markdown(scores: Sequence[Score], title: str) -> str:

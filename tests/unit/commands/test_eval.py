@@ -132,6 +132,9 @@ def test_pictures_that_cannot_be_read_count_and_cost_the_exit_status(run, sets, 
     row = scores(run)["pope", "pyramid_drop"]
     assert (row["questions"], row["unread"]) == (PAGES, 1)
     assert main(["eval", str(run), *words, "eval.max_unread=0.5"]) == 0
+    shutil.copyfile(sets / "eval/pope/val2014" / broken.name, broken)
+    assert main(["eval", str(run), *words]) == 0
+    assert scores(run)["pope", "pyramid_drop"]["unread"] == 0, "a picture that was mended is shown"
 
 
 def test_what_is_not_there_is_one_line_before_anything_is_loaded(run, tmp_path, capsys):
@@ -139,6 +142,38 @@ def test_what_is_not_there_is_one_line_before_anything_is_loaded(run, tmp_path, 
     assert re.search(says("pope", "llava_pope_test.jsonl", "llava-pdrop benchmarks"), capsys.readouterr().err)
     assert main(["eval", str(run), "benchmarks=mmee"]) == 2
     assert re.search(says("eval.benchmarks", "'mmee'"), capsys.readouterr().err)
+
+
+def test_words_that_would_do_nothing_are_one_line(run, capsys):
+    for words, told in (
+        (["benchmarks="], "benchmarks=one,two"),
+        (["benchmarks=pope,,mme"], "benchmarks=pope,,mme"),
+        (["training_free=vanilla"], "eval.training_free"),
+    ):
+        assert main(["eval", str(run), *words]) == 2
+        assert re.search(says(told), capsys.readouterr().err)
+
+
+def test_answers_of_a_model_whose_ends_were_changed_are_not_its_own(run, sets):
+    words = ["benchmarks=pope", f"eval.root={sets / 'eval'}"]
+    assert main(["eval", str(run), *words]) == 0
+    file = run / "generation_config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps(fields | {"eos_token_id": [2, 5, 6]}))
+    assert main(["eval", str(run), *words]) == 0
+    assert len(answers(run, "pope")) == 2
+
+
+def test_half_a_character_costs_no_answers(run, sets, tmp_path, capsys):
+    records = json.loads((sets / "forms" / "eval.json").read_text())
+    records[0]["id"] = "\ud800"
+    (tmp_path / "eval.json").write_text(json.dumps(records))
+    assert main(["eval", str(run), f"data.eval={tmp_path / 'eval.json'}"]) == 0
+    assert json.loads((run / "predictions.jsonl").read_text().splitlines()[0])["id"] == "\ud800"
+    records[1]["conversations"][0]["value"] += "\ud800"
+    (tmp_path / "eval.json").write_text(json.dumps(records))
+    assert main(["eval", str(run), f"data.eval={tmp_path / 'eval.json'}"]) == 2
+    assert re.search(says("question", str(records[1]["id"]), "surrogate"), capsys.readouterr().err)
 
 
 def test_a_second_data_set_does_not_overwrite_the_first(run, sets, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, means
 from llava_pdrop.eval.measure import chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.score import beside_paper, paired, score_of
-from llava_pdrop.eval.scores import markdown, table_rows
+from llava_pdrop.eval.scores import markdown, refuse_unread, table_rows
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 
@@ -109,6 +110,17 @@ def test_unread_pictures_stay_in_the_denominator():
     assert found.unread == 10 and found.problem == "cut" and found.value == pytest.approx(75.0)
     head, row = table_rows([found])
     assert row[head.index("not read")] == "10"
+
+
+@pytest.mark.parametrize(("unread", "questions"), [(1, 70), (3, 7), (1, 60)])
+def test_the_share_that_a_refusal_names_is_enough(capsys, unread, questions):
+    found = replace(score(), unread=unread, questions=questions)
+    with pytest.raises(SystemExit) as exit:
+        refuse_unread([score(), found], 0.01)
+    assert exit.value.code == 1
+    said = capsys.readouterr().out
+    assert re.search(says("toy", str(unread), str(questions)), said)
+    refuse_unread([found], float(said.split("eval.max_unread=")[1]))
 
 
 def test_what_only_a_server_knows_has_no_score():
