@@ -143,6 +143,8 @@ def _open_peft(directory: Path, base: str | None, vision_tower: str | None) -> S
     tokenizer = _tokenizer(directory)
     if tokenizer is None or tokenizer.convert_tokens_to_ids(IMAGE_MARKER) != source.config.image_token_id:
         tokenizer = source.tokenizer
+    elif tokenizer.chat_template is None and source.tokenizer is not None:
+        tokenizer.chat_template = source.tokenizer.chat_template
     tensors = lora.merged(source.tensors, directory, HF_TO_MEMORY)
     return replace(source, origin=str(directory), tensors=tensors, tokenizer=tokenizer)
 

@@ -86,7 +86,8 @@ def _foreign(directory: Path, overrides: list[str]) -> Any:
         schedule = original_schedule(fields)
     model = {"path": str(directory)}
     if "model.template" not in names:
-        model["template"] = template_of(home, fields, chat_template_in(home)) if is_ours(home) else CHAT
+        chat = chat_template_in(directory) or chat_template_in(home)
+        model["template"] = template_of(home, fields, chat) if is_ours(home) else CHAT
     data = "${data.eval}" if "data.eval" in names else str(directory)  # required keys, which evaluation does not read
     values = {
         "name": directory.name,

@@ -14,11 +14,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.checkpoint.convert import convert
+from llava_pdrop.commands.eval import _foreign
+from llava_pdrop.eval.respondent import CHAT
 from tests.messages import says
 from tests.unit.checkpoint.layout_files import original, with_tokenizer, write
 
@@ -156,6 +158,25 @@ def test_other_kinds_of_adapters_are_refused_by_name(base, tmp_path, fields, mes
     adapters(base, tmp_path / "adapters", target_modules=["q_proj"])
     with pytest.raises(ValueError, match=f"adapter_config.json: {message}"):
         build_parts(str(edited(tmp_path / "adapters", **fields)))
+
+
+def test_a_chat_template_is_found_beside_the_adapters_or_their_base(base, tmp_path):
+    """A trainer saves the tokenizer with its adapters, often without the processor's chat template."""
+    chat = "{% for m in messages %}<image>{% endfor %}"
+    home, run = tmp_path / "base", tmp_path / "adapters"
+    shutil.copytree(base, home)
+    (home / "chat_template.jinja").write_text(chat)
+    adapters(home, run)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(run)
+    assert build_parts(str(run)).tokenizer.chat_template == chat
+    assert _foreign(run, ["benchmarks=pope"]).model.template == CHAT
+    (home / "chat_template.jinja").unlink()
+    assert _foreign(run, ["benchmarks=pope"]).model.template != CHAT
+    (run / "chat_template.jinja").write_text(chat)
+    assert build_parts(str(run)).tokenizer.chat_template == chat
+    assert _foreign(run, ["benchmarks=pope"]).model.template == CHAT
 
 
 def test_what_peft_really_makes_of_dora_is_refused(base, tmp_path):
