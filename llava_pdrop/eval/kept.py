@@ -99,7 +99,7 @@ class Kept:
 
     def _write(self, name: str, text: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        aside = self.directory / f"{name}.new"
+        aside = self.directory / f"{name}.{os.getpid()}.new"  # of this process: another one may do the same
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(aside, self.directory / name)
 

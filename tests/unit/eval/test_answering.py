@@ -70,6 +70,22 @@ def test_what_is_known_is_not_asked_again_and_all_else_is_kept(respondent, quest
     assert [a.text for a in whole.answers if a.id not in known] == [a.text for a in found.answers if a.id not in known]
 
 
+def test_random_drops_are_the_same_wherever_an_evaluation_was_stopped(respondent, questions):
+    """Also in the middle of a batch, of which a kill kept a part."""
+    random = replace(DROP, ranker="random")
+
+    def drops(known=()):
+        steps, torch_state = [], torch.get_rng_state()
+        answer_all(respondent, questions, random, 3, 1, steps=steps, known={id: Answer(id, "") for id in known})
+        torch.manual_seed(int(torch_state[0]) + 7)  # another state before the next one
+        return [step.survivors for step in steps]
+
+    whole = drops()
+    order = [questions[place].id for place in by_length(respondent, questions)]
+    assert drops() == whole
+    assert drops(order[:3]) == drops(order[:4]) == whole[-len(drops(order[:3])) :] != whole
+
+
 def test_a_picture_that_cannot_be_read_is_an_empty_answer_or_an_error(respondent, questions, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     bad = ask("bad", "Which", [tmp_path / "bad.png"], "q[8]", "x")
