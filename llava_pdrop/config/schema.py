@@ -308,6 +308,8 @@ class Config:
         schedules = {}
         for name, entry in (self.compare.training_free or {}).items():
             key = f"compare.training_free.{name}"
+            if "/" in str(name):
+                raise Problem(key, f"{key}: files are named after a schedule: give it a name without /")
             if entry != "same" and not isinstance(entry, Mapping):
                 raise Problem(key, f"{key} must be 'same' or a mapping of pyramid_drop keys, got {entry!r}")
             changes = {} if entry == "same" else dict(entry)

@@ -83,17 +83,26 @@ def columns_of(config: Config, own: str, layers: int) -> dict[str, Schedule]:
     """Name -> schedule: the run's ``own``, and what ``eval.training_free`` names.
 
     Raises:
-        ConfigError: a name that is neither ``vanilla`` nor in ``compare.training_free``, or a schedule that cannot be.
+        ConfigError: a name that is neither ``vanilla`` nor in ``compare.training_free``, or a schedule that cannot be,
+            or has the name of another column.
     """
-    found, known = {own: config.schedule}, config.training_free(layers) | {"vanilla": Schedule()}
+    found, known = {own: config.schedule}, {"vanilla": Schedule()} | config.training_free(layers)
+    if known["vanilla"].layers:
+        raise ConfigError(f"{config.file}: compare.training_free.vanilla: drops: give it another name")
     for name in config.eval.training_free:
         if name not in known:
             raise ConfigError(
                 f"{config.file}: eval.training_free: {name!r} is none of {', '.join(known)} (compare.training_free "
                 f"makes others){did_you_mean(name, known)}"
             )
-        if known[name] not in found.values():
-            found[name] = known[name]
+        if known[name] in found.values():
+            continue
+        if name == own:
+            raise ConfigError(
+                f"{config.file}: compare.training_free.{name}: is another schedule than the run's own, whose column is "
+                "called so: give it another name"
+            )
+        found[name] = known[name]
     return found
 
 

@@ -66,6 +66,12 @@ def test_columns_are_the_runs_own_and_those_named(tiny_config):
     assert found["late"].layers == (3,) and not found["vanilla"].layers
     with pytest.raises(ConfigError, match=says("eval.training_free", "'lat'", "did you mean 'late'")):
         columns_of(load_config(file, ["training_free=lat"]), "pyramid_drop", 4)
+    for name in ("pyramid_drop", "vanilla"):
+        other = tiny_config(pyramid_drop=section, compare={"training_free": {name: {"layers": [3], "ratios": [0.5]}}})
+        with pytest.raises(ConfigError, match=says(f"compare.training_free.{name}", "another name")):
+            columns_of(load_config(other, [f"training_free={name}"]), "pyramid_drop", 4)
+    with pytest.raises(ConfigError, match=says("compare.training_free.a/b", "name")):
+        load_config(tiny_config(pyramid_drop=section, compare={"training_free": {"a/b": "same"}}))
     same = load_config(tiny_config(), ["training_free=vanilla"])
     assert list(columns_of(same, "vanilla", 4)) == ["vanilla"], "one schedule is one column"
 
