@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.benchmarks import BENCHMARKS
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, means
-from llava_pdrop.eval.measure import chosen, columns_of, first_units
+from llava_pdrop.eval.measure import _Asked, chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.score import beside_paper, paired, score_of
 from llava_pdrop.eval.scores import markdown, refuse_unread, table_rows
@@ -74,6 +75,22 @@ def test_columns_are_the_runs_own_and_those_named(tiny_config):
         load_config(tiny_config(pyramid_drop=section, compare={"training_free": {"a/b": "same"}}))
     same = load_config(tiny_config(), ["training_free=vanilla"])
     assert list(columns_of(same, "vanilla", 4)) == ["vanilla"], "one schedule is one column"
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["eval.max_new_tokens=3", "train.bf16=true", "seed=5", "pyramid_drop.ranker=fastv", "prompt", "ends", "model"],
+)
+def test_all_that_answers_depend_on_has_a_directory_of_its_own(tiny_config, tmp_path, word):
+    file = tiny_config(pyramid_drop={"layers": [1, 2], "ratios": [0.5, 0.25], "ranker": "random"})
+
+    def kept(prompt="p", end=2, model="m", words=()):
+        respondent = SimpleNamespace(text=lambda question: prompt, ends=[end], stops=())
+        config = load_config(file, list(words))
+        return _Asked(config, TOY, QUESTIONS, "c", config.schedule, tmp_path, {"weights": model}).kept(respondent)
+
+    own = {"prompt": {"prompt": "q"}, "ends": {"end": 3}, "model": {"model": "n"}}.get(word, {"words": [word]})
+    assert kept().directory == kept().directory != kept(**own).directory
 
 
 def test_a_limit_counts_units(tiny_config):
