@@ -144,6 +144,19 @@ def test_what_is_not_there_is_one_line_before_anything_is_loaded(run, tmp_path, 
     assert re.search(says("eval.benchmarks", "'mmee'"), capsys.readouterr().err)
 
 
+def test_the_papers_number_stands_beside_the_runs_own_schedule_only(run, sets):
+    """Not beside a training-free one, nor where the schedule of the run was changed."""
+    file = run / RUN_FILE
+    file.write_text(file.read_text().replace("paper: null", "paper: {table: Table 1, scores: {POPE: 86.0}}"))
+    words = ["benchmarks=paper", f"eval.root={sets / 'eval'}", "training_free=vanilla"]
+    assert main(["eval", str(run), *words]) == 0
+    found = {key: row["paper"] for key, row in scores(run).items()}
+    assert found == {("pope", "pyramid_drop"): 86.0, ("pope", "vanilla"): None}
+    changed = ["benchmarks=pope", words[1], "pyramid_drop.ratios=[0.5, 0.5, 0.5]"]
+    assert main(["eval", str(run), *changed]) == 0
+    assert scores(run)["pope", "pyramid_drop"]["paper"] is None
+
+
 def test_words_that_would_do_nothing_are_one_line(run, capsys):
     for words, told in (
         (["benchmarks="], "benchmarks=one,two"),
