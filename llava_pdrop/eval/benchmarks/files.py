@@ -22,8 +22,35 @@ from llava_pdrop.types import ImageSource
 ROOT = "playground/data/eval"
 """Where LLaVA's scripts expect the benchmarks, below the checkout."""
 
+NAME = (str, int)
+KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "image_id", "index", "question_id", "question_type_id"), NAME),
+    **dict.fromkeys(("choice_a", "choice_b", "choice_c", "choice_d"), (str, int, float)),
+    **dict.fromkeys(("annotations", "answers", "choices", "conversations", "data", "questions", "test"), (list,)),
+}
+"""Key -> what it holds, if not text."""
+
+CALLED = {str: "text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
+
+MARK = "\ufeff"
+"""Of the order of bytes, which some editors put in front of a text."""
+
 REFERENCE = 64
 """Letters of an image cell up to which it is the index of another row, whose picture is meant (VLMEvalKit)."""
+
+
+def text_of(file: Path) -> str:
+    """The text of a file; a mark of its byte order in front does not count.
+
+    Raises:
+        MissingFileError: no such file. UserError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8").removeprefix(MARK)
+    except FileNotFoundError:
+        raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not text in UTF-8 ({clip(error)}); unpack it, or fetch it again") from None
 
 
 def read_json(file: Path) -> Any:
@@ -32,40 +59,35 @@ def read_json(file: Path) -> Any:
     Raises:
         MissingFileError: no such file. UserError: it is not JSON.
     """
+    text = text_of(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
-    except ValueError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({clip(error)}); fetch it again") from None
 
 
-def read_lines(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, each of which has ``keys``.
+def read_lines(file: Path, keys: Sequence[str], **kinds: tuple[type, ...]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, each of which has ``keys`` (as `with_keys`).
 
     Raises:
         MissingFileError: no such file. UserError: no lines, a line that is no object, or lacks a key.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_of(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}:{number}: not JSON ({clip(error)}); fetch the file again") from None
-        rows.append(with_keys(row, keys, f"{file}:{number}"))
+        rows.append(with_keys(row, keys, f"{file}:{number}", **kinds))
     if not rows:
         raise UserError(f"{file}: holds no questions; fetch it again")
     return rows
 
 
-def with_keys(row: Any, keys: Iterable[str], origin: str) -> dict[str, Any]:
-    """``row``, an object that has all ``keys``.
+def with_keys(row: Any, keys: Iterable[str], origin: str, **kinds: tuple[type, ...]) -> dict[str, Any]:
+    """``row``, an object that has all ``keys``, each of which holds what ``kinds``, else `KINDS` says.
 
     Raises:
         UserError: it has not.
@@ -74,7 +96,33 @@ def with_keys(row: Any, keys: Iterable[str], origin: str) -> dict[str, Any]:
         raise UserError(f"{origin}: expected an object, found {type(row).__name__}")
     if lacking := [key for key in keys if key not in row]:
         raise UserError(f"{origin}: has no {', '.join(map(repr, lacking))}, only {clip(', '.join(map(repr, row)))}")
+    for key in keys:
+        expected = kinds.get(key) or KINDS.get(key, (str,))
+        if not isinstance(row[key], expected) or row[key] is True or row[key] is False:
+            raise UserError(
+                f"{origin}: its {key} is {clip(repr(row[key]))}, not {' or '.join(CALLED[kind] for kind in expected)}"
+            )
     return row
+
+
+def answers_of(label: Mapping[str, Any], origin: str) -> list[str]:
+    """What the people of a label answered.
+
+    Raises:
+        UserError: nobody did, or an entry is no answer.
+    """
+    if not label["answers"]:
+        raise UserError(f"{origin}: its answers are an empty list; fetch the file again")
+    return [with_keys(entry, ("answer",), origin)["answer"] for entry in label["answers"]]
+
+
+def all_asked(asked: int, known: int, file: Path, labels: Path) -> None:
+    """Raises `UserError` if there are more answers than questions: ``file`` is cut off, or of another release."""
+    if known > asked:
+        raise UserError(
+            f"{file}: has {asked} questions, and {labels} the answers of {known}; take both whole and from one release "
+            "(eval.limit asks fewer)"
+        )
 
 
 def read_table(file: Path, columns: Sequence[str], whole: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -89,10 +137,15 @@ def read_table(file: Path, columns: Sequence[str], whole: Sequence[str] = ()) ->
     try:
         with file.open(encoding="utf-8", newline="") as opened:
             head, *rows = list(csv.reader(opened, delimiter="\t")) or [[]]
+            head[:1] = [name.removeprefix(MARK) for name in head[:1]]
     except FileNotFoundError:
         raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: no table as text in UTF-8 ({clip(error)}); unpack it, or fetch it again") from None
     if lacking := [name for name in ("index", *columns) if name not in head]:
         raise UserError(f"{file}: has no column {', '.join(map(repr, lacking))}, only {clip(', '.join(head))}")
+    if len(set(head)) < len(head):
+        raise UserError(f"{file}: has two columns of one name: {clip(', '.join(head))}")
     table = []
     for number, row in enumerate(rows, 2):
         if len(row) != len(head):
@@ -108,9 +161,16 @@ def read_table(file: Path, columns: Sequence[str], whole: Sequence[str] = ()) ->
 
 def unique(names: Sequence[Any], file: Path, key: str) -> None:
     """Raises `UserError` if a name is there twice: an answer could not be told from another."""
-    (name, times), *_ = Counter(map(str, names)).most_common(1)
-    if times > 1:
-        raise UserError(f"{file}: {key} {clip(name)} is there {times} times; every question needs its own")
+    for name, times in Counter(map(str, names)).most_common(1):
+        if times > 1:
+            raise UserError(f"{file}: {key} {clip(name)} is there {times} times; every question needs its own")
+
+
+def cell(row: Mapping[str, str], name: str, file: Path) -> str:
+    """A cell of a row of `read_table`. Raises `UserError`: it is missing."""
+    if name not in row:
+        raise UserError(f"{file}: index {row['index']}: has no {name}")
+    return row[name]
 
 
 def numbered(names: Sequence[str]) -> list[str]:
@@ -133,14 +193,12 @@ def pictures_of_table(rows: Sequence[Mapping[str, str]], file: Path) -> list[Ima
     by_index = {row["index"]: row.get("image", "") for row in rows}
     pictures: list[ImageSource] = []
     for row in rows:
-        cell = row.get("image", "")
-        if cell and len(cell) <= REFERENCE:
-            if cell not in by_index or len(by_index[cell]) <= REFERENCE:
-                raise UserError(f"{file}: index {row['index']}: its image is that of row {clip(cell)}, which has none")
-            cell = by_index[cell]
-        if not cell:
-            raise UserError(f"{file}: index {row['index']}: has no image")
-        pictures.append(InlinePicture(cell))
+        image = cell(row, "image", file)
+        if len(image) <= REFERENCE:
+            if image not in by_index or len(by_index[image]) <= REFERENCE:
+                raise UserError(f"{file}: index {row['index']}: its image is that of row {clip(image)}, which has none")
+            image = by_index[image]
+        pictures.append(InlinePicture(image))
     return pictures
 
 
@@ -180,7 +238,7 @@ def read_answers(file: Path, questions: Sequence[Question]) -> list[str | None]:
     for number, row in enumerate(read_lines(file, ()), 1):
         origin = f"{file}: answer {number}"
         name, text = next((keys for keys in ANSWER_KEYS if keys[0] in row), ANSWER_KEYS[0])
-        with_keys(row, (name, text), origin)
+        with_keys(row, (name, text), origin, **{text: (object,)})
         id = str(row[name])
         seen[id] += 1
         own = id if seen[id] == 1 else f"{id}#{seen[id]}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.files import all_asked, read_json, read_lines, unique, with_keys
 from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.text import from_sheet, same
@@ -22,7 +22,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
     labels = directory / "data" / "testdev_balanced_questions.json"
     rows = read_lines(file, ("question_id", "image", "text"))
     unique([row["question_id"] for row in rows], file, "question_id")
-    known = read_json(labels)
+    known = with_keys(read_json(labels), (), str(labels))
     questions = []
     for row in rows:
         id = str(row["question_id"])
@@ -31,6 +31,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
         gold = with_keys(known[id], ["answer"], f"{labels}: {id}")["answer"]
         picture = directory / "data" / "images" / row["image"]
         questions.append(ask(id, row["text"], [picture], f"{file}[{id}]", gold, question_id=row["question_id"]))
+    all_asked(len(rows), len(known), file, labels)
     return questions
 
 

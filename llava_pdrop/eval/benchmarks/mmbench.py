@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Statistic, Wanted, grouped, values_of
-from llava_pdrop.eval.benchmarks.files import find_table, pictures_of_table, read_table
+from llava_pdrop.eval.benchmarks.files import cell, find_table, pictures_of_table, read_table
 from llava_pdrop.eval.benchmarks.prompts import LETTER, LETTER_CN, choice
 from llava_pdrop.eval.benchmarks.tables import CHOICE_RULE, SOURCE, grade_choice
 from llava_pdrop.eval.benchmarks.uploads import write_sheet
@@ -37,14 +37,14 @@ def nothing(cell: str | None) -> bool:
     return cell is None or cell.lower() in ("nan", "none")
 
 
-def asked(row: dict[str, str], last: str) -> str:
+def asked(row: dict[str, str], last: str, file: Path) -> str:
     """LLaVA's words (``model_vqa_mmbench.py``): its options end at the first that is missing."""
     options = {}
     for letter in "ABCD":
         if nothing(row.get(letter)):
             break
         options[letter] = row[letter]
-    return choice(row.get("question", ""), options, None if nothing(row.get("hint")) else row["hint"], last)
+    return choice(cell(row, "question", file), options, None if nothing(row.get("hint")) else row["hint"], last)
 
 
 def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
@@ -60,7 +60,7 @@ def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
         questions.append(
             ask(
                 index,
-                asked(row, last),
+                asked(row, last, file),
                 [picture],
                 f"{file}[{index}]",
                 answer or "",
@@ -75,7 +75,21 @@ def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
                 table=file.stem,
             )
         )
+    _check_whole(questions, file)
     return questions
+
+
+def _check_whole(questions: Sequence[Question], file: Path) -> None:
+    """Raises `UserError`: answers of some rows only, or a rotation of a question that is not there."""
+    unknown = [question.id for question in questions if not question.facts["known"]]
+    if unknown and len(unknown) < len(questions):
+        raise UserError(
+            f"{file}: index {unknown[0]}: has no answer ({len(unknown)} of {len(questions)} rows have none)"
+        )
+    there = {question.id for question in questions}
+    for question in questions:
+        if question.unit not in there:
+            raise UserError(f"{file}: index {question.id}: is a rotation of {question.unit}, which is not there")
 
 
 def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:

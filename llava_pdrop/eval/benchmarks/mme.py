@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_pdrop.errors import MissingFileError, UserError
+from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import (
     Benchmark,
     Grade,
@@ -20,7 +20,7 @@ from llava_pdrop.eval.benchmarks.base import (
     grouped,
     values_of,
 )
-from llava_pdrop.eval.benchmarks.files import numbered, read_lines
+from llava_pdrop.eval.benchmarks.files import numbered, read_lines, text_of
 from llava_pdrop.eval.benchmarks.prompts import SHORT
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.yes_no import four_letters, one_word, without_stops
@@ -66,11 +66,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
 
 def _labels(file: Path) -> dict[str, str]:
     """Question -> Yes or No."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
-    pairs = [line.strip().split("\t") for line in lines if line.strip()]
+    pairs = [line.strip().split("\t") for line in text_of(file).split("\n") if line.strip()]
     if any(len(pair) != 2 or pair[1].lower() not in ("yes", "no") for pair in pairs):
         raise UserError(f"{file}: expected a question, a tab, and Yes or No in every line")
     return {question: answer for question, answer in pairs}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, clip
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Total, Wanted, by_word, values_of
-from llava_pdrop.eval.benchmarks.files import read_lines, unique
+from llava_pdrop.eval.benchmarks.files import all_asked, read_lines, unique
 from llava_pdrop.eval.benchmarks.prompts import short
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.yes_no import no_among_words, one_word, rates, share, whole_answer
@@ -25,7 +25,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
     file = directory / "llava_pope_test.jsonl"
     rows = read_lines(file, ("question_id", "image", "text", "category"))
     unique([row["question_id"] for row in rows], file, "question_id")
-    labels = {name: _labels(directory, name) for name in CATEGORIES}
+    labels = {name: _labels(directory / "coco" / f"coco_pope_{name}.json") for name in CATEGORIES}
     used: dict[str, int] = defaultdict(int)
     questions = []
     for row in rows:
@@ -52,11 +52,17 @@ def read(directory: Path, llava: bool) -> list[Question]:
                 question_id=row["question_id"],
             )
         )
+    for name, own in labels.items():
+        all_asked(used[name], len(own), file, directory / "coco" / f"coco_pope_{name}.json")
     return questions
 
 
-def _labels(directory: Path, name: str) -> list[dict[str, str]]:
-    return read_lines(directory / "coco" / f"coco_pope_{name}.json", ("image", "text", "label"))
+def _labels(file: Path) -> list[dict[str, str]]:
+    rows = read_lines(file, ("image", "text", "label"))
+    for number, row in enumerate(rows, 1):
+        if row["label"] not in ("yes", "no"):
+            raise UserError(f"{file}: question {number}: its label is {clip(row['label'])}, not yes or no")
+    return rows
 
 
 def grade(question: Question, answer: str | None) -> Grade:
@@ -115,11 +121,6 @@ def total_of(names: dict[str, str], pooled: str, scale: float, misses: tuple[str
 
 LMMS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "f1", "label_ratio": "yes_ratio"}
 VLMEVALKIT = {"f1": "Overall", "accuracy": "acc", "precision": "precision", "recall": "recall"}
-
-
-def _share(part: float, whole: float) -> float:
-    """0 of nothing: where the official code divides by zero."""
-    return float(part / whole) if whole else 0.0
 
 
 COCO = "github.com/AoiDragon/POPE (output/coco)"

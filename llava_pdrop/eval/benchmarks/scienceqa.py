@@ -28,11 +28,13 @@ def read(directory: Path, llava: bool) -> list[Question]:
     or without."""
     file = directory / "llava_test_CQM-A.json"
     split = with_keys(read_json(directory / "pid_splits.json"), ["test"], str(directory / "pid_splits.json"))["test"]
-    problems = read_json(directory / "problems.json")
+    problems = with_keys(read_json(directory / "problems.json"), (), str(directory / "problems.json"))
     rows = read_json(file)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{file}: expected a list of questions, found {type(rows).__name__}")
-    rows = [with_keys(row, ("id", "conversations"), f"{file}[{number}]") for number, row in enumerate(rows)]
+    for number, row in enumerate(rows):
+        with_keys(row, ("id", "conversations"), f"{file}[{number}]")
+        with_keys(row, {"image"} & row.keys(), f"{file}[{number}]")
     unique([row["id"] for row in rows], file, "id")
     if others := {str(row["id"]) for row in rows} ^ set(map(str, split)):
         raise UserError(
@@ -42,10 +44,13 @@ def read(directory: Path, llava: bool) -> list[Question]:
     questions = []
     for row in rows:
         id = str(row["id"])
-        problem = with_keys(problems.get(id), ("choices", "answer", "subject"), f"{directory / 'problems.json'}: {id}")
+        problem = with_keys(
+            problems.get(id), ("choices", "answer", "subject"), f"{directory / 'problems.json'}: {id}", answer=(int,)
+        )
         if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
             raise UserError(f"{directory / 'problems.json'}: {id}: answer {problem['answer']} is none of its choices")
-        text = row["conversations"][0]["value"].replace(IMAGE_MARKER, "").strip()
+        turn = with_keys(next(iter(row["conversations"]), None), ["value"], f"{file}: question {id}: conversations[0]")
+        text = turn["value"].replace(IMAGE_MARKER, "").strip()
         pictures = [directory / "images" / "test" / row["image"]] if "image" in row else []
         questions.append(
             ask(

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, clip
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Total, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.files import all_asked, read_json, read_lines, unique, with_keys
 from llava_pdrop.eval.benchmarks.tables import CHOICE_RULE, grade_choice
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.text import MISSING
 
 KEYS = ("question_id", "question_type_id", "data_type", "answer", "choice_a", "choice_b", "choice_c", "choice_d")
 VIDEO = "SEED-Bench-video-image"
+VALUES = {"answer": "ABCD", "data_type": ("image", "video")}
 
 
 def read(directory: Path, llava: bool) -> list[Question]:
@@ -24,8 +25,8 @@ def read(directory: Path, llava: bool) -> list[Question]:
     file, labels = directory / "llava-seed-bench.jsonl", directory / "SEED-Bench.json"
     rows = read_lines(file, ("question_id", "image", "text"))
     unique([row["question_id"] for row in rows], file, "question_id")
-    content = with_keys(read_json(labels), ("questions", "question_type"), str(labels))
-    types = {number: name for name, number in content["question_type"].items()}
+    content = with_keys(read_json(labels), ("questions", "question_type"), str(labels), question_type=(dict,))
+    types = {str(number): name for name, number in content["question_type"].items()}
     known = {}
     for number, label in enumerate(content["questions"]):
         known[str(with_keys(label, KEYS, f"{labels}: questions[{number}]")["question_id"])] = label
@@ -37,8 +38,12 @@ def read(directory: Path, llava: bool) -> list[Question]:
         if id not in known:
             raise UserError(f"{file}: question_id {id}: {labels} has no answer for it; take both from one release")
         label = known[id]
-        if label["question_type_id"] not in types:
-            raise UserError(f"{labels}: question_id {id}: has no question type {label['question_type_id']}")
+        kind = str(label["question_type_id"])
+        if kind not in types:
+            raise UserError(f"{labels}: question_id {id}: has no question type {clip(kind)}")
+        for key, values in VALUES.items():
+            if label[key] not in [*values]:
+                raise UserError(f"{labels}: question_id {id}: its {key} is {clip(label[key])}, not {', '.join(values)}")
         if label["data_type"] != "image" and not frames:
             continue
         options = {letter: str(label[f"choice_{letter.lower()}"]) for letter in "ABCD"}
@@ -52,9 +57,10 @@ def read(directory: Path, llava: bool) -> list[Question]:
                 options={letter: text for letter, text in options.items() if text not in MISSING},
                 question_id=row["question_id"],
                 kind=label["data_type"],
-                category=types[label["question_type_id"]],
+                category=types[kind],
             )
         )
+    all_asked(len(rows), len(known), file, labels)
     return questions
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import find_table, pictures_of_table, read_table
+from llava_pdrop.eval.benchmarks.files import cell, find_table, pictures_of_table, read_table
 from llava_pdrop.eval.benchmarks.prompts import choice, generic_choice, short
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.choices import chosen, options_of
@@ -33,7 +33,7 @@ def read_choices(directory: Path, llava: bool, names: Sequence[str], facts: Sequ
                 f"{file}: index {row['index']}: its answer is {row.get('answer')}, and its options are "
                 f"{', '.join(options) or 'missing'}"
             )
-        words = (choice if llava else generic_choice)(row.get("question", ""), options, row.get("hint"))
+        words = (choice if llava else generic_choice)(cell(row, "question", file), options, row.get("hint"))
         kept = {fact: row.get(fact, "") for fact in facts}
         origin = f"{file}[{row['index']}]"
         questions.append(ask(row["index"], words, [picture], origin, row["answer"], options=options, **kept))
@@ -66,7 +66,7 @@ def read_answers_of(directory: Path, tables: Mapping[str, str], by: str | None =
     return [
         ask(
             row["index"],
-            short(row.get("question", "")),
+            short(cell(row, "question", file)),
             [picture],
             f"{file}[{row['index']}]",
             row["answer"],

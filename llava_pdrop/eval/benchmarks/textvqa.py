@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_pdrop.errors import UserError, clip
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Grader, Rule, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import numbered, read_json, read_lines, with_keys
+from llava_pdrop.eval.benchmarks.files import all_asked, numbered, read_json, read_lines, with_keys
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.text import from_sheet
 from llava_pdrop.eval.rules.vqa import eval_ai, normalised, vlmevalkit
@@ -26,6 +26,8 @@ def read(directory: Path, llava: bool) -> list[Question]:
     for number, label in enumerate(with_keys(read_json(labels), ["data"], str(labels))["data"]):
         origin = f"{labels}: data[{number}]"
         with_keys(label, ("image_id", "question", "answers"), origin)
+        if others := [answer for answer in label["answers"] if not isinstance(answer, str)]:
+            raise UserError(f"{origin}: one of its answers is {clip(repr(others[0]))}, not text")
         if len(label["answers"]) != PEOPLE:
             raise UserError(f"{origin}: has {len(label['answers'])} answers; the rule is made for {PEOPLE}")
         found[str(label["image_id"]), label["question"].lower()].append(label["answers"])
@@ -42,6 +44,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
         picture = directory / "train_images" / row["image"]
         facts = {"question_id": row["question_id"], "answers": answers, "own": own}
         questions.append(ask(id, row["text"], [picture], f"{file}[{id}]", gold, **facts))
+    all_asked(len(rows), sum(map(len, found.values())), file, labels)
     return questions
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.files import answers_of, read_json, read_lines, unique, with_keys
 from llava_pdrop.eval.benchmarks.prompts import short
 from llava_pdrop.eval.benchmarks.textvqa import by_vlmevalkit
 from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
@@ -63,11 +62,10 @@ def _answers(file: Path) -> dict[str, list[str]] | None:
     if "answers" not in rows[0]:
         return None
     unique([row["image"] for row in rows], file, "image")
-    found = {}
-    for number, row in enumerate(rows):
-        answers: list[Any] = with_keys(row, ["answers"], f"{file}[{number}]")["answers"]
-        found[row["image"]] = [with_keys(answer, ["answer"], f"{file}[{number}]")["answer"] for answer in answers]
-    return found
+    return {
+        row["image"]: answers_of(with_keys(row, ["answers"], f"{file}[{number}]"), f"{file}[{number}]")
+        for number, row in enumerate(rows)
+    }
 
 
 def _ask(

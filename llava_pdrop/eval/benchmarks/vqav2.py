@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.files import answers_of, read_json, read_lines, unique, with_keys
 from llava_pdrop.eval.benchmarks.prompts import short
 from llava_pdrop.eval.benchmarks.uploads import write_json
 from llava_pdrop.eval.questions import Question, ask
@@ -29,12 +29,12 @@ def read(directory: Path, llava: bool) -> list[Question]:
     if not labels.is_file() and (directory / VAL).is_file():
         return _read_val(directory)
     file = directory / f"{TEST}.jsonl"
-    rows = read_lines(file, ("question_id", "image", "text"))
+    rows = read_lines(file, ("question_id", "image", "text"), question_id=(int,))
     unique([row["question_id"] for row in rows], file, "question_id")
-    if not (directory / WHOLE_TEST).is_file():
-        raise MissingFileError(
-            f"{directory / WHOLE_TEST}: no such file, and the server wants an answer to all of its questions; "
-            "`llava-pdrop benchmarks` says where it comes from"
+    if others := {row["question_id"] for row in rows} - set(_whole_test(directory)):
+        raise UserError(
+            f"{file}: question_id {min(others)}: is not in {WHOLE_TEST}, of whose questions the server wants answers; "
+            "take both from one release"
         )
     found = _labels(labels) if labels.is_file() else None
     return [
@@ -43,11 +43,27 @@ def read(directory: Path, llava: bool) -> list[Question]:
     ]
 
 
+def _whole_test(directory: Path) -> list[int]:
+    """Names of the questions that the server wants answered."""
+    if not (directory / WHOLE_TEST).is_file():
+        raise MissingFileError(
+            f"{directory / WHOLE_TEST}: no such file, and the server wants an answer to all of its questions; "
+            "`llava-pdrop benchmarks` says where it comes from"
+        )
+    return [row["question_id"] for row in read_lines(directory / WHOLE_TEST, ["question_id"], question_id=(int,))]
+
+
 def _read_val(directory: Path) -> list[Question]:
     file = directory / VAL
     rows = with_keys(read_json(file), ["questions"], str(file))["questions"]
     for number, row in enumerate(rows):
-        with_keys(row, ("question_id", "image_id", "question"), f"{file}: questions[{number}]")
+        with_keys(
+            row,
+            ("question_id", "image_id", "question"),
+            f"{file}: questions[{number}]",
+            question_id=(int,),
+            image_id=(int,),
+        )
     unique([row["question_id"] for row in rows], file, "question_id")
     found = _labels(directory / VAL_LABELS)
     pictures = [directory / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg" for row in rows]
@@ -60,7 +76,8 @@ def _read_val(directory: Path) -> list[Question]:
 def _labels(file: Path) -> dict[str, dict[str, Any]]:
     rows = with_keys(read_json(file), ["annotations"], str(file))["annotations"]
     for number, row in enumerate(rows):
-        with_keys(row, LABEL_KEYS, f"{file}: annotations[{number}]")
+        origin = f"{file}: annotations[{number}]"
+        row["answers"] = answers_of(with_keys(row, LABEL_KEYS, origin), origin)
     unique([row["question_id"] for row in rows], file, "question_id")
     return {str(row["question_id"]): row for row in rows}
 
@@ -75,7 +92,7 @@ def _ask(
     else:
         label = labels[str(id)]
         facts = {
-            "answers": [entry["answer"] for entry in label["answers"]],
+            "answers": label["answers"],
             "question_type": label["question_type"],
             "answer_type": label["answer_type"],
         }
@@ -129,10 +146,10 @@ def upload(questions: Sequence[Question], answers: Sequence[str | None], directo
     given = {question.id: eval_ai(answer) for question, answer in zip(questions, answers) if answer is not None}
     file: Path = questions[0].facts["file"]
     if questions[0].facts["split"] == "val":
-        ids = [question.id for question in questions]
+        ids = [int(question.id) for question in questions]
     else:
-        ids = [str(row["question_id"]) for row in read_lines(file.parent / WHOLE_TEST, ["question_id"])]
-    rows = [{"question_id": int(id), "answer": given.get(id, "")} for id in ids]
+        ids = _whole_test(file.parent)
+    rows = [{"question_id": id, "answer": given.get(str(id), "")} for id in ids]
     return write_json(rows, directory / "answers_upload" / file.stem / f"{name}.json")
 
 

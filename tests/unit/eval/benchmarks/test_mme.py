@@ -69,6 +69,9 @@ def test_files_that_do_not_fit(made) -> None:
     (made / RELEASE / "OCR" / "1.txt").write_text("Is it red? Yes\n", encoding="utf-8")
     with pytest.raises(UserError, match=says("1.txt", "tab")):
         MME.read(made, True)
+    (made / RELEASE / "OCR" / "1.txt").write_bytes("Is it caf\u00e9?\tYes\n".encode("latin-1"))
+    with pytest.raises(UserError, match=says("1.txt", "UTF-8")):
+        MME.read(made, True)
     (made / RELEASE / "OCR" / "1.txt").unlink()
     with pytest.raises(MissingFileError, match=says("1.txt", "llava-pdrop benchmarks")):
         MME.read(made, True)

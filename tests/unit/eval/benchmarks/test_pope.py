@@ -57,6 +57,9 @@ def test_labels_that_do_not_fit(made) -> None:
     write_lines(root / "llava_pope_test.jsonl", rows[1:])
     with pytest.raises(UserError, match=says("llava_pope_test.jsonl", "question_id 1", "coco_pope_adversarial.json")):
         POPE.read(root, True)
+    write_lines(root / "llava_pope_test.jsonl", rows[:-1])
+    with pytest.raises(UserError, match=says("llava_pope_test.jsonl", "3 questions", "coco_pope_random.json", "of 4")):
+        POPE.read(root, True)
     write_lines(root / "llava_pope_test.jsonl", [*rows, ask_of(99, "0.jpg", "One more?", category="random")])
     with pytest.raises(UserError, match=says("question_id 99", "coco_pope_random.json")):
         POPE.read(root, True)
@@ -65,4 +68,9 @@ def test_labels_that_do_not_fit(made) -> None:
         POPE.read(root, True)
     write_lines(root / "llava_pope_test.jsonl", [rows[0], rows[0]])
     with pytest.raises(UserError, match=says("question_id 0", "2 times")):
+        POPE.read(root, True)
+    write_lines(root / "llava_pope_test.jsonl", rows)
+    label = {"question_id": 1, "image": "0.jpg", "text": "?", "label": "Yes"}
+    write_lines(root / "coco" / "coco_pope_random.json", [label])
+    with pytest.raises(UserError, match=says("coco_pope_random.json", "question 1", "label", "Yes")):
         POPE.read(root, True)

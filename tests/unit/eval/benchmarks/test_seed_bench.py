@@ -56,6 +56,9 @@ def test_files_that_do_not_fit(made) -> None:
     for labels, parts in (
         ([label("1", "A", type=9)], ("question_id 1", "type 9")),
         ([label("1", "A"), label("1", "B")], ("question_id 1", "2 times")),
+        ([label("1", "a")], ("question_id 1", "answer", "a", "A, B, C, D")),
+        ([label("1", "A", "film")], ("question_id 1", "data_type", "film")),
+        ([label("1", "A"), label("2", "A")], ("1 questions", "of 2")),
         ([{"question_id": "1"}], ("questions[0]", "'answer'")),
     ):
         write_json(made / "SEED-Bench.json", {"questions": labels, "question_type": {"Scene": 1}})

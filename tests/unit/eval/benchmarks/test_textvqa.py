@@ -65,3 +65,9 @@ def test_files_that_do_not_fit(made) -> None:
     write_json(made / "TextVQA_0.5.1_val.json", {"data": [{**label("p", "Who?"), "answers": ["x"] * 9}]})
     with pytest.raises(UserError, match=says("data[0]", "9 answers")):
         TEXTVQA.read(made, True)
+    write_json(made / "TextVQA_0.5.1_val.json", {"data": [{**label("p", "Who?"), "answers": [5] * 10}]})
+    with pytest.raises(UserError, match=says("data[0]", "5", "text")):
+        TEXTVQA.read(made, True)
+    write_json(made / "TextVQA_0.5.1_val.json", {"data": [label("p", "Who?"), label("r", "Who?")]})
+    with pytest.raises(UserError, match=says("1 questions", "TextVQA_0.5.1_val.json", "of 2")):
+        TEXTVQA.read(made, True)

@@ -85,3 +85,10 @@ def test_files_that_do_not_fit(test_dev) -> None:
         write_json(test_dev / "annotations.json", {"annotations": labels})
         with pytest.raises(UserError, match=says(*parts)):
             VQAV2.read(test_dev, True)
+    (test_dev / "annotations.json").unlink()
+    write_lines(test_dev / WHOLE_TEST, [ask_of(1, "a.jpg", "Is it?")])
+    with pytest.raises(UserError, match=says(f"{TEST}.jsonl", "question_id 2", WHOLE_TEST)):
+        VQAV2.read(test_dev, True)
+    write_lines(test_dev / WHOLE_TEST, [ask_of("one", "a.jpg", "Is it?")])
+    with pytest.raises(UserError, match=says(WHOLE_TEST, "question_id", "'one'", "a whole number")):
+        VQAV2.read(test_dev, True)
