@@ -6,6 +6,7 @@ It writes answers into a spreadsheet and reads them back, which turns what a spr
 from __future__ import annotations
 
 import ast
+import warnings
 
 MISSING = frozenset(
     {
@@ -29,8 +30,11 @@ def from_sheet(text: str | None) -> str:
 
 def alternatives(gold: str) -> list[str]:
     """The answers of a cell: those of a list in Python's notation, else the cell itself."""
+    if "[" not in gold:
+        return [gold]
     try:
-        found = ast.literal_eval(gold)
+        with warnings.catch_warnings(action="ignore"):  # of what is no code: [2nd]
+            found = ast.literal_eval(gold)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return [gold]
     return [str(entry) for entry in found] if isinstance(found, list) else [gold]

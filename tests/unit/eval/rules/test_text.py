@@ -35,6 +35,12 @@ def test_a_cell_may_hold_several_answers(cell, answers) -> None:
     assert alternatives(cell) == answers
 
 
+@pytest.mark.parametrize("cell", ["1or 2", "[1or 2]", "5 is", "[0x1for x in y]"])
+def test_a_cell_that_looks_like_code_is_no_warning(cell, recwarn) -> None:
+    assert alternatives(cell) == [cell]
+    assert [*recwarn] == []
+
+
 @pytest.mark.parametrize(
     ("answer", "golds", "value"),
     [
