@@ -140,6 +140,15 @@ def test_a_wrong_fact_is_noticed() -> None:
         spoilt("seed_bench", change).compare_facts()
 
 
+def test_a_number_half_way_between_two_decimals_may_be_printed_as_either() -> None:
+    scored = Scored.load("vqav2", unpacked(PACKED))
+    for ours, printed in ((5.625, 5.62), (5.625, 5.63), (5.624999999999999, 5.63), (33.514, 33.51)):
+        scored.same_printed(ours, printed, "overall")
+    for ours, printed in ((5.6251, 5.62), (33.514, 33.52)):
+        with pytest.raises(AssertionError, match="ours .*, official"):
+            scored.same_printed(ours, printed, "overall")
+
+
 def test_the_prompt_of_a_llava_is_its_whole_conversation() -> None:
     question = BENCHMARKS["mmvet"].read(unpacked(PACKED) / "mm-vet", True)[0]
     assert conversation(question).endswith(f"USER: <image>\n{question.text} ASSISTANT:")
