@@ -32,21 +32,23 @@ def run(args: argparse.Namespace) -> None:
         UserError: a name that no benchmark has; answers or files that are not what they should be.
     """
     from llava_pdrop.errors import UserError, did_you_mean
-    from llava_pdrop.eval.benchmarks import BENCHMARKS
+    from llava_pdrop.eval.benchmarks import BENCHMARKS, BY_NAME
     from llava_pdrop.eval.benchmarks.files import ROOT
     from llava_pdrop.report.style import print_table
 
-    for name in args.names:
-        if name not in BENCHMARKS:
-            hint = did_you_mean(name, BENCHMARKS)
+    names = [name for names in args.names for name in names.split(",")]
+    for name in names:
+        if name.lower() not in BY_NAME:
+            hint = did_you_mean(name, BY_NAME)
             raise UserError(f"unknown benchmark {name!r}: choose among {', '.join(BENCHMARKS)}{hint}")
-    rows = [row for row in BENCHMARKS.values() if not args.names or row.name in args.names]
+    wanted = {BY_NAME[name.lower()].name for name in names}
+    rows = [row for row in BENCHMARKS.values() if not names or row.name in wanted]
     if args.rules:
         print_table("How benchmarks are scored", [RULES, *rules(rows)], right=False)
         return
     root = args.root or ROOT
     if args.score is not None:
-        if len(args.names) != 1:
+        if len(rows) != 1 or not names:
             raise UserError(f"--score {args.score}: name the one benchmark that it answers")
         print_table(f"{rows[0].title}: {args.score}", [NUMBERS, *numbers(rows[0], Path(root), Path(args.score))])
         return
@@ -85,17 +87,17 @@ def files(benchmarks: Sequence[Any], root: Path) -> list[list[str]]:
     lines = []
     for row in benchmarks:
         for place, wanted in enumerate(row.wanted):
-            found = "yes" if there(row, wanted.path, root) else "no"
+            found = "yes" if there(row, wanted, root) else "no"
             lines.append(
                 [row.name if place == 0 else "", f"{row.folder}/{wanted.path}", found, wanted.source, wanted.licence]
             )
     return lines
 
 
-def there(benchmark: Any, path: str, root: Path) -> bool:
-    """Whether a file of ``benchmark`` lies in its own directory below ``root`` or, a table, in ``root`` itself."""
-    own = (root / benchmark.folder / path).exists()
-    return own or (path.endswith(".tsv") and (root / path).exists())
+def there(benchmark: Any, wanted: Any, root: Path) -> bool:
+    """Whether a file of ``benchmark`` lies in its own directory below ``root``, or elsewhere where it is looked for."""
+    folders = (benchmark.folder, *wanted.elsewhere)
+    return any((root / folder / wanted.path).exists() for folder in folders)
 
 
 def rules(benchmarks: Sequence[Any]) -> list[list[str]]:

@@ -12,7 +12,7 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, UserError, did_you_mean
 from llava_pdrop.eval import scores as table
 from llava_pdrop.eval.answering import answer_all
-from llava_pdrop.eval.benchmarks import BENCHMARKS
+from llava_pdrop.eval.benchmarks import BENCHMARKS, BY_NAME
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.files import ROOT
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, dtype_of, finished, respondent_in, settings_of
@@ -33,20 +33,18 @@ def chosen(config: Config) -> list[Benchmark]:
     Raises:
         ConfigError: a name that none has.
     """
-    by_name = {name.lower(): row for row in BENCHMARKS.values() for name in (row.name, row.title, *row.aliases)}
     rows: list[Benchmark] = []
     for name in config.eval.benchmarks:
         if name == PAPER:
-            told = [
-                by_name[key.lower()] for key in (config.paper.scores if config.paper else {}) if key.lower() in by_name
-            ]
+            reported = config.paper.scores if config.paper else {}
+            told = [BY_NAME[key.lower()] for key in reported if key.lower() in BY_NAME]
             rows += told or [row for row in BENCHMARKS.values() if row.total is not None]
-        elif name.lower() in by_name:
-            rows.append(by_name[name.lower()])
+        elif name.lower() in BY_NAME:
+            rows.append(BY_NAME[name.lower()])
         else:
             raise ConfigError(
                 f"{config.file}: eval.benchmarks: unknown benchmark {name!r}: choose among {', '.join(BENCHMARKS)} or "
-                f"{PAPER!r}{did_you_mean(name, by_name)}"
+                f"{PAPER!r}{did_you_mean(name, BY_NAME)}"
             )
     return list(dict.fromkeys(rows))
 

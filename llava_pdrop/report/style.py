@@ -51,7 +51,7 @@ def print_table(title: str, rows: Sequence[Sequence[str]], right: bool = True) -
     head, *lines = rows
     shown = Table(title=title, header_style="bold", box=box.SIMPLE_HEAD)
     for column, name in enumerate(head):
-        shown.add_column(name, justify="right" if right and column else "left")
+        shown.add_column(name, justify="right" if right and column else "left", overflow="fold")
     for line in lines:
         shown.add_row(*line)
     console = Console()

@@ -27,3 +27,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     )
 }  # fmt: skip
 """Name -> benchmark, in the order of the paper's tables."""
+
+BY_NAME: dict[str, Benchmark] = {
+    name.lower(): row for row in BENCHMARKS.values() for name in (row.name, row.title, *row.aliases)
+}
+"""The same by every name, in small letters."""

@@ -24,12 +24,14 @@ and others not at all. Empty where the right answers are not known."""
 class Wanted:
     """A file or directory that a benchmark reads.
 
-    ``path``: below its own directory; ``source``: where it comes from; ``licence``: where one is known.
+    ``path``: below its own directory; ``source``: where it comes from; ``licence``: where one is known; ``elsewhere``:
+    other directories, below ``eval.root``, where it is looked for.
     """
 
     path: str
     source: str
     licence: str = ""
+    elsewhere: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

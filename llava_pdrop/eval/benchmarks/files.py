@@ -202,20 +202,27 @@ def pictures_of_table(rows: Sequence[Mapping[str, str]], file: Path) -> list[Ima
     return pictures
 
 
-def find_table(directory: Path, names: Sequence[str]) -> Path:
-    """The TSV file of a benchmark: in its own directory, or in the one above it, as VLMEvalKit keeps all of them.
+def find_table(directory: Path, names: Sequence[str], elsewhere: Sequence[str] = (".",)) -> Path:
+    """The TSV file of a benchmark: in its own directory, or in one of ``elsewhere`` below the one above: as VLMEvalKit
+    keeps them, in that itself.
 
     Raises:
-        MissingFileError: neither has one.
+        MissingFileError: none has one.
     """
-    for parent in (directory, directory.parent):
+    for parent in (directory, *(directory.parent / name for name in elsewhere)):
         for name in names:
             if (parent / f"{name}.tsv").is_file():
                 return parent / f"{name}.tsv"
     raise MissingFileError(
-        f"{directory}: has no {' or '.join(f'{name}.tsv' for name in names)}; `llava-pdrop benchmarks` says where it "
-        "comes from"
+        f"{directory}: has no {' or '.join(f'{name}.tsv' for name in names)}, nor has {directory.parent}; `llava-pdrop "
+        "benchmarks` says where it comes from"
     )
+
+
+def is_there(questions: Path, pictures: Path, others: Path) -> bool:
+    """Whether a split is: its ``questions``, and its ``pictures`` if those of the split ``others`` could be meant
+    instead (an archive of annotations has those of every split)."""
+    return questions.is_file() and (pictures.is_dir() or not others.is_file())
 
 
 ANSWER_KEYS = (("question_id", "text"), ("index", "prediction"))

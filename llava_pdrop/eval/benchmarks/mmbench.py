@@ -28,6 +28,9 @@ ABILITIES = {
     "relation_reasoning": "RR",
     "attribute_reasoning": "AR",
 }
+ELSEWHERE = ("mmbench", ".")
+"""LLaVA's docs/Evaluation.md puts the Chinese table into the directory of the English one."""
+
 COLUMNS = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
 """Of the server's sheet."""
 
@@ -48,7 +51,7 @@ def asked(row: dict[str, str], last: str, file: Path) -> str:
 
 
 def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
-    file = find_table(directory, tables)
+    file = find_table(directory, tables, ELSEWHERE)
     rows = read_table(file, ("question", "A", "B", "C", "D", "answer", "image", "category", "l2-category"))
     questions = []
     for row, picture in zip(rows, pictures_of_table(rows, file)):
@@ -134,8 +137,11 @@ def row(name: str, title: str, aliases: tuple[str, ...], tables: Sequence[str], 
         aliases=aliases,
         folder=name,
         wanted=(
-            Wanted(f"{tables[0]}.tsv", "LLaVA's docs/Evaluation.md"),
-            *(Wanted(f"{table}.tsv", f"{SOURCE}; instead of {tables[0]}.tsv") for table in tables[1:]),
+            Wanted(f"{tables[0]}.tsv", "LLaVA's docs/Evaluation.md", elsewhere=ELSEWHERE),
+            *(
+                Wanted(f"{table}.tsv", f"{SOURCE}; instead of {tables[0]}.tsv", elsewhere=ELSEWHERE)
+                for table in tables[1:]
+            ),
         ),
         rule=f"{CHOICE_RULE}, circular",
         split="dev",

@@ -123,7 +123,7 @@ LMMS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f
 VLMEVALKIT = {"f1": "Overall", "accuracy": "acc", "precision": "precision", "recall": "recall"}
 
 
-COCO = "github.com/AoiDragon/POPE (output/coco)"
+COCO = "github.com/AoiDragon/POPE (output/coco at e3e39262)"
 POPE = Benchmark(
     name="pope",
     title="POPE",

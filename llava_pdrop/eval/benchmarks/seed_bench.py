@@ -100,6 +100,7 @@ SEED_BENCH = Benchmark(
         Wanted("llava-seed-bench.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
         Wanted("SEED-Bench.json", "github.com/AILab-CVC/SEED-Bench", "CC BY-NC 4.0"),
         Wanted("SEED-Bench-image", "github.com/AILab-CVC/SEED-Bench", "CC BY-NC 4.0"),
+        Wanted(VIDEO, "frames by LLaVA's extract_video_frames.py; not in the paper's number"),
     ),
     rule="LLaVA scripts/convert_seed_for_submission.py",
     split="test",

@@ -81,8 +81,8 @@ def wanted(tables: Sequence[str], licence: str = "") -> tuple[Wanted, ...]:
     """One of ``tables``: the first, or another instead."""
     first, *others = (f"{table}.tsv" for table in tables)
     return (
-        Wanted(first, SOURCE, licence),
-        *(Wanted(other, f"{SOURCE}; instead of {first}", licence) for other in others),
+        Wanted(first, SOURCE, licence, (".",)),
+        *(Wanted(other, f"{SOURCE}; instead of {first}", licence, (".",)) for other in others),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import answers_of, read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.files import answers_of, is_there, read_json, read_lines, unique, with_keys
 from llava_pdrop.eval.benchmarks.prompts import short
 from llava_pdrop.eval.benchmarks.textvqa import by_vlmevalkit
 from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
@@ -21,9 +21,9 @@ def read(directory: Path, llava: bool) -> list[Question]:
     """The split ``test`` (``llava_test.jsonl``) if ``test.json`` has its answers; else ``val`` (``val.json``, ``val/``)
     if that is there; else ``test`` for the server."""
     known = _answers(directory / "test.json")
-    if known is None and (directory / "val.json").is_file():
-        return _read_val(directory)
     file = directory / "llava_test.jsonl"
+    if known is None and is_there(directory / "val.json", directory / "val", file):
+        return _read_val(directory)
     rows = read_lines(file, ("question_id", "image", "text"))
     unique([row["question_id"] for row in rows], file, "question_id")
     questions = []

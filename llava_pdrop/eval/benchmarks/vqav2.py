@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import answers_of, read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.files import answers_of, is_there, read_json, read_lines, unique, with_keys
 from llava_pdrop.eval.benchmarks.prompts import short
 from llava_pdrop.eval.benchmarks.uploads import write_json
 from llava_pdrop.eval.questions import Question, ask
@@ -26,9 +26,9 @@ def read(directory: Path, llava: bool) -> list[Question]:
     else ``test-dev`` for the server, which wants every question of the whole test set
     (``llava_vqav2_mscoco_test2015.jsonl``) in its file."""
     labels = directory / "annotations.json"
-    if not labels.is_file() and (directory / VAL).is_file():
-        return _read_val(directory)
     file = directory / f"{TEST}.jsonl"
+    if not labels.is_file() and is_there(directory / VAL, directory / "val2014", file):
+        return _read_val(directory)
     rows = read_lines(file, ("question_id", "image", "text"), question_id=(int,))
     unique([row["question_id"] for row in rows], file, "question_id")
     if others := {row["question_id"] for row in rows} - set(_whole_test(directory)):

@@ -8,6 +8,8 @@ import re
 import pytest
 
 from llava_pdrop.__main__ import main
+from llava_pdrop.commands.benchmarks import files
+from llava_pdrop.eval.benchmarks import BENCHMARKS
 from tests.benchmark_sets import write_pope
 from tests.messages import says
 
@@ -71,3 +73,45 @@ def test_wrong_answers_are_one_line_and_nothing_is_scored(root, answered, answer
 def test_one_benchmark_is_scored_at_a_time(root, capsys):
     assert main(["benchmarks", "pope", "mme", "--root", str(root), "--score", "x"]) == 2
     assert re.search(says("--score x", "one benchmark"), capsys.readouterr().err)
+
+
+def listed(capsys, *words: str) -> str:
+    assert main(["benchmarks", *words]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["pope", "POPE", "Pope"])
+def test_names_are_those_that_eval_takes(capsys, name) -> None:
+    shown = listed(capsys, name)
+    assert "pope/llava_pope_test.jsonl" in shown and "gqa" not in shown
+
+
+def test_several_names(capsys) -> None:
+    shown = listed(capsys, "sqa-i,gqa", "MMBench-CN", "--rules")
+    assert [row.name for row in BENCHMARKS.values() if f" {row.name} " in shown] == ["mmbench_cn", "scienceqa", "gqa"]
+
+
+def test_an_unknown_name(capsys) -> None:
+    assert main(["benchmarks", "pope,mmbnch"]) == 2
+    assert re.search(says("'mmbnch'", "did you mean 'mmbench'"), capsys.readouterr().err)
+
+
+def test_no_name_of_a_file_is_cut(capsys) -> None:
+    shown = listed(capsys)
+    assert "…" not in shown
+    for row in BENCHMARKS.values():
+        for wanted in row.wanted:
+            assert wanted.path[:20] in shown
+
+
+def test_a_table_is_seen_wherever_it_is_read(tmp_path) -> None:
+    row = BENCHMARKS["mmbench_cn"]
+    for place in ("mmbench_cn", "mmbench", "."):
+        assert [line[2] for line in files([row], tmp_path)] == ["no", "no"]
+        file = tmp_path / place / row.wanted[0].path
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        assert [line[2] for line in files([row], tmp_path)] == ["yes", "no"]
+        file.unlink()
+    (tmp_path / "DocVQA_VAL.tsv").touch()
+    assert [line[2] for line in files([BENCHMARKS["docvqa"]], tmp_path)] == ["yes"]

@@ -37,6 +37,14 @@ def test_llavas_words_for_every_model(made) -> None:
     assert MMBENCH.split_of([first]) == "dev"
 
 
+def test_the_chinese_table_may_lie_beside_the_english_one(made) -> None:
+    for home in (made / "mmbench_cn", made / "mmbench", made):
+        write_table(home / "mmbench_dev_cn_20231003.tsv", HEAD, ROWS[0])
+    for home in ("mmbench_cn", "mmbench", "."):
+        assert MMBENCH_CN.read(made / "mmbench_cn", True)[0].record.origin.startswith(str(made / home / "mmbench_dev"))
+        (made / home / "mmbench_dev_cn_20231003.tsv").unlink()
+
+
 def test_all_rotations_must_be_right(made) -> None:
     questions = MMBENCH.read(made, True)
     found = numbers(MMBENCH, questions, ["A", "C", "A"])

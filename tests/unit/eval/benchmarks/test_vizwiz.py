@@ -37,6 +37,8 @@ def test_val_where_the_tests_answers_are_not_there(made) -> None:
     write_json(made / "test.json", [{"image": "a.jpg", "question": "What?"}])
     assert not known(VIZWIZ.read(made, True))
     write_json(made / "val.json", [label("v.jpg", *["yes"] * 10)])
+    assert VIZWIZ.split_of(VIZWIZ.read(made, True)) == "test"  # the archive of annotations has both
+    (made / "val").mkdir()
     questions = VIZWIZ.read(made, True)
     assert questions[0].text == f"What?\n{UNANSWERABLE}{SHORT}"
     assert questions[0].record.images == (made / "val" / "v.jpg",)

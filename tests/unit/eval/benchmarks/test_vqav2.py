@@ -49,6 +49,8 @@ def test_test_dev_with_answers(test_dev) -> None:
 def test_val_where_the_tests_answers_are_not_there(test_dev) -> None:
     rows = [{"question_id": 10, "image_id": 42, "question": "What?"}]
     write_json(test_dev / VAL, {"questions": rows})
+    assert VQAV2.split_of(VQAV2.read(test_dev, True)) == "test-dev"  # no pictures of val
+    (test_dev / "val2014").mkdir()
     with pytest.raises(MissingFileError, match=says(VAL_LABELS)):
         VQAV2.read(test_dev, True)
     write_json(test_dev / VAL_LABELS, {"annotations": [label(10, *["a"] * 10)]})
