@@ -72,12 +72,15 @@ def numbers(benchmark: Any, root: Path, file: Path) -> list[list[str]]:
     found = statistics_of(benchmark, questions, texts)
     if not found:
         raise UserError(f"{benchmark.name} ({benchmark.split_of(questions)}): only a server, or a judge, can score it")
-    _, (low, high) = interval_of(benchmark, questions, found[benchmark.rule])
+    ones = np.ones(len(questions))
+    edges = (0.0, 0.0)
+    if benchmark.headline in found[benchmark.rule](ones):
+        _, edges = interval_of(benchmark, questions, found[benchmark.rule])
     lines = [["questions", "", f"{len(questions):,}", ""], ["not answered", "", f"{texts.count(None):,}", ""]]
     for rule, statistic in found.items():
-        for name, value in statistic(np.ones(len(questions))).items():
+        for name, value in statistic(ones).items():
             is_headline = rule == benchmark.rule and name == benchmark.headline
-            printed = f"{benchmark.factor * value:.1f} [{low:.1f}, {high:.1f}]" if is_headline else ""
+            printed = f"{benchmark.factor * value:.1f} [{edges[0]:.1f}, {edges[1]:.1f}]" if is_headline else ""
             lines.append([name, rule, f"{value:.6g}", printed])
     return lines
 

@@ -23,7 +23,8 @@ class Score:
     """One benchmark with one schedule.
 
     Attributes:
-        value, low, high: as the paper prints it, and its 95 % interval; None where only a server knows the answers.
+        value, low, high: as the paper prints it, and its 95 % interval; None where only a server knows the answers, or
+            no question is one that it is about (`eval.limit`).
         paper: what the paper has; None where it is not about this: another split, schedule or number of questions.
         against: (first column of the benchmark, difference, low, high) on the same questions, drawn in pairs.
         unread: questions that could not be asked, with empty answers; ``problem`` of the first.
@@ -68,7 +69,7 @@ def score_of(
     own = numbers.pop(benchmark.rule, {})
     value = low = high = None
     draws = np.empty(0)
-    if own:
+    if benchmark.headline in own:
         value = benchmark.factor * own[benchmark.headline]
         draws, (low, high) = interval_of(benchmark, questions, found[benchmark.rule])
     problems = [answer.problem for answer in answers if answer.problem is not None]

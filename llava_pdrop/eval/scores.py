@@ -87,7 +87,7 @@ def markdown(scores: Sequence[Score], title: str) -> str:
 
 def _score(score: Score) -> str:
     if score.value is None:
-        return "server"
+        return "none asked" if score.numbers else "server"
     return f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
 
 

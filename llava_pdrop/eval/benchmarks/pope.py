@@ -74,17 +74,19 @@ def grade(question: Question, answer: str | None) -> Grade:
 
 
 def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
-    """Accuracy, precision, recall, F1 and share of yes by category, and the means of the three."""
+    """Accuracy, precision, recall, F1 and share of yes by category, and the means of the three (`eval.limit` may leave
+    questions of fewer)."""
     yes = np.array([grade.read == "yes" for grade in grades])
     true = np.array([question.gold == "yes" for question in questions])
     rows = {name: np.array([question.facts["category"] == name for question in questions]) for name in CATEGORIES}
+    rows = {name: own for name, own in rows.items() if own.any()}
 
     def statistic(weights: np.ndarray) -> dict[str, float]:
         by_name = {}
         for name, own in rows.items():
             w = weights * own
             by_name[name] = rates(w, true, yes, ~yes, yes == true) | {"yes_ratio": share(w @ yes, w.sum())}
-        by_name[MEAN] = {key: sum(by_name[name][key] for name in rows) / len(rows) for key in by_name[CATEGORIES[0]]}
+        by_name[MEAN] = {key: sum(by_name[name][key] for name in rows) / len(rows) for key in by_name[next(iter(rows))]}
         return {f"{name}/{key}": value for name, found in by_name.items() for key, value in found.items()}
 
     return statistic

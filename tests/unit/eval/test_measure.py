@@ -152,3 +152,11 @@ def test_what_only_a_server_knows_has_no_score():
     assert "server" in markdown(paired([found, found]), "Benchmarks")
     asked = [replace(question, facts={"known": False}) for question in QUESTIONS]
     assert score_of(TOY, asked, answers(2), "vanilla", Schedule(), "p").value is None
+
+
+def test_a_limit_that_leaves_no_question_of_the_score():
+    """The first question of ScienceQA has no picture, and its score is that of the others."""
+    nothing = replace(TOY, total=lambda questions, grades: lambda weights: {"accuracy": 75.0})
+    found = score_of(nothing, QUESTIONS, answers(4), "vanilla", Schedule(), "p")
+    assert found.value is None and found.numbers == {"accuracy": 75.0}
+    assert "none asked" in table_rows(paired([found, found]))[1]

@@ -36,6 +36,12 @@ def test_the_mean_of_three_is_printed(made) -> None:
     assert found[POPE.headline] == pytest.approx(5 / 9)
 
 
+def test_the_mean_is_that_of_the_categories_that_are_asked(made) -> None:
+    questions = POPE.read(made[0], True)
+    assert numbers(POPE, questions[:4], ["yes", "no"] * 2)[POPE.headline] == 1
+    assert numbers(POPE, questions[:8], ["yes", "no"] * 2 + ["yes"] * 4)[POPE.headline] == pytest.approx(5 / 6)
+
+
 def test_two_other_rules_count_what_is_neither_word_differently(made) -> None:
     questions = POPE.read(made[0], True)[:4]
     answers = ["Yes", "no", "It is.", "Yes it is, no?"]
