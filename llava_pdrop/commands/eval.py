@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"{config.file}: eval.training_free: is for benchmarks: add benchmarks=NAME,NAME")
         evaluate_config(config)
         return
+    if any(word.startswith("data.eval=") for word in args.overrides):
+        evaluate_config(config)
     refuse_unread(measure_config(config), config.eval.max_unread)
 
 

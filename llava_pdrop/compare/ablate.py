@@ -181,6 +181,8 @@ class _Batches:
 def _evaluate_checkpoint(ablation: Ablation, checkpoint: str) -> list[dict[str, Any]] | None:
     """``checkpoint`` with the schedule of every variant; None on all but the first process."""
     first = ablation.variants[0].config
+    if first.eval.training_free:
+        raise ConfigError(f"{ablation.file}: eval.training_free: the variants are the schedules: leave the word out")
     questions = load_questions(first)
     loaded = load_benchmarks(first, llava=True)
     if not questions and not loaded:

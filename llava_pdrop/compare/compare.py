@@ -60,6 +60,10 @@ def compare(config: Config) -> Path:
     """
     if config.pyramid_drop is None:
         raise ConfigError(f"{config.file}: pyramid_drop: is not set, so there is nothing to compare: add the section")
+    if config.eval.training_free:
+        raise ConfigError(
+            f"{config.file}: eval.training_free: compare measures all of compare.training_free: leave the word out"
+        )
     check_run(config)
     check_scorer(config)
     prepare_data(config)

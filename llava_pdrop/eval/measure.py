@@ -133,7 +133,8 @@ def measure(
             score = _measure_one(asked, respondent, team)
             if score is not None:
                 of_one.append(beside_paper(score, config, paper.get(column, {})))
-                asked.kept(respondent).score(as_json(of_one[-1]))
+                alone = {key: value for key, value in as_json(of_one[-1]).items() if key != "against"}
+                asked.kept(respondent).score(alone)  # what stands beside it stands in the table
         scores += of_one
     return paired(scores)
 

@@ -201,3 +201,10 @@ def test_a_second_data_set_does_not_overwrite_the_first(run, sets, capsys):
     shutil.copyfile(sets / "forms" / "eval.json", other)
     assert main(["eval", str(run), f"data.eval={other}"]) == 0
     assert len(list(run.glob("predictions-*.jsonl"))) == 2
+
+
+def test_own_questions_beside_a_benchmark(run, sets, capsys):
+    """Both are asked for, so both are answered."""
+    words = [f"data.eval={sets / 'forms/eval.json'}", "benchmarks=pope", f"eval.root={sets / 'eval'}"]
+    assert main(["eval", str(run), *words]) == 0
+    assert (run / "evaluation.json").is_file() and (run / "benchmarks/scores.md").is_file()

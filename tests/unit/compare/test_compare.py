@@ -116,6 +116,12 @@ def test_a_run_of_several_processes_is_compared_by_its_own_steps(finished, tiny_
     assert "took turns" not in text
 
 
+def test_the_schedules_are_those_of_the_config(tiny_config):
+    config = load_config(tiny_config(pyramid_drop=DROP), ["training_free=vanilla"])
+    with pytest.raises(ConfigError, match=says("eval.training_free", "compare.training_free")):
+        compare(config)
+
+
 def test_needs_something_to_compare(tiny_config):
     with pytest.raises(ConfigError, match=says("pyramid_drop", "nothing")):
         compare(load_config(tiny_config()))
