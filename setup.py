@@ -11,6 +11,7 @@ README = ROOT / "README.md"
 EXTRAS = {
     "train": ["deepspeed>=0.18", "wandb", "tensorboard"],
     "flash": ["flash-attn>=2.7"],
+    "liger": ["liger_kernel>=0.8"],  # Triton kernels for model.kernels=liger, CUDA only
     "data": ["easy-vqa==1.0"],  # a small third-party VQA set, no dependencies
     "test": [
         "pytest>=8,!=9.2.0",  # with 9.2.0, xdist 3.8 does not keep groups of tests together

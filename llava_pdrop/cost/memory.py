@@ -26,7 +26,7 @@ is not recomputed keeps those of its weights, frozen ones too, for its backward.
 
 NOT in it: the CUDA context and cuBLAS workspaces, fragmentation, NCCL and DeepSpeed's reduce buckets, temporary copies
 of an AdamW that is not fused, workspaces of attention kernels, the ranking (a few TD in forward, far from the peak),
-what `train_step.compile_regions` saves.
+what `model.kernels: torch` and ``liger`` save.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from llava_pdrop.errors import UserError
+from llava_pdrop.model.kernels import carry, in_force
 from llava_pdrop.model.pyramid_drop import RANKERS, Instruction, keep_index
 from llava_pdrop.model.stream import Stage, StreamPlan
 from llava_pdrop.schedule import Schedule
@@ -63,13 +64,29 @@ class Drop:
 
 
 def run_decoder(
-    decoder: nn.Module, x_TD: Tensor, plan: StreamPlan, schedule: Schedule, trace: list[Drop] | None = None
+    decoder: nn.Module,
+    x_TD: Tensor,
+    plan: StreamPlan,
+    schedule: Schedule,
+    trace: list[Drop] | None = None,
+    kernels: str = "auto",
 ) -> Tensor:
     """Hidden states (T, D) -> normalised hidden states (T', D) of the tokens that survive all drops.
 
     Args:
         trace: where given, receives one `Drop` per stage.
+        kernels: of norms, rotary embedding and gated product, one of `kernels.CHOICES`.
+
+    Raises:
+        UserError: kernels that cannot run on the device of ``x_TD``.
     """
+    with in_force(kernels, x_TD.device, decoder.config.model_type):
+        return _run_layers(decoder, x_TD, plan, schedule, trace)
+
+
+def _run_layers(
+    decoder: nn.Module, x_TD: Tensor, plan: StreamPlan, schedule: Schedule, trace: list[Drop] | None
+) -> Tensor:
     stage, number = plan.stages[0], 0
     position_T = stage.position_T
     rope = decoder.rotary_emb(x_TD[None], position_T[None])
@@ -86,6 +103,7 @@ def run_decoder(
             position_T = position_T.index_select(0, index_K) if schedule.positions == "keep" else stage.position_T
             rope = decoder.rotary_emb(x_TD[None], position_T[None])
         before_TD = x_TD if looks_back else before_TD
+        carry(layer)
         x_TD = layer(
             x_TD[None],
             attention_mask=None,

@@ -17,6 +17,7 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model import attention
 from llava_pdrop.model.decoder import Drop, check_decoder, run_decoder
+from llava_pdrop.model.kernels import check_kernels
 from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import dummy_pixels, image_features
@@ -58,10 +59,11 @@ class PyramidLlava(nn.Module):
         backend: attention kernel of packed streams, one of `attention.BACKENDS`.
         recompute_layers: activation checkpointing, once enabled, holds for only so many first layers of the decoder,
             those with the longest streams (None: for all).
+        kernels: norms, rotary embedding and gated product of the decoder, one of `kernels.CHOICES`.
 
     Raises:
-        UserError: the schedule or ``recompute_layers`` does not fit the decoder, an unknown ranker, or a backend
-            that is not available here.
+        UserError: the schedule or ``recompute_layers`` does not fit the decoder, an unknown ranker, or a backend or
+            kernels that are not available here.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class PyramidLlava(nn.Module):
         geometry: ImageGeometry | None = None,
         backend: str = "auto",
         recompute_layers: int | None = None,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         depth = hf.config.text_config.num_hidden_layers
@@ -82,6 +85,7 @@ class PyramidLlava(nn.Module):
             raise UserError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
         attention.check_transformers()
         attention.check_backend(backend)
+        check_kernels(kernels)
         check_decoder(hf.config.text_config, schedule)
         attention.register()
         hf.set_attn_implementation(attention.NAME)
@@ -90,6 +94,7 @@ class PyramidLlava(nn.Module):
         self.geometry = geometry or geometry_of(hf.config)
         self.backend = backend
         self.recompute_layers = recompute_layers
+        self.kernels = kernels
         hf.config.pyramid_drop = self.schedule.to_dict()
 
     def forward(self, batch: PackedBatch, trace: list[Drop] | None = None) -> Output:
@@ -99,7 +104,7 @@ class PyramidLlava(nn.Module):
         """
         plan = StreamPlan.build(batch, self.schedule, self.geometry, self.device, self.backend)
         x_TD = self.embed(batch, plan)
-        x_TD = run_decoder(self.hf.model.language_model, x_TD, plan, self.schedule, trace)
+        x_TD = run_decoder(self.hf.model.language_model, x_TD, plan, self.schedule, trace, self.kernels)
         loss = label_loss(self.hf.lm_head, x_TD, plan.predict_row, plan.label_L)
         seq_lens = [stage.layout.seq_lens for stage in plan.stages]
         return Output(loss, len(batch.label_positions), seq_lens, plan.image_tokens)
@@ -121,7 +126,8 @@ class PyramidLlava(nn.Module):
     def logits(self, batch: PackedBatch, trace: list[Drop] | None = None) -> Tensor:
         """Logits (T', vocabulary) of every token that survives all drops: for tests and for looking inside."""
         plan = StreamPlan.build(batch, self.schedule, self.geometry, self.device, self.backend)
-        x_TD = run_decoder(self.hf.model.language_model, self.embed(batch, plan), plan, self.schedule, trace)
+        x_TD = self.embed(batch, plan)
+        x_TD = run_decoder(self.hf.model.language_model, x_TD, plan, self.schedule, trace, self.kernels)
         return self.hf.lm_head(x_TD)
 
     @property

@@ -273,7 +273,11 @@ def _differences(file: Path, config: Config, arguments: Sequence[str] = MAY_CHAN
 
 
 def _plain(text: str) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+    """What a saved run says. ``model.kernels: auto`` is left out: runs of before the key are the same runs."""
+    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[assignment]
+    if isinstance(section := values.get("model"), dict) and section.get("kernels") == "auto":
+        del section["kernels"]
+    return values
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -27,6 +27,7 @@ from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError, first_line, naming
+from llava_pdrop.model.kernels import resolve
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.lock import owning
@@ -196,6 +197,8 @@ def learning_model(config: Config, args: TrainingArguments) -> tuple[Parts, Pyra
     for line in parts.notes:
         say(line)
     model = build_model(config, parts)
+    asked, found = config.model.kernels, resolve(config.model.kernels, args.device)
+    say(f"{config.name}: model.kernels: {found}" + (f" ({asked}, on {args.device.type})" if asked != found else ""))
     if config.lora is None:
         freeze(model, config.model.trainable)
     else:
@@ -237,7 +240,8 @@ def load_parts(config: Config) -> Parts:
 def build_model(config: Config, parts: Parts) -> PyramidLlava:
     """The training model of ``config`` around ``parts``."""
     recompute = config.train.recompute_layers
-    return PyramidLlava(parts.hf, config.schedule, parts.geometry, config.model.attention, recompute)
+    section = config.model
+    return PyramidLlava(parts.hf, config.schedule, parts.geometry, section.attention, recompute, section.kernels)
 
 
 def build_dataset(config: Config, parts: Parts) -> ConversationDataset:

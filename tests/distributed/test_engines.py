@@ -107,6 +107,7 @@ def write_run(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
                 "vision_tower": str(tiny_files / "tower"),
                 "template": "qa",
                 "trainable": trainable,
+                "kernels": "torch",  # eager ones run under every engine in tests/unit/test_resume.py
             },
             "data": {
                 "train": str(root / "data.json"), "image_root": str(root), "max_length": 256, "samples_per_batch": 1,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_pdrop.checkpoint.layouts import ORIGINAL_TO_MEMORY, rename
+from llava_pdrop.model import kernels
 from llava_pdrop.model.decoder import Drop
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import image_features
@@ -51,6 +52,17 @@ def rows(batch_or_layout, stream):
 
 
 def test_case(case: Case) -> None:
+    compare(case)
+
+
+@pytest.mark.parametrize("file", case_files(), ids=identify)
+def test_case_with_fused_kernels(file, monkeypatch) -> None:
+    """The same with `model.kernels: torch`, within the same tolerances."""
+    monkeypatch.setitem(kernels.AUTO, "cpu", "torch")
+    compare(Case.load(file))
+
+
+def compare(case: Case) -> None:
     samples = case.samples()
     batch = PackedBatch.pack(samples, query=case.query).to(case.device)
     check_inputs(case, samples)

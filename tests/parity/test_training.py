@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llava_pdrop.model import kernels
 from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava
@@ -20,6 +21,14 @@ from tests.reference import slow_reference
 from tests.tiny import ANYRES, DECODERS, IMAGE, LAYERS, PAD, PYRAMID, make_sample, make_tiny_hf, mixed_samples
 
 GEOMETRIES = {"pad": PAD, "anyres": ANYRES}
+
+
+@pytest.fixture(autouse=True, params=["eager", "torch"])
+def kernels_on_a_cpu(request, monkeypatch):
+    """Everything below, with Hugging Face's kernels and with the fused ones."""
+    monkeypatch.setitem(kernels.AUTO, "cpu", request.param)
+
+
 TOLERANCE = 2e-5  # float32, logits of order 1: sums in another order
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_pdrop.config.load import load_config
+from llava_pdrop.config.load import load_config, to_yaml
 from llava_pdrop.train import history
 from llava_pdrop.train.history import FINISHED_FILE, digest, is_finished, mark_finished, why_outdated
 
@@ -34,3 +34,17 @@ def test_a_mark_is_there_whole_or_not_at_all(tiny_config, monkeypatch):
     with pytest.raises(pytest.fail.Exception):
         mark_finished(config, digest(config), {})
     assert not (output / FINISHED_FILE).exists()
+
+
+def test_runs_of_before_a_key_are_the_same_runs(tiny_config):
+    """``model.kernels: auto`` is what they did; another choice computes other numbers."""
+    config, other = (load_config(tiny_config(), [f"model.kernels={name}"]) for name in ("auto", "torch"))
+    assert "kernels" not in history.identity(config)["model"]
+    assert history.identity(other)["model"]["kernels"] == "torch" and digest(other) != digest(config)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True)
+    mark_finished(config, digest(config), {})
+    saved = output / history.RUN_FILE
+    saved.write_text(to_yaml(config).replace("  kernels: auto\n", ""))
+    assert is_finished(config, digest(config)) and not history._differences(saved, config)
+    assert history._differences(saved, other) == ["model.kernels"]

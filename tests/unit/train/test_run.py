@@ -81,7 +81,7 @@ def test_a_finished_run_of_other_data_is_trained_again_one_of_other_versions_is_
     config = load_config(tiny_config(train=steps), [f"data.train={records}"])
     output = train(config)
     os.utime(records, (1, 1))
-    capsys.readouterr()
+    assert re.search(says("model.kernels", "eager", "auto", "cpu"), capsys.readouterr().out)
     train(config)
     assert "finished before" in capsys.readouterr().out
     records.write_text(json.dumps(json.loads(records.read_text())[:10]))
@@ -95,6 +95,11 @@ def test_a_finished_run_of_other_data_is_trained_again_one_of_other_versions_is_
     said = capsys.readouterr().out
     assert re.search(says("finished", "processes 1", "8", "llava_pdrop"), said)
     assert (output / "model.safetensors").stat().st_mtime_ns == trained
+
+
+def test_kernels_that_cannot_run_here_are_one_line(tiny_config):
+    with pytest.raises(UserError, match=says("model.kernels", "liger", "CUDA", "'eager'")):
+        train(load_config(tiny_config(), ["model.kernels=liger"]))
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tiny_config):

@@ -1,0 +1,256 @@
+"""Kernels for what lies between a decoder's matrix products: its norms, rotary embedding and gated product.
+
+Hugging Face's layers do these one operation after the other, and each reads and writes the whole stream. `in_force`
+puts fused ones in their place, for one thread and as long as it lasts: what runs outside of it, in the same process or
+on the same weights (`generate`, an attached model), stays Hugging Face's own.
+
+No module is touched: the classes of the family ask, at every call, what is in force. So names, hooks, pickles, copies
+and classes of a model are those that ZeRO, FSDP and peft know.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from importlib import import_module
+from importlib.util import find_spec
+from shutil import which
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava_pdrop.errors import UserError
+
+CHOICES = ("auto", "eager", "torch", "liger")
+"""``eager``: Hugging Face's own. ``torch``: `F.rms_norm`; on CUDA the rotary embedding and the gated product compiled
+too. ``liger``: `F.rms_norm` and, of the package liger-kernel, those two (CUDA only). ``auto``: see `AUTO`."""
+
+AUTO = {"cuda": "torch"}
+"""Type of device -> what ``auto`` comes to; ``eager`` on all others. Where ``torch`` lacks a compiler it is ``eager``
+too. (By a model of the kernels' bytes: no GPU has measured it yet.)"""
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""``model_type`` of a decoder -> how the names of its classes in transformers begin."""
+
+COMPILER: dict[str, Any] = {"dynamic": True, "fullgraph": True}
+"""Of `torch.compile`: the number of tokens is a symbol from the start, so that streams of all lengths share a
+program."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What stands in; None: Hugging Face's own stays.
+
+    Attributes:
+        norm: (x (..., D), weight (D,), epsilon) -> (..., D) in the dtype of both.
+        rotary: as ``apply_rotary_pos_emb``: (1, H, T, E), (1, G, T, E), cos and sin (1, T, E) -> the first two.
+        product: gate and up, both (..., F) -> ``silu(gate) * up``.
+    """
+
+    norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    rotary: Callable[..., tuple[Tensor, Tensor]] | None = None
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class _OfThisThread(threading.local):
+    kernels: Kernels | None = None
+
+
+_now = _OfThisThread()
+
+
+def check_kernels(choice: str) -> None:
+    """Says before the first step what would fail in it.
+
+    Raises:
+        UserError: an unknown choice, or one whose package or device is not there.
+    """
+    if choice not in CHOICES:
+        raise UserError(f"unknown model.kernels {choice!r}: choose one of {list(CHOICES)}")
+    if choice == "liger":
+        resolve(choice, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def resolve(choice: str, device: torch.device) -> str:
+    """What ``choice`` comes to on ``device``: ``eager``, ``torch`` or ``liger``.
+
+    Raises:
+        UserError: a package, a compiler or a device is not there.
+    """
+    if choice == "auto":
+        wanted = AUTO.get(device.type, "eager")
+        return "eager" if missing(wanted, device) else wanted
+    if (reason := missing(choice, device)) is not None:
+        raise UserError(f"model.kernels: {choice} {reason}, or set 'auto' or 'eager'")
+    return choice
+
+
+def missing(choice: str, device: torch.device) -> str | None:
+    """Why ``choice`` cannot run on ``device``, and the remedy; None where it can. Written to follow its name."""
+    if choice == "liger":
+        if device.type != "cuda":
+            return f"needs a CUDA device, and this is {device.type}: take one"
+        if find_spec("liger_kernel") is None:
+            return "needs the package liger-kernel: pip install 'llava_pdrop[liger]'"
+    if choice == "torch" and device.type == "cuda":
+        if find_spec("triton") is None:
+            return "compiles on CUDA, and triton is not installed: install it"
+        if not (which("cc") or which("gcc")):
+            return "compiles on CUDA, and triton finds no C compiler: install gcc"
+    return None
+
+
+@contextmanager
+def in_force(choice: str, device: torch.device, model_type: str) -> Iterator[None]:
+    """As long as it lasts, and in this thread, the decoder layers of a family compute with ``choice``. A layer that
+    backward computes anew does so too, where `carry` was told of it.
+
+    Args:
+        device: of the stream.
+        model_type: of the decoder, a key of `FAMILIES`.
+
+    Raises:
+        UserError: see `resolve`.
+    """
+    name = resolve(choice, device)
+    if name == "eager":
+        yield
+        return
+    _install(model_type)
+    with _with(_kernels(name, device.type, model_type)):
+        yield
+
+
+@contextmanager
+def _with(kernels: Kernels) -> Iterator[None]:
+    before, _now.kernels = _now.kernels, kernels
+    try:
+        yield
+    finally:
+        _now.kernels = before
+
+
+# The recomputation of a layer in backward. It happens long after the forward, and on CUDA in a thread of autograd.
+
+
+@dataclass
+class Carrying:
+    """A checkpointing function that computes anew with the kernels that were in force the first time."""
+
+    checkpoint: Callable[..., Any]
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``checkpoint(function, ...)``."""
+        if _now.kernels is not None:
+            function = partial(_call_with, _now.kernels, function)
+        return self.checkpoint(function, *args, **kwargs)
+
+
+def _call_with(kernels: Kernels, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _with(kernels):
+        return function(*args, **kwargs)
+
+
+def carry(layer: nn.Module) -> None:
+    """Makes the recomputation of ``layer``, by transformers or by torch's ``CheckpointWrapper`` (FSDP), a `Carrying`
+    one, where kernels are in force. Whoever enables checkpointing once more replaces it, so this is asked before every
+    call of the layer."""
+    if _now.kernels is None:
+        return
+    for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+        function = vars(layer).get(name)
+        if function is not None and not isinstance(function, Carrying):
+            setattr(layer, name, Carrying(function))
+
+
+# The kernels.
+
+
+@cache
+def _kernels(name: str, device: str, model_type: str) -> Kernels:
+    """Of a resolved choice; on a CPU only the norms."""
+    if device != "cuda":
+        return Kernels(rms_norm)
+    if name == "liger":
+        rotary = import_module("liger_kernel.transformers.rope").liger_rotary_pos_emb
+        return Kernels(rms_norm, rotary, import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply)
+    return Kernels(rms_norm, *compiled(model_type))
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`F.rms_norm`: on CUDA one kernel where Hugging Face's norm is eight. In half precision it rounds once, where
+    theirs rounds before and after the weight."""
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def compiled(model_type: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]:
+    """The family's own rotary embedding and the gated product, each by `torch.compile`."""
+    rotary = _install(model_type)
+    return torch.compile(rotary, **COMPILER), torch.compile(gated_product, **COMPILER)
+
+
+def gated_product(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, both (..., F)."""
+    return F.silu(gate) * up
+
+
+# Where the layers of a family ask what is in force.
+
+
+@cache
+def _install(model_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Lets norms, MLPs and the rotary embedding of a family ask, once per process; returns its own embedding."""
+    prefix, module = FAMILIES[model_type], import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    norm, mlp, rotary = getattr(module, f"{prefix}RMSNorm"), getattr(module, f"{prefix}MLP"), "apply_rotary_pos_emb"
+    own = getattr(module, rotary)
+    norm.forward, mlp.forward = _asking_norm(norm.forward), _asking_mlp(mlp.forward)
+    setattr(module, rotary, _asking_rotary(own))
+    return own
+
+
+def _in_force() -> Kernels | None:
+    """None while anybody's `torch.compile` reads the code of a layer: a program must not hold a choice of its time."""
+    return None if torch.compiler.is_compiling() else _now.kernels
+
+
+def _asking_norm(own: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Input and weight of two dtypes (norms in float32 around LoRA in bfloat16) stay Hugging Face's: `F.rms_norm` has
+    no fused kernel for them, and warns."""
+
+    @wraps(own)
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        kernels = _in_force()
+        if kernels is None or kernels.norm is None or hidden_states.dtype != self.weight.dtype:
+            return own(self, hidden_states)
+        return kernels.norm(hidden_states, self.weight, self.variance_epsilon)
+
+    return forward
+
+
+def _asking_mlp(own: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Projections are called as modules, for the hooks of ZeRO and the adapters of LoRA. A gate that is not SiLU stays
+    Hugging Face's."""
+
+    @wraps(own)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        kernels = _in_force()
+        if kernels is None or kernels.product is None or self.config.hidden_act not in ("silu", "swish"):
+            return own(self, x)
+        return self.down_proj(kernels.product(self.gate_proj(x), self.up_proj(x)))
+
+    return forward
+
+
+def _asking_rotary(own: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    @wraps(own)
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
+        kernels = _in_force()
+        function = own if kernels is None or kernels.rotary is None else kernels.rotary
+        return function(q, k, cos, sin, *rest, **named)
+
+    return apply_rotary_pos_emb
