@@ -25,6 +25,7 @@ def run_train(args: argparse.Namespace) -> None:
     from llava_pdrop.bench.train_step import Arm, Trainer, measure
     from llava_pdrop.bench.workload import Workload
     from llava_pdrop.model.attention import check_backend
+    from llava_pdrop.model.kernels import check_kernels, resolve
     from llava_pdrop.report.environment import check_out, file_name
     from llava_pdrop.runtime.device import device_label, device_named
 
@@ -32,19 +33,26 @@ def run_train(args: argparse.Namespace) -> None:
     name, shape = chosen_shape(args.shape, args.overrides, device.type == "cuda")
     attention = args.attention or shape.attention
     check_backend(attention)
+    check_kernels(kernels := args.kernels or shape.kernels)
+    kernels = resolve(kernels, device)
     check_out(args.out)
     schedules = read_schedules(args.schedule, shape.text["num_hidden_layers"])
     if not schedules and shape.schedule.layers:
         schedules = {"PyramidDrop": shape.schedule}
     recompute = shape.recompute if args.recompute is None else args.recompute
     common = Arm(
-        "", recompute=recompute, recompute_layers=shape.recompute_layers, backend=attention, samples=args.samples
+        "",
+        recompute=recompute,
+        recompute_layers=shape.recompute_layers,
+        backend=attention,
+        samples=args.samples,
+        kernels=kernels,
     )
     arms = variants.arms_of(schedules, common)
     trainer = Trainer(shape, device, Workload(shape, args.images, args.seed), args.optimizer)
     results = measure(trainer, arms, args.steps, args.warmup)
     options = {key: getattr(args, key) for key in ("steps", "warmup", "samples", "optimizer")}
-    options |= {"attention": attention, "recompute": recompute}
+    options |= {"attention": attention, "kernels": kernels, "recompute": recompute}
     report = train_report.training_report(trainer, name, results, options)
     stem = args.out / file_name("train", name, device_label(device))
     files = train_report.write(report, stem)

@@ -49,6 +49,7 @@ class Shape:
         recompute: activation checkpointing.
         recompute_layers: of the decoder's layers, only so many first ones (None: all).
         attention: kernel of packed streams, one of `attention.BACKENDS`.
+        kernels: of norms, rotary embedding and gated product, one of `kernels.CHOICES`.
         picture: (width, height) of every picture, or None: drawn from the training mixture.
         text_tokens: text tokens of every sample, or None: drawn from the training mixture.
         max_length: most tokens of a sample, image tokens included (``data.max_length`` of the recipe).
@@ -68,6 +69,7 @@ class Shape:
     half: bool = True
     recompute_layers: int | None = None
     attention: str = "auto"
+    kernels: str = "auto"
 
     def text_config(self) -> Any:
         """The decoder's configuration; by default the vocabulary is LLaMA's with ``<image>`` and ``<pad>``, as on the
@@ -258,6 +260,7 @@ def shape_of(config: Config) -> Shape:
         recompute=checkpointing(config),
         recompute_layers=recomputed_layers(config, model.layers),
         attention=config.model.attention,
+        kernels=config.model.kernels,
         max_length=config.data.max_length,
         half=bool(arguments.get("bf16") or arguments.get("fp16")),
     )

@@ -62,7 +62,8 @@ NOTES = """\
 - *Operations saved* is the prediction for these very batches (text, tower, projector, head, ranking and recomputation
   included; the optimizer has none). *Time saved* is what the steps saved at the median speed of each run (seconds per
   operation, since batches differ in length). The JSON has every step, and the saving of the plain totals.
-- *Peak predicted* (GPUs only) is what `llava-pdrop plan` would say with this optimizer, for the largest counted batch.
+- *Peak predicted* (GPUs only) is what `llava-pdrop plan` would say with this optimizer, for the largest counted batch
+  and eager kernels.
 """
 
 BARS = {
@@ -119,7 +120,7 @@ def _run(result: Measured, vanilla: Measured, rate: float) -> dict[str, Any]:
         "recompute_layers": arm.recompute_layers,
         "attention": arm.backend,
         "full_logits": arm.full_logits,
-        "compiled": arm.compiled,
+        "kernels": arm.kernels,
         "samples": arm.samples,
         "error": result.error,
     }
@@ -249,6 +250,7 @@ def markdown(report: dict[str, Any], picture: str | None) -> str:
         "command": f"`{machine['command']}`",
         "seed": str(machine["seed"]),
         "optimizer": report["optimizer"]["description"],
+        "kernels": report["runs"][0]["kernels"],
         "peak": f"{report['peak_flops']['per_second'] / 1e12:.4g} TFLOP/s, {report['peak_flops']['source']}",
         "batches": f"{stock['source']}: {stock['image_tokens']:.0f} image and {stock['text_tokens']:.0f} text "
         f"tokens, {stock['turns']:.1f} turns a sample, {stock['text_only_share']:.1%} without picture",

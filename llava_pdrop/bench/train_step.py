@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +62,7 @@ class Arm:
         samples: of a micro-batch (None: the shape's).
         prepare: changes the batch before the step, outside of the measured time.
         full_logits: `full_logits_loss` stands in for `label_loss`.
-        compiled: fused norms and MLPs (`compile_regions`).
+        kernels: of norms, rotary embedding and gated product, one of `kernels.CHOICES`.
     """
 
     name: str
@@ -74,7 +73,7 @@ class Arm:
     samples: int | None = None
     prepare: Callable[[PackedBatch], PackedBatch] | None = None
     full_logits: bool = False
-    compiled: bool = False
+    kernels: str = "auto"
 
 
 @dataclass
@@ -162,7 +161,6 @@ class Trainer:
                 "smaller --shape"
             ) from error
         self.recorder = Recorder(device)
-        self._has_programs = False
 
     def step(self, arm: Arm, batch: PackedBatch) -> tuple[Output, float, dict[str, Seconds], float]:
         """One step of ``arm``: output, loss per label token, seconds by region, peak memory in MiB.
@@ -175,7 +173,7 @@ class Trainer:
         record.clear()
         reset_peak_memory()
         loss_of = timed(record, "head", full_logits_loss if arm.full_logits else label_loss)
-        with self._programs_of(arm), replaced(vlm, "label_loss", loss_of), record.region("step"):
+        with replaced(vlm, "label_loss", loss_of), record.region("step"):
             with record.region("forward"):
                 output = self.model(batch)
                 loss = output.loss / max(1, output.labels)
@@ -205,7 +203,7 @@ class Trainer:
         return count.total
 
     def predicted_peak_mib(self, arm: Arm, batch: PackedBatch) -> float:
-        """The peak that ``llava-pdrop plan`` would predict with this optimizer: label-only logits, nothing fused."""
+        """The peak that ``llava-pdrop plan`` would predict with this optimizer: label-only logits, eager kernels."""
         options = (self.shape.geometry, self.shape.trainable, arm.recompute, arm.recompute_layers)
         states = optimizer.states(self.kind, self.dtype)
         return predicted_peak(self.model.hf.config, batch, arm.schedule, *options, states).total / MIB
@@ -221,22 +219,14 @@ class Trainer:
     def take(self, arm: Arm) -> None:
         """Sets the model as ``arm`` wants it."""
         model = self.model
-        model.schedule, model.backend, model.recompute_layers = arm.schedule, arm.backend, arm.recompute_layers
+        model.schedule, model.backend, model.kernels = arm.schedule, arm.backend, arm.kernels
+        model.recompute_layers = arm.recompute_layers
         if arm.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
         elif hasattr(model.hf, "activation_checkpointing_disable"):
             model.hf.activation_checkpointing_disable()
         else:  # transformers before 5.20
             model.hf.gradient_checkpointing_disable()
-        if arm.compiled and not self._has_programs:
-            compile_regions(model.hf.model.language_model)
-            self._has_programs = True
-
-    def _programs_of(self, arm: Arm) -> AbstractContextManager:
-        """Compiled regions run as they are written while an arm wants them so."""
-        if not self._has_programs:
-            return nullcontext()
-        return torch.compiler.set_stance("default" if arm.compiled else "force_eager")
 
 
 def measure(trainer: Trainer, arms: Sequence[Arm], steps: int, warmup: int, patient: bool = False) -> list[Measured]:
@@ -281,7 +271,7 @@ def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, pa
         result.model_flops.append(trainer.model_flops(arm, samples))
         result.hardware_flops.append(trainer.hardware_flops(arm, batch))
         result.stage_flops.append(stage_flops(trainer.model.hf.config, batch, arm.schedule))
-        if cuda and not (arm.full_logits or arm.compiled):
+        if cuda and not arm.full_logits:
             result.predicted_peak_mib.append(trainer.predicted_peak_mib(arm, batch))
 
 
@@ -298,23 +288,3 @@ def out_of_memory_is_one_line(trainer: Trainer, arm: Arm) -> Iterator[None]:
         hints = ["a smaller --samples", *(["--recompute"] if not arm.recompute else [])]
         hints += {"adamw": ["--optimizer sharded"], "sharded": ["--optimizer none"]}.get(trainer.kind, [])
         raise UserError(f"out of memory on {trainer.device} in {arm.name}: try {' or '.join(hints)}") from error
-
-
-# Fused element-wise work around the matrix products of a decoder, by torch.compile: a variant of the bench.
-
-
-def compile_regions(decoder: nn.Module, **options: Any) -> None:
-    """Compiles, in place, the norms and the gated MLP of every layer of ``decoder``.
-
-    Around their products each becomes one or two fused kernels, where eager mode reads and writes the stream once per
-    operation. Names and parameters stay as they are; hooks of modules inside an MLP may not fire (layers share one
-    program), so this is for the bench and not for DeepSpeed. The number of tokens is a symbol from the start and layers
-    of one kind share a program, so streams of all lengths compile a handful of programs at the first step. The last
-    norm is left out: it runs once per step, on the shortest stream.
-
-    Args:
-        options: of `torch.compile` (``backend``).
-    """
-    for layer in decoder.layers:
-        for region in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
-            region.compile(dynamic=True, **options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from shutil import which
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_pdrop.bench.train_step import Arm, Measured, Trainer, measure
+from llava_pdrop.model import kernels
 from llava_pdrop.model.attention import BACKENDS
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
@@ -56,8 +56,7 @@ def compare(
 
 def variants(samples: int, depth: int, device: torch.device, dtype: torch.dtype) -> list[Variant]:
     """All of them, for ``samples`` in a micro-batch and a decoder of ``depth`` layers. Recomputing its first quarter is
-    the selective case: with the paper's schedule these layers have the whole stream. Compiling comes last: it takes the
-    longest, and what is compiled stays so."""
+    the selective case: with the paper's schedule these layers have the whole stream."""
     found = [
         Variant("batch", "packed", _with()),
         Variant("batch", "padded", _with(prepare=pad)),
@@ -73,11 +72,8 @@ def variants(samples: int, depth: int, device: torch.device, dtype: torch.dtype)
     ]
     counts = sorted({max(1, samples // 2), samples, 2 * samples})
     found += [Variant("samples per micro-batch", str(count), _with(samples=count)) for count in counts]
-    no_compiler = missing_compiler(device)
-    found += [
-        Variant("norms and MLPs", "eager", _with(compiled=False), no_compiler),
-        Variant("norms and MLPs", "compiled", _with(compiled=True), no_compiler),
-    ]
+    for name in kernels.CHOICES[1:]:
+        found.append(Variant("kernels", name, _with(kernels=name), kernels.missing(name, device)))
     return found
 
 
@@ -95,15 +91,6 @@ def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return "needs half precision"
     package = "torch.nn.attention.varlen" if backend == "varlen" else "flash_attn"
     return None if find_spec(package) else f"{package} is not installed"
-
-
-def missing_compiler(device: torch.device) -> str | None:
-    """Why `torch.compile` is not measured on ``device``, or None."""
-    if device.type != "cuda":
-        return "needs a CUDA device: on a CPU compiling takes longer than all steps"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    return None if which("cc") or which("gcc") else "triton needs a C compiler"
 
 
 def pad(batch: PackedBatch) -> PackedBatch:

@@ -57,6 +57,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", metavar="BACKEND", help="auto, sdpa, varlen or flash_attn (default: as CONFIG, else auto)"
     )
+    parser.add_argument("--kernels", metavar="NAME", help="auto, eager, torch or liger (default: as CONFIG, else auto)")
     parser.add_argument(
         "--compare", action="store_true", help="also measure each design choice against its alternative"
     )

@@ -33,7 +33,7 @@ STATES = States(bytes=2, optimizer=4.0)  # AdamW on bfloat16 weights: two bfloat
 def test_peak_is_predicted_within_a_tenth(schedule, recompute):
     torch.manual_seed(0)
     hf = make_hf_model(LlamaConfig(**TEXT), CLIPVisionConfig(**VISION), GEOMETRY, IMAGE).to("cuda", torch.bfloat16)
-    model = PyramidLlava(hf, schedule, GEOMETRY).train()
+    model = PyramidLlava(hf, schedule, GEOMETRY, kernels="eager").train()  # what the formula is for
     if recompute:
         model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

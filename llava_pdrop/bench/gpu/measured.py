@@ -79,7 +79,13 @@ def _train(check: Check, shape: str, images: str, steps: int, warmup: int) -> No
     with _output(check):
         run_train(
             argparse.Namespace(
-                **_common(check, shape), **options, images=images, steps=steps, warmup=warmup, attention=None
+                **_common(check, shape),
+                **options,
+                images=images,
+                steps=steps,
+                warmup=warmup,
+                attention=None,
+                kernels=None,
             )
         )
     check.put(shape=shape, images=images, **training_row(_report(check.benchmarks, "train")))
@@ -88,7 +94,7 @@ def _train(check: Check, shape: str, images: str, steps: int, warmup: int) -> No
         row = found[arm]
         check.note(f"{arm}: {row['step_ms']:.0f} ms, MFU {row['mfu']:.1%}, peak {row['peak_gib']:.1f} GiB")
     check.note(
-        f"{shape}, {images}: saved {found['realised']:.1%} of {found['predicted']:.1%} "
+        f"{shape}, {images}, kernels {found['kernels']}: saved {found['realised']:.1%} of {found['predicted']:.1%} "
         f"({found['realised_over_predicted']:.3f}), ranking {found['dropping']['ranking_share']:.1%}"
     )
 
@@ -99,6 +105,7 @@ def training_row(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "samples": report["options"]["samples"] or report["shape"]["samples"],
         "optimizer": report["optimizer"]["kind"],
+        "kernels": vanilla["kernels"],
         "image_tokens": [round(sum(stage) / len(stage)) for stage in zip(*dropping["steps"]["image_tokens"])],
         "vanilla": _arm(vanilla),
         "dropping": _arm(dropping),

@@ -3,24 +3,19 @@ as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from importlib import import_module
-from importlib.util import find_spec
 from statistics import median
-from types import MethodType
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.models.llama import modeling_llama
 
 from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.train_step import Arm, Measured, Trainer, measure
+from llava_pdrop.model.kernels import missing, resolve
 from llava_pdrop.model.vlm import Output, PyramidLlava
-from llava_pdrop.runtime.clock import Seconds, replaced
+from llava_pdrop.runtime.clock import Seconds
 from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.types import PackedBatch
 
@@ -48,78 +43,16 @@ class RemedyTrainer(Trainer):
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of the arms (vanilla, dropping), and what it needs that may not be here."""
+    """A change of the arms (vanilla, dropping), and whether it needs a CUDA device. Kernels that are not here are found
+    out, too."""
 
     change: Callable[[RemedyArm, int], RemedyArm]
-    package: str | None = None
     cuda: bool = True
-
-
-@contextmanager
-def fused_norms(model: PyramidLlava) -> Iterator[None]:
-    """`F.rms_norm` for the decoder's norms: one kernel instead of eight. In bfloat16 it rounds once, where Hugging
-    Face's norms round before and after the weight."""
-
-    def fused(self: Any, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
-
-    modules = model.hf.model.language_model.modules()
-    norms = [module for module in modules if type(module).__name__.endswith("RMSNorm")]
-    with _methods((norm, fused) for norm in norms):
-        yield
-
-
-@contextmanager
-def liger_rotary(model: PyramidLlava) -> Iterator[None]:
-    """liger's rotary embedding, one Triton kernel."""
-    with replaced(
-        modeling_llama, "apply_rotary_pos_emb", import_module("liger_kernel.transformers.rope").liger_rotary_pos_emb
-    ):
-        yield
-
-
-@contextmanager
-def liger_mlp(model: PyramidLlava) -> Iterator[None]:
-    """liger's SiLU and product, one Triton kernel."""
-    function = import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
-
-    def gated(self: Any, hidden: Tensor) -> Tensor:
-        return self.down_proj(function.apply(self.gate_proj(hidden), self.up_proj(hidden)))
-
-    with _methods((layer.mlp, gated) for layer in model.hf.model.language_model.layers):
-        yield
-
-
-@contextmanager
-def _methods(pairs: Iterator[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
-    """Another ``forward`` of each module, as long as it lasts."""
-    with ExitStack() as undo:
-        for module, function in pairs:
-            module.forward = MethodType(function, module)  # type: ignore[method-assign]
-            undo.callback(delattr, module, "forward")
-        yield
-
-
-def all_of(*switches: Switch) -> Switch:
-    """One switch that throws several."""
-
-    @contextmanager
-    def together(model: PyramidLlava) -> Iterator[None]:
-        with ExitStack() as stack:
-            for switch in switches:
-                stack.enter_context(switch(model))
-            yield
-
-    return together
 
 
 def cudnn_first(model: PyramidLlava) -> AbstractContextManager[Any]:
     """cuDNN's attention where `F.scaled_dot_product_attention` has the choice."""
     return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True)
-
-
-def _switched(switch: Switch, **changes: Any) -> Callable[[RemedyArm, int], RemedyArm]:
-    return lambda arm, depth: replace(arm, switch=switch, **changes)
 
 
 def _as_memory_allows(arm: RemedyArm, depth: int) -> RemedyArm:
@@ -128,23 +61,22 @@ def _as_memory_allows(arm: RemedyArm, depth: int) -> RemedyArm:
     return replace(arm, recompute=layers > 0, recompute_layers=layers or None)
 
 
+def _with(**changes: Any) -> Callable[[RemedyArm, int], RemedyArm]:
+    return lambda arm, depth: replace(arm, **changes)
+
+
 REMEDIES: dict[str, Remedy] = {
     "as it is": Remedy(lambda arm, depth: arm, cuda=False),
     "each recomputes what it must": Remedy(_as_memory_allows, cuda=False),
-    "F.rms_norm": Remedy(_switched(fused_norms), cuda=False),
-    "sdpa": Remedy(lambda arm, depth: replace(arm, backend="sdpa"), cuda=False),
-    "sdpa, cuDNN first": Remedy(_switched(cudnn_first, backend="sdpa")),
-    "F.rms_norm, liger rotary": Remedy(_switched(all_of(fused_norms, liger_rotary)), "liger_kernel"),
-    "F.rms_norm, liger rotary and MLP": Remedy(
-        _switched(all_of(fused_norms, liger_rotary, liger_mlp)), "liger_kernel"
+    "kernels: eager": Remedy(_with(kernels="eager"), cuda=False),
+    "kernels: torch": Remedy(_with(kernels="torch"), cuda=False),
+    "sdpa": Remedy(_with(backend="sdpa"), cuda=False),
+    "sdpa, cuDNN first": Remedy(_with(backend="sdpa", switch=cudnn_first)),
+    "kernels: liger": Remedy(_with(kernels="liger")),
+    "kernels: liger, each recomputes what it must": Remedy(
+        lambda arm, depth: replace(_as_memory_allows(arm, depth), kernels="liger")
     ),
-    "the same, each recomputes what it must": Remedy(
-        lambda arm, depth: replace(
-            _as_memory_allows(arm, depth), switch=all_of(fused_norms, liger_rotary, liger_mlp)
-        ),
-        "liger_kernel",
-    ),
-}  # fmt: skip
+}
 """By name. The first is the step as it is."""
 
 
@@ -152,19 +84,24 @@ def try_remedies(check: Check, trainer: RemedyTrainer, arms: Sequence[Arm]) -> N
     """Measures all remedies that can run here, taking turns step by step, and reports after every round, so that a time
     limit costs precision and not the answer. One that fails in its first step is reported and left out."""
     depth = trainer.shape.text["num_hidden_layers"]
+    arms = [replace(arm, kernels=resolve(arm.kernels, trainer.device)) for arm in arms]
+    check.put(kernels=arms[0].kernels)
+    check.note(f"kernels as they are: {arms[0].kernels}")
     changed: dict[str, list[Arm]] = {}
     found: dict[str, Any] = {}
     for name, remedy in REMEDIES.items():
         if remedy.cuda and check.rehearsal:
             found[name] = {"unavailable": "needs a CUDA device"}
-        elif remedy.package and find_spec(remedy.package) is None:
-            found[name] = {"unavailable": f"{remedy.package} is not installed"}
+            continue
+        own = [remedy.change(arm, depth) for arm in arms if isinstance(arm, RemedyArm)]
+        if name.startswith("kernels:") and own == list(arms):
+            found[name] = {"unavailable": "is the step as it is"}
+        elif reason := missing(own[0].kernels, trainer.device):
+            found[name] = {"unavailable": reason}
+        elif (error := _first_step(trainer, own)) is not None:
+            found[name] = {"unavailable": error}
         else:
-            own = [remedy.change(arm, depth) for arm in arms if isinstance(arm, RemedyArm)]
-            if (reason := _first_step(trainer, own)) is None:
-                changed[name] = list(own)
-            else:
-                found[name] = {"unavailable": reason}
+            changed[name] = list(own)
     check.put(remedies=found)
     flat = [arm for own in changed.values() for arm in own]
     totals: list[Measured] = []

@@ -18,7 +18,7 @@ ARM = ("step_ms", "quartiles_ms", "mfu", "hfu", "peak_gib", "predicted_peak_gib"
 TRAINING = (
     *(f"{arm}.{key}" for arm in ("vanilla", "dropping") for key in ARM),
     "dropping.ranking_share", "predicted", "realised", "realised_over_predicted", "realised_by_step", "samples",
-    "image_tokens",
+    "image_tokens", "kernels",
 )  # fmt: skip
 
 PREFILL = ("vanilla_ms", "dropping_ms", "speedup", "speedup_predicted", "ranking_share", "decode_tokens_per_s")
@@ -64,7 +64,8 @@ STAGES: dict[str, CheckStage] = {
     "inside": CheckStage(
         "inside", 115,
         ("synchronisations.vanilla", "synchronisations.dropping", "counted_by", "profile.vanilla.kinds_ms",
-         "profile.dropping.kinds_ms", "profile.vanilla.busy_share", "profile.dropping.busy_share", "remedies"),
+         "profile.dropping.kinds_ms", "profile.vanilla.busy_share", "profile.dropping.busy_share", "kernels",
+         "remedies"),
     ),
     "prefill": CheckStage("measured", 60, tuple(f"batch_{n}.{key}" for n in (1, 8) for key in PREFILL), "prefill"),
     "l15": CheckStage("measured", 45, TRAINING, "train_l15"),

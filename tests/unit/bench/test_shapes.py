@@ -91,11 +91,13 @@ def test_what_the_config_says_is_measured() -> None:
     changes = [
         "data.samples_per_batch=null", "data.tokens_per_batch=7000", "data.max_length=6000", "model.attention=sdpa",
         "model.trainable=[projector]", "train.recompute_layers=8", "train.bf16=false", "pyramid_drop=null",
+        "model.kernels=eager",
     ]  # fmt: skip
     config = load_config(NEXT, changes)
     shape = shape_of(config)
     assert shape.samples == len(nominal_batch(shape.geometry, config).seq_lens) == 2
     assert (shape.recompute, shape.recompute_layers, shape.attention, shape.half) == (True, 8, "sdpa", False)
+    assert shape.kernels == "eager"
     assert shape.trainable == ("projector",) and shape.schedule == Schedule()
     assert shape.max_length == shape.text_config().max_position_embeddings == 6000
     assert not shape_of(load_config(NEXT, ["train.gradient_checkpointing=false"])).recompute
@@ -222,6 +224,7 @@ def test_a_config_is_measured_without_data(tmp_path: Path) -> None:
     """Overrides may follow options; options go before the config."""
     words = ["bench", "train", "--steps", "2", "--warmup", "0", "--device", "cpu", "--out", str(tmp_path), TINY]
     words += ["data.train=nowhere.json", "data.prepare=null", "train.gradient_checkpointing=true", "--samples", "1"]
+    words += ["model.kernels=liger", "--kernels", "torch"]
     assert main([*words, "train.recompute_layers=2", "model.attention=sdpa", "--attention", "auto"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"train-tiny-finetune_pdrop-cpu.{end}" for end in ("json", "md", "png")
@@ -230,14 +233,14 @@ def test_a_config_is_measured_without_data(tmp_path: Path) -> None:
     assert report["shape"]["name"] == "tiny/finetune_pdrop"
     assert report["shape"]["text"]["num_hidden_layers"] == 4 and report["shape"]["trainable"][-1] == "language_model"
     assert [run["name"] for run in report["runs"]] == ["vanilla", "PyramidDrop"]
-    assert {(run["recompute"], run["recompute_layers"], run["attention"]) for run in report["runs"]} == {
-        (True, 2, "auto")
-    }
+    assert {
+        (run["recompute"], run["recompute_layers"], run["attention"], run["kernels"]) for run in report["runs"]
+    } == {(True, 2, "auto", "torch")}
     assert report["runs"][1]["schedule"]["layers"] == [1, 2, 3]
     assert {tokens[0] for tokens in report["runs"][1]["steps"]["image_tokens"]} <= {0, 256}
     text = (tmp_path / "train-tiny-finetune_pdrop-cpu.md").read_text()
     assert text.startswith("# Training step: tiny/finetune_pdrop\n")
-    assert "drawn from LLaVA-1.5's 665K samples" in text
+    assert "drawn from LLaVA-1.5's 665K samples" in text and "| kernels | torch |" in text
 
 
 @pytest.mark.trains

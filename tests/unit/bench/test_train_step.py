@@ -1,30 +1,24 @@
-"""The training bench at the tiny shape: who steps on what, what is counted, and that no variant changes the loss; one
-with compiled regions makes do with a handful of programs for streams of all lengths."""
+"""The training bench at the tiny shape: who steps on what, what is counted, and that no variant changes the loss."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 
 from llava_pdrop.bench import train_step, variants
 from llava_pdrop.bench.shapes import SHAPES
-from llava_pdrop.bench.train_step import Arm, Trainer, compile_regions, measure
+from llava_pdrop.bench.train_step import Arm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import predicted_reduction
-from llava_pdrop.model import decoder, vlm
-from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.model import decoder, kernels, vlm
 from llava_pdrop.runtime import clock
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 from tests.messages import says
-from tests.tiny import PYRAMID, make_sample, make_tiny_hf, mixed_samples
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
@@ -161,28 +155,22 @@ def test_full_logits_are_counted_where_they_are_made() -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_and_eager_arms_take_turns(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
-    """With a compiler that only counts how often its programs run."""
+def test_arms_with_eager_and_fused_kernels_take_turns(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
     runs = []
-
-    def counting(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        return lambda *values: (runs.append(1), graph(*values))[1]
-
-    compiler = functools.partial(train_step.compile_regions, backend=counting)
-    monkeypatch.setattr(train_step, "compile_regions", compiler)
-    torch._dynamo.reset()
+    own = kernels.rms_norm
+    kernels._kernels.cache_clear()
+    monkeypatch.setattr(kernels, "rms_norm", lambda *values: (runs.append(1), own(*values))[1])
     trainer, batch = trainer_of(), Workload(SMALL).batch(0, CPU)
     losses, counted = [], []
-    for compiled in (False, True, False, True):
+    for name in ("auto", "torch", "eager", "torch"):
         runs.clear()
-        arm = Arm("any", SMALL.schedule, recompute=recompute, compiled=compiled)
-        losses.append(trainer.step(arm, batch)[1])
+        losses.append(trainer.step(Arm("any", SMALL.schedule, recompute=recompute, kernels=name), batch)[1])
         counted.append(len(runs))
+    kernels._kernels.cache_clear()
     layers, drops = SMALL.text["num_hidden_layers"], len(SMALL.schedule.layers)
     assert counted[0] == counted[2] == 0
-    assert counted[1] == counted[3] >= 3 * layers * (1 + recompute) + drops - 1  # the last product is not made again
+    assert counted[1] == counted[3] == 2 * layers * (1 + recompute) + drops + 1
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -224,7 +212,7 @@ def test_every_variant_is_measured_or_says_why_not() -> None:
     arms = variants.arms_of({"PyramidDrop": SMALL.schedule}, Arm(""))
     compared = [entry for group in variants.compare(trainer, arms, steps=1, warmup=0) for entry in group]
     assert {entry.variant.group for entry in compared} == {
-        "batch", "logits", "attention", "recomputation", "samples per micro-batch", "norms and MLPs",
+        "batch", "logits", "attention", "recomputation", "samples per micro-batch", "kernels",
     }  # fmt: skip
     for entry in compared:
         able = entry.variant.unavailable is None
@@ -233,7 +221,7 @@ def test_every_variant_is_measured_or_says_why_not() -> None:
     tokens = {e.variant.name: e.results[0].tokens[0] for e in compared if e.variant.group == "samples per micro-batch"}
     assert tokens == {"1": 220, "3": 660, "6": 1320}
     assert {e.variant.name for e in compared if e.variant.unavailable} == {
-        "varlen", "flash_attn", "eager", "compiled",
+        "varlen", "flash_attn", "liger",
     }  # fmt: skip
 
 
@@ -267,47 +255,3 @@ def test_typical_seconds_follow_the_operations_and_not_an_interruption() -> None
     result = train_step.Measured(Arm("any"), hardware_flops=[10.0, 20.0, 40.0])
     result.seconds["step"] = [1.0, 2.0, 90.0]
     assert result.typical_seconds == pytest.approx(7.0)
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_loss_and_gradients_are_those_of_eager_mode():
-    results = []
-    for compiled in (False, True):
-        model = PyramidLlava(make_tiny_hf("llama_gqa"), PYRAMID).train()
-        if compiled:
-            compile_regions(model.hf.model.language_model, backend="aot_eager")  # inductor's C++ takes a minute
-        output = model(PackedBatch.pack(mixed_samples()))
-        output.loss.backward()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append((output.loss.detach(), gradients, list(model.state_dict())))
-    (eager, eager_gradients, eager_names), (loss, gradients, names) = results
-    torch.testing.assert_close(loss, eager, atol=1e-4, rtol=1e-5)
-    assert names == eager_names and gradients.keys() == eager_gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, eager_gradients[name], atol=1e-4, rtol=1e-3, msg=name)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_streams_of_all_lengths_share_a_handful_of_programs(checkpointing):
-    model = PyramidLlava(make_tiny_hf("llama_gqa"), PYRAMID).train()
-    counter = CompileCounter()
-    compile_regions(model.hf.model.language_model, backend=counter)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    compiled, tokens = [], set()
-    for size in range(6):
-        samples = [make_sample(3 + size, (28, 28), 5, "4"), make_sample((28, 28), "6")][: 1 + size % 2]
-        output = model(PackedBatch.pack(samples))
-        output.loss.backward()
-        tokens |= set(output.tokens)
-        compiled.append(counter.frame_count)
-    assert len(tokens) > 10
-    assert 0 < compiled[0] == compiled[-1] <= 6  # norm and MLP, and what ranks or runs again in another gradient mode

@@ -60,7 +60,14 @@ def test_the_json_says_all_that_is_needed_to_run_it_again(files: Path) -> None:
     assert 0 < one["predicted_reduction"] < 1
     ratio = one["realised_reduction"] / one["predicted_reduction"]
     assert one["realised_over_predicted"] == pytest.approx(ratio)
-    assert {entry["group"] for entry in report["compare"]} >= {"batch", "logits", "attention", "recomputation"}
+    assert {entry["group"] for entry in report["compare"]} >= {
+        "batch",
+        "logits",
+        "attention",
+        "recomputation",
+        "kernels",
+    }
+    assert report["options"]["kernels"] == "eager" == report["runs"][0]["kernels"], "what auto came to"
 
 
 def test_the_table_has_median_and_spread_of_every_part(files: Path) -> None:
@@ -100,6 +107,8 @@ def test_the_markdown_has_a_line_per_run_and_the_picture(files: Path) -> None:
         (["--shape", "tiny", "--images", "all"], says("images", "'all'")),
         (["--shape", "tiny", "--optimizer", "sgd"], says("--optimizer", "'sgd'")),
         (["--shape", "tiny", "--attention", "eager"], says("model.attention", "'eager'")),
+        (["--shape", "tiny", "--kernels", "fast"], says("model.kernels", "'fast'", "'torch'")),
+        (["--shape", "tiny", "--device", "cpu", "--kernels", "liger"], says("model.kernels", "liger", "CUDA")),
         (["--shape", "tiny", "--seed", "-1"], says("--seed", "0", "-1")),
         (["--shape", "tiny", "--seed", "99999999999999999999"], says("--seed", "2**32")),
         (["--shape", "tiny", "--samples", "0"], says("--samples", "1", "0")),
