@@ -51,6 +51,7 @@ def step_flops(
     checkpointing: bool = False,
     recompute_layers: int | None = None,
     seq_lens: Sequence[Sequence[int]] | None = None,
+    recompute_tower: bool = True,
 ) -> StepFlops:
     """Operations of forward and backward of one micro-batch.
 
@@ -60,10 +61,10 @@ def step_flops(
             passes through a frozen decoder to what learns before it.
         checkpointing: activation checkpointing, which runs every layer's forward once more in backward, up to the
             last product, whose result nobody needs again.
-        recompute_layers: of the decoder's layers, only so many first ones run again (None: all of them); the tower's
-            do whenever ``checkpointing`` says so.
+        recompute_layers: of the decoder's layers, only so many first ones run again (None: all of them).
         seq_lens: the lengths of the samples at every stage, where a forward has told them (`vlm.Output`); None: they
             are planned here.
+        recompute_tower: ``checkpointing`` is the tower's too, where it learns.
     """
     text = config.text_config
     stages = [layout.seq_lens for layout in layouts_of(batch, schedule)] if seq_lens is None else seq_lens
@@ -73,14 +74,14 @@ def step_flops(
     repeated = text.num_hidden_layers if recompute_layers is None else recompute_layers
     linear_factor = 1.0 + backward + ("language_model" in trainable)
     width = text.num_attention_heads * head_size(text)
-    window = _window(text)
+    window = window_of(text)
 
-    linear, last = _layer_linear(text)
+    linear, last = layer_linear(text)
     decoder = attention = ranking = 0.0
     stage = 0
     for layer in range(text.num_hidden_layers):
         if layer in schedule.layers:
-            ranking += _ranking(text, stages[stage], queries, schedule)
+            ranking += ranking_flops(text, stages[stage], queries, schedule)
             stage += 1
         lengths = stages[stage]
         repeat = checkpointing and backward and layer < repeated
@@ -88,8 +89,8 @@ def step_flops(
         pairs = sum(causal_pairs(length, window) for length in lengths)
         attention += 4 * pairs * width * (1 + repeat + ATTENTION_BACKWARD * backward)
     return StepFlops(
-        tower=_tower(config, tiles, "vision_tower" in trainable, checkpointing),
-        projector=_projector(config, tiles * geometry.patches, trainable),
+        tower=tower_flops(config, tiles, "vision_tower" in trainable, checkpointing and recompute_tower),
+        projector=projector_flops(config, tiles * geometry.patches, trainable),
         decoder=decoder,
         attention=attention,
         ranking=ranking,
@@ -100,12 +101,12 @@ def step_flops(
 def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule) -> list[float]:
     """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
     text = config.text_config
-    linear, width = _layer_linear(text)[0], text.num_attention_heads * head_size(text)
+    linear, width = layer_linear(text)[0], text.num_attention_heads * head_size(text)
     edges = (0, *schedule.layers, text.num_hidden_layers)
     return [
         float(
             (stop - first)
-            * (layout.tokens * linear + 4 * width * sum(causal_pairs(n, _window(text)) for n in layout.seq_lens))
+            * (layout.tokens * linear + 4 * width * sum(causal_pairs(n, window_of(text)) for n in layout.seq_lens))
         )
         for first, stop, layout in zip(edges, edges[1:], layouts_of(batch, schedule))
     ]
@@ -150,11 +151,12 @@ def causal_pairs(length: int, window: int | None = None) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def _window(text: Any) -> int | None:
+def window_of(text: Any) -> int | None:
+    """The sliding window of a decoder's config in tokens, where it has one."""
     return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
 
 
-def _layer_linear(text: Any) -> tuple[int, int]:
+def layer_linear(text: Any) -> tuple[int, int]:
     """Operations per token of one decoder layer's linear maps (q, k, v, o and the three of the gated MLP), and of the
     last of them."""
     projections = 2 * (text.num_attention_heads + key_value_heads(text)) * head_size(text)
@@ -162,7 +164,7 @@ def _layer_linear(text: Any) -> tuple[int, int]:
     return 2 * text.hidden_size * projections + 3 * last, last
 
 
-def _ranking(text: Any, lengths: Sequence[int], queries: Sequence[int], schedule: Schedule) -> int:
+def ranking_flops(text: Any, lengths: Sequence[int], queries: Sequence[int], schedule: Schedule) -> int:
     """Operations of one ranking of samples with so many tokens and so many query tokens: keys of all tokens, queries of
     the query tokens, their products. No backward."""
     if RANKERS[schedule.ranker].projections is None:
@@ -174,25 +176,33 @@ def _ranking(text: Any, lengths: Sequence[int], queries: Sequence[int], schedule
     return keys + rows + scores
 
 
-def _tower(config: Any, tiles: int, trainable: bool, checkpointing: bool) -> float:
-    """Only the layers that lead to ``vision_feature_layer`` run."""
+def tower_flops(config: Any, tiles: int, trainable: bool, checkpointing: bool) -> float:
+    """Operations of the tower on so many tiles: only the layers that lead to ``vision_feature_layer`` run."""
     vision = config.vision_config
     width, used = vision.hidden_size, used_tower_layers(config)
     patches = (vision.image_size // vision.patch_size) ** 2
     tokens = tiles * (patches + 1)
     embedding = 2 * tiles * patches * 3 * vision.patch_size**2 * width
     linear = 2 * tokens * width * (4 * width + 2 * vision.intermediate_size)
-    attention = 4 * tokens * (patches + 1) * width
-    forward = embedding + used * (linear + attention)
+    attention = tower_attention(config, tiles)
+    forward = embedding + used * linear + attention
     if not trainable:
         return forward
     last = 2 * tokens * width * vision.intermediate_size
-    again = linear - last + attention if checkpointing else 0
-    return forward + embedding + used * (2 * linear + ATTENTION_BACKWARD * attention + again)
+    again = used * (linear - last) + attention if checkpointing else 0
+    return forward + embedding + used * 2 * linear + ATTENTION_BACKWARD * attention + again
 
 
-def _projector(config: Any, rows: int, trainable: Collection[str]) -> float:
-    """Two linear maps. The gradient goes into the first one's input only where the tower learns."""
+def tower_attention(config: Any, tiles: int) -> int:
+    """Operations of the attention in the tower's forward, which `tower_flops` contains."""
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    return 4 * used_tower_layers(config) * tiles * tokens**2 * vision.hidden_size
+
+
+def projector_flops(config: Any, rows: int, trainable: Collection[str]) -> float:
+    """Operations of the two linear maps on so many feature rows. The gradient goes into the first one's input only
+    where the tower learns."""
     width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
     first, second = 2 * rows * width * hidden, 2 * rows * hidden * hidden
     learns, below = "projector" in trainable, "vision_tower" in trainable

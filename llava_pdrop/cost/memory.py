@@ -121,6 +121,7 @@ def predicted_peak(
     states: States = States(),
     adapters: int = 0,
     layouts: Sequence[Layout] | None = None,
+    recompute_tower: bool = True,
 ) -> Memory:
     """The peak of forward, backward and a fused optimizer step of one micro-batch on one GPU.
 
@@ -132,6 +133,7 @@ def predicted_peak(
         adapters: parameters of LoRA adapters, which learn instead of the decoder's own. What they keep for their
             backward, besides the inputs that full training keeps too, is not in it.
         layouts: `layouts_of` the batch under ``schedule``, where that was called already.
+        recompute_tower: ``checkpointing`` is the tower's too, as in `step_flops`.
     """
     counts, layers = Parameters.of(config), config.text_config.num_hidden_layers
     decoder = replace(counts, embedding=0, layer=adapters // layers, head=0) if adapters else counts
@@ -139,7 +141,7 @@ def predicted_peak(
     recomputed = range(config.text_config.num_hidden_layers)[:recompute_layers] if checkpointing else range(0)
     tiles = tiles_of(batch, geometry)
     blocks = [
-        *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, checkpointing, states),
+        *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, checkpointing and recompute_tower, states),
         _projector_block(config, counts, tiles * geometry.patches, trainable, states),
         *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, recomputed, states),
     ]

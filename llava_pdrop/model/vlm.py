@@ -60,6 +60,7 @@ class PyramidLlava(nn.Module):
         recompute_layers: activation checkpointing, once enabled, holds for only so many first layers of the decoder,
             those with the longest streams (None: for all).
         kernels: norms, rotary embedding and gated product of the decoder, one of `kernels.CHOICES`.
+        recompute_tower: activation checkpointing, once enabled, holds for the layers of a trainable tower too.
 
     Raises:
         UserError: the schedule or ``recompute_layers`` does not fit the decoder, an unknown ranker, or a backend or
@@ -74,6 +75,7 @@ class PyramidLlava(nn.Module):
         backend: str = "auto",
         recompute_layers: int | None = None,
         kernels: str = "auto",
+        recompute_tower: bool = True,
     ) -> None:
         super().__init__()
         depth = hf.config.text_config.num_hidden_layers
@@ -95,6 +97,7 @@ class PyramidLlava(nn.Module):
         self.backend = backend
         self.recompute_layers = recompute_layers
         self.kernels = kernels
+        self.recompute_tower = recompute_tower
         hf.config.pyramid_drop = self.schedule.to_dict()
 
     def forward(self, batch: PackedBatch, trace: list[Drop] | None = None) -> Output:
@@ -142,7 +145,8 @@ class PyramidLlava(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recomputes decoder (and trainable tower) layers in backward; the Trainer calls this before it wraps."""
+        """Recomputes in backward the layers of the decoder, and of a trainable tower, that ``recompute_layers`` and
+        ``recompute_tower`` name; the Trainer calls this before it wraps."""
         if hasattr(self.hf, "activation_checkpointing_enable"):
             self.hf.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
         else:  # transformers before 5.20
@@ -150,6 +154,10 @@ class PyramidLlava(nn.Module):
         if self.recompute_layers is not None:
             for layer in self.hf.model.language_model.layers[self.recompute_layers :]:
                 layer.gradient_checkpointing = False
+        if not self.recompute_tower:
+            for module in self.hf.model.vision_tower.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any

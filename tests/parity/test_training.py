@@ -104,11 +104,13 @@ def test_positions_can_be_kept():
     assert a.shape == b.shape and not torch.allclose(a, b, atol=1e-3)
 
 
-@pytest.mark.parametrize("first", [None, 0, 3, LAYERS])
-def test_checkpointing_changes_nothing_and_runs_again_what_was_asked(first):
+@pytest.mark.parametrize(("first", "tower_again"), [(None, 1), (0, 1), (3, 1), (LAYERS, 1), (3, 0)])
+def test_checkpointing_changes_nothing_and_runs_again_what_was_asked(first, tower_again):
     gradients, calls = [], []
     for checkpointing in (False, True):
-        model = PyramidLlava(make_tiny_hf("llama_gqa"), PYRAMID, recompute_layers=first).train()
+        model = PyramidLlava(
+            make_tiny_hf("llama_gqa"), PYRAMID, recompute_layers=first, recompute_tower=bool(tower_again)
+        ).train()
         if checkpointing:
             model.activation_checkpointing_enable()
         tower, decoder = model.hf.model.vision_tower.encoder.layers, model.hf.model.language_model.layers
@@ -118,7 +120,7 @@ def test_checkpointing_changes_nothing_and_runs_again_what_was_asked(first):
         output = model(PackedBatch.pack(mixed_samples()))
         (output.loss / output.labels).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    again = [1, 0] + [int(first is None or index < first) for index in range(LAYERS)]
+    again = [tower_again, 0] + [int(first is None or index < first) for index in range(LAYERS)]
     assert calls[0] == [1, 0] + [1] * LAYERS  # the tower's last layer leads nowhere
     assert [after - before for before, after in zip(*calls)] == again
     assert gradients[0].keys() == gradients[1].keys()

@@ -99,7 +99,17 @@ CASES = [
 
 @pytest.mark.parametrize(("schedule", "trainable", "checkpointing", "recompute_layers"), CASES)
 def test_equals_what_torch_counts(schedule, trainable, checkpointing, recompute_layers):
+    equals_what_torch_counts(schedule, trainable, checkpointing, recompute_layers)
+
+
+@pytest.mark.parametrize("recompute_layers", [None, 2])
+def test_equals_what_torch_counts_where_the_tower_is_not_recomputed(recompute_layers):
+    equals_what_torch_counts(DROP, EVERYTHING, True, recompute_layers, recompute_tower=False)
+
+
+def equals_what_torch_counts(schedule, trainable, checkpointing, recompute_layers, recompute_tower=True) -> None:
     net = model(schedule, recompute_layers).train()
+    net.recompute_tower = recompute_tower
     freeze(net, trainable)
     if checkpointing:
         net.activation_checkpointing_enable()
@@ -109,12 +119,15 @@ def test_equals_what_torch_counts(schedule, trainable, checkpointing, recompute_
         net(packed).loss.backward()
     modules = counter.get_flop_counts()
     counted = modules["Global"]
-    ours = step_flops(net.hf.config, packed, schedule, GEOMETRY, trainable, checkpointing, recompute_layers)
+    options = (GEOMETRY, trainable, checkpointing, recompute_layers)
+    ours = step_flops(net.hf.config, packed, schedule, *options, recompute_tower=recompute_tower)
     # torch has no rule for the attention kernels of CPUs; all else is a product it knows
     products = sum(count for operation, count in counted.items() if "attention" not in str(operation))
     # older transformers make the angles of the rotary embedding, positions times frequencies, by a matrix product
     products -= sum(sum(counts.values()) for name, counts in modules.items() if name.endswith("rotary_emb"))
-    tower_attention = _tower_attention(net.hf.config, packed, "vision_tower" in trainable, checkpointing)
+    tower_attention = _tower_attention(
+        net.hf.config, packed, "vision_tower" in trainable, checkpointing and recompute_tower
+    )
     assert products == ours.total - ours.attention - tower_attention
 
 

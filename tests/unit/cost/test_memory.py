@@ -142,6 +142,19 @@ CASES = [
 ] + [("llava15-13b", DROP_4, DECODER, recompute, None) for recompute in (False, True)]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_tower_that_is_not_recomputed_keeps_what_it_keeps_without_checkpointing(recompute):
+    """With no decoder layer recomputed that is the step without checkpointing, whose peak is traced below."""
+    shape, batch = shape_with("llava-next-7b", 4), batch_of(SHAPES["llava-next-7b"].geometry, 4, (672, 672))
+    config, options = config_of(shape), (DROP_4, shape.geometry, ALL_PARTS)
+    whole, kept = (
+        predicted_peak(config, batch, *options, recompute, 0, NO_OPTIMIZER, recompute_tower=tower).total
+        for tower in (True, False)
+    )
+    assert kept == predicted_peak(config, batch, *options, False, None, NO_OPTIMIZER).total
+    assert (kept > whole) == recompute
+
+
 @pytest.mark.parametrize(("name", "schedule", "trainable", "recompute", "first"), CASES)
 def test_peak_of_four_layers_at_the_real_widths(name, schedule, trainable, recompute, first):
     shape = shape_with(name, layers=4)
