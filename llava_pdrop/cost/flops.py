@@ -73,10 +73,7 @@ def step_flops(
     backward = bool(trainable)
     repeated = text.num_hidden_layers if recompute_layers is None else recompute_layers
     linear_factor = 1.0 + backward + ("language_model" in trainable)
-    width = text.num_attention_heads * head_size(text)
-    window = window_of(text)
 
-    linear, last = layer_linear(text)
     decoder = attention = ranking = 0.0
     stage = 0
     for layer in range(text.num_hidden_layers):
@@ -85,9 +82,9 @@ def step_flops(
             stage += 1
         lengths = stages[stage]
         repeat = checkpointing and backward and layer < repeated
-        decoder += sum(lengths) * (linear * linear_factor + (linear - last) * repeat)
-        pairs = sum(causal_pairs(length, window) for length in lengths)
-        attention += 4 * pairs * width * (1 + repeat + ATTENTION_BACKWARD * backward)
+        linear, last, scores = layer_flops(text, lengths)
+        decoder += linear * linear_factor + (linear - last) * repeat
+        attention += scores * (1 + repeat + ATTENTION_BACKWARD * backward)
     return StepFlops(
         tower=tower_flops(config, tiles, "vision_tower" in trainable, checkpointing and recompute_tower),
         projector=projector_flops(config, tiles * geometry.patches, trainable),
@@ -101,14 +98,11 @@ def step_flops(
 def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule) -> list[float]:
     """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
     text = config.text_config
-    linear, width = layer_linear(text)[0], text.num_attention_heads * head_size(text)
     edges = (0, *schedule.layers, text.num_hidden_layers)
     return [
-        float(
-            (stop - first)
-            * (layout.tokens * linear + 4 * width * sum(causal_pairs(n, window_of(text)) for n in layout.seq_lens))
-        )
+        float((stop - first) * (linear + attention))
         for first, stop, layout in zip(edges, edges[1:], layouts_of(batch, schedule))
+        for linear, _, attention in [layer_flops(text, layout.seq_lens)]
     ]
 
 
@@ -151,17 +145,19 @@ def causal_pairs(length: int, window: int | None = None) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def window_of(text: Any) -> int | None:
-    """The sliding window of a decoder's config in tokens, where it has one."""
+def _window(text: Any) -> int | None:
     return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
 
 
-def layer_linear(text: Any) -> tuple[int, int]:
-    """Operations per token of one decoder layer's linear maps (q, k, v, o and the three of the gated MLP), and of the
-    last of them."""
+def layer_flops(text: Any, lengths: Sequence[int]) -> tuple[int, int, int]:
+    """Operations of the forward of one decoder layer on samples of such lengths: of its linear maps (q, k, v, o and the
+    three of the gated MLP), of the last of them, and of its causal attention."""
+    tokens, window = sum(lengths), _window(text)
     projections = 2 * (text.num_attention_heads + key_value_heads(text)) * head_size(text)
-    last = 2 * text.hidden_size * text.intermediate_size
-    return 2 * text.hidden_size * projections + 3 * last, last
+    last = 2 * tokens * text.hidden_size * text.intermediate_size
+    linear = 2 * tokens * text.hidden_size * projections + 3 * last
+    pairs = sum(causal_pairs(length, window) for length in lengths)
+    return linear, last, 4 * pairs * text.num_attention_heads * head_size(text)
 
 
 def ranking_flops(text: Any, lengths: Sequence[int], queries: Sequence[int], schedule: Schedule) -> int:
