@@ -40,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="MFU, the share of a GPU's peak, that the advice assumes to predict hours (default: 0.4)",
     )
     parser.add_argument(
+        "--card", default="H100", metavar="NAME",
+        help="GPU whose step time is modelled: H100, H200 or A100 (default: H100)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kernels", default="eager", metavar="NAME",
+        help="of the element-wise parts in that model: eager, one for each operation, or fused (default: eager)",
+    )  # fmt: skip
+    parser.add_argument(
         "--global-batch",
         type=int,
         metavar="N",
@@ -53,7 +61,10 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.config.load import RUN_FILE, load_config
     from llava_pdrop.cost.plan import solve
     from llava_pdrop.cost.report import make_report, show, to_json
+    from llava_pdrop.cost.step_time import card_named
+    from llava_pdrop.cost.time_report import plan_time
 
+    card_named(args.card)
     gpus, gib = gpus_of(args.gpus)
     budget = _budget(args, gib)
     path = Path(args.config)
@@ -66,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
         from llava_pdrop.cost.advice import MFU, advise
 
         advice = advise(config, gpus, gib, MFU if args.mfu is None else args.mfu, args.global_batch)
-    report = replace(make_report(config, gpus, budget, solution), advice=advice)
+    time = plan_time(config, gpus, args.card, args.kernels)
+    report = replace(make_report(config, gpus, budget, solution), advice=advice, time=time)
     if args.json:
         print(json.dumps(to_json(config, report), indent=2))
     else:

@@ -168,12 +168,17 @@ def predicted_peak(
 def cpu_memory(config: Any, trainable: Collection[str], states: States, adapters: int = 0) -> float:
     """Bytes in the memory of the CPU that an engine with offloading needs for each GPU; the arguments are those of
     `predicted_peak`."""
+    total = Parameters.of(config).total(config) + adapters
+    return states.cpu_bytes(total, learning_parameters(config, trainable, adapters))
+
+
+def learning_parameters(config: Any, trainable: Collection[str], adapters: int = 0) -> int:
+    """How many parameters learn; the arguments are those of `predicted_peak`."""
     counts, used = Parameters.of(config), used_tower_layers(config)
     decoder = counts.embedding + config.text_config.num_hidden_layers * counts.layer + counts.head
     learning = adapters or decoder * ("language_model" in trainable)
     learning += counts.projector * ("projector" in trainable)
-    learning += (counts.tower_stem + used * counts.tower_layer) * ("vision_tower" in trainable)
-    return states.cpu_bytes(counts.total(config) + adapters, learning)
+    return learning + (counts.tower_stem + used * counts.tower_layer) * ("vision_tower" in trainable)
 
 
 def _stored_weights(counts: Parameters, total: int, learning: int, states: States, adapted: bool) -> float:

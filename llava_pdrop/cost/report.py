@@ -29,6 +29,7 @@ from llava_pdrop.cost.plan import (
     plan_step,
 )
 from llava_pdrop.cost.states import States
+from llava_pdrop.cost.time_report import TimeModel, show_time, time_json
 from llava_pdrop.schedule import Schedule
 
 PAPER_7B = {
@@ -57,7 +58,8 @@ WIDTH = 120
 class Report:
     """All that is printed. ``least``: decoder layers to recompute so that (vanilla, dropping) fit into ``budget`` GiB;
     ``fitting``: the step when each recomputes only those, None where one of them does not fit; ``adapters``: parameters
-    of LoRA adapters; ``advice``: how to train on GPUs of a known size, where asked."""
+    of LoRA adapters; ``advice``: how to train on GPUs of a known size, where asked; ``time``: of the step on one GPU,
+    or why it is not modelled."""
 
     plan: Plan
     step: PlanStep
@@ -69,6 +71,7 @@ class Report:
     solution: Solution | None = None
     adapters: int = 0
     advice: Advice | None = None
+    time: TimeModel | str | None = None
 
 
 def make_report(config: Config, gpus: int = 8, budget: float = 80.0, solution: Solution | None = None) -> Report:
@@ -125,6 +128,7 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
                 for row in report.memory
             ],
         },
+        "time": time_json(report.time),
         "advice": report.advice and advice_json(config, report.advice),
     }
 
@@ -166,6 +170,8 @@ def show(config: Config, report: Report) -> None:
         console.print(f"{report.budget:g} GiB with {RESERVE:.0%} left free, {name}: {answer}.", highlight=False)
     if report.fitting is not None:
         console.print(f"Step time with just that recomputation: {report.fitting.reduction:.1%} less.", highlight=False)
+    if report.time is not None:
+        show_time(console, report.time)
     if report.advice is not None:
         show_advice(console, config, report.advice)
 

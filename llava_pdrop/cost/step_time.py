@@ -192,12 +192,14 @@ def step_parts(
     recompute_layers: int | None = None,
     recompute_tower: bool = True,
     kernels: str = "eager",
+    split: Collection[int] = (),
 ) -> list[Part]:
     """Work of forward and backward of one micro-batch in bfloat16: tower, projector, the layers of each stage, all
     rankings, head. Their operations are those of `step_flops`, whose arguments these are.
 
     Args:
         kernels: of norms, rotary embedding and gated product in the decoder, one of `elementwise.KERNELS`.
+        split: layers before which a part begins though nothing is dropped there, to stand beside a schedule's.
 
     Raises:
         UserError: a decoder or tower that is not modelled (`is_modelled`), or unknown kernels.
@@ -211,8 +213,9 @@ def step_parts(
     repeated = (text.num_hidden_layers if recompute_layers is None else recompute_layers) * checkpointing * backward
     parts = [_tower(config, tiles, "vision_tower" in trainable, again_tower)]
     parts.append(_projector(config, tiles * geometry.patches, trainable))
-    edges = (0, *schedule.layers, text.num_hidden_layers)
-    for first, stop, layout in zip(edges, edges[1:], layouts):
+    edges = sorted({0, *schedule.layers, *split, text.num_hidden_layers})
+    for first, stop in zip(edges, edges[1:]):
+        layout = layouts[sum(layer <= first for layer in schedule.layers)]
         again = max(0, min(stop, repeated) - first)
         parts.append(_stage(text, first, stop, again, layout.seq_lens, learns, backward, kernels))
     if schedule.layers:
