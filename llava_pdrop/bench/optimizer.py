@@ -21,6 +21,9 @@ in float32 (ZeRO, arXiv 1910.02054, section 3.1); without mixed precision four t
 SHARDS = 8
 """Ranks that the ``sharded`` optimizer pretends to be one of."""
 
+SHARES = {"adamw": 1.0, "sharded": 1 / SHARDS, "none": 0.0}
+"""Definite choice -> share of the trainable parameters that are updated."""
+
 HEADROOM = 0.75
 """Share of the free memory that gradients and optimizer may take; the rest is for activations."""
 
@@ -94,8 +97,7 @@ def states(kind: str, dtype: torch.dtype) -> States:
     """What `cost.memory` has to know of a definite choice. Gradients are whole with ``sharded`` too: on one GPU there
     is nobody to send the rest to."""
     mixed = dtype in (torch.float16, torch.bfloat16)
-    share = {"adamw": 1.0, "sharded": 1 / SHARDS, "none": 0.0}[kind]
-    return States(bytes=dtype.itemsize, optimizer=share * (12.0 if mixed else 8.0))
+    return States(bytes=dtype.itemsize, optimizer=SHARES[kind] * (12.0 if mixed else 8.0))
 
 
 def make(kind: str, parameters: list[nn.Parameter]) -> MasterAdamW | None:

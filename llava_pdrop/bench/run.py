@@ -20,16 +20,22 @@ def run_train(args: argparse.Namespace) -> None:
         UserError: an argument that is not possible, a config that cannot be measured, or out of memory.
     """
     check_counts(args, steps=1, warmup=0, samples=1, seed=0)
-    from llava_pdrop.bench import train_report, variants
+    if args.recompute is not None and args.recompute_layers:
+        given = "--recompute" if args.recompute else "--no-recompute"
+        raise UserError(f"{given} and --recompute-layers contradict each other: leave one of them out")
+    from llava_pdrop.bench import recompute, train_report, variants
     from llava_pdrop.bench.shapes import chosen_shape
     from llava_pdrop.bench.train_step import Arm, Trainer, measure
     from llava_pdrop.bench.workload import Workload
+    from llava_pdrop.cost.step_time import CARDS, card_named
     from llava_pdrop.model.attention import check_backend
     from llava_pdrop.model.kernels import check_kernels, resolve
     from llava_pdrop.report.environment import check_out, file_name
-    from llava_pdrop.runtime.device import device_label, device_named
+    from llava_pdrop.runtime.device import device_label, device_named, known_gpu
 
     device = device_named(args.device)
+    if args.card is not None:
+        card_named(args.card)
     name, shape = chosen_shape(args.shape, args.overrides, device.type == "cuda")
     attention = args.attention or shape.attention
     check_backend(attention)
@@ -39,28 +45,36 @@ def run_train(args: argparse.Namespace) -> None:
     schedules = read_schedules(args.schedule, shape.text["num_hidden_layers"])
     if not schedules and shape.schedule.layers:
         schedules = {"PyramidDrop": shape.schedule}
-    recompute = shape.recompute if args.recompute is None else args.recompute
+    depth, again = shape.text["num_hidden_layers"], shape.recompute if args.recompute is None else args.recompute
+    settings = [recompute.read_setting(word, 1 + len(schedules), depth) for word in args.recompute_layers or ()]
     common = Arm(
         "",
-        recompute=recompute,
+        recompute=again,
         recompute_layers=shape.recompute_layers,
         backend=attention,
         samples=args.samples,
         kernels=kernels,
     )
     arms = variants.arms_of(schedules, common)
-    trainer = Trainer(shape, device, Workload(shape, args.images, args.seed), args.optimizer)
-    results = measure(trainer, arms, args.steps, args.warmup)
-    options = {key: getattr(args, key) for key in ("steps", "warmup", "samples", "optimizer")}
-    options |= {"attention": attention, "kernels": kernels, "recompute": recompute}
-    report = train_report.training_report(trainer, name, results, options)
-    stem = args.out / file_name("train", name, device_label(device))
-    files = train_report.write(report, stem)
-    for group in variants.compare(trainer, arms[:2]) if args.compare else ():
-        train_report.add_comparison(report, group)
-        train_report.write(report, stem)  # a time limit that ends the run costs one group, not all of it
-    train_report.show(report)
-    print(f"written: {', '.join(str(file) for file in files)}")
+    workloads = [Workload(shape, images, args.seed) for images in dict.fromkeys(args.images)]
+    trainer = Trainer(shape, device, workloads[0], args.optimizer)
+    own = known_gpu(device_label(device))
+    card = args.card or (own if own in CARDS else None)
+    options = {key: getattr(args, key) for key in ("steps", "warmup", "samples", "optimizer", "recompute_layers")}
+    options |= {"attention": attention, "kernels": kernels, "recompute": again, "card": card}
+    for workload in workloads:
+        trainer.workload = workload
+        chosen = recompute.arms_in(trainer, arms, settings, args.steps, args.card)
+        results = measure(trainer, chosen, args.steps, args.warmup, patient=len(settings) > 1)
+        report = train_report.training_report(trainer, name, results, options, card)
+        part = f"-{workload.images}" if len(workloads) > 1 else ""
+        stem = args.out / (file_name("train", name, device_label(device)) + part)
+        files = train_report.write(report, stem)
+        for group in variants.compare(trainer, arms[:2]) if args.compare else ():
+            train_report.add_comparison(report, group)
+            train_report.write(report, stem)  # a time limit that ends the run costs one group, not all of it
+        train_report.show(report)
+        print(f"written: {', '.join(str(file) for file in files)}")
 
 
 def read_schedules(files: Sequence[Path], layers: int) -> dict[str, Schedule]:

@@ -16,10 +16,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava_pdrop.bench import optimizer
+from llava_pdrop.bench.recompute import recomputed
+from llava_pdrop.bench.train_picture import step_bars
 from llava_pdrop.bench.train_step import Measured, Trainer
 from llava_pdrop.bench.variants import Compared
+from llava_pdrop.cost.step_time import NOTE, is_modelled
+from llava_pdrop.cost.time_report import mean
+from llava_pdrop.errors import UserError
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.pictures import save_picture, subplots
+from llava_pdrop.report.pictures import save_picture
 from llava_pdrop.report.style import markdown_table
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of, quartiles
 from llava_pdrop.runtime.device import peak_flops
@@ -60,31 +65,38 @@ NOTES = """\
 - Tokens/s counts the samples before any drop. MFU: operations that the samples ask for, without recomputed layers, by
   time and peak; HFU: all operations. Both count the scores that fused attention computes once more in its backward.
 - *Operations saved* is the prediction for these very batches (text, tower, projector, head, ranking and recomputation
-  included; the optimizer has none). *Time saved* is what the steps saved at the median speed of each run (seconds per
-  operation, since batches differ in length). The JSON has every step, and the saving of the plain totals.
+  included; the optimizer has none), against the vanilla run with the same setting of recomputation. *Time saved* is
+  what the steps saved at the median speed of each run (seconds per operation, since batches differ in length).
+  *Realised / predicted* compares forward and backward on both sides: the optimizer is in neither. The JSON has every
+  step, and the saving of the plain totals.
+- *Modelled* is no measurement: what `llava-pdrop plan` predicts for a named GPU in bfloat16, this optimizer included.
 - *Peak predicted* (GPUs only) is what `llava-pdrop plan` would say with this optimizer, for the largest counted batch
   and eager kernels.
 """
 
-BARS = {
-    "tower": ("tower forward", "#3E5C76"),
-    "embedding": ("projector, embedding", "#748CAB"),
-    "decoder": ("decoder forward", "#6B7C8F"),
-    "ranking": ("ranking and dropping", "#D7263D"),
-    "head": ("head and loss", "#F2B134"),
-    "backward": ("backward", "#E2703A"),
-    "tower_backward": ("tower backward", "#9A5B3C"),
-    "optimizer": ("optimizer", "#8AB17D"),
-}
-"""Part of a step (`clock.PIECES`) -> what it is called and its colour."""
+COMPARED = "forward and backward on both sides; the optimizer is in neither"
+"""What ``realised_over_predicted`` compares; ``realised_reduction`` is of the whole step, the optimizer included."""
 
 
 def training_report(
-    trainer: Trainer, shape: str, results: Sequence[Measured], options: dict[str, Any]
+    trainer: Trainer, shape: str, results: Sequence[Measured], options: dict[str, Any], card: str | None = None
 ) -> dict[str, Any]:
-    """Everything that was measured, ready for JSON, without comparisons. The first of ``results`` is vanilla."""
+    """Everything that was measured, ready for JSON, without comparisons.
+
+    Args:
+        results: of each setting of recomputation vanilla first, which the others of that setting are compared with.
+        card: one of `cost.step_time.CARDS`, whose modelled time stands beside the measured one.
+
+    Raises:
+        UserError: the very first arm ran out of memory, so that there is nothing to compare with.
+    """
+    if results[0].error is not None:
+        raise UserError(
+            f"{results[0].error} on {trainer.device} in {results[0].arm.name}: try a smaller --samples or --recompute"
+        )
+    card = card if is_modelled(trainer.model.hf.config) else None
     rate, source = peak_flops(trainer.device, trainer.dtype)
-    vanilla = results[0]
+    vanilla = {result.arm.setting: result for result in reversed(results)}
     return {
         "bench": "train",
         "shape": {"name": shape, **_plain(asdict(trainer.shape))},
@@ -100,7 +112,9 @@ def training_report(
         },
         "optimizer": {"kind": trainer.kind, "description": optimizer.DESCRIPTIONS[trainer.kind]},
         "peak_flops": {"per_second": rate, "source": source},
-        "runs": [_run(result, vanilla, rate) for result in results],
+        "model": None if card is None else {"card": card, "note": NOTE},
+        "compared": COMPARED,
+        "runs": [_run(result, vanilla[result.arm.setting], rate, card) for result in results],
         "compare": [],
     }
 
@@ -110,7 +124,7 @@ def add_comparison(report: dict[str, Any], group: Sequence[Compared]) -> None:
     report["compare"] += [_comparison(entry, report["peak_flops"]["per_second"]) for entry in group]
 
 
-def _run(result: Measured, vanilla: Measured, rate: float) -> dict[str, Any]:
+def _run(result: Measured, vanilla: Measured, rate: float, card: str | None = None) -> dict[str, Any]:
     """One arm: what it is, its medians, its share of the peak, its saving, and every step."""
     arm = result.arm
     entry: dict[str, Any] = {
@@ -118,6 +132,8 @@ def _run(result: Measured, vanilla: Measured, rate: float) -> dict[str, Any]:
         "schedule": arm.schedule.to_dict(),
         "recompute": arm.recompute,
         "recompute_layers": arm.recompute_layers,
+        "recompute_tower": arm.recompute_tower,
+        "setting": arm.setting,
         "attention": arm.backend,
         "full_logits": arm.full_logits,
         "kernels": arm.kernels,
@@ -136,6 +152,7 @@ def _run(result: Measured, vanilla: Measured, rate: float) -> dict[str, Any]:
         "ranking_share": median(ranking / step for ranking, step in zip(result.seconds["ranking"], seconds)),
         "peak_mib": max(result.peak_mib),
         "predicted_peak_mib": max(result.predicted_peak_mib, default=None),
+        "modelled": _modelled(result, card),
         "tokens_per_second": result.tokens_per_second,
         "tflop_per_step": sum(result.model_flops) / len(steps) / 1e12,
         "mfu": median(count / step for count, step in zip(result.model_flops, seconds)) / rate,
@@ -144,11 +161,13 @@ def _run(result: Measured, vanilla: Measured, rate: float) -> dict[str, Any]:
     if result is not vanilla and vanilla.error is None and result.error is None:
         predicted = 1 - sum(result.hardware_flops) / sum(vanilla.hardware_flops)
         realised = 1 - result.typical_seconds / vanilla.typical_seconds
+        compute = 1 - result.typical_compute / vanilla.typical_compute
         pairs = zip(vanilla.seconds["step"], seconds)
         entry |= {
             "predicted_reduction": predicted,
             "realised_reduction": realised,
-            "realised_over_predicted": realised / predicted if predicted else None,
+            "compute_reduction": compute,
+            "realised_over_predicted": compute / predicted if predicted else None,
             "realised_total": 1 - sum(seconds) / sum(vanilla.seconds["step"]),
             "realised_by_step": _round(quartiles([1 - dropping / full for full, dropping in pairs])),
         }
@@ -164,6 +183,12 @@ def _run(result: Measured, vanilla: Measured, rate: float) -> dict[str, Any]:
             "hardware_flops": result.hardware_flops,
         }
     }
+
+
+def _modelled(result: Measured, card: str | None) -> dict[str, Any] | None:
+    """Means over the counted steps of what the model says for ``card``."""
+    times = [time for time in result.times if time is not None]
+    return mean([time.figures(card) for time in times]) if card is not None and times else None
 
 
 def _stages(result: Measured, rate: float) -> list[dict[str, float]]:
@@ -213,16 +238,18 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     """(title, head, lines) of the runs and, where there are any, of the variants."""
     device = report["environment"]["device"]
     title = f"{report['shape']['name']} on {device}, {report['dtype']}"
-    columns = [_column(run, report["optimizer"]["kind"]) for run in report["runs"]]
-    lines = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    columns = [_column(run, report["optimizer"]["kind"], report["model"]) for run in report["runs"]]
+    lines = [[name, *(column.get(name, "") for column in columns)] for name in columns[0]]
     head = ["median [quartiles]", *(run["name"] for run in report["runs"])]
     found = [(title, head, [line for line in lines if any(line[1:])])]
     stages = [(run, *stage) for run in report["runs"] for stage in enumerate(run.get("stages", []))]
     lines = [
-        [run["name"], str(k), f"{s['tokens']:,.0f}", _ms(s["seconds"]), f"{s['share_of_peak']:.1%}"]
+        [run["name"], str(k), f"{s['tokens']:,.0f}", _ms(s["seconds"]), f"{s['share_of_peak']:.1%}", *_stage(run, k)]
         for run, k, s in stages
     ]
-    found.append(("Decoder layers by stage, forward", ["run", "stage", "tokens", "ms", "share of peak"], lines))
+    head = ["run", "stage", "tokens", "ms", "share of peak"]
+    head += [f"modelled for {report['model']['card']}, ms"] if report["model"] else []
+    found.append(("Decoder layers by stage, forward", head, lines))
     if report["compare"]:
         lines = [line for entry in report["compare"] for line in _variant_lines(entry)]
         found.append(("Variants", ["choice", "variant", "run", "step ms", "peak GiB", "tokens/s", "realised"], lines))
@@ -241,6 +268,7 @@ def markdown(report: dict[str, Any], picture: str | None) -> str:
         text.append(f"![Where the time of a step goes]({picture})\n")
     size = machine["device_memory_gib"]
     host = f"{machine['device_count']} cores, {machine['threads']} used" if size is None else f"{size} GiB"
+    again = {f"{run['name']}, recomputed": recomputed(**_again(run)) for run in report["runs"] if run["setting"]}
     settings = {
         "device": f"{machine['device']}, {host}",
         "versions": f"torch {machine['torch']}, CUDA {machine['cuda'] or 'none'}, transformers "
@@ -254,7 +282,8 @@ def markdown(report: dict[str, Any], picture: str | None) -> str:
         "peak": f"{report['peak_flops']['per_second'] / 1e12:.4g} TFLOP/s, {report['peak_flops']['source']}",
         "batches": f"{stock['source']}: {stock['image_tokens']:.0f} image and {stock['text_tokens']:.0f} text "
         f"tokens, {stock['turns']:.1f} turns a sample, {stock['text_only_share']:.1%} without picture",
-        **{run["name"]: _schedule(run["schedule"]) for run in report["runs"][1:]},
+        **{run["name"]: _schedule(run["schedule"]) for run in report["runs"] if run["schedule"]["layers"]},
+        **again,
     }
     text.append(markdown_table(["setting", ""], [list(item) for item in settings.items()]))
     return "\n".join(text)
@@ -274,40 +303,27 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"Times: {report['times']['seconds']}.", style="dim", highlight=False)
     console.print(f"Optimizer: {kind['description']}. Peak: {peak['source']}.", style="dim", highlight=False)
     for run in report["runs"]:
+        if run["setting"]:
+            console.print(escape(f"{run['name']}: recomputes {recomputed(**_again(run))}."), highlight=False)
+        if run["error"]:
+            console.print(escape(f"{run['name']}: {run['error']}."), highlight=False)
         if "realised_reduction" in run:
             console.print(escape(_verdict(run)), highlight=False)
+    if report["model"]:
+        console.print(escape(f"Modelled: {NOTE}"), style="dim", highlight=False)
 
 
-def step_bars(report: dict[str, Any]) -> Any:
-    """A bar per run, stacked by where the time of its median step goes."""
-    runs = [run for run in report["runs"] if "parts" in run]
-    figure, axes = subplots(figsize=(8.4, 2.0 + 0.7 * len(runs)), layout="constrained")
-    for place, run in enumerate(runs):
-        left = 0.0
-        for part, (label, colour) in BARS.items():
-            width = max(0.0, 1000 * run["parts"][part])
-            axes.barh(place, width, left=left, height=0.6, color=colour, label=label if place == 0 else None)
-            left += width
-        saved = run.get("realised_reduction")
-        text = f" {left:,.4g} ms" + (f"  ({-saved:+.1%})" if saved is not None else "")
-        axes.text(left, place, text, va="center", ha="left")
-    axes.set_yticks(range(len(runs)), [run["name"] for run in runs])
-    axes.set_ylim(len(runs) - 0.5, -0.5)
-    axes.margins(x=0.22)
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"milliseconds per training step ({report['clock']}, medians of the parts)")
-    axes.set_title(f"Where the time goes: {report['shape']['name']} on {report['environment']['device']}")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    return figure
-
-
-def _column(run: dict[str, Any], optimizer_kind: str) -> dict[str, str]:
+def _column(run: dict[str, Any], optimizer_kind: str, model: dict[str, str] | None) -> dict[str, str]:
     """Title of a line -> what it says of one run; nothing where there is nothing to say."""
+    if "quartiles" not in run:
+        return {f"{TIMES['step']}, ms": run["error"] or ""}
     spread, foreseen, ratio = run["quartiles"], run["predicted_peak_mib"], run.get("realised_over_predicted")
     column = {f"{title}, ms": _spread(spread[name]) for name, title in TIMES.items()}
     if optimizer_kind == "none":
         column[f"{TIMES['optimizer']}, ms"] = "left out"
+    if model is not None:
+        told = run["modelled"]
+        column[f"step modelled for {model['card']}, ms"] = "" if told is None else f"{told['step_ms']:,.4g}"
     return column | {
         "ranking and dropping, of the step": f"{run['ranking_share']:.1%}" if run["ranking_share"] else "-",
         "peak memory, GiB": f"{run['peak_mib'] / GIB:.2f}",
@@ -317,6 +333,7 @@ def _column(run: dict[str, Any], optimizer_kind: str) -> dict[str, str]:
         "HFU": f"{run['hfu']:.1%}",
         "operations saved (predicted)": _share(run.get("predicted_reduction")),
         "time saved (realised)": _share(run.get("realised_reduction")),
+        "time saved, forward and backward": _share(run.get("compute_reduction")),
         "realised / predicted": "" if ratio is None else f"{ratio:.3f}",
     }
 
@@ -325,9 +342,21 @@ def _verdict(run: dict[str, Any]) -> str:
     ratio = run["realised_over_predicted"]
     share = "" if ratio is None else f": {ratio:.3f} of it"
     return (
-        f"{run['name']}: a step takes {run['realised_reduction']:.1%} less time than vanilla; the operations predict "
-        f"{run['predicted_reduction']:.1%}{share}."
+        f"{run['name']}: a step takes {run['realised_reduction']:.1%} less time than vanilla, forward and backward "
+        f"{run['compute_reduction']:.1%}; their operations predict {run['predicted_reduction']:.1%}{share}."
     )
+
+
+def _stage(run: dict[str, Any], stage: int) -> list[str]:
+    """What the model says of the forward of a stage, where the report has a model."""
+    if run["modelled"] is None:
+        return []
+    layers = [part for part in run["modelled"]["parts"] if part["name"].startswith("layers")]
+    return [f"{layers[stage]['forward_ms']:.3g}"]
+
+
+def _again(run: dict[str, Any]) -> dict[str, Any]:
+    return {"recompute": run["recompute"], "layers": run["recompute_layers"], "tower": run["recompute_tower"]}
 
 
 def _schedule(schedule: dict[str, Any]) -> str:

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.bench.workload import Workload
+from llava_pdrop.cost.elementwise import optimizer_bytes
 from llava_pdrop.cost.flops import stage_flops, step_flops
 from llava_pdrop.cost.memory import predicted_peak
+from llava_pdrop.cost.step_time import is_modelled, step_parts
+from llava_pdrop.cost.time_report import ArmTime
 from llava_pdrop.errors import UserError
 from llava_pdrop.model import vlm
-from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.model.stream import Layout, layouts_of
 from llava_pdrop.model.vlm import Output, PyramidLlava, label_loss
 from llava_pdrop.runtime.clock import (
     REGIONS,
@@ -56,8 +59,10 @@ class Arm:
     Attributes:
         name: under which it is reported.
         schedule: of its drops; empty: vanilla.
-        recompute: activation checkpointing, of the tower too where it learns.
+        setting: which of several settings of recomputation it belongs to; arms of one are compared.
+        recompute: activation checkpointing.
         recompute_layers: of the decoder's layers, only so many first ones (None: all).
+        recompute_tower: of the tower too, where it learns.
         backend: attention kernel, one of `attention.BACKENDS`.
         samples: of a micro-batch (None: the shape's).
         prepare: changes the batch before the step, outside of the measured time.
@@ -69,11 +74,13 @@ class Arm:
     schedule: Schedule = Schedule()
     recompute: bool = False
     recompute_layers: int | None = None
+    recompute_tower: bool = True
     backend: str = "auto"
     samples: int | None = None
     prepare: Callable[[PackedBatch], PackedBatch] | None = None
     full_logits: bool = False
     kernels: str = "auto"
+    setting: str | None = None
 
 
 @dataclass
@@ -89,6 +96,7 @@ class Measured:
         tokens: of the samples, without padding; ``stage_tokens`` and ``image_tokens``: of the stream at every stage.
         model_flops: operations that the samples ask for: no recomputation, padding or logits that nobody needs;
             ``hardware_flops``: operations that were done (`cost.flops`).
+        times: the model of its time (`Trainer.modelled_time`).
         error: why there are fewer steps than asked for.
     """
 
@@ -105,6 +113,7 @@ class Measured:
     image_tokens: list[list[int]] = field(default_factory=list)
     model_flops: list[float] = field(default_factory=list)
     hardware_flops: list[float] = field(default_factory=list)
+    times: list[ArmTime | None] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -113,11 +122,24 @@ class Measured:
         return median(tokens / taken for tokens, taken in zip(self.tokens, self.seconds["step"]))
 
     @property
+    def compute_seconds(self) -> list[float]:
+        """Forward and backward of every step: what operations predict. The optimizer has next to none."""
+        return [forward + backward for forward, backward in zip(self.seconds["forward"], self.seconds["backward"])]
+
+    @property
+    def typical_compute(self) -> float:
+        """`typical_seconds` of forward and backward alone."""
+        return self._typical(self.compute_seconds)
+
+    @property
     def typical_seconds(self) -> float:
         """What all counted steps take at their median speed: the median of seconds per operation, by their operations.
         Batches differ in length, so that neither a median of their seconds nor a sum that one interruption may spoil
         would do."""
-        speed = median(taken / count for taken, count in zip(self.seconds["step"], self.hardware_flops))
+        return self._typical(self.seconds["step"])
+
+    def _typical(self, seconds: Sequence[float]) -> float:
+        speed = median(taken / count for taken, count in zip(seconds, self.hardware_flops))
         return speed * sum(self.hardware_flops)
 
     def add(self, output: Output, loss: float, times: dict[str, Seconds], peak: float, cuda: bool) -> None:
@@ -196,17 +218,31 @@ class Trainer:
     def hardware_flops(self, arm: Arm, batch: PackedBatch) -> float:
         """Operations that it does, recomputation and logits without a label included."""
         options = (self.shape.geometry, self.shape.trainable, arm.recompute, arm.recompute_layers)
-        count = step_flops(self.model.hf.config, batch, arm.schedule, *options)
+        config = self.model.hf.config
+        count = step_flops(config, batch, arm.schedule, *options, recompute_tower=arm.recompute_tower)
         if arm.full_logits:
             rows = layouts_of(batch, arm.schedule)[-1].tokens
             count = replace(count, head=count.head * rows / len(batch.label_positions))
         return count.total
 
-    def predicted_peak_mib(self, arm: Arm, batch: PackedBatch) -> float:
-        """The peak that ``llava-pdrop plan`` would predict with this optimizer: label-only logits, eager kernels."""
+    def predicted_peak_mib(self, arm: Arm, batch: PackedBatch, layouts: Sequence[Layout] | None = None) -> float:
+        """The peak that ``llava-pdrop plan`` would predict with this optimizer: label-only logits, eager kernels.
+        ``layouts``: of ``batch`` under the arm's schedule, where they are known."""
         options = (self.shape.geometry, self.shape.trainable, arm.recompute, arm.recompute_layers)
         states = optimizer.states(self.kind, self.dtype)
-        return predicted_peak(self.model.hf.config, batch, arm.schedule, *options, states).total / MIB
+        config, tower = self.model.hf.config, arm.recompute_tower
+        peak = predicted_peak(config, batch, arm.schedule, *options, states, layouts=layouts, recompute_tower=tower)
+        return peak.total / MIB
+
+    def modelled_time(self, arm: Arm, batch: PackedBatch) -> ArmTime | None:
+        """The model of its time (`cost.step_time`), in bfloat16 on whatever device; None where there is none."""
+        config, shape = self.model.hf.config, self.shape
+        if arm.full_logits or not is_modelled(config):
+            return None
+        options = (shape.geometry, shape.trainable, arm.recompute, arm.recompute_layers, arm.recompute_tower)
+        learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        moved = optimizer_bytes(learning) * optimizer.SHARES[self.kind]
+        return ArmTime(step_parts(config, batch, arm.schedule, *options), moved, self.model_flops(arm, batch))
 
     def recover(self) -> None:
         """Gives back what a step that ran out of memory has left behind."""
@@ -220,7 +256,7 @@ class Trainer:
         """Sets the model as ``arm`` wants it."""
         model = self.model
         model.schedule, model.backend, model.kernels = arm.schedule, arm.backend, arm.kernels
-        model.recompute_layers = arm.recompute_layers
+        model.recompute_layers, model.recompute_tower = arm.recompute_layers, arm.recompute_tower
         if arm.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
         elif hasattr(model.hf, "activation_checkpointing_disable"):
@@ -271,6 +307,7 @@ def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, pa
         result.model_flops.append(trainer.model_flops(arm, samples))
         result.hardware_flops.append(trainer.hardware_flops(arm, batch))
         result.stage_flops.append(stage_flops(trainer.model.hf.config, batch, arm.schedule))
+        result.times.append(trainer.modelled_time(arm, batch))
         if cuda and not arm.full_logits:
             result.predicted_peak_mib.append(trainer.predicted_peak_mib(arm, batch))
 

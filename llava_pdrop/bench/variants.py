@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from llava_pdrop.model import kernels
 from llava_pdrop.model.attention import BACKENDS
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
+
+AnArm = TypeVar("AnArm", bound=Arm)
 
 STEPS, WARMUP = 3, 1
 """Steps of every variant: a comparison, not the headline."""
@@ -122,7 +124,7 @@ def pad(batch: PackedBatch) -> PackedBatch:
     )
 
 
-def arms_of(schedules: dict[str, Schedule], common: Arm) -> list[Arm]:
+def arms_of(schedules: dict[str, Schedule], common: AnArm) -> list[AnArm]:
     """Vanilla and every schedule, otherwise like ``common``."""
     named = {"vanilla": Schedule(), **schedules}
     return [replace(common, name=name, schedule=schedule) for name, schedule in named.items()]

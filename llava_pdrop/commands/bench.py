@@ -47,12 +47,23 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, lengths and pictures")
     parser.add_argument(
-        "--images", default="mixture", help="mixture (picture sizes as in training) or full (every tile used)"
-    )
+        "--images", nargs="+", default=["mixture"], metavar="WHICH",
+        help="mixture (picture sizes as in training) or full (every tile used); both: a report of each",
+    )  # fmt: skip
     parser.add_argument("--optimizer", default="auto", help="auto (what fits), adamw, sharded (one of 8) or none")
     parser.add_argument(
         "--recompute", action=argparse.BooleanOptionalAction,
         help="activation checkpointing (default: as CONFIG or the shape)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recompute-layers", nargs="+", metavar="WHICH",
+        help="decoder layers to recompute, the first ones: all, a number, auto (what memory forces), or one of these "
+        "for vanilla and for every schedule, such as 14,0. Several settings take turns: all auto",
+    )  # fmt: skip
+    parser.add_argument(
+        "--card", metavar="NAME",
+        help="GPU whose memory auto goes by and whose modelled time stands beside the measured one: H100, H200 or A100 "
+        "(default: the device)",
     )  # fmt: skip
     parser.add_argument(
         "--attention", metavar="BACKEND", help="auto, sdpa, varlen or flash_attn (default: as CONFIG, else auto)"

@@ -56,6 +56,20 @@ class ArmTime:
         }
 
 
+def mean(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of the numbers of several `ArmTime.figures` of one arm, whose batches differ."""
+    return _mean(figures)
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _mean([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [_mean(entries) for entries in zip(*values)]
+    return first if isinstance(first, str) else sum(values) / len(values)
+
+
 def _work(work: Work, card: str) -> dict[str, float]:
     on = card_named(card)
     flops, moved = work.bounds(on)

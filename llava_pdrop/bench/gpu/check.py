@@ -60,6 +60,11 @@ class Check:
         return self.device.type == "cpu"
 
     @property
+    def card(self) -> str | None:
+        """Whose memory and modelled time count: the device's own; a rehearsal pretends."""
+        return "H100" if self.rehearsal else None
+
+    @property
     def left(self) -> float:
         """Seconds."""
         return self.end - time.time()

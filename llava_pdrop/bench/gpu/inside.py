@@ -6,6 +6,7 @@ import gzip
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llava_pdrop.bench import variants
 from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.gpu.remedies import RemedyArm, RemedyTrainer, try_remedies
 from llava_pdrop.bench.gpu.runner import TRACES
+from llava_pdrop.bench.recompute import ALL, AUTO, arms_with, read_setting, recomputed
 from llava_pdrop.bench.shapes import SHAPES
 from llava_pdrop.bench.train_step import Arm, Trainer
 from llava_pdrop.bench.workload import Workload
@@ -43,7 +45,8 @@ def run(check: Check) -> None:
     """Synchronisations, profile and remedies, on one model."""
     shape = SHAPES["tiny" if check.rehearsal else "llava-next-7b"]
     trainer = RemedyTrainer(shape, check.device, Workload(shape, "mixture" if check.rehearsal else "full"), "auto")
-    arms = variants.arms_of({"PyramidDrop": shape.schedule}, RemedyArm("", recompute=shape.recompute))
+    arms, depth = variants.arms_of({"PyramidDrop": shape.schedule}, RemedyArm("")), shape.text["num_hidden_layers"]
+    arms = arms_with(trainer, arms, read_setting(ALL, len(arms), depth), steps=1)
     batch = trainer.workload.batch(0, check.device)
     for arm in arms:  # handles, workspaces and the allocator's blocks: their first use waits for the device
         trainer.step(arm, batch)
@@ -56,7 +59,11 @@ def run(check: Check) -> None:
         kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in shares["kinds_ms"].items())
         check.note(f"{name}: busy {shares['busy_share']} of {shares['wall_ms']} ms; ms: {kinds}")
     check.put(remedies={})
-    try_remedies(check, trainer, arms)
+    forced = arms_with(trainer, arms, read_setting(AUTO, len(arms), depth), steps=1, card=check.card)
+    for arm in forced:
+        told = recomputed(arm.recompute, arm.recompute_layers, arm.recompute_tower)
+        check.note(f"{KEYS[arm.name]}: memory forces to recompute {told}")
+    try_remedies(check, trainer, [replace(arm, forced=least) for arm, least in zip(arms, forced)])
 
 
 def synchronisations(trainer: Trainer, arm: Arm, batch: PackedBatch) -> list[str]:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_pdrop.bench.gpu.check import Check
+from llava_pdrop.bench.recompute import ALL, AUTO, recomputed
 from llava_pdrop.bench.run import run_prefill, run_train
 
 MIB_IN_GIB = 1024
 
 
 def train_next(check: Check) -> None:
-    """LLaVA-NeXT-7B, full pictures of 5 tiles: the goal row."""
-    _train(check, "llava-next-7b", "full", steps=6, warmup=2)
+    """LLaVA-NeXT-7B, full pictures of 5 tiles: the goal row; each side also recomputing only what memory forces."""
+    _train(check, "llava-next-7b", "full", steps=6, warmup=2, settings=(ALL, AUTO))
 
 
 def train_l15(check: Check) -> None:
-    """LLaVA-1.5-7B, a picture in every sample: the goal row."""
-    _train(check, "llava15-7b", "full", steps=6, warmup=2)
+    """LLaVA-1.5-7B, a picture in every sample: the goal row; each side also recomputing only what memory forces."""
+    _train(check, "llava15-7b", "full", steps=5, warmup=1, settings=(ALL, AUTO))
 
 
 def train_p9(check: Check) -> None:
@@ -66,7 +68,7 @@ def prefill_row(vanilla: dict[str, Any], dropping: dict[str, Any]) -> dict[str, 
     }
 
 
-def _train(check: Check, shape: str, images: str, steps: int, warmup: int) -> None:
+def _train(check: Check, shape: str, images: str, steps: int, warmup: int, settings: Sequence[str] = (ALL,)) -> None:
     if check.rehearsal:
         shape, images, steps, warmup = "tiny", "mixture", 1, 1
     options: dict[str, Any] = {
@@ -74,6 +76,8 @@ def _train(check: Check, shape: str, images: str, steps: int, warmup: int) -> No
         "samples": None,
         "optimizer": "auto",
         "recompute": None,
+        "recompute_layers": list(settings),
+        "card": check.card,
         "compare": False,
     }
     with _output(check):
@@ -81,36 +85,74 @@ def _train(check: Check, shape: str, images: str, steps: int, warmup: int) -> No
             argparse.Namespace(
                 **_common(check, shape),
                 **options,
-                images=images,
+                images=[images],
                 steps=steps,
                 warmup=warmup,
                 attention=None,
                 kernels=None,
             )
         )
-    check.put(shape=shape, images=images, **training_row(_report(check.benchmarks, "train")))
-    found = check.result
+    report = _report(check.benchmarks, "train")
+    check.put(shape=shape, images=images, **training_row(report))
+    rows = {"": check.result, **{f"{AUTO}, ": check.result["forced"] for _ in settings[1:]}}
+    for setting, row in rows.items():
+        for line in _lines(row) if "error" not in row else [row["error"]]:
+            check.note(f"{setting}{line}")
+    if report["model"]:
+        check.note(f"modelled for {report['model']['card']}: {report['model']['note']}")
+
+
+def _lines(row: dict[str, Any]) -> Iterator[str]:
+    """A row in words, the model beside what was measured."""
     for arm in ("vanilla", "dropping"):
-        row = found[arm]
-        check.note(f"{arm}: {row['step_ms']:.0f} ms, MFU {row['mfu']:.1%}, peak {row['peak_gib']:.1f} GiB")
-    check.note(
-        f"{shape}, {images}, kernels {found['kernels']}: saved {found['realised']:.1%} of {found['predicted']:.1%} "
-        f"({found['realised_over_predicted']:.3f}), ranking {found['dropping']['ranking_share']:.1%}"
+        found = row[arm]
+        yield (
+            f"{arm}: {found['step_ms']:.0f} ms{_model(found['modelled_ms'])}, MFU {found['mfu']:.1%}, "
+            f"peak {found['peak_gib']:.1f} GiB, recomputed: {found['recomputed']}"
+        )
+        for number, stage in enumerate(found["stages"]):
+            yield f"{arm}, stage {number}: forward {stage['ms']:.3g} ms{_model(stage['modelled_ms'])}"
+    yield (
+        f"saved {row['realised']:.1%} of the step; forward and backward {row['realised_compute']:.1%} of "
+        f"{row['predicted']:.1%} predicted ({row['realised_over_predicted']:.3f}), ranking "
+        f"{row['dropping']['ranking_share']:.1%}"
     )
 
 
+def _model(ms: float | None) -> str:
+    return "" if ms is None else f" (modelled {f'{ms:.0f}' if ms >= 100 else f'{ms:.3g}'})"
+
+
 def training_row(report: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a README row, of the report of ``bench train`` with one schedule beside vanilla."""
-    vanilla, dropping = report["runs"]
+    """The figures of a README row, of the report of ``bench train`` with one schedule beside vanilla. ``forced``: the
+    same where each side recomputes only what memory forces, if that was measured too; ``error``: why it has none."""
+    first, *others = _pairs(report["runs"])
+    forced = {"forced": _pair(*others[0])} if others else {}
     return {
         "samples": report["options"]["samples"] or report["shape"]["samples"],
         "optimizer": report["optimizer"]["kind"],
-        "kernels": vanilla["kernels"],
-        "image_tokens": [round(sum(stage) / len(stage)) for stage in zip(*dropping["steps"]["image_tokens"])],
+        "kernels": first[0]["kernels"],
+        "image_tokens": [round(sum(stage) / len(stage)) for stage in zip(*first[1]["steps"]["image_tokens"])],
+        "compared": report["compared"],
+        **_pair(*first),
+        **forced,
+    }
+
+
+def _pairs(runs: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Vanilla and dropping of every setting."""
+    return list(zip(runs[::2], runs[1::2]))
+
+
+def _pair(vanilla: dict[str, Any], dropping: dict[str, Any]) -> dict[str, Any]:
+    if reason := vanilla["error"] or dropping["error"]:
+        return {"error": reason}
+    return {
         "vanilla": _arm(vanilla),
         "dropping": _arm(dropping),
         "predicted": dropping["predicted_reduction"],
         "realised": dropping["realised_reduction"],
+        "realised_compute": dropping["compute_reduction"],
         "realised_over_predicted": dropping["realised_over_predicted"],
         "realised_by_step": dropping["realised_by_step"],
     }
@@ -118,10 +160,17 @@ def training_row(report: dict[str, Any]) -> dict[str, Any]:
 
 def _arm(run: dict[str, Any]) -> dict[str, Any]:
     low, middle, high = (1000 * seconds for seconds in run["quartiles"]["step"])
-    predicted = run["predicted_peak_mib"]
+    predicted, model = run["predicted_peak_mib"], run["modelled"]
+    parts = [part["forward_ms"] for part in model["parts"] if part["name"].startswith("layers")] if model else []
     return {
         "step_ms": middle,
         "quartiles_ms": [low, high],
+        "modelled_ms": model and model["step_ms"],
+        "stages": [
+            {"tokens": stage["tokens"], "ms": 1000 * stage["seconds"], "modelled_ms": parts[k] if model else None}
+            for k, stage in enumerate(run["stages"])
+        ],
+        "recomputed": recomputed(run["recompute"], run["recompute_layers"], run["recompute_tower"]),
         "mfu": run["mfu"],
         "hfu": run["hfu"],
         "ranking_share": run["ranking_share"],

@@ -34,6 +34,65 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "out"
 
 
+@pytest.fixture(scope="module")
+def headline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("headline")
+    words = ["bench", "train", "--shape", "tiny", "--steps", "1", "--warmup", "0", "--device", "cpu", "--samples", "1"]
+    settings = ["--recompute-layers", "all", "auto", "4,0", "--card", "H100", "--images", "full", "mixture"]
+    assert main([*words, *settings, "--out", str(out)]) == 0
+    return out
+
+
+def test_every_setting_has_its_pair_and_every_kind_of_pictures_its_report(headline: Path) -> None:
+    for images in ("full", "mixture"):
+        report = json.loads((headline / f"train-tiny-cpu-{images}.json").read_text())
+        assert report["workload"]["images"] == images
+        assert [
+            (run["name"], run["recompute"] and (run["recompute_layers"], run["recompute_tower"]))
+            for run in report["runs"]
+        ] == [
+            ("vanilla, all recomputed", (None, False)),
+            ("PyramidDrop, all recomputed", (None, False)),
+            ("vanilla, as memory forces", False),
+            ("PyramidDrop, as memory forces", False),
+            ("vanilla, 4,0 recomputed", (4, False)),
+            ("PyramidDrop, 4,0 recomputed", False),
+        ]
+        for vanilla, dropping in zip(report["runs"][::2], report["runs"][1::2]):
+            flops = [sum(run["steps"]["hardware_flops"]) for run in (vanilla, dropping)]
+            assert dropping["predicted_reduction"] == pytest.approx(1 - flops[1] / flops[0])
+            assert "predicted_reduction" not in vanilla
+        assert report["runs"][5]["predicted_reduction"] > report["runs"][3]["predicted_reduction"]
+    text = (headline / "train-tiny-cpu-full.md").read_text()
+    assert "| vanilla, 4,0 recomputed, recomputed | 4 decoder layers |" in text
+
+
+def test_like_is_compared_with_like(headline: Path) -> None:
+    """Operations are of forward and backward, and so is the time beside them."""
+    report = json.loads((headline / "train-tiny-cpu-full.json").read_text())
+    vanilla, dropping = report["runs"][:2]
+    seconds = [run["steps"]["seconds"] for run in (vanilla, dropping)]
+    before, after = (taken["forward"][0] + taken["backward"][0] for taken in seconds)
+    assert dropping["compute_reduction"] == pytest.approx(1 - after / before, abs=1e-4)
+    whole = 1 - seconds[1]["step"][0] / seconds[0]["step"][0]
+    assert dropping["realised_reduction"] == pytest.approx(whole, abs=1e-4)
+    assert dropping["realised_over_predicted"] == dropping["compute_reduction"] / dropping["predicted_reduction"]
+
+
+def test_the_model_stands_beside_and_is_marked_as_one(headline: Path, files: Path) -> None:
+    report = json.loads((headline / "train-tiny-cpu-full.json").read_text())
+    assert report["model"]["card"] == "H100" and re.search(says("model", "no GPU"), report["model"]["note"])
+    for run in report["runs"]:
+        layers = [part for part in run["modelled"]["parts"] if part["name"].startswith("layers")]
+        assert [part["tokens"] for part in layers] == [stage["tokens"] for stage in run["stages"]]
+        assert run["modelled"]["forward_backward"]["flop"] == pytest.approx(run["steps"]["hardware_flops"][0])
+    text = (headline / "train-tiny-cpu-full.md").read_text()
+    assert "| step modelled for H100, ms |" in text and "modelled for H100, ms |" in text
+    plain = json.loads((files / "train-tiny-cpu.json").read_text())
+    assert plain["model"] is None, "a CPU is no card"
+    assert "odelled for" not in (files / "train-tiny-cpu.md").read_text()
+
+
 def test_three_files_are_written(files: Path) -> None:
     assert sorted(path.name for path in files.iterdir()) == [f"train-tiny-cpu.{end}" for end in ("json", "md", "png")]
     assert (files / "train-tiny-cpu.json").stat().st_size < 200_000
@@ -58,7 +117,8 @@ def test_the_json_says_all_that_is_needed_to_run_it_again(files: Path) -> None:
         assert run["tokens_per_second"] > 0 and run["mfu"] > 0 and run["peak_mib"] > 0
     one = report["runs"][1]
     assert 0 < one["predicted_reduction"] < 1
-    ratio = one["realised_reduction"] / one["predicted_reduction"]
+    assert "optimizer is in neither" in report["compared"]
+    ratio = one["compute_reduction"] / one["predicted_reduction"]
     assert one["realised_over_predicted"] == pytest.approx(ratio)
     assert {entry["group"] for entry in report["compare"]} >= {
         "batch",
@@ -117,6 +177,15 @@ def test_the_markdown_has_a_line_per_run_and_the_picture(files: Path) -> None:
         (["--shape", "tiny", "--out", f"{CONFIGS}/README.md/deeper"], says("--out", "README.md", "file")),
         (["--shape", "tiny", "--device", "abacus"], says("--device", "'abacus'")),
         (["--shape", "tiny", "--schedule", "nowhere.yaml"], says("--schedule", "nowhere.yaml")),
+        (["--shape", "tiny", "--card", "H1000"], says("--card", "'H1000'", "H100")),
+        (["--shape", "tiny", "--recompute-layers", "some"], says("--recompute-layers", "'some'", "all", "auto", "8")),
+        (["--shape", "tiny", "--recompute-layers", "9"], says("--recompute-layers", "'9'", "8")),
+        (["--shape", "tiny", "--recompute-layers", "1,2,3"], says("--recompute-layers", "1,2,3", "2")),
+        (["--shape", "tiny", "--recompute-layers", "auto"], says("--recompute-layers", "auto", "--card", "CPU")),
+        (
+            ["--shape", "tiny", "--no-recompute", "--recompute-layers", "2"],
+            says("--no-recompute", "--recompute-layers"),
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:

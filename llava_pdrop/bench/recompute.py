@@ -1,0 +1,155 @@
+"""Which layers the arms of a training bench recompute: all, so many, or only what a card's memory forces.
+
+A published figure has both arms with one setting. A user gives each arm the least that fits: dropping needs less
+memory, so it recomputes less, and that is part of what it saves. Either can be measured, and both in turns. The tower
+is recomputed only where the memory forces something and more decoder layers in its place would take longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from llava_pdrop.bench.train_step import MIB, Arm, Trainer
+from llava_pdrop.cost.memory import GIB
+from llava_pdrop.cost.plan import RESERVE
+from llava_pdrop.cost.step_time import card_named
+from llava_pdrop.errors import UserError
+from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.types import PackedBatch
+
+ALL, AUTO = "all", "auto"
+
+AnArm = TypeVar("AnArm", bound=Arm)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one word of ``--recompute-layers`` asks for: of each arm `ALL`, `AUTO`, or a number of first layers."""
+
+    word: str
+    counts: tuple[str | int, ...]
+
+    @property
+    def label(self) -> str:
+        """Added to the name of an arm, where there are several settings."""
+        return {ALL: "all recomputed", AUTO: "as memory forces"}.get(self.word, f"{self.word} recomputed")
+
+
+def read_setting(word: str, arms: int, depth: int) -> Setting:
+    """``all``, ``auto``, a number, or as many of these as there are arms, with commas: ``14,0``.
+
+    Raises:
+        UserError: something else, a number of layers that there are not, or another number of arms.
+    """
+    counts: list[str | int] = []
+    for part in word.split(","):
+        if part in (ALL, AUTO):
+            counts.append(part)
+        elif part.isdecimal() and int(part) <= depth:
+            counts.append(int(part))
+        else:
+            raise UserError(
+                f"--recompute-layers {word}: {part!r} is neither {ALL} nor {AUTO} nor a number of layers from 0 to "
+                f"{depth}, the decoder's depth"
+            )
+    if len(counts) not in (1, arms):
+        raise UserError(
+            f"--recompute-layers {word}: {len(counts)} numbers for {arms} arms (vanilla and every schedule): give one, "
+            f"or {arms}"
+        )
+    return Setting(word, tuple(counts if len(counts) == arms else counts * arms))
+
+
+def room_of(device: torch.device, card: str | None) -> float | None:
+    """Bytes of ``card``, or of ``device`` where none is named, that a prediction may take: `RESERVE` stays free. None
+    on a CPU without a card.
+
+    Raises:
+        UserError: an unknown card.
+    """
+    if card is not None:
+        return card_named(card).gib * GIB * (1 - RESERVE)
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory * (1 - RESERVE)
+
+
+def recomputed(recompute: bool, layers: int | None, tower: bool) -> str:
+    """What an arm recomputes, in words, of its ``recompute``, ``recompute_layers`` and ``recompute_tower``."""
+    if not recompute:
+        return "nothing"
+    decoder = "all decoder layers" if layers is None else f"{layers} decoder layer{'s' if layers > 1 else ''}"
+    return " and ".join([*([decoder] if layers != 0 else []), *(["the tower"] if tower else [])])
+
+
+def arms_in(
+    trainer: Trainer, arms: Sequence[AnArm], settings: Sequence[Setting], steps: int, card: str | None = None
+) -> list[AnArm]:
+    """``arms`` in every one of ``settings``, by which they are called where there are several; without any as they are.
+
+    Raises:
+        UserError: as `arms_with`.
+    """
+    if not settings:
+        return list(arms)
+    found = [arm for setting in settings for arm in arms_with(trainer, arms, setting, steps, card)]
+    if len(settings) == 1:
+        return found
+    return [replace(arm, name=f"{arm.name}, {arm.setting}") for arm in found]
+
+
+def arms_with(
+    trainer: Trainer, arms: Sequence[AnArm], setting: Setting, steps: int, card: str | None = None
+) -> list[AnArm]:
+    """``arms``, each recomputing what ``setting`` asks for in the first ``steps`` batches.
+
+    Raises:
+        UserError: `AUTO` on a CPU without ``card``, or where an arm does not fit however much is recomputed.
+    """
+    room = room_of(trainer.device, card)
+    if room is None and AUTO in setting.counts:
+        raise UserError(f"--recompute-layers {AUTO} needs the memory of a GPU: add --card H100 or the like on a CPU")
+    batches = [trainer.workload.batch(step, trainer.device, arms[0].samples) for step in range(steps)]
+    chosen = [_arm_with(trainer, arm, count, batches, room) for arm, count in zip(arms, setting.counts)]
+    return [replace(arm, setting=setting.label) for arm in chosen]
+
+
+def _arm_with(
+    trainer: Trainer, arm: AnArm, count: str | int, batches: Sequence[PackedBatch], room: float | None
+) -> AnArm:
+    """The fewest operations of those settings that ``count`` allows and that fit into ``room`` bytes. A number of
+    layers holds whether it fits or not: the measurement will tell."""
+    depth = trainer.shape.text["num_hidden_layers"]
+    numbers = range(depth + 1) if count == AUTO else [depth if count == ALL else int(count)]
+    towers = (False, True) if "vision_tower" in trainer.shape.trainable else (False,)
+    choices = [_recomputing(arm, number, tower, depth) for tower in towers for number in numbers]
+    layouts = [layouts_of(batch, arm.schedule) for batch in batches]
+
+    def peak(choice: AnArm) -> float:
+        return max(trainer.predicted_peak_mib(choice, *known) for known in zip(batches, layouts)) * MIB
+
+    choices.sort(key=lambda choice: trainer.hardware_flops(choice, batches[0]))
+    fitting = next((choice for choice in choices if room is None or peak(choice) <= room), None)
+    if fitting is not None:
+        return fitting
+    if count != AUTO:
+        return choices[-1]
+    assert room is not None
+    lacking = (min(map(peak, choices)) - room) / GIB
+    raise UserError(
+        f"--recompute-layers {AUTO}: {arm.name} does not fit into {room / GIB:.1f} GiB however much is recomputed, "
+        f"{lacking:.1f} GiB are missing: try a smaller --samples, or --optimizer none"
+    )
+
+
+def _recomputing(arm: AnArm, layers: int, tower: bool, depth: int) -> AnArm:
+    return replace(
+        arm,
+        recompute=bool(layers or tower),
+        recompute_layers=None if layers == depth else layers,
+        recompute_tower=tower,
+    )

@@ -1,0 +1,73 @@
+"""A row of the README's tables, of a bench's report: both arms, what memory forces, and the model beside them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from llava_pdrop.bench.gpu.measured import _lines, training_row
+from tests.messages import says
+
+
+def run(name: str, seconds: float, again: tuple[bool, int | None, bool], **more: Any) -> dict[str, Any]:
+    modelled = {"step_ms": 900 * seconds, "parts": [{"name": "tower", "forward_ms": 9.0}]}
+    modelled["parts"] += [{"name": f"layers {k}", "forward_ms": 100.0 + k} for k in range(2)]
+    keys = ("recompute", "recompute_layers", "recompute_tower")
+    return {
+        "name": name,
+        "error": None,
+        "quartiles": {"step": [seconds, seconds, seconds]},
+        "stages": [{"tokens": 10, "seconds": seconds / 4}, {"tokens": 5, "seconds": seconds / 8}],
+        "steps": {"image_tokens": [[8, 4], [10, 5]]},
+        "modelled": modelled,
+        **dict.fromkeys(("mfu", "hfu", "ranking_share", "tokens_per_second"), 0.25),
+        "peak_mib": 2048,
+        "predicted_peak_mib": 1024,
+        **dict(zip(keys, again)),
+        **more,
+    }
+
+
+SAVED = {
+    "predicted_reduction": 0.5, "realised_reduction": 0.4, "compute_reduction": 0.45, "realised_over_predicted": 0.9,
+    "realised_by_step": [0.4, 0.4, 0.4],
+}  # fmt: skip
+
+
+def report(*runs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "runs": list(runs),
+        "options": {"samples": None},
+        "shape": {"samples": 4},
+        "optimizer": {"kind": "sharded"},
+        "compared": "forward and backward",
+    }
+
+
+ALL = (run("vanilla", 2.0, (True, None, False)), run("PyramidDrop", 1.0, (True, None, False), **SAVED))
+FORCED = (run("vanilla", 1.6, (True, 11, True)), run("PyramidDrop", 0.6, (False, 0, False), **SAVED))
+
+
+def test_the_first_setting_is_the_row_and_the_second_what_memory_forces() -> None:
+    alone, both = training_row(report(*ALL)), training_row(report(*ALL, *FORCED))
+    assert "forced" not in alone and both == {**alone, "forced": both["forced"]}
+    assert (alone["vanilla"]["step_ms"], alone["dropping"]["step_ms"]) == (2000, 1000)
+    assert (both["forced"]["vanilla"]["step_ms"], both["forced"]["dropping"]["step_ms"]) == (1600, 600)
+    assert alone["image_tokens"] == [9, 4] and alone["samples"] == 4
+    assert (alone["realised"], alone["realised_compute"], alone["realised_over_predicted"]) == (0.4, 0.45, 0.9)
+
+
+def test_an_arm_without_memory_costs_its_own_setting() -> None:
+    failed = {**FORCED[1], "error": "out of memory"}
+    row = training_row(report(*ALL, FORCED[0], failed))
+    assert row["forced"] == {"error": "out of memory"} and row["dropping"]["step_ms"] == 1000
+
+
+def test_the_model_is_said_beside_what_was_measured() -> None:
+    row = training_row(report(*ALL, *FORCED))
+    lines = list(_lines(row["forced"]))
+    assert re.search(says("vanilla", "1600 ms", "modelled 1440", "11 decoder layers and the tower"), lines[0])
+    assert re.search(says("vanilla, stage 1", "200 ms", "modelled 101"), lines[2])
+    assert re.search(says("saved 40.0% of the step", "forward and backward 45.0% of 50.0%", "0.900"), lines[-1])
+    unknown = [{**arm, "modelled": None} for arm in ALL]
+    assert "modelled" not in " ".join(_lines(training_row(report(*unknown))))
