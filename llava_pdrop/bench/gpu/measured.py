@@ -70,7 +70,7 @@ def prefill_row(vanilla: dict[str, Any], dropping: dict[str, Any]) -> dict[str, 
 
 def _train(check: Check, shape: str, images: str, steps: int, warmup: int, settings: Sequence[str] = (ALL,)) -> None:
     if check.rehearsal:
-        shape, images, steps, warmup = "tiny", "mixture", 1, 1
+        shape, images, steps, warmup = "tiny", "mixture", 1, 0
     options: dict[str, Any] = {
         "schedule": [],
         "samples": None,

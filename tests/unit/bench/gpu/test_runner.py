@@ -48,6 +48,7 @@ def test_the_rehearsal_finds_all_that_the_readme_needs(tmp_path: Path) -> None:
     assert arms["pyramid_drop"]["image_tokens"] == [256, 128, 64, 32] and arms["vanilla"]["image_tokens"] == [256]
     summary = (out / "summary.txt").read_text()
     assert "complete: env, tests, next" in summary and "NOT COMPLETE" not in summary
+    assert re.search(says("next: auto, vanilla", "modelled", "MFU", "recomputed"), summary)
     with tarfile.open(out / "gpu_check.tar.gz") as packed:
         names = set(packed.getnames())
     assert {"gpu_check.json", "summary.txt", "logs/tests.log", "logs/inside-dropping.txt"} <= names
