@@ -11,10 +11,11 @@ import numpy as np
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.eval.answering import Answer
-from llava_pdrop.eval.benchmarks.base import Benchmark, Rule, Statistic, known
+from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import image_tokens_of
 from llava_pdrop.eval.interval import draws_of, interval
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Rule, Statistic, known
 from llava_pdrop.schedule import Schedule
 
 

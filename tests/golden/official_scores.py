@@ -17,9 +17,10 @@ import numpy as np
 
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.eval.benchmarks import BENCHMARKS
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule
+from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.files import numbered, read_answers
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Grade, Rule
 from llava_pdrop.eval.rules.text import MISSING
 from llava_pdrop.types import IMAGE_MARKER
 

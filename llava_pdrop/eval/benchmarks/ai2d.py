@@ -5,16 +5,11 @@ from __future__ import annotations
 import re
 import string
 
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, grader, means
-from llava_pdrop.eval.benchmarks.tables import (
-    CHOICE_RULE,
-    MOST_TOKENS,
-    grade_choice,
-    read_choices,
-    total_choice,
-    wanted,
-)
+from llava_pdrop.eval.benchmarks.base import Benchmark
+from llava_pdrop.eval.benchmarks.tables import MOST_TOKENS, read_choices, wanted
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice, total_choice
+from llava_pdrop.eval.rules.grades import Grade, Rule, exact_match, grader
 
 LEADING_LETTER = re.compile(r"\s*([A-Z])\.")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -45,7 +40,7 @@ AI2D = Benchmark(
         "lmms_eval": Rule(
             "lmms-eval lmms_eval/tasks/ai2d/utils.py",
             grade_lmms,
-            lambda questions, grades: means(questions, grades, scale=1, overall="exact_match"),
+            exact_match,
         )
     },
 )

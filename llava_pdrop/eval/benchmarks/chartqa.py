@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llava_pdrop.eval.benchmarks.base import Grade, Rule, Statistic, grader, means
 from llava_pdrop.eval.benchmarks.tables import short_answers
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, grader, means
 from llava_pdrop.eval.rules.text import alternatives, from_sheet, relaxed
 
 PARTS = {"human": "test_human", "augmented": "test_augmented"}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, grader, means
+from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.tables import short_answers
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Grade, Rule, grader, means
 from llava_pdrop.eval.rules.text import alternatives, anls, from_sheet
 
 

@@ -1,4 +1,5 @@
-"""The two layouts that benchmarks come in, read and checked: LLaVA's JSON and JSON lines, and VLMEvalKit's TSV.
+"""The layouts that benchmarks come in, read and checked: LLaVA's JSON and JSON lines, the JSON of VQA and VizWiz, and
+VLMEvalKit's TSV.
 
 A file that is not what its benchmark expects is one line that names it: a row, a column or key, and what is wrong.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 from llava_pdrop.data.readers.pictures import InlinePicture
 from llava_pdrop.errors import MissingFileError, UserError, clip
-from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.text import MISSING
 from llava_pdrop.types import ImageSource
 
@@ -105,6 +106,25 @@ def with_keys(row: Any, keys: Iterable[str], origin: str, **kinds: tuple[type, .
     return row
 
 
+def read_asked(file: Path, **kinds: tuple[type, ...]) -> list[dict[str, Any]]:
+    """The questions of a file of LLaVA's (as `read_lines`), each with a ``question_id`` of its own."""
+    rows = read_lines(file, ("question_id", "image", "text"), **kinds)
+    unique([row["question_id"] for row in rows], file, "question_id")
+    return rows
+
+
+def entries(
+    content: Any, name: str, keys: Sequence[str], file: Path, **kinds: tuple[type, ...]
+) -> list[dict[str, Any]]:
+    """The objects of the list ``name`` in the content of a JSON file, each of which has ``keys`` (as `with_keys`).
+
+    Raises:
+        UserError: there is no such list, or an entry is no object or lacks a key.
+    """
+    rows = with_keys(content, [name], str(file))[name]
+    return [with_keys(row, keys, f"{file}: {name}[{number}]", **kinds) for number, row in enumerate(rows)]
+
+
 def answers_of(label: Mapping[str, Any], origin: str) -> list[str]:
     """What the people of a label answered.
 
@@ -114,6 +134,91 @@ def answers_of(label: Mapping[str, Any], origin: str) -> list[str]:
     if not label["answers"]:
         raise UserError(f"{origin}: its answers are an empty list; fetch the file again")
     return [with_keys(entry, ("answer",), origin)["answer"] for entry in label["answers"]]
+
+
+def answers_by_picture(file: Path) -> dict[str, list[str]] | None:
+    """Picture -> the answers of all people, in VizWiz' file of annotations; None if it is not there, or has none.
+
+    Raises:
+        UserError: it is no list of questions, has a picture twice, or only some of them have answers.
+    """
+    if not file.is_file():
+        return None
+    rows = read_json(file)
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{file}: expected a list of questions")
+    for number, row in enumerate(rows):
+        with_keys(row, ("image", "question"), f"{file}[{number}]")
+    if "answers" not in rows[0]:
+        return None
+    unique([row["image"] for row in rows], file, "image")
+    return {
+        row["image"]: answers_of(with_keys(row, ["answers"], f"{file}[{number}]"), f"{file}[{number}]")
+        for number, row in enumerate(rows)
+    }
+
+
+def vqa_questions(file: Path) -> list[dict[str, Any]]:
+    """The entries of VQA's official file of questions, each of which has a ``question_id`` of its own."""
+    keys = ("question_id", "image_id", "question")
+    rows = entries(read_json(file), "questions", keys, file, question_id=(int,), image_id=(int,))
+    unique([row["question_id"] for row in rows], file, "question_id")
+    return rows
+
+
+def vqa_labels(file: Path) -> dict[str, dict[str, Any]]:
+    """Question -> its entry in VQA's official file of annotations, whose ``answers`` are texts (as `answers_of`)."""
+    rows = entries(read_json(file), "annotations", ("question_id", "answers", "question_type", "answer_type"), file)
+    for number, row in enumerate(rows):
+        row["answers"] = answers_of(row, f"{file}: annotations[{number}]")
+    unique([row["question_id"] for row in rows], file, "question_id")
+    return {str(row["question_id"]): row for row in rows}
+
+
+def ask_people(
+    id: str, text: str, picture: Path, file: Path, answers: Sequence[str] | None, /, **facts: Any
+) -> Question:
+    """A question that several people answered; what most of them said is its gold. ``answers`` is None where only a
+    server knows."""
+    gold = max(answers, key=answers.count) if answers else ""
+    known = answers is not None
+    return ask(id, text, [picture], f"{file}[{id}]", gold, answers=answers, known=known, **facts)
+
+
+def ask_vqa(
+    asked: Sequence[tuple[int, str, Path]], file: Path, labels: Mapping[str, Mapping[str, Any]] | None, split: str
+) -> list[Question]:
+    """Questions of VQA: ``asked`` is id, text and picture of each, ``labels`` as `vqa_labels` or, where only a server
+    has them, None.
+
+    Raises:
+        UserError: a question has no label.
+    """
+    questions = []
+    for id, text, picture in asked:
+        if labels is not None and str(id) not in labels:
+            raise UserError(
+                f"{file}: question_id {id}: its annotations have no answers for it; take both from one release"
+            )
+        label = labels[str(id)] if labels is not None else {}
+        kinds = {key: label[key] for key in ("question_type", "answer_type") if key in label}
+        facts = {"question_id": id, "split": split, "file": file, **kinds}
+        questions.append(ask_people(str(id), text, picture, file, label.get("answers"), **facts))
+    return questions
+
+
+def names_of(file: Path) -> list[int]:
+    """Names of the questions that a server wants answered.
+
+    Raises:
+        MissingFileError: no such file. UserError: as `read_lines`.
+    """
+    if not file.is_file():
+        raise MissingFileError(
+            f"{file}: no such file, and the server wants an answer to all of its questions; "
+            "`llava-pdrop benchmarks` says where it comes from"
+        )
+    return [row["question_id"] for row in read_lines(file, ["question_id"], question_id=(int,))]
 
 
 def all_asked(asked: int, known: int, file: Path, labels: Path) -> None:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_pdrop.errors import UserError
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import all_asked, read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
+from llava_pdrop.eval.benchmarks.files import all_asked, read_asked, read_json, with_keys
 from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
 from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.text import from_sheet, same
-
-NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from llava_pdrop.eval.rules.gqa import ALSO, grade, prediction
+from llava_pdrop.eval.rules.grades import means
 
 
 def read(directory: Path, llava: bool) -> list[Question]:
     """Questions of ``llava_gqa_testdev_balanced.jsonl``, answers of ``data/testdev_balanced_questions.json``."""
     file = directory / "llava_gqa_testdev_balanced.jsonl"
     labels = directory / "data" / "testdev_balanced_questions.json"
-    rows = read_lines(file, ("question_id", "image", "text"))
-    unique([row["question_id"] for row in rows], file, "question_id")
+    rows = read_asked(file)
     known = with_keys(read_json(labels), (), str(labels))
     questions = []
     for row in rows:
@@ -33,30 +30,6 @@ def read(directory: Path, llava: bool) -> list[Question]:
         questions.append(ask(id, row["text"], [picture], f"{file}[{id}]", gold, question_id=row["question_id"]))
     all_asked(len(rows), len(known), file, labels)
     return questions
-
-
-def prediction(answer: str) -> str:
-    """As LLaVA hands it to GQA's own code: no full stops at the end, small letters; blanks stay."""
-    return answer.rstrip(".").lower()
-
-
-@grader
-def grade(question: Question, answer: str) -> Grade:
-    text = prediction(answer)
-    return Grade(float(text == question.gold), text)
-
-
-@grader
-def grade_lmms(question: Question, answer: str) -> Grade:
-    """lmms-eval: but for case, outer blanks and punctuation."""
-    text, gold = (words.strip().lower().translate(NO_PUNCTUATION) for words in (answer, question.gold))
-    return Grade(float(text == gold), text)
-
-
-@grader
-def grade_vlmevalkit(question: Question, answer: str) -> Grade:
-    text = from_sheet(answer)
-    return Grade(float(same(text, from_sheet(question.gold))), text)
 
 
 def upload(questions: Sequence[Question], answers: Sequence[str | None], directory: Path, name: str) -> Path:
@@ -84,12 +57,5 @@ GQA = Benchmark(
     total=lambda questions, grades: means(questions, grades, overall="accuracy"),
     headline="accuracy",
     upload=upload,
-    also={
-        "lmms_eval": Rule(
-            "lmms-eval lmms_eval/api/metrics.py exact_match",
-            grade_lmms,
-            lambda questions, grades: means(questions, grades, scale=1, overall="exact_match"),
-        ),
-        "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)", grade_vlmevalkit, means),
-    },
+    also=ALSO,
 )

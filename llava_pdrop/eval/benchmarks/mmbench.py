@@ -8,46 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from llava_pdrop.errors import UserError
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Statistic, Wanted, grouped, values_of
+from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.files import cell, find_table, pictures_of_table, read_table
-from llava_pdrop.eval.benchmarks.prompts import LETTER, LETTER_CN, choice
-from llava_pdrop.eval.benchmarks.tables import CHOICE_RULE, SOURCE, grade_choice
+from llava_pdrop.eval.benchmarks.prompts import LETTER, LETTER_CN, mmbench_choice
+from llava_pdrop.eval.benchmarks.tables import check_whole, wanted
 from llava_pdrop.eval.benchmarks.uploads import write_sheet
 from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.choices import options_of
+from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice, options_of
+from llava_pdrop.eval.rules.mmbench import ABILITIES, ROTATION, total
 
-ROTATION = 1_000_000
-ABILITIES = {
-    "coarse_perception": "CP",
-    "finegrained_perception (instance-level)": "FP-S",
-    "finegrained_perception (cross-instance)": "FP-C",
-    "logic_reasoning": "LR",
-    "relation_reasoning": "RR",
-    "attribute_reasoning": "AR",
-}
 ELSEWHERE = ("mmbench", ".")
 """LLaVA's docs/Evaluation.md puts the Chinese table into the directory of the English one."""
 
 COLUMNS = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
 """Of the server's sheet."""
-
-
-def nothing(cell: str | None) -> bool:
-    """Whether LLaVA takes a cell for none."""
-    return cell is None or cell.lower() in ("nan", "none")
-
-
-def asked(row: dict[str, str], last: str, file: Path) -> str:
-    """LLaVA's words (``model_vqa_mmbench.py``): its options end at the first that is missing."""
-    options = {}
-    for letter in "ABCD":
-        if nothing(row.get(letter)):
-            break
-        options[letter] = row[letter]
-    return choice(cell(row, "question", file), options, None if nothing(row.get("hint")) else row["hint"], last)
 
 
 def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
@@ -63,7 +38,7 @@ def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
         questions.append(
             ask(
                 index,
-                asked(row, last, file),
+                mmbench_choice(row, cell(row, "question", file), last),
                 [picture],
                 f"{file}[{index}]",
                 answer or "",
@@ -78,50 +53,8 @@ def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
                 table=file.stem,
             )
         )
-    _check_whole(questions, file)
+    check_whole(questions, file)
     return questions
-
-
-def _check_whole(questions: Sequence[Question], file: Path) -> None:
-    """Raises `UserError`: answers of some rows only, or a rotation of a question that is not there."""
-    unknown = [question.id for question in questions if not question.facts["known"]]
-    if unknown and len(unknown) < len(questions):
-        raise UserError(
-            f"{file}: index {unknown[0]}: has no answer ({len(unknown)} of {len(questions)} rows have none)"
-        )
-    there = {question.id for question in questions}
-    for question in questions:
-        if question.unit not in there:
-            raise UserError(f"{file}: index {question.id}: is a rotation of {question.unit}, which is not there")
-
-
-def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
-    """Three ways to count, each of all, by ability and by category: ``circular`` (every rotation right), ``vanilla_0``
-    (unrotated rows alone), ``vanilla_all`` (every row alone)."""
-    values = values_of(grades)
-    if np.isnan(values).any():
-        return lambda weights: {}
-    units: dict[str, list[int]] = {}
-    for row, question in enumerate(questions):
-        units.setdefault(question.unit, []).append(row)
-    indices = np.array([int(question.id) for question in questions])
-    plain = np.flatnonzero(indices < ROTATION)
-    circular = np.array([values[units[questions[row].unit]].min() for row in plain.tolist()])
-    low = np.flatnonzero(indices <= ROTATION)  # VLMEvalKit counts a rotation of index 0 among them
-    parts = []
-    for name, rows, own in (
-        ("circular", plain, circular),
-        ("vanilla_0", low, values[low]),
-        ("vanilla_all", np.arange(len(values)), values),
-    ):
-        parts.append((rows, grouped(own, [f"{name}/Overall"] * len(rows))))
-        for fact in ("ability", "category"):
-            parts.append((rows, grouped(own, [f"{name}/{questions[row].facts[fact]}" for row in rows.tolist()])))
-
-    def statistic(weights: np.ndarray) -> dict[str, float]:
-        return {name: value for rows, part in parts for name, value in part(weights[rows]).items()}
-
-    return statistic
 
 
 def upload(questions: Sequence[Question], answers: Sequence[str | None], directory: Path, name: str) -> Path:
@@ -136,13 +69,7 @@ def row(name: str, title: str, aliases: tuple[str, ...], tables: Sequence[str], 
         title=title,
         aliases=aliases,
         folder=name,
-        wanted=(
-            Wanted(f"{tables[0]}.tsv", "LLaVA's docs/Evaluation.md", elsewhere=ELSEWHERE),
-            *(
-                Wanted(f"{table}.tsv", f"{SOURCE}; instead of {tables[0]}.tsv", elsewhere=ELSEWHERE)
-                for table in tables[1:]
-            ),
-        ),
+        wanted=wanted(tables, source="LLaVA's docs/Evaluation.md", elsewhere=ELSEWHERE),
         rule=f"{CHOICE_RULE}, circular",
         split="dev",
         read=lambda directory, llava: read(directory, tables, last),

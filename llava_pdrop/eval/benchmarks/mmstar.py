@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from llava_pdrop.eval.benchmarks.base import Benchmark
-from llava_pdrop.eval.benchmarks.tables import (
-    CHOICE_RULE,
-    MOST_TOKENS,
-    grade_choice,
-    read_choices,
-    total_choice,
-    wanted,
-)
+from llava_pdrop.eval.benchmarks.tables import MOST_TOKENS, read_choices, wanted
+from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice, total_choice
 
 MMSTAR = Benchmark(
     name="mmstar",

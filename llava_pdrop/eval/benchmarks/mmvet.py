@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
-from llava_pdrop.eval.benchmarks.files import read_lines, unique
+from llava_pdrop.eval.benchmarks.files import read_asked
 from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
 from llava_pdrop.eval.questions import Question, ask
 
@@ -14,8 +14,7 @@ from llava_pdrop.eval.questions import Question, ask
 def read(directory: Path, llava: bool) -> list[Question]:
     """Questions of ``llava-mm-vet.jsonl``, as they stand."""
     file = directory / "llava-mm-vet.jsonl"
-    rows = read_lines(file, ("question_id", "image", "text"))
-    unique([row["question_id"] for row in rows], file, "question_id")
+    rows = read_asked(file)
     return [
         ask(
             str(row["question_id"]),

@@ -24,6 +24,21 @@ def choice(question: str, options: Mapping[str, str], hint: str | None, last: st
     return f"{words}\n{last or (LETTER_CN if CHINESE.search(words) else LETTER)}"
 
 
+def nothing(cell: str | None) -> bool:
+    """Whether LLaVA takes a cell for none."""
+    return cell is None or cell.lower() in ("nan", "none")
+
+
+def mmbench_choice(row: Mapping[str, str], question: str, last: str) -> str:
+    """LLaVA's words for a row of MMBench (``model_vqa_mmbench.py``): its options end at the first that is missing."""
+    options = {}
+    for letter in "ABCD":
+        if nothing(row.get(letter)):
+            break
+        options[letter] = row[letter]
+    return choice(question, options, None if nothing(row.get("hint")) else row["hint"], last)
+
+
 def generic_choice(question: str, options: Mapping[str, str], hint: str | None) -> str:
     """As VLMEvalKit asks models it has no words of their own for."""
     head = f"Hint: {hint}\n" if hint else ""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from llava_pdrop.errors import UserError, clip
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Total, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import all_asked, read_json, read_lines, unique, with_keys
-from llava_pdrop.eval.benchmarks.tables import CHOICE_RULE, grade_choice
+from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
+from llava_pdrop.eval.benchmarks.files import all_asked, entries, read_asked, read_json, unique, with_keys
 from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.rules.seed_bench import ALSO, grade, parts
 from llava_pdrop.eval.rules.text import MISSING
 
 KEYS = ("question_id", "question_type_id", "data_type", "answer", "choice_a", "choice_b", "choice_c", "choice_d")
@@ -23,13 +20,10 @@ def read(directory: Path, llava: bool) -> list[Question]:
     """Questions of ``llava-seed-bench.jsonl``, answers of ``SEED-Bench.json``; those about videos only where their
     frames (``SEED-Bench-video-image``) are."""
     file, labels = directory / "llava-seed-bench.jsonl", directory / "SEED-Bench.json"
-    rows = read_lines(file, ("question_id", "image", "text"))
-    unique([row["question_id"] for row in rows], file, "question_id")
+    rows = read_asked(file)
     content = with_keys(read_json(labels), ("questions", "question_type"), str(labels), question_type=(dict,))
     types = {str(number): name for name, number in content["question_type"].items()}
-    known = {}
-    for number, label in enumerate(content["questions"]):
-        known[str(with_keys(label, KEYS, f"{labels}: questions[{number}]")["question_id"])] = label
+    known = {str(label["question_id"]): label for label in entries(content, "questions", KEYS, labels)}
     unique([label["question_id"] for label in content["questions"]], labels, "question_id")
     frames = (directory / VIDEO).is_dir()
     questions = []
@@ -64,33 +58,6 @@ def read(directory: Path, llava: bool) -> list[Question]:
     return questions
 
 
-@grader
-def grade(question: Question, answer: str) -> Grade:
-    """LLaVA: the answer is the letter, and nothing else."""
-    return Grade(float(answer == question.gold), answer)
-
-
-@grader
-def grade_lmms(question: Question, answer: str) -> Grade:
-    """lmms-eval: the first character, in either case."""
-    letter = answer.strip()[:1]
-    return Grade(float(letter.lower() == question.gold.lower()), letter)
-
-
-def parts(names: dict[str, str], scale: float, by: Sequence[str] = ()) -> Total:
-    """``names``: image, video and all -> what their numbers are called; ``by``: facts whose groups are counted too."""
-
-    def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
-        found: list[Callable[[np.ndarray], dict[str, float]]] = []
-        for kind, name in names.items():
-            own = np.array([kind in ("all", question.facts["kind"]) for question in questions])
-            if own.any():
-                found.append(means(questions, grades, by if kind == [*names][-1] else (), scale, name, own))
-        return lambda weights: {name: value for part in found for name, value in part(weights).items()}
-
-    return total
-
-
 SEED_BENCH = Benchmark(
     name="seed_bench",
     title="SEED-I",
@@ -108,12 +75,5 @@ SEED_BENCH = Benchmark(
     grade=grade,
     total=parts({"image": "image", "video": "video", "all": "total"}, 100, ["category"]),
     headline="image",
-    also={
-        "lmms_eval": Rule(
-            "lmms-eval lmms_eval/tasks/seedbench/utils.py",
-            grade_lmms,
-            parts({"image": "seed_image", "video": "seed_video", "all": "seed_all"}, 1),
-        ),
-        "vlmevalkit": Rule(CHOICE_RULE, grade_choice, parts({"image": "Overall"}, 1, ["category"])),
-    },
+    also=ALSO,
 )

@@ -1,4 +1,4 @@
-"""Benchmarks in VLMEvalKit's TSV files: questions, and the rules that several of them share."""
+"""Benchmarks in VLMEvalKit's TSV files: questions, and the rows of those with short answers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llava_pdrop.errors import UserError
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Statistic, Wanted, grader, means
+from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import cell, find_table, pictures_of_table, read_table
 from llava_pdrop.eval.benchmarks.prompts import choice, generic_choice, short
 from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.choices import chosen, options_of
+from llava_pdrop.eval.rules.choices import options_of
+from llava_pdrop.eval.rules.grades import Grade, Rule, grader, means
 
 SOURCE = "VLMEvalKit (addresses in vlmeval/dataset)"
 MOST_TOKENS = 512
@@ -40,19 +41,17 @@ def read_choices(directory: Path, llava: bool, names: Sequence[str], facts: Sequ
     return questions
 
 
-@grader
-def grade_choice(question: Question, answer: str) -> Grade:
-    """VLMEvalKit without a judge: the option that is read, or none."""
-    letter = chosen(answer, question.facts["options"])
-    return Grade(float(letter == question.gold), letter)
-
-
-def total_choice(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
-    """Share of right answers, of all and by category."""
-    return means(questions, grades, "category", scale=1)
-
-
-CHOICE_RULE = "VLMEvalKit vlmeval/utils/matching_util.py, without a judge"
+def check_whole(questions: Sequence[Question], file: Path) -> None:
+    """Raises `UserError`: answers of some rows only, or a rotation of a question that is not there."""
+    unknown = [question.id for question in questions if not question.facts["known"]]
+    if unknown and len(unknown) < len(questions):
+        raise UserError(
+            f"{file}: index {unknown[0]}: has no answer ({len(unknown)} of {len(questions)} rows have none)"
+        )
+    there = {question.id for question in questions}
+    for question in questions:
+        if question.unit not in there:
+            raise UserError(f"{file}: index {question.id}: is a rotation of {question.unit}, which is not there")
 
 
 def read_answers_of(directory: Path, tables: Mapping[str, str], by: str | None = None) -> list[Question]:
@@ -77,12 +76,14 @@ def read_answers_of(directory: Path, tables: Mapping[str, str], by: str | None =
     ]
 
 
-def wanted(tables: Sequence[str], licence: str = "") -> tuple[Wanted, ...]:
-    """One of ``tables``: the first, or another instead."""
+def wanted(
+    tables: Sequence[str], licence: str = "", source: str = SOURCE, elsewhere: tuple[str, ...] = (".",)
+) -> tuple[Wanted, ...]:
+    """One of ``tables``: the first, which is from ``source``, or another instead."""
     first, *others = (f"{table}.tsv" for table in tables)
     return (
-        Wanted(first, SOURCE, licence, (".",)),
-        *(Wanted(other, f"{SOURCE}; instead of {first}", licence, (".",)) for other in others),
+        Wanted(first, source, licence, elsewhere),
+        *(Wanted(other, f"{SOURCE}; instead of {first}", licence, elsewhere) for other in others),
     )
 
 

@@ -6,11 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from llava_pdrop.errors import UserError, clip
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Grader, Rule, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import all_asked, numbered, read_json, read_lines, with_keys
-from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.text import from_sheet
-from llava_pdrop.eval.rules.vqa import eval_ai, normalised, vlmevalkit
+from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
+from llava_pdrop.eval.benchmarks.files import all_asked, ask_people, entries, numbered, read_json, read_lines
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Rule, exact_match, means
+from llava_pdrop.eval.rules.vqa import by_form, by_vlmevalkit, eval_ai
 
 TOKENS = "Reference OCR token: "
 PEOPLE = 10
@@ -23,9 +23,8 @@ def read(directory: Path, llava: bool) -> list[Question]:
     file, labels = directory / "llava_textvqa_val_v051_ocr.jsonl", directory / "TextVQA_0.5.1_val.json"
     rows = read_lines(file, ("question_id", "image", "text"))
     found: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
-    for number, label in enumerate(with_keys(read_json(labels), ["data"], str(labels))["data"]):
+    for number, label in enumerate(entries(read_json(labels), "data", ("image_id", "question", "answers"), labels)):
         origin = f"{labels}: data[{number}]"
-        with_keys(label, ("image_id", "question", "answers"), origin)
         if others := [answer for answer in label["answers"] if not isinstance(answer, str)]:
             raise UserError(f"{origin}: one of its answers is {clip(repr(others[0]))}, not text")
         if len(label["answers"]) != PEOPLE:
@@ -39,11 +38,9 @@ def read(directory: Path, llava: bool) -> list[Question]:
             raise UserError(f"{file}: question_id {id}: {labels} has no question {clip(key[1])!r} about this picture")
         own = found[key][min(times[key], len(found[key]) - 1)]
         times[key] += 1
-        answers = found[key][-1]
-        gold = max(answers, key=answers.count)
         picture = directory / "train_images" / row["image"]
-        facts = {"question_id": row["question_id"], "answers": answers, "own": own}
-        questions.append(ask(id, row["text"], [picture], f"{file}[{id}]", gold, **facts))
+        facts = {"question_id": row["question_id"], "own": own}
+        questions.append(ask_people(id, row["text"], picture, file, found[key][-1], **facts))
     all_asked(len(rows), sum(map(len, found.values())), file, labels)
     return questions
 
@@ -64,27 +61,6 @@ def asked(text: str, origin: str) -> str:
     return lines[0]
 
 
-@grader
-def grade(question: Question, answer: str) -> Grade:
-    return Grade(*normalised(answer, question.facts["answers"], eval_ai))
-
-
-@grader
-def grade_lmms(question: Question, answer: str) -> Grade:
-    """lmms-eval: the same of the question's own annotation."""
-    return Grade(*normalised(answer, question.facts["own"], eval_ai))
-
-
-def by_vlmevalkit(fact: str) -> Grader:
-    """VLMEvalKit: its own normal form, behind a spreadsheet; ``fact`` holds the annotation's answers."""
-
-    @grader
-    def rule(question: Question, answer: str) -> Grade:
-        return Grade(*normalised(from_sheet(answer), question.facts[fact], vlmevalkit))
-
-    return rule
-
-
 TEXTVQA = Benchmark(
     name="textvqa",
     title="TextVQA",
@@ -97,14 +73,14 @@ TEXTVQA = Benchmark(
     rule="LLaVA llava/eval/eval_textvqa.py",
     split="val",
     read=read,
-    grade=grade,
+    grade=by_form(eval_ai),
     total=lambda questions, grades: means(questions, grades, overall="accuracy"),
     headline="accuracy",
     also={
         "lmms_eval": Rule(
             "lmms-eval lmms_eval/tasks/textvqa/utils.py",
-            grade_lmms,
-            lambda questions, grades: means(questions, grades, scale=1, overall="exact_match"),
+            by_form(eval_ai, "own"),  # the same of the question's own annotation
+            exact_match,
         ),
         "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (vqa_score)", by_vlmevalkit("own"), means),
     },

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_pdrop.errors import UserError
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, Rule, Wanted, grader, means
-from llava_pdrop.eval.benchmarks.files import answers_of, is_there, read_json, read_lines, unique, with_keys
+from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
+from llava_pdrop.eval.benchmarks.files import answers_by_picture, ask_people, is_there, read_asked, read_json
 from llava_pdrop.eval.benchmarks.prompts import short
-from llava_pdrop.eval.benchmarks.textvqa import by_vlmevalkit
 from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
-from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.vqa import eval_ai, normalised
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Rule, exact_match, means
+from llava_pdrop.eval.rules.vqa import by_form, by_vlmevalkit, eval_ai
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -20,12 +20,11 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 def read(directory: Path, llava: bool) -> list[Question]:
     """The split ``test`` (``llava_test.jsonl``) if ``test.json`` has its answers; else ``val`` (``val.json``, ``val/``)
     if that is there; else ``test`` for the server."""
-    known = _answers(directory / "test.json")
+    known = answers_by_picture(directory / "test.json")
     file = directory / "llava_test.jsonl"
     if known is None and is_there(directory / "val.json", directory / "val", file):
         return _read_val(directory)
-    rows = read_lines(file, ("question_id", "image", "text"))
-    unique([row["question_id"] for row in rows], file, "question_id")
+    rows = read_asked(file)
     questions = []
     for row in rows:
         if known is not None and row["image"] not in known:
@@ -38,7 +37,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
 def _read_val(directory: Path) -> list[Question]:
     file = directory / "val.json"
     rows = read_json(file)
-    answers = _answers(file)
+    answers = answers_by_picture(file)
     if answers is None:
         raise UserError(f"{file}: has no answers; fetch it again")
     return [
@@ -50,46 +49,11 @@ def _read_val(directory: Path) -> list[Question]:
     ]  # fmt: skip
 
 
-def _answers(file: Path) -> dict[str, list[str]] | None:
-    """Picture -> the answers of all people; None if the file is not there, or has none."""
-    if not file.is_file():
-        return None
-    rows = read_json(file)
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file}: expected a list of questions")
-    for number, row in enumerate(rows):
-        with_keys(row, ("image", "question"), f"{file}[{number}]")
-    if "answers" not in rows[0]:
-        return None
-    unique([row["image"] for row in rows], file, "image")
-    return {
-        row["image"]: answers_of(with_keys(row, ["answers"], f"{file}[{number}]"), f"{file}[{number}]")
-        for number, row in enumerate(rows)
-    }
-
-
 def _ask(
     id: str | int, text: str, directory: Path, split: str, image: str, file: Path, answers: list[str] | None
 ) -> Question:
-    gold = max(answers, key=answers.count) if answers else ""
-    picture = directory / split / image
-    return ask(
-        str(id),
-        text,
-        [picture],
-        f"{file}[{id}]",
-        gold,
-        question_id=id,
-        image=image,
-        answers=answers,
-        split=split,
-        known=answers is not None,
-    )
-
-
-@grader
-def grade(question: Question, answer: str) -> Grade:
-    return Grade(*normalised(answer, question.facts["answers"], eval_ai))
+    facts = {"question_id": id, "image": image, "split": split}
+    return ask_people(str(id), text, directory / split / image, file, answers, **facts)
 
 
 def upload(questions: Sequence[Question], answers: Sequence[str | None], directory: Path, name: str) -> Path:
@@ -115,8 +79,8 @@ VIZWIZ = Benchmark(
     split="val",
     paper_split="test",
     read=read,
-    grade=grade,
-    total=lambda questions, grades: means(questions, grades, scale=1, overall="exact_match"),
+    grade=by_form(eval_ai),
+    total=exact_match,
     headline="exact_match",
     factor=100,
     upload=upload,

@@ -1,1 +1,1 @@
-"""Scoring rules that several benchmarks share."""
+"""Scoring rules: what several benchmarks share, and what is of one alone."""

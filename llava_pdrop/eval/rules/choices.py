@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Grade, Statistic, grader, means
 from llava_pdrop.eval.rules.text import from_sheet
+
+CHOICE_RULE = "VLMEvalKit vlmeval/utils/matching_util.py, without a judge"
 
 UNREAD = "Z"
 """What stands for an answer that chooses no option, or that says so."""
@@ -62,3 +66,15 @@ def _by_text(answer: str, options: Mapping[str, str]) -> str:
         return ""
     letters = [letter for letter, text in options.items() if text.lower() in answer]
     return letters[0] if len(letters) == 1 else ""
+
+
+@grader
+def grade_choice(question: Question, answer: str) -> Grade:
+    """VLMEvalKit without a judge: the option that is read, or none."""
+    letter = chosen(answer, question.facts["options"])
+    return Grade(float(letter == question.gold), letter)
+
+
+def total_choice(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
+    """Share of right answers, of all and by category."""
+    return means(questions, grades, "category", scale=1)

@@ -10,6 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Grade, Grader, grader
+from llava_pdrop.eval.rules.text import from_sheet
+
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 GROUPED_DIGITS = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
@@ -97,3 +101,23 @@ def official_accuracy(answer: str, golds: Sequence[str]) -> tuple[float, str]:
     if len(set(given)) == 1:
         return soft_accuracy(one_line(answer), given), one_line(answer)
     return normalised(answer, given, official)
+
+
+def by_form(normal: Callable[[str], str], fact: str = "answers") -> Grader:
+    """The rule that normal forms are compared; ``fact`` holds the people's answers."""
+
+    @grader
+    def rule(question: Question, answer: str) -> Grade:
+        return Grade(*normalised(answer, question.facts[fact], normal))
+
+    return rule
+
+
+def by_vlmevalkit(fact: str) -> Grader:
+    """VLMEvalKit: its own normal form, behind a spreadsheet; ``fact`` holds the annotation's answers."""
+
+    @grader
+    def rule(question: Question, answer: str) -> Grade:
+        return Grade(*normalised(from_sheet(answer), question.facts[fact], vlmevalkit))
+
+    return rule

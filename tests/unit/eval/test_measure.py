@@ -13,9 +13,10 @@ from llava_pdrop.config.schema import PaperRow
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.benchmarks import BENCHMARKS
-from llava_pdrop.eval.benchmarks.base import Benchmark, Grade, means
+from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.measure import _Asked, chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
+from llava_pdrop.eval.rules.grades import Grade, means
 from llava_pdrop.eval.score import beside_paper, paired, score_of
 from llava_pdrop.eval.scores import markdown, refuse_unread, table_rows
 from llava_pdrop.schedule import Schedule

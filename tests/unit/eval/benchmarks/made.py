@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from llava_pdrop.eval.benchmarks.base import Benchmark, Rule
+from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Rule
 
 PICTURE = "iVBORw0KGgo" + "A" * 80
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from llava_pdrop.errors import UserError
-from llava_pdrop.eval.benchmarks.base import known
 from llava_pdrop.eval.benchmarks.mmvet import MMVET
+from llava_pdrop.eval.rules.grades import known
 from tests.messages import says
 from tests.unit.eval.benchmarks.made import write_lines
 

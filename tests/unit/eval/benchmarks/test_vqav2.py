@@ -7,8 +7,8 @@ import json
 import pytest
 
 from llava_pdrop.errors import MissingFileError, UserError
-from llava_pdrop.eval.benchmarks.base import known
 from llava_pdrop.eval.benchmarks.vqav2 import TEST, VAL, VAL_LABELS, VQAV2, WHOLE_TEST
+from llava_pdrop.eval.rules.grades import known
 from tests.messages import says
 from tests.unit.eval.benchmarks.made import SHORT, ask_of, numbers, write_json, write_lines
 

@@ -1,0 +1,42 @@
+"""GQA: which texts are the same answer, as three projects compare them."""
+
+from __future__ import annotations
+
+import string
+
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.rules.grades import Grade, Rule, exact_match, grader, means
+from llava_pdrop.eval.rules.text import from_sheet, same
+
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def prediction(answer: str) -> str:
+    """As LLaVA hands it to GQA's own code: no full stops at the end, small letters; blanks stay."""
+    return answer.rstrip(".").lower()
+
+
+@grader
+def grade(question: Question, answer: str) -> Grade:
+    text = prediction(answer)
+    return Grade(float(text == question.gold), text)
+
+
+@grader
+def grade_lmms(question: Question, answer: str) -> Grade:
+    """lmms-eval: but for case, outer blanks and punctuation."""
+    text, gold = (words.strip().lower().translate(NO_PUNCTUATION) for words in (answer, question.gold))
+    return Grade(float(text == gold), text)
+
+
+@grader
+def grade_vlmevalkit(question: Question, answer: str) -> Grade:
+    text = from_sheet(answer)
+    return Grade(float(same(text, from_sheet(question.gold))), text)
+
+
+ALSO = {
+    "lmms_eval": Rule("lmms-eval lmms_eval/api/metrics.py exact_match", grade_lmms, exact_match),
+    "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)", grade_vlmevalkit, means),
+}
+"""Other rules for the same answers."""
