@@ -122,6 +122,12 @@ class LlavaRespondent:
         template = self.template.with_system(question.record.system)
         return "".join(p.text for p in template.generation_prompt(template.rounds(question.record.turns)))
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Of its conversation format. One for all questions: it looks up the tokenizer's control tokens once."""
+        assert self.template is not None, "a chat template is rendered whole"
+        return Encoder(self.template, self.tokenizer, self.hf.config.image_token_id, self.parts.geometry)
+
     def prepare(self, question: Question) -> Sample:
         _whole(question, self.text(question))
         return prompt_sample(question, self)
@@ -135,11 +141,8 @@ def prompt_sample(question: Question, respondent: LlavaRespondent) -> Sample:
     """The prompt of ``question`` with its preprocessed images, ready for `model_inputs`."""
     parts = respondent.parts
     images = [preprocess(load_image(path), parts.geometry, parts.image_processor) for path in question.record.images]
-    image_token = parts.hf.config.image_token_id
     if respondent.template is not None:
-        return Encoder(respondent.template, parts.tokenizer, image_token, parts.geometry).prompt(
-            question.record, images
-        )
+        return respondent.encoder.prompt(question.record, images)
     return _chat_sample(question, respondent, images)
 
 
