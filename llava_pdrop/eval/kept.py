@@ -62,12 +62,13 @@ class Kept:
             with suppress(FileNotFoundError):
                 lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
                 for number, line in enumerate(lines[:-1], 1):
-                    try:
+                    answer = None
+                    with suppress(ValueError, KeyError, TypeError, AttributeError):
                         answer = _parsed(json.loads(line))
-                    except (ValueError, KeyError, TypeError, AttributeError):
+                    if answer is None:
                         raise UserError(
                             f"{file}:{number}: is no answer of ours: remove the line, and it is asked again"
-                        ) from None
+                        )
                     if answer.problem is None:
                         found[answer.id] = answer
         return found
@@ -147,15 +148,13 @@ def _line(question: Question, answer: Answer, model: str) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def _parsed(line: dict[str, Any]) -> Answer:
-    """Raises `TypeError` at a value that `_line` does not write."""
+def _parsed(line: dict[str, Any]) -> Answer | None:
+    """None where a text, a count or a time is something that `_line` does not write."""
     own = line["metadata"]
     answer = Answer(own["id"], line["text"], tuple(own["image_tokens"]), own["seconds"], own.get("problem"))
     texts = (answer.id, answer.text, "" if answer.problem is None else answer.problem)
     whole = all(isinstance(text, str) for text in texts) and all(type(count) is int for count in answer.image_tokens)
-    if not whole or type(answer.seconds) not in (int, float):
-        raise TypeError("a text, a count or a time is something else")
-    return answer
+    return answer if whole and type(answer.seconds) in (int, float) else None
 
 
 def _json(value: Any) -> str:
