@@ -125,17 +125,12 @@ def measure(
     Returns:
         scores, those of a benchmark one after the other; nothing on all but the first process of ``team``.
     """
-    scores, facts = [], model_facts(model or directory) if loaded else {}
+    scores, facts = list[Score](), model_facts(model or directory) if loaded else {}
     for benchmark, questions in loaded.items():
-        of_one: list[Score] = []
         for column, schedule in columns.items():
             asked = _Asked(config, benchmark, questions, column, schedule, directory, facts)
-            score = _measure_one(asked, respondent, team)
-            if score is not None:
-                of_one.append(beside_paper(score, config, paper.get(column, {})))
-                alone = {key: value for key, value in as_json(of_one[-1]).items() if key != "against"}
-                asked.kept(respondent).score(alone)  # what stands beside it stands in the table
-        scores += of_one
+            score = _measure_one(asked, respondent, team, paper.get(column, {}))
+            scores += [] if score is None else [score]
     return paired(scores)
 
 
@@ -171,7 +166,7 @@ class _Asked:
         return Kept(self.directory / HOME / self.benchmark.name, self.column, facts)
 
 
-def _measure_one(asked: _Asked, respondent: Respondent, team: Team) -> Score | None:
+def _measure_one(asked: _Asked, respondent: Respondent, team: Team, reported: Mapping[str, float]) -> Score | None:
     """None on all but the first process."""
     benchmark, questions, kept = asked.benchmark, asked.questions, asked.kept(respondent)
     found = answer_all(
@@ -193,7 +188,9 @@ def _measure_one(asked: _Asked, respondent: Respondent, team: Team) -> Score | N
     if benchmark.upload is not None:
         texts = [answer.text for answer in found.answers]
         files.append(benchmark.upload(questions, texts, kept.directory, asked.column))
-    return replace(score, files=files)
+    score = beside_paper(replace(score, files=files), asked.config, reported)
+    kept.score({key: value for key, value in as_json(score).items() if key != "against"})  # which the table has
+    return score
 
 
 def measure_config(config: Config) -> list[Score]:
