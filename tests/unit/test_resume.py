@@ -121,7 +121,9 @@ def test_a_signal_to_torchrun_reaches_all_and_leaves_time_to_save(make_run):
             time.sleep(0.1)
         run.send_signal(signal.SIGTERM)
         text = run.communicate(timeout=120)[0].decode()
-    assert run.returncode == 1, text  # torchrun's own, whatever its workers end with
+    # Its workers saved; torchrun's own status says only that it was stopped: 1, or -6 where a thread of its store is
+    # still running when its interpreter ends ("terminate called without an active exception", seen once in about 60).
+    assert run.returncode != 0, text
     (checkpoint,) = output.glob("checkpoint-*")
     assert what_is_torn(checkpoint) is None
     assert json.loads((output / NOTE_FILE).read_text()) == {"step": step_of(checkpoint), "signal": "SIGTERM"}
