@@ -52,16 +52,18 @@ def make(forms: Path, out: Path, pages: int, seed: int = 0) -> None:
 
 
 def pope(out: Path, asked: list[tuple[Path, str, str]], random: np.random.Generator) -> None:
-    """Half of the questions are to be answered with yes; a page is asked about once, in one of the three categories."""
-    questions, labels = [], {name: list[dict[str, Any]]() for name in CATEGORIES}
-    for number, (page, letter, digit) in enumerate(asked):
-        category, is_there = CATEGORIES[number % 3], number // 3 % 2 == 0
-        shown = digit if is_there else str((int(digit) + int(random.integers(1, 10))) % 10)
-        text, image = f"Is there a {shown} to the right of {letter} in the image?", page.name
-        question = {"question_id": number, "image": image, "text": f"{text}\n{SHORT}", "category": category}
-        questions.append(question)
-        own = labels[category]
-        own.append({"question_id": len(own) + 1, "image": image, "text": text, "label": "yes" if is_there else "no"})
+    """A page is asked about twice in each of the three categories, once to be answered with yes, with another wrong
+    digit each time. (POPE itself asks three of both.)"""
+    questions, labels = list[dict[str, Any]](), {name: list[dict[str, Any]]() for name in CATEGORIES}
+    for page, letter, digit in asked:
+        wrong = (int(digit) + random.permutation(9)[: len(CATEGORIES)] + 1) % 10
+        for category, other in zip(CATEGORIES, wrong.tolist()):
+            for shown, label in ((digit, "yes"), (other, "no")):
+                text, image = f"Is there a {shown} to the right of {letter} in the image?", page.name
+                question = {"question_id": len(questions), "image": image, "text": f"{text}\n{SHORT}"}
+                questions.append(question | {"category": category})
+                own = labels[category]
+                own.append({"question_id": len(own) + 1, "image": image, "text": text, "label": label})
         _copy(page, out / "val2014")
     _lines(out / "llava_pope_test.jsonl", questions)
     for name, rows in labels.items():

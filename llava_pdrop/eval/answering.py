@@ -19,6 +19,7 @@ from llava_pdrop.eval.respondent import Respondent
 from llava_pdrop.eval.team import ALONE, Team
 from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.schedule import Schedule
+from llava_pdrop.types import ImageSource
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def answer_all(
 
 def by_length(respondent: Respondent, questions: Sequence[Question]) -> list[int]:
     """Places of the questions, the longest first: a batch pads little, and one that does not fit into memory is met at
-    once."""
+    once. Among those of about one length questions about one picture stand together: they share its features."""
 
     def length(question: Question) -> int:
         try:
@@ -117,8 +118,14 @@ def by_length(respondent: Respondent, questions: Sequence[Question]) -> list[int
         except UserError:  # `prepare` says it again, where it is told or counted
             return 0
 
+    first: dict[tuple[ImageSource, ...], int] = {}
+    pictures = [first.setdefault(question.record.images, place) for place, question in enumerate(questions)]
     lengths = [length(question) for question in questions]
-    return sorted(range(len(questions)), key=lambda place: -lengths[place])
+    return sorted(range(len(questions)), key=lambda place: (-(lengths[place] // ALIKE), pictures[place]))
+
+
+ALIKE = 16
+"""Tokens within which prompts count as of one length: at most these are padded in exchange for sharing a picture."""
 
 
 @contextmanager
@@ -177,13 +184,14 @@ def _batch(
         inputs, image_tokens = given
         device = next(respondent.hf.parameters()).device
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        ids = respondent.hf.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=respondent.tokenizer.pad_token_id,
-            eos_token_id=respondent.ends or None,
-        )
+        with respondent.sharing([own for _, own in asked]):
+            ids = respondent.hf.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=respondent.tokenizer.pad_token_id,
+                eos_token_id=respondent.ends or None,
+            )
         rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
         seconds = (time.perf_counter() - start) / len(asked)
         for (question, _), row, tokens in zip(asked, rows, image_tokens):

@@ -3,9 +3,10 @@ that `attach` knows by its own processor. All a question needs is prepared here;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,14 +25,15 @@ from llava_pdrop.data.marks import end_ids
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import UserError, clip, first_line
 from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.sharing import shared_features
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.types import IMAGE_MARKER, ImageInput, Sample
+from llava_pdrop.types import IMAGE_MARKER, ImageInput, ImageSource, Sample
 
 CHAT = "chat"
 """Instead of the name of a template: the chat template that the checkpoint brings along. For evaluation only."""
 
 PIXELS_PER_TOKEN = 28 * 28
-"""Of pictures whose number of tokens only their processor knows: enough to tell long prompts from short ones."""
+"""Where only a processor knows a picture's tokens: enough to tell long prompts from short ones."""
 
 
 class Respondent(Protocol):
@@ -47,7 +49,7 @@ class Respondent(Protocol):
 
     @property
     def schedule(self) -> Schedule | None:
-        """The one in its checkpoint; None where that says nothing."""
+        """The one in its checkpoint, if any."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -76,6 +78,9 @@ class Respondent(Protocol):
 
     def inputs(self, prepared: Sequence[Any]) -> tuple[dict[str, Tensor], list[list[int]]]:
         """What ``generate`` is given, padded on the left, and the tokens of every picture of every question."""
+
+    def sharing(self, prepared: Sequence[Any]) -> AbstractContextManager[None]:
+        """In its block pictures that several of the questions show are encoded once."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +141,19 @@ class LlavaRespondent:
         spans = [[stop - start for start, stop in sample.image_spans] for sample in prepared]
         return model_inputs(prepared, self.tokenizer, self.hf), spans
 
+    def sharing(self, prepared: Sequence[Sample]) -> AbstractContextManager[None]:
+        return shared_features(self.hf, [image for sample in prepared for image in sample.images])
+
+    @cached_property
+    def preprocessed(self) -> Callable[[ImageSource], ImageInput]:
+        """A picture as the tower takes it; the last ones are kept."""
+        own = self.parts
+        return lru_cache(16)(lambda path: preprocess(load_image(path), own.geometry, own.image_processor))
+
 
 def prompt_sample(question: Question, respondent: LlavaRespondent) -> Sample:
     """The prompt of ``question`` with its preprocessed images, ready for `model_inputs`."""
-    parts = respondent.parts
-    images = [preprocess(load_image(path), parts.geometry, parts.image_processor) for path in question.record.images]
+    images = [respondent.preprocessed(path) for path in question.record.images]
     if respondent.template is not None:
         return respondent.encoder.prompt(question.record, images)
     return _chat_sample(question, respondent, images)
@@ -228,6 +241,9 @@ class ProcessorRespondent:
         token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
         counts = (inputs["input_ids"] == token).sum(1).tolist()
         return dict(inputs), [[count] if count else [] for count in counts]
+
+    def sharing(self, prepared: Sequence[Any]) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def is_ours(directory: Path) -> bool:
@@ -321,7 +337,7 @@ def template_of(directory: Path, fields: dict[str, Any], chat: str | None) -> st
 
 BY_DECODER = {"mistral": "mistral_instruct", "qwen2": "qwen_2", "qwen": "qwen_2", "mpt": "mpt"}
 LLAMA_3_ROWS = 128_000
-"""Words of Llama 3's vocabulary; those of Llama 1 and 2, and of Vicuna, are 32,000."""
+"""Words of Llama 3's vocabulary; Llama 1 and 2 and Vicuna have 32,000."""
 
 
 def _check_chat(processor: Any, directory: Path) -> None:
