@@ -27,7 +27,7 @@ from llava_pdrop.errors import UserError, clip, first_line
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.sharing import shared_features
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.types import IMAGE_MARKER, ImageInput, ImageSource, Sample
+from llava_pdrop.types import IMAGE_MARKER, ImageInput, Sample
 
 CHAT = "chat"
 """Instead of the name of a template: the chat template that the checkpoint brings along. For evaluation only."""
@@ -145,10 +145,10 @@ class LlavaRespondent:
         return shared_features(self.hf, [image for sample in prepared for image in sample.images])
 
     @cached_property
-    def preprocessed(self) -> Callable[[ImageSource], ImageInput]:
+    def preprocessed(self) -> Callable[..., ImageInput]:
         """A picture as the tower takes it; the last ones are kept."""
         own = self.parts
-        return lru_cache(16)(lambda path: preprocess(load_image(path), own.geometry, own.image_processor))
+        return lru_cache(16)(lambda source: preprocess(load_image(source), own.geometry, own.image_processor))
 
 
 def prompt_sample(question: Question, respondent: LlavaRespondent) -> Sample:
@@ -336,8 +336,7 @@ def template_of(directory: Path, fields: dict[str, Any], chat: str | None) -> st
 
 
 BY_DECODER = {"mistral": "mistral_instruct", "qwen2": "qwen_2", "qwen": "qwen_2", "mpt": "mpt"}
-LLAMA_3_ROWS = 128_000
-"""Words of Llama 3's vocabulary; Llama 1 and 2 and Vicuna have 32,000."""
+LLAMA_3_ROWS = 128_000  # words of its vocabulary; Llama 1 and 2 and Vicuna have 32,000
 
 
 def _check_chat(processor: Any, directory: Path) -> None:

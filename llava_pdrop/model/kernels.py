@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_pdrop.errors import UserError
+from llava_pdrop.model.exact import rotate_both
 
 CHOICES = ("auto", "eager", "torch", "liger")
-"""``eager``: Hugging Face's own. ``torch``: `F.rms_norm`; on CUDA the rotary embedding and the gated product compiled
-too. ``liger``: `F.rms_norm` and, of the package liger-kernel, those two (CUDA only). ``auto``: see `AUTO`."""
+"""``eager``: Hugging Face's own, on a CPU its rotary embedding in fewer passes (`exact.py`: no bit differs). ``torch``:
+`F.rms_norm`; on CUDA the rotary embedding and the gated product compiled too. ``liger``: `F.rms_norm` and, of the
+package liger-kernel, those two (CUDA only). ``auto``: see `AUTO`."""
 
 AUTO = {"cuda": "torch"}
 """Type of device -> what ``auto`` comes to; ``eager`` on all others. Where ``torch`` lacks a compiler it is ``eager``
@@ -117,12 +119,12 @@ def in_force(choice: str, device: torch.device, model_type: str) -> Iterator[Non
     Raises:
         UserError: see `resolve`.
     """
-    name = resolve(choice, device)
-    if name == "eager":
+    kernels = _kernels(resolve(choice, device), device.type, model_type)
+    if kernels is None:
         yield
         return
     _install(model_type)
-    with _with(_kernels(name, device.type, model_type)):
+    with _with(kernels):
         yield
 
 
@@ -172,10 +174,13 @@ def carry(layer: nn.Module) -> None:
 
 
 @cache
-def _kernels(name: str, device: str, model_type: str) -> Kernels:
-    """Of a resolved choice; on a CPU only the norms."""
-    if device != "cuda":
-        return Kernels(rms_norm)
+def _kernels(name: str, device: str, model_type: str) -> Kernels | None:
+    """Of a resolved choice; None: nothing stands in."""
+    if device == "cpu":
+        # Qwen3's norms of queries and keys sum their gradients in an order that the layout of these decides.
+        return Kernels(rms_norm if name == "torch" else None, rotate_both if model_type != "qwen3" else None)
+    if name == "eager":
+        return None
     if name == "liger":
         rotary = import_module("liger_kernel.transformers.rope").liger_rotary_pos_emb
         return Kernels(rms_norm, rotary, import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply)
