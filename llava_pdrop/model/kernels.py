@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_pdrop.errors import UserError
-from llava_pdrop.model.exact import rotate_both
+from llava_pdrop.model import exact
 
 CHOICES = ("auto", "eager", "torch", "liger")
-"""``eager``: Hugging Face's own, on a CPU its rotary embedding in fewer passes (`exact.py`: no bit differs). ``torch``:
-`F.rms_norm`; on CUDA the rotary embedding and the gated product compiled too. ``liger``: `F.rms_norm` and, of the
-package liger-kernel, those two (CUDA only). ``auto``: see `AUTO`."""
+"""``eager``: Hugging Face's own, on a CPU norms and rotary embedding in fewer passes (`exact.py`: no bit differs).
+``torch``: `F.rms_norm`; on CUDA the rotary embedding and the gated product compiled too. ``liger``: `F.rms_norm` and,
+of the package liger-kernel, those two (CUDA only). ``auto``: see `AUTO`."""
 
 AUTO = {"cuda": "torch"}
 """Type of device -> what ``auto`` comes to; ``eager`` on all others. Where ``torch`` lacks a compiler it is ``eager``
@@ -177,8 +177,9 @@ def carry(layer: nn.Module) -> None:
 def _kernels(name: str, device: str, model_type: str) -> Kernels | None:
     """Of a resolved choice; None: nothing stands in."""
     if device == "cpu":
-        # Qwen3's norms of queries and keys sum their gradients in an order that the layout of these decides.
-        return Kernels(rms_norm if name == "torch" else None, rotate_both if model_type != "qwen3" else None)
+        if model_type == "qwen3":  # its norms of queries and keys sum gradients in the order of their layout
+            return Kernels(rms_norm) if name == "torch" else None
+        return Kernels(rms_norm if name == "torch" else exact.rms_norm, exact.rotate_both)
     if name == "eager":
         return None
     if name == "liger":

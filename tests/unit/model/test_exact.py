@@ -6,10 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from llava_pdrop.model import kernels
-from llava_pdrop.model.exact import rotate_both
+from llava_pdrop.model import exact, kernels
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.types import PackedBatch
 from tests.tiny import DECODERS, PYRAMID, make_tiny_hf, mixed_samples
@@ -49,7 +48,7 @@ def test_the_rotary_embedding(dtype, by_token):
         if by_token:
             q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
         own = results(partial(apply_rotary_pos_emb, cos=cos, sin=sin), (q, k))
-        ours = results(partial(rotate_both, cos=cos, sin=sin), (q, k))
+        ours = results(partial(exact.rotate_both, cos=cos, sin=sin), (q, k))
         assert_same_bits(ours, own)
         assert ours[0].is_contiguous()
 
@@ -59,7 +58,33 @@ def test_the_rotary_embedding_of_two_dtypes():
     cos, sin = angles(9, torch.float32)
     q, k = torch.randn(1, 4, 9, 16).bfloat16(), torch.randn(1, 2, 9, 16).bfloat16()
     own = results(partial(apply_rotary_pos_emb, cos=cos, sin=sin), (q, k))
-    assert_same_bits(results(partial(rotate_both, cos=cos, sin=sin), (q, k)), own)
+    assert_same_bits(results(partial(exact.rotate_both, cos=cos, sin=sin), (q, k)), own)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 32), (1, 300, 32), (301, 48), (1, 130, 512)])
+def test_a_norm(dtype, shape, monkeypatch):
+    """Behind a residual stream, whose gradient comes first and whose sum depends on what is added when; in one block
+    and in several."""
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(shape[-1], 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    norm = norm.to(dtype)
+
+    def behind(function, x, weight, first):
+        stream = x * first
+        return stream + function(stream, weight) * 3
+
+    inputs = [torch.randn(shape).to(dtype), norm.weight.data, torch.randn(shape).to(dtype)]
+
+    def own(stream, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, stream)
+
+    expected = results(partial(behind, own), inputs)
+    for block in (exact.BLOCK, 16 * shape[-1]):
+        monkeypatch.setattr(exact, "BLOCK", block)
+        ours = results(partial(behind, lambda stream, weight: exact.rms_norm(stream, weight, 1e-5)), inputs)
+        assert_same_bits(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
