@@ -190,8 +190,12 @@ def _kernels(name: str, device: str, model_type: str) -> Kernels | None:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`F.rms_norm`: on CUDA one kernel where Hugging Face's norm is eight. In half precision it rounds once, where
-    theirs rounds before and after the weight."""
-    return F.rms_norm(x, weight.shape, weight, epsilon)
+    theirs rounds before and after the weight. Autocast on CUDA (accelerate's, under FSDP2 too) would make copies in
+    float32 of both and leave the output there, so it is off here."""
+    if not (x.is_cuda and torch.is_autocast_enabled("cuda")):
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+    with torch.autocast("cuda", enabled=False):
+        return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
 def compiled(model_type: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]:

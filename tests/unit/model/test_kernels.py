@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.models.llama import modeling_llama
 
@@ -210,6 +211,21 @@ def test_two_dtypes_stay_hugging_faces(counted):
         assert torch.equal(norm(x), expected) and not counted
         assert norm(x.float()).dtype == torch.float32 and counted["norm"] == 1
     assert not seen
+
+
+def test_autocast_does_not_take_the_norm_to_float32():
+    """CUDA's would, for the weights in bfloat16 that FSDP2 leaves under it. With tensors that only say they are
+    there."""
+    with FakeTensorMode():
+        x, weight = (torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in ((3, 32), (32,)))
+        before = torch.is_autocast_enabled("cuda")
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert F.rms_norm(x, (32,), weight, 1e-5).dtype == torch.float32
+            assert kernels.rms_norm(x, weight, 1e-5).dtype == torch.bfloat16
+            assert torch.is_autocast_enabled("cuda"), "it holds again behind the norm"
+        finally:
+            torch.set_autocast_enabled("cuda", before)
 
 
 def test_the_warning_of_the_unfused_kernel_is_an_error_in_tests():
