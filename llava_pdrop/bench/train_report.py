@@ -69,7 +69,8 @@ NOTES = """\
   what the steps saved at the median speed of each run (seconds per operation, since batches differ in length).
   *Realised / predicted* compares forward and backward on both sides: the optimizer is in neither. The JSON has every
   step, and the saving of the plain totals.
-- *Modelled* is no measurement: what `llava-pdrop plan` predicts for a named GPU in bfloat16, this optimizer included.
+- *Modelled* is no measurement: what `llava-pdrop plan` predicts for a named GPU in bfloat16, with this optimizer and
+  eager kernels where this run has them, else fused ones.
 - *Peak predicted* (GPUs only) is what `llava-pdrop plan` would say with this optimizer, for the largest counted batch
   and eager kernels.
 """

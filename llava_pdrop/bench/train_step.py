@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.bench.workload import Workload
-from llava_pdrop.cost.elementwise import optimizer_bytes
+from llava_pdrop.cost.elementwise import kernels_of, optimizer_bytes
 from llava_pdrop.cost.flops import stage_flops, step_flops
 from llava_pdrop.cost.memory import predicted_peak
 from llava_pdrop.cost.step_time import is_modelled, step_parts
 from llava_pdrop.cost.time_report import ArmTime
 from llava_pdrop.errors import UserError
 from llava_pdrop.model import vlm
+from llava_pdrop.model.kernels import resolve
 from llava_pdrop.model.stream import Layout, layouts_of
 from llava_pdrop.model.vlm import Output, PyramidLlava, label_loss
 from llava_pdrop.runtime.clock import (
@@ -235,14 +236,17 @@ class Trainer:
         return peak.total / MIB
 
     def modelled_time(self, arm: Arm, batch: PackedBatch) -> ArmTime | None:
-        """The model of its time (`cost.step_time`), in bfloat16 on whatever device; None where there is none."""
+        """The model of its time (`cost.step_time`), in bfloat16 on whatever device, with the kernels that it has here;
+        None where there is none."""
         config, shape = self.model.hf.config, self.shape
         if arm.full_logits or not is_modelled(config):
             return None
         options = (shape.geometry, shape.trainable, arm.recompute, arm.recompute_layers, arm.recompute_tower)
         learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         moved = optimizer_bytes(learning) * optimizer.SHARES[self.kind]
-        return ArmTime(step_parts(config, batch, arm.schedule, *options), moved, self.model_flops(arm, batch))
+        kernels = kernels_of(resolve(arm.kernels, self.device))
+        parts = step_parts(config, batch, arm.schedule, *options, kernels=kernels)
+        return ArmTime(parts, moved, self.model_flops(arm, batch))
 
     def recover(self) -> None:
         """Gives back what a step that ran out of memory has left behind."""

@@ -44,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="GPU whose step time is modelled: H100, H200 or A100 (default: H100)",
     )  # fmt: skip
     parser.add_argument(
-        "--kernels", default="eager", metavar="NAME",
-        help="of the element-wise parts in that model: eager, one for each operation, or fused (default: eager)",
+        "--kernels", metavar="NAME",
+        help="of the element-wise parts in that model: eager, one for each operation, or fused (default: as "
+        "model.kernels of CONFIG, fused unless it is eager)",
     )  # fmt: skip
     parser.add_argument(
         "--global-batch",

@@ -17,6 +17,7 @@ from typing import Any
 
 from llava_pdrop.cost.flops import head_size, key_value_heads
 from llava_pdrop.errors import UserError
+from llava_pdrop.model.kernels import AUTO
 
 HALF, FLOAT = 2, 4
 
@@ -57,6 +58,12 @@ class Moved:
     forward: float
     backward: float
     again: float = 0.0
+
+
+def kernels_of(choice: str) -> str:
+    """Those of `KERNELS` that ``model.kernels: choice`` runs with on a GPU: all but ``eager`` are fused."""
+    chosen = AUTO["cuda"] if choice == "auto" else choice
+    return "eager" if chosen == "eager" else "fused"
 
 
 def check_kernels(kernels: str) -> None:

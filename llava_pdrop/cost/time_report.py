@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.elementwise import MODELLED, check_kernels, optimizer_bytes
+from llava_pdrop.cost.elementwise import MODELLED, check_kernels, kernels_of, optimizer_bytes
 from llava_pdrop.cost.flops import step_flops
 from llava_pdrop.cost.memory import learning_parameters
 from llava_pdrop.cost.nominal import checkpointing, model_of, nominal_batch, recomputed_layers, states_of
@@ -93,18 +93,18 @@ class TimeModel:
     optimizer: str
 
 
-def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str = "eager") -> TimeModel | str:
+def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str | None = None) -> TimeModel | str:
     """The model for a micro-batch of ``config`` with its own recomputation, or in one line why there is none.
 
     Args:
         gpus: over how many the engine shards the optimizer.
         card: one of `step_time.CARDS`.
-        kernels: one of `elementwise.KERNELS`.
+        kernels: one of `elementwise.KERNELS` (None: those of the config's ``model.kernels``).
 
     Raises:
         ConfigError: the numbers of the model are not on this machine. UserError: unknown ``card`` or ``kernels``.
     """
-    check_kernels(kernels)
+    check_kernels(kernels := kernels_of(config.model.kernels) if kernels is None else kernels)
     card_named(card)
     model, states = model_of(config), states_of(config, gpus)
     if config.lora is not None:

@@ -173,6 +173,22 @@ def test_arms_with_eager_and_fused_kernels_take_turns(monkeypatch: pytest.Monkey
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
 
 
+def test_the_model_of_its_time_has_the_kernels_of_the_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, batch = trainer_of(), Workload(SMALL).batch(0, CPU)
+
+    def parts(name: str) -> list:
+        time = trainer.modelled_time(Arm("any", SMALL.schedule, kernels=name), batch)
+        assert time is not None
+        return time.parts
+
+    eager, fused = parts("eager"), parts("torch")
+    moved = [sum(part.whole.bytes for part in arm if part.name.startswith("layers")) for arm in (eager, fused)]
+    assert moved[1] < moved[0] / 3
+    assert parts("auto") == eager, "what it comes to on a CPU"
+    monkeypatch.setitem(kernels.AUTO, "cpu", "torch")
+    assert parts("auto") == fused
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_no_step_leaves_tensors_that_only_the_collector_would_free(recompute: bool) -> None:
     """It is off while steps are measured: on a GPU such a rest would be activations."""
