@@ -230,8 +230,8 @@ def _notes(report: dict[str, Any]) -> str:
     settings = report["settings"]
     return (
         f"{settings['runs']} runs of every method, taking turns, after {settings['warm_up']} that are not counted; "
-        f"{sum(settings['text_tokens'])} text tokens a prompt, {settings['new_tokens']} new ones an answer. Prefill: "
-        "until the first logits, without the tower. Time: "
+        f"{sum(settings['text_tokens'])} text tokens a prompt, {settings['new_tokens']} new ones an answer; "
+        f"{settings['kernels']} kernels. Prefill: until the first logits, without the tower. Time: "
         f"{settings['timer']}. Predicted: by the full FLOP count. Of peak: {settings['peak_flops_source']}."
     )
 
@@ -292,6 +292,7 @@ def bench_prefill(
         "shape": name,
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention,
+        "kernels": "eager",  # generation is Hugging Face's: `model.kernels` holds in training
         "runs": runs,
         "warm_up": WARM_UP,
         "new_tokens": new_tokens,

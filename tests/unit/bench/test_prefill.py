@@ -119,6 +119,7 @@ def test_report(report):
     settings = report["settings"]
     assert settings["schedules"]["FastV"] == FASTV.check(layers).to_dict()
     assert settings["new_tokens"] == NEW and settings["runs"] == 2 and settings["attention"] == "sdpa"
+    assert settings["kernels"] == "eager"
     assert report["environment"]["seed"] == 0
     documented = {name for names in settings["times"] for name in names.split(", ")}
     assert documented == {"speedup", "share_of_peak", "ranking_share", "decode_tokens_per_s"} | {
