@@ -46,7 +46,9 @@ def run_train(args: argparse.Namespace) -> None:
     if not schedules and shape.schedule.layers:
         schedules = {"PyramidDrop": shape.schedule}
     depth, again = shape.text["num_hidden_layers"], shape.recompute if args.recompute is None else args.recompute
-    settings = [recompute.read_setting(word, 1 + len(schedules), depth) for word in args.recompute_layers or ()]
+    settings = [
+        recompute.read_setting(word, 1 + len(schedules), depth) for word in dict.fromkeys(args.recompute_layers or ())
+    ]
     common = Arm(
         "",
         recompute=again,
@@ -70,7 +72,7 @@ def run_train(args: argparse.Namespace) -> None:
         part = f"-{workload.images}" if len(workloads) > 1 else ""
         stem = args.out / (file_name("train", name, device_label(device)) + part)
         files = train_report.write(report, stem)
-        for group in variants.compare(trainer, arms[:2]) if args.compare else ():
+        for group in variants.compare(trainer, chosen[:2]) if args.compare else ():
             train_report.add_comparison(report, group)
             train_report.write(report, stem)  # a time limit that ends the run costs one group, not all of it
         train_report.show(report)

@@ -69,8 +69,10 @@ def variants(samples: int, depth: int, device: torch.device, dtype: torch.dtype)
         found.append(Variant("attention", backend, _with(backend=backend), missing(backend, device, dtype)))
     found += [
         Variant("recomputation", "none", _with(recompute=False, recompute_layers=None)),
-        Variant("recomputation", "every layer", _with(recompute=True, recompute_layers=None)),
-        Variant("recomputation", "first quarter", _with(recompute=True, recompute_layers=depth // 4)),
+        Variant("recomputation", "every layer", _with(recompute=True, recompute_layers=None, recompute_tower=True)),
+        Variant(
+            "recomputation", "first quarter", _with(recompute=True, recompute_layers=depth // 4, recompute_tower=True)
+        ),
     ]
     counts = sorted({max(1, samples // 2), samples, 2 * samples})
     found += [Variant("samples per micro-batch", str(count), _with(samples=count)) for count in counts]

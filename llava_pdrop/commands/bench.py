@@ -70,8 +70,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kernels", metavar="NAME", help="auto, eager, torch or liger (default: as CONFIG, else auto)")
     parser.add_argument(
-        "--compare", action="store_true", help="also measure each design choice against its alternative"
-    )
+        "--compare", action="store_true",
+        help="also measure each design choice against its alternative, in the (first) setting of recomputation",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--out", type=a_place, default=OUT, metavar="DIR", help="directory of the three reports")
 

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from llava_pdrop.__main__ import main
+from llava_pdrop.bench import variants
 from llava_pdrop.bench.run import read_schedules
+from llava_pdrop.bench.train_step import Arm
 from llava_pdrop.errors import UserError
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
@@ -91,6 +93,17 @@ def test_the_model_stands_beside_and_is_marked_as_one(headline: Path, files: Pat
     plain = json.loads((files / "train-tiny-cpu.json").read_text())
     assert plain["model"] is None, "a CPU is no card"
     assert "odelled for" not in (files / "train-tiny-cpu.md").read_text()
+
+
+def test_variants_recompute_what_their_arms_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the first setting; one that is named twice is measured once."""
+    seen: list[Arm] = []
+    monkeypatch.setattr(variants, "compare", lambda trainer, arms: seen.extend(arms) or [])
+    words = ["bench", "train", "--shape", "tiny", "--steps", "1", "--warmup", "0", "--device", "cpu", "--samples", "1"]
+    assert main([*words, "--recompute-layers", "2,0", "2,0", "1", "--compare", "--out", str(tmp_path)]) == 0
+    assert [(arm.recompute, arm.recompute_layers) for arm in seen] == [(True, 2), (False, 0)]
+    report = json.loads((tmp_path / "train-tiny-cpu.json").read_text())
+    assert [run["setting"] for run in report["runs"]] == ["2,0 recomputed"] * 2 + ["1 recomputed"] * 2
 
 
 def test_three_files_are_written(files: Path) -> None:
