@@ -93,7 +93,8 @@ def training_report(
     """
     if results[0].error is not None:
         raise UserError(
-            f"{results[0].error} on {trainer.device} in {results[0].arm.name}: try a smaller --samples or --recompute"
+            f"{results[0].error} on {trainer.device} in {results[0].arm.name}: try a smaller --samples or more "
+            "--recompute-layers"
         )
     card = card if is_modelled(trainer.model.hf.config) else None
     rate, source = peak_flops(trainer.device, trainer.dtype)

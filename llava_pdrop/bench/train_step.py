@@ -326,6 +326,7 @@ def out_of_memory_is_one_line(trainer: Trainer, arm: Arm) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        hints = ["a smaller --samples", *(["--recompute"] if not arm.recompute else [])]
+        again = "--recompute" if arm.setting is None else "--recompute-layers all"
+        hints = ["a smaller --samples", *([again] if not arm.recompute else [])]
         hints += {"adamw": ["--optimizer sharded"], "sharded": ["--optimizer none"]}.get(trainer.kind, [])
         raise UserError(f"out of memory on {trainer.device} in {arm.name}: try {' or '.join(hints)}") from error

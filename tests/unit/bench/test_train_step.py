@@ -253,6 +253,9 @@ def test_out_of_memory_is_one_line_or_leaves_the_arm_out(monkeypatch: pytest.Mon
     arms = [Arm("vanilla"), Arm("large", SMALL.schedule)]
     with pytest.raises(ValueError, match=says("out of memory", "cpu", "large", "--samples", "--recompute")):
         measure(trainer_of(), arms, steps=1, warmup=0)
+    named = [dataclasses.replace(arm, setting="0 recomputed") for arm in arms]
+    with pytest.raises(ValueError, match=says("out of memory", "large", "--recompute-layers all")):
+        measure(trainer_of(), named, steps=1, warmup=0)  # --recompute would contradict what was asked for
     vanilla, large = measure(trainer_of(), arms, steps=2, warmup=1, patient=True)
     assert vanilla.error is None and len(vanilla.losses) == 2
     assert large.error == "out of memory" and not large.losses
