@@ -182,6 +182,8 @@ def _kernels(name: str, device: str, model_type: str) -> Kernels | None:
         return Kernels(rms_norm if name == "torch" else exact.rms_norm, exact.rotate_both)
     if name == "eager":
         return None
+    if device != "cuda":
+        return Kernels(rms_norm)
     if name == "liger":
         rotary = import_module("liger_kernel.transformers.rope").liger_rotary_pos_emb
         return Kernels(rms_norm, rotary, import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply)

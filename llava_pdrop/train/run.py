@@ -197,13 +197,20 @@ def learning_model(config: Config, args: TrainingArguments) -> tuple[Parts, Pyra
     for line in parts.notes:
         say(line)
     model = build_model(config, parts)
-    asked, found = config.model.kernels, resolve(config.model.kernels, args.device)
-    say(f"{config.name}: model.kernels: {found}" + (f" ({asked}, on {args.device.type})" if asked != found else ""))
+    say(f"{config.name}: model.kernels: {kernels_in_use(config.model.kernels, args)}")
     if config.lora is None:
         freeze(model, config.model.trainable)
     else:
         adapt(model, config, args)
     return parts, model
+
+
+def kernels_in_use(asked: str, args: TrainingArguments) -> str:
+    """What ``model.kernels`` comes to, and why where that is something else."""
+    found, reason = resolve(asked, args.device), f"on {args.device.type}"
+    if args.torch_compile:  # it reads Hugging Face's own operations, see `kernels`
+        found, reason = "eager", "under train.torch_compile"
+    return found if asked == found else f"{found} ({asked}, {reason})"
 
 
 def load_parts(config: Config) -> Parts:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.train.checks import stage1_config
 from llava_pdrop.train.history import digest
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
-from llava_pdrop.train.run import build_dataset, load_parts, train
+from llava_pdrop.train.run import build_dataset, kernels_in_use, load_parts, train
 from tests.messages import meant, says
 
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
@@ -95,6 +96,19 @@ def test_a_finished_run_of_other_data_is_trained_again_one_of_other_versions_is_
     said = capsys.readouterr().out
     assert re.search(says("finished", "processes 1", "8", "llava_pdrop"), said)
     assert (output / "model.safetensors").stat().st_mtime_ns == trained
+
+
+@pytest.mark.parametrize(("asked", "compiled", "said"), [
+    ("eager", False, "eager"),
+    ("torch", False, "torch"),
+    ("auto", False, "eager (auto, on cpu)"),
+    ("torch", True, "eager (torch, under train.torch_compile)"),
+    ("eager", True, "eager"),
+])  # fmt: skip
+def test_the_kernels_that_a_run_says(asked, compiled, said):
+    """Where transformers compiles the whole model, ours step back."""
+    args = SimpleNamespace(device=torch.device("cpu"), torch_compile=compiled)
+    assert kernels_in_use(asked, args) == said
 
 
 def test_kernels_that_cannot_run_here_are_one_line(tiny_config):
