@@ -34,6 +34,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["llava_pdrop", "llava_pdrop.*"]),
+    package_data={"llava_pdrop": ["cost/mixtures.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
