@@ -23,6 +23,7 @@ from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.memory import GIB, Parameters, predicted_peak
 from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model import kernels
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.optim import freeze
@@ -33,6 +34,12 @@ from tests.messages import says
 DECODER = ("projector", "language_model")
 DROP_4 = Schedule((1, 2, 3), (0.5, 0.25, 0.125))
 NO_OPTIMIZER = States(optimizer=0)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_cuda(monkeypatch):
+    """Eager kernels are Hugging Face's operations there; on a CPU `exact` takes fewer, and keeps less of them."""
+    monkeypatch.setattr(kernels, "_kernels", lambda *_: None)
 
 
 class LiveBytes(TorchDispatchMode):
