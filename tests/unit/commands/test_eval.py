@@ -20,8 +20,8 @@ from tests.messages import says
 
 REPOSITORY = Path(__file__).parents[3]
 PREPARE = REPOSITORY / "data" / "prepare"
-NAMES = ("pope", "textvqa", "mmbench")
-PAGES = 4
+QUESTIONS = {"pope": 6, "textvqa": 1, "mmbench": 4}  # of a page
+NAMES, PAGES = tuple(QUESTIONS), 4
 SCHEDULE = "pyramid_drop={layers: [1, 2, 3], ratios: [0.5, 0.25, 0.125]}"
 
 
@@ -79,7 +79,7 @@ def test_from_files_to_a_table(run, sets, capsys):
     found = scores(run)
     assert list(found) == [(name, column) for name in NAMES for column in ("pyramid_drop", "vanilla")]
     for (name, column), row in found.items():
-        assert row["questions"] == (4 * PAGES if name == "mmbench" else PAGES), "a rotation is a question of its own"
+        assert row["questions"] == QUESTIONS[name] * PAGES, "a rotation is a question of its own"
         assert row["image_tokens"] == ([256, 128, 64, 32] if column == "pyramid_drop" else [256])
         assert row["interval"][0] <= row["score"] <= row["interval"][1] and row["unread"] == 0
         assert (row["against"] is None) == (column == "pyramid_drop")
@@ -128,9 +128,9 @@ def test_pictures_that_cannot_be_read_count_and_cost_the_exit_status(run, sets, 
         main(["eval", str(run), *words])
     assert exit.value.code == 1
     said = capsys.readouterr().out
-    assert re.search(says("1 not read", broken.name), said) and "eval.max_unread=" in said
+    assert re.search(says("6 not read", broken.name), said) and "eval.max_unread=" in said
     row = scores(run)["pope", "pyramid_drop"]
-    assert (row["questions"], row["unread"]) == (PAGES, 1)
+    assert (row["questions"], row["unread"]) == (6 * PAGES, 6)
     assert main(["eval", str(run), *words, "eval.max_unread=0.5"]) == 0
     shutil.copyfile(sets / "eval/pope/val2014" / broken.name, broken)
     assert main(["eval", str(run), *words]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -147,8 +148,12 @@ def test_an_interrupted_check_keeps_what_it_found(tmp_path: Path, monkeypatch: p
     script.write_text(INTERRUPTED)
     monkeypatch.setattr(runner, "PROCESS", (sys.executable, str(script)))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with pytest.raises(KeyboardInterrupt):
-        runner.check(["env", "next"], 100.0, "cpu", tmp_path / "out")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner.check(["env", "next"], 100.0, "cpu", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
     found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["stages"]
     assert [found[name]["result"]["found"] for name in ("env", "next")] == ["env", "next"]
     assert found["env"]["environment"]["command"].startswith(
