@@ -1,0 +1,48 @@
+"""Numbers as a person would write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava_pdrop.report.units import digits, text_of, time_text, time_unit
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (26889, "26,900"),
+        (26.889, "26.9"),
+        (0.0026889, "0.00269"),
+        (0, "0"),
+        (-1.5, "-1.50"),
+        (9.996, "10.0"),
+        (999.7, "1,000"),
+    ],
+)
+def test_three_digits(value: float, text: str) -> None:
+    assert digits(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (26.889, "26.9 s"),
+        (0.0626, "62.6 ms"),
+        (1.2e-5, "12.0 µs"),
+        (95, "1.58 min"),
+        (12_312, "3.42 h"),
+        (0, "0 s"),
+        (1e-9, "0.00100 µs"),
+    ],
+)
+def test_a_time_has_the_unit_that_a_person_would_use(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+def test_figures_side_by_side_share_a_unit() -> None:
+    unit = time_unit([26.9, 0.4])
+    assert [unit.text(26.9), unit.text(0.4), unit.name] == ["26.9", "0.400", "s"]
+
+
+def test_no_value_is_no_text() -> None:
+    assert (text_of(None, ".1%"), text_of(0.0, ".1%")) == ("", "0.0%")
