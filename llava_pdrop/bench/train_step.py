@@ -20,7 +20,7 @@ from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.elementwise import kernels_of, optimizer_bytes
-from llava_pdrop.cost.flops import stage_flops, step_flops
+from llava_pdrop.cost.flops import Recomputed, stage_flops, step_flops
 from llava_pdrop.cost.memory import predicted_peak
 from llava_pdrop.cost.step_time import is_modelled, step_parts
 from llava_pdrop.cost.time_report import ArmTime
@@ -82,6 +82,11 @@ class Arm:
     full_logits: bool = False
     kernels: str = "auto"
     setting: str | None = None
+
+    @property
+    def recomputed(self) -> Recomputed:
+        """The same as one thing."""
+        return Recomputed(self.recompute_layers, self.recompute_tower) if self.recompute else Recomputed()
 
 
 @dataclass
@@ -218,9 +223,8 @@ class Trainer:
 
     def hardware_flops(self, arm: Arm, batch: PackedBatch) -> float:
         """Operations that it does, recomputation and logits without a label included."""
-        options = (self.shape.geometry, self.shape.trainable, arm.recompute, arm.recompute_layers)
-        config = self.model.hf.config
-        count = step_flops(config, batch, arm.schedule, *options, recompute_tower=arm.recompute_tower)
+        config, shape = self.model.hf.config, self.shape
+        count = step_flops(config, batch, arm.schedule, shape.geometry, shape.trainable, arm.recomputed)
         if arm.full_logits:
             rows = layouts_of(batch, arm.schedule)[-1].tokens
             count = replace(count, head=count.head * rows / len(batch.label_positions))
@@ -229,10 +233,8 @@ class Trainer:
     def predicted_peak_mib(self, arm: Arm, batch: PackedBatch, layouts: Sequence[Layout] | None = None) -> float:
         """The peak that ``llava-pdrop plan`` would predict with this optimizer: label-only logits, eager kernels.
         ``layouts``: of ``batch`` under the arm's schedule, where they are known."""
-        options = (self.shape.geometry, self.shape.trainable, arm.recompute, arm.recompute_layers)
-        states = optimizer.states(self.kind, self.dtype)
-        config, tower = self.model.hf.config, arm.recompute_tower
-        peak = predicted_peak(config, batch, arm.schedule, *options, states, layouts=layouts, recompute_tower=tower)
+        options = (self.shape.geometry, self.shape.trainable, arm.recomputed, optimizer.states(self.kind, self.dtype))
+        peak = predicted_peak(self.model.hf.config, batch, arm.schedule, *options, layouts=layouts)
         return peak.total / MIB
 
     def modelled_time(self, arm: Arm, batch: PackedBatch) -> ArmTime | None:
@@ -241,7 +243,7 @@ class Trainer:
         config, shape = self.model.hf.config, self.shape
         if arm.full_logits or not is_modelled(config):
             return None
-        options = (shape.geometry, shape.trainable, arm.recompute, arm.recompute_layers, arm.recompute_tower)
+        options = (shape.geometry, shape.trainable, arm.recomputed)
         learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         moved = optimizer_bytes(learning) * optimizer.SHARES[self.kind]
         kernels = kernels_of(resolve(arm.kernels, self.device))

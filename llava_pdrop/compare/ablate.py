@@ -15,7 +15,7 @@ from llava_pdrop.compare.variants import Ablation, Variant
 from llava_pdrop.config.schema import Config, PaperRow
 from llava_pdrop.cost.flops import predicted_reduction
 from llava_pdrop.cost.lora import learning
-from llava_pdrop.cost.nominal import model_of, nominal_batch
+from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by
 from llava_pdrop.cost.plan import Plan, make_plan, plan_step
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import answer, check_scorer, evaluate_config, load_questions, respondent_of
@@ -23,7 +23,6 @@ from llava_pdrop.eval.measure import load_benchmarks, measure, measure_config
 from llava_pdrop.eval.score import Score
 from llava_pdrop.eval.team import team_of
 from llava_pdrop.runtime.device import release_memory
-from llava_pdrop.train.arguments import recomputes_activations, training_arguments
 from llava_pdrop.train.checks import check_run
 from llava_pdrop.train.run import prepare_data, say, train
 
@@ -173,8 +172,7 @@ class _Batches:
             config.schedule,
             self._parts.geometry,
             learning(config),
-            recomputes_activations(training_arguments(config)),
-            config.train.recompute_layers,
+            recomputed_by(config, self._parts.hf.config.text_config.num_hidden_layers),
         )
 
 

@@ -19,6 +19,7 @@ from llava_pdrop.compare.turns import saving
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import predicted_reduction
 from llava_pdrop.cost.lora import learning
+from llava_pdrop.cost.nominal import recomputed_by
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.tokens import Encoder
@@ -32,7 +33,7 @@ from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.style import TABLE_WIDTH
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.train.arguments import recomputes_activations, training_arguments
+from llava_pdrop.train.arguments import training_arguments
 from llava_pdrop.train.checks import check_run
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, timing_of
 from llava_pdrop.train.run import build_dataset, build_plan, prepare_data, say, train
@@ -227,8 +228,7 @@ def _with_savings(config: Config, rows: list[ComparisonRow], counted: Counted, d
         config.schedule,
         counted.geometry,
         learning(config),
-        recomputes_activations(args),
-        config.train.recompute_layers,
+        recomputed_by(config, counted.hf.text_config.num_hidden_layers),
     )
     return [replace(r, predicted=predicted, saving=found) if r.name == DROPPING else r for r in rows]
 

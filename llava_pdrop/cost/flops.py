@@ -24,6 +24,24 @@ ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True)
+class Recomputed:
+    """What activation checkpointing runs once more in backward: so many first ``layers`` of the decoder (None: all),
+    and those of the ``tower``, where it learns."""
+
+    layers: int | None = 0
+    tower: bool = False
+
+    @classmethod
+    def first(cls, layers: int) -> Recomputed:
+        """So many layers, and the tower with the first of them."""
+        return cls(layers, layers > 0)
+
+
+ALL_LAYERS = Recomputed(None, True)
+"""Every layer of the decoder and the tower."""
+
+
+@dataclass(frozen=True)
 class StepFlops:
     """Operations of a step by where they happen; forward and backward together."""
 
@@ -48,10 +66,8 @@ def step_flops(
     schedule: Schedule,
     geometry: ImageGeometry,
     trainable: Collection[str] = ("projector", "language_model"),
-    checkpointing: bool = False,
-    recompute_layers: int | None = None,
+    recomputed: Recomputed = Recomputed(),
     seq_lens: Sequence[Sequence[int]] | None = None,
-    recompute_tower: bool = True,
 ) -> StepFlops:
     """Operations of forward and backward of one micro-batch.
 
@@ -59,19 +75,17 @@ def step_flops(
         config: of the Hugging Face LLaVA (``text_config``, ``vision_config``, ``vision_feature_layer``).
         trainable: which of projector, language_model and vision_tower learn (empty: forward only). The gradient
             passes through a frozen decoder to what learns before it.
-        checkpointing: activation checkpointing, which runs every layer's forward once more in backward, up to the
-            last product, whose result nobody needs again.
-        recompute_layers: of the decoder's layers, only so many first ones run again (None: all of them).
+        recomputed: layers whose forward runs once more in backward, up to the last product, whose result nobody needs
+            again.
         seq_lens: the lengths of the samples at every stage, where a forward has told them (`vlm.Output`); None: they
             are planned here.
-        recompute_tower: ``checkpointing`` is the tower's too, where it learns.
     """
     text = config.text_config
     stages = [layout.seq_lens for layout in layouts_of(batch, schedule)] if seq_lens is None else seq_lens
     queries = [len(starts) for starts in batch.answer_starts]
     tiles = tiles_of(batch, geometry)
     backward = bool(trainable)
-    repeated = text.num_hidden_layers if recompute_layers is None else recompute_layers
+    again = range(text.num_hidden_layers)[: recomputed.layers]
     linear_factor = 1.0 + backward + ("language_model" in trainable)
 
     decoder = attention = ranking = 0.0
@@ -81,12 +95,12 @@ def step_flops(
             ranking += ranking_flops(text, stages[stage], queries, schedule)
             stage += 1
         lengths = stages[stage]
-        repeat = checkpointing and backward and layer < repeated
+        repeat = backward and layer in again
         linear, last, scores = layer_flops(text, lengths)
         decoder += linear * linear_factor + (linear - last) * repeat
         attention += scores * (1 + repeat + ATTENTION_BACKWARD * backward)
     return StepFlops(
-        tower=tower_flops(config, tiles, "vision_tower" in trainable, checkpointing and recompute_tower),
+        tower=tower_flops(config, tiles, "vision_tower" in trainable, recomputed.tower),
         projector=projector_flops(config, tiles * geometry.patches, trainable),
         decoder=decoder,
         attention=attention,
@@ -112,14 +126,12 @@ def predicted_reduction(
     schedule: Schedule,
     geometry: ImageGeometry,
     trainable: Collection[str],
-    checkpointing: bool = False,
-    recompute_layers: int | None = None,
+    recomputed: Recomputed = Recomputed(),
 ) -> float:
     """Share of a vanilla step's operations that ``schedule`` saves on ``batches``, between 0 and 1."""
-    options = (geometry, trainable, checkpointing, recompute_layers)
 
     def operations(chosen: Schedule) -> float:
-        return sum(step_flops(config, batch, chosen, *options).total for batch in batches)
+        return sum(step_flops(config, batch, chosen, geometry, trainable, recomputed).total for batch in batches)
 
     return 1 - operations(schedule) / operations(Schedule())
 
@@ -172,7 +184,7 @@ def ranking_flops(text: Any, lengths: Sequence[int], queries: Sequence[int], sch
     return keys + rows + scores
 
 
-def tower_flops(config: Any, tiles: int, trainable: bool, checkpointing: bool) -> float:
+def tower_flops(config: Any, tiles: int, trainable: bool, recomputed: bool) -> float:
     """Operations of the tower on so many tiles: only the layers that lead to ``vision_feature_layer`` run."""
     vision = config.vision_config
     width, used = vision.hidden_size, used_tower_layers(config)
@@ -185,7 +197,7 @@ def tower_flops(config: Any, tiles: int, trainable: bool, checkpointing: bool) -
     if not trainable:
         return forward
     last = 2 * tokens * width * vision.intermediate_size
-    again = used * (linear - last) + attention if checkpointing else 0
+    again = used * (linear - last) + attention if recomputed else 0
     return forward + embedding + used * 2 * linear + ATTENTION_BACKWARD * attention + again
 
 

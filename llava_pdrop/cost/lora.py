@@ -44,11 +44,12 @@ def adapter_parameters(text: Any, section: LoraSection | None) -> list[int]:
 
 
 def adapter_flops(
-    text: Any, section: LoraSection | None, batch: PackedBatch, schedule: Schedule, recomputed: int
+    text: Any, section: LoraSection | None, batch: PackedBatch, schedule: Schedule, recomputed: int | None
 ) -> float:
-    """Operations of the adapters in a step that runs the forward of the first ``recomputed`` layers again."""
+    """Operations of the adapters in a step that runs the first ``recomputed`` layers (None: all) forward again."""
     layouts, operations, stage = layouts_of(batch, schedule), 0, 0
+    again = range(text.num_hidden_layers)[:recomputed]
     for layer, parameters in enumerate(adapter_parameters(text, section)):
         stage += layer in schedule.layers
-        operations += 2 * layouts[stage].tokens * parameters * (3 + (layer < recomputed))
+        operations += 2 * layouts[stage].tokens * parameters * (3 + (layer in again))
     return float(operations)

@@ -35,7 +35,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llava_pdrop.cost.flops import head_size, key_value_heads, tiles_of
+from llava_pdrop.cost.flops import Recomputed, head_size, key_value_heads, tiles_of
 from llava_pdrop.cost.states import FLOAT, GATHERED, States
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.stream import Layout, layouts_of
@@ -116,34 +116,30 @@ def predicted_peak(
     schedule: Schedule,
     geometry: ImageGeometry,
     trainable: Collection[str] = ("projector", "language_model"),
-    checkpointing: bool = False,
-    recompute_layers: int | None = None,
+    recomputed: Recomputed = Recomputed(),
     states: States = States(),
     adapters: int = 0,
     layouts: Sequence[Layout] | None = None,
-    recompute_tower: bool = True,
 ) -> Memory:
     """The peak of forward, backward and a fused optimizer step of one micro-batch on one GPU.
 
     Args:
         config: of the Hugging Face LLaVA.
         trainable: which of projector, language_model and vision_tower learn.
-        checkpointing: activation checkpointing, of the decoder's layers and those of a trainable tower.
-        recompute_layers: of the decoder's layers only so many first ones (None: all of them), as in `step_flops`.
+        recomputed: layers that keep their inputs only and run once more in backward, as in `step_flops`.
         adapters: parameters of LoRA adapters, which learn instead of the decoder's own. What they keep for their
             backward, besides the inputs that full training keeps too, is not in it.
         layouts: `layouts_of` the batch under ``schedule``, where that was called already.
-        recompute_tower: ``checkpointing`` is the tower's too, as in `step_flops`.
     """
     counts, layers = Parameters.of(config), config.text_config.num_hidden_layers
     decoder = replace(counts, embedding=0, layer=adapters // layers, head=0) if adapters else counts
     layouts = layouts_of(batch, schedule) if layouts is None else layouts
-    recomputed = range(config.text_config.num_hidden_layers)[:recompute_layers] if checkpointing else range(0)
+    again = range(layers)[: recomputed.layers]
     tiles = tiles_of(batch, geometry)
     blocks = [
-        *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, checkpointing and recompute_tower, states),
+        *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, recomputed.tower, states),
         _projector_block(config, counts, tiles * geometry.patches, trainable, states),
-        *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, recomputed, states),
+        *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, again, states),
     ]
     total, learning = counts.total(config) + adapters, sum(block.learning for block in blocks)
     fixed = dict(

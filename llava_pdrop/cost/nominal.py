@@ -17,6 +17,7 @@ from llava_pdrop.checkpoint.original import original_geometry, refuse_unsupporte
 from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_specials
 from llava_pdrop.config.paths import cached_config, is_hub_id, number, part_configs
 from llava_pdrop.config.schema import Config, ModelSection
+from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.mixtures import Size
 from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.cost.states import FLOAT, States
@@ -116,6 +117,12 @@ def samples_of(config: Config, geometry: ImageGeometry) -> int:
     ``data.tokens_per_batch`` has room for."""
     length = geometry.num_tokens(full_picture(geometry)) + FULL_TEXT_TOKENS
     return config.data.samples_per_batch or max(1, (config.data.tokens_per_batch or length) // length)
+
+
+def recomputed_by(config: Config, layers: int) -> Recomputed:
+    """What ``config`` recomputes of a decoder of ``layers`` layers, and of its tower. Raises as `recomputed_layers`."""
+    count = recomputed_layers(config, layers)
+    return Recomputed(count, True) if checkpointing(config) else Recomputed()
 
 
 def recomputed_layers(config: Config, layers: int) -> int | None:

@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.flops import StepFlops, step_flops
+from llava_pdrop.cost.flops import Recomputed, StepFlops, step_flops
 from llava_pdrop.cost.lora import adapter_flops, adapter_parameters, learning
 from llava_pdrop.cost.memory import GIB, Memory, predicted_peak
 from llava_pdrop.cost.nominal import (
     FULL_TEXT_TOKENS,
-    checkpointing,
     full_picture,
     model_of,
     nominal_batch,
     paper_tokens,
-    recomputed_layers,
+    recomputed_by,
 )
 from llava_pdrop.cost.paper import Solution, solve_budget
 from llava_pdrop.cost.states import States
@@ -159,20 +158,20 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Plan
     """
     model = model_of(config)
     batch = nominal_batch(model.geometry, config)
-    wanted = (checkpointing(config), recomputed_layers(config, model.layers))
+    again = (
+        [recomputed_by(config, model.layers)] * 2 if recomputed is None else [Recomputed.first(n) for n in recomputed]
+    )
 
-    def operations(schedule: Schedule, again: bool, count: int | None) -> StepFlops:
-        flops = step_flops(model.config, batch, schedule, model.geometry, learning(config), again, count)
-        repeated = 0 if not again else model.layers if count is None else count
-        adapters = adapter_flops(model.config.text_config, config.lora, batch, schedule, repeated)
+    def operations(schedule: Schedule, again: Recomputed) -> StepFlops:
+        flops = step_flops(model.config, batch, schedule, model.geometry, learning(config), again)
+        adapters = adapter_flops(model.config.text_config, config.lora, batch, schedule, again.layers)
         return replace(flops, decoder=flops.decoder + adapters)
 
-    vanilla, dropping = [wanted, wanted] if recomputed is None else [(count > 0, count) for count in recomputed]
     return PlanStep(
         samples=len(batch.seq_lens),
         text_tokens=FULL_TEXT_TOKENS,
-        vanilla=operations(Schedule(), *vanilla),
-        dropping=operations(config.schedule.check(model.layers), *dropping),
+        vanilla=operations(Schedule(), again[0]),
+        dropping=operations(config.schedule.check(model.layers), again[1]),
     )
 
 
@@ -186,7 +185,7 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
     def peaks(schedule: Schedule) -> list[Memory]:
         options, layouts = (model.geometry, config.model.trainable), layouts_of(batch, schedule)
         return [
-            predicted_peak(model.config, batch, schedule, *options, count > 0, count, states, adapters, layouts)
+            predicted_peak(model.config, batch, schedule, *options, Recomputed.first(count), states, adapters, layouts)
             for count in recomputed
         ]
 

@@ -37,6 +37,7 @@ from llava_pdrop.cost.elementwise import (
 )
 from llava_pdrop.cost.flops import (
     ATTENTION_BACKWARD,
+    Recomputed,
     head_size,
     key_value_heads,
     layer_flops,
@@ -188,9 +189,7 @@ def step_parts(
     schedule: Schedule,
     geometry: ImageGeometry,
     trainable: Collection[str] = ("projector", "language_model"),
-    checkpointing: bool = False,
-    recompute_layers: int | None = None,
-    recompute_tower: bool = True,
+    recomputed: Recomputed = Recomputed(),
     kernels: str = "eager",
     split: Collection[int] = (),
 ) -> list[Part]:
@@ -209,9 +208,8 @@ def step_parts(
         raise UserError(f"the time of a step is modelled for {' and '.join(MODELLED)} with CLIP, not {text.model_type}")
     tiles, layouts = tiles_of(batch, geometry), layouts_of(batch, schedule)
     learns, backward = "language_model" in trainable, bool(trainable)
-    again_tower = checkpointing and recompute_tower
-    repeated = (text.num_hidden_layers if recompute_layers is None else recompute_layers) * checkpointing * backward
-    parts = [_tower(config, tiles, "vision_tower" in trainable, again_tower)]
+    repeated = len(range(text.num_hidden_layers)[: recomputed.layers]) * backward
+    parts = [_tower(config, tiles, "vision_tower" in trainable, recomputed.tower)]
     parts.append(_projector(config, tiles * geometry.patches, trainable))
     edges = sorted({0, *schedule.layers, *split, text.num_hidden_layers})
     for first, stop in zip(edges, edges[1:]):

@@ -14,7 +14,7 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.elementwise import MODELLED, check_kernels, kernels_of, optimizer_bytes
 from llava_pdrop.cost.flops import step_flops
 from llava_pdrop.cost.memory import learning_parameters
-from llava_pdrop.cost.nominal import checkpointing, model_of, nominal_batch, recomputed_layers, states_of
+from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by, states_of
 from llava_pdrop.cost.step_time import NOTE, Part, Work, card_named, is_modelled, step_parts
 from llava_pdrop.schedule import Schedule
 
@@ -118,11 +118,10 @@ def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str | None
     accumulation = config.train.arguments.get("gradient_accumulation_steps", 1)
     mine = learning_parameters(model.config, trainable) / states.shards
     moved = 0.0 if states.offloaded else optimizer_bytes(mine, not states.float32) / accumulation
-    again = (checkpointing(config), recomputed_layers(config, model.layers))
-    arms = {}
+    again, arms = recomputed_by(config, model.layers), {}
     for name, chosen in {"vanilla": Schedule(), **({"dropping": schedule} if schedule.layers else {})}.items():
         options = (model.config, batch, chosen, model.geometry, trainable)
-        parts = step_parts(*options, *again, kernels=kernels, split=schedule.layers)
+        parts = step_parts(*options, again, kernels=kernels, split=schedule.layers)
         arms[name] = ArmTime(parts, moved, step_flops(*options).total)
     told = f"a micro-batch's share of an optimizer step over {accumulation}, {states.label}"
     return TimeModel(card, kernels, arms, "not in it, it runs on the CPU" if states.offloaded else told)

@@ -20,7 +20,7 @@ import torch
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import step_flops
-from llava_pdrop.cost.nominal import Model, checkpointing, model_of
+from llava_pdrop.cost.nominal import Model, model_of, recomputed_by
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor.examine import Findings
@@ -115,7 +115,7 @@ def sampled_batches(config: Config, lengths: Sequence[int]) -> list[list[int]]:
 def cost_of(config: Config, model: Model, geometry: ImageGeometry, batches: Sequence[Sequence[Sample]]) -> Cost:
     """The cost of training ``config`` on ``batches`` of samples, whose images need no pixels."""
     packed = [PackedBatch.pack(list(samples)) for samples in batches]
-    options = (config.model.trainable, checkpointing(config), config.train.recompute_layers)
+    options = (config.model.trainable, recomputed_by(config, model.layers))
 
     def operations(schedule: Schedule) -> float:
         return sum(step_flops(model.config, batch, schedule, geometry, *options).total for batch in packed)

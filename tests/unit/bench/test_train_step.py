@@ -12,7 +12,7 @@ from llava_pdrop.bench import train_step, variants
 from llava_pdrop.bench.shapes import SHAPES
 from llava_pdrop.bench.train_step import Arm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
-from llava_pdrop.cost.flops import predicted_reduction
+from llava_pdrop.cost.flops import ALL_LAYERS, predicted_reduction
 from llava_pdrop.model import decoder, kernels, vlm
 from llava_pdrop.runtime import clock
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of
@@ -70,7 +70,7 @@ def test_the_predicted_reduction_is_that_of_the_operation_count() -> None:
     vanilla, dropping = measure(trainer, arms, steps=3, warmup=1)
     batches = [trainer.workload.batch(number, CPU) for number in range(3)]
     expected = predicted_reduction(
-        trainer.model.hf.config, batches, SMALL.schedule, MIXED.geometry, MIXED.trainable, checkpointing=True
+        trainer.model.hf.config, batches, SMALL.schedule, MIXED.geometry, MIXED.trainable, ALL_LAYERS
     )
     assert 1 - sum(dropping.hardware_flops) / sum(vanilla.hardware_flops) == pytest.approx(expected)
     assert all(m < h for m, h in zip(vanilla.model_flops, vanilla.hardware_flops))

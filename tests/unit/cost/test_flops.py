@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_pdrop.checkpoint.hf_models import make_hf_model
-from llava_pdrop.cost.flops import causal_pairs, predicted_reduction, stage_flops, step_flops
+from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, causal_pairs, predicted_reduction, stage_flops, step_flops
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.model.vlm import PyramidLlava
@@ -75,9 +75,7 @@ def test_by_hand():
     assert (trained.decoder, trained.head) == (3 * forward.decoder, 3 * forward.head)
     assert (trained.tower, trained.ranking) == (forward.tower, forward.ranking)
     assert trained.projector == 2 * 16 * (2 * 8 * 4 + 3 * 4 * 4)  # nothing below wants a gradient
-    again = step_flops(
-        config, batch, Schedule((1,), (0.25,)), GEOMETRY, ("projector", "language_model"), checkpointing=True
-    )
+    again = step_flops(config, batch, Schedule((1,), (0.25,)), GEOMETRY, ("projector", "language_model"), ALL_LAYERS)
     assert again.decoder == 4 * forward.decoder - 2 * 4 * 6 * (23 + 11)  # without the last map of every layer
 
 
@@ -119,8 +117,8 @@ def equals_what_torch_counts(schedule, trainable, checkpointing, recompute_layer
         net(packed).loss.backward()
     modules = counter.get_flop_counts()
     counted = modules["Global"]
-    options = (GEOMETRY, trainable, checkpointing, recompute_layers)
-    ours = step_flops(net.hf.config, packed, schedule, *options, recompute_tower=recompute_tower)
+    recomputed = Recomputed(recompute_layers, recompute_tower) if checkpointing else Recomputed()
+    ours = step_flops(net.hf.config, packed, schedule, GEOMETRY, trainable, recomputed)
     # torch has no rule for the attention kernels of CPUs; all else is a product it knows
     products = sum(count for operation, count in counted.items() if "attention" not in str(operation))
     # older transformers make the angles of the rotary embedding, positions times frequencies, by a matrix product
@@ -152,12 +150,12 @@ def test_attention_is_the_causal_half_of_what_torch_would_count():
 def test_recomputing_only_long_streams_gains_more_by_dropping():
     """Recomputation of a vanilla step is spread over all layers; a short late stream is no longer run again."""
     config, options = model(DROP).hf.config, (DROP, GEOMETRY, EVERYTHING)
-    totals = [step_flops(config, batch(), *options, True, first).total for first in (0, 1, 2, 4)]
-    assert totals == sorted(totals) and totals[-1] == step_flops(config, batch(), *options, True).total
+    totals = [step_flops(config, batch(), *options, Recomputed(first, True)).total for first in (0, 1, 2, 4)]
+    assert totals == sorted(totals) and totals[-1] == step_flops(config, batch(), *options, ALL_LAYERS).total
     steps = [after - before for before, after in zip(totals, totals[1:])]
     assert steps[0] > steps[1] > steps[2] / 2 > 0  # layers 0 and 1 one by one, then 2 and 3 together
-    off, none = (predicted_reduction(config, [batch()], *options, *how) for how in ((False, None), (False, 0)))
-    assert off == none  # without checkpointing nothing runs again
+    off, none = (predicted_reduction(config, [batch()], *options, *how) for how in ((), (Recomputed(0),)))
+    assert off == none  # nothing runs again
 
 
 def test_reduction_is_none_without_drops_and_grows_with_them():

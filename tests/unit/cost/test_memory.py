@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from llava_pdrop.bench.shapes import ALL_PARTS, PAPER, SHAPES, Shape
 from llava_pdrop.checkpoint.hf_models import make_hf_model
+from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.cost.memory import GIB, Parameters, predicted_peak
 from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
@@ -123,6 +124,10 @@ def traced_step(
     return Traced(weights, live.peak, live.operations)
 
 
+def again(recompute: bool, first: int | None = None) -> Recomputed:
+    return Recomputed(first, True) if recompute else Recomputed()
+
+
 def shape_with(name: str, layers: int) -> Shape:
     """The shape with so many layers in decoder and tower, of the real widths."""
     shape, depth = SHAPES[name], {"num_hidden_layers": layers}
@@ -155,10 +160,10 @@ def test_a_tower_that_is_not_recomputed_keeps_what_it_keeps_without_checkpointin
     shape, batch = shape_with("llava-next-7b", 4), batch_of(SHAPES["llava-next-7b"].geometry, 4, (672, 672))
     config, options = config_of(shape), (DROP_4, shape.geometry, ALL_PARTS)
     whole, kept = (
-        predicted_peak(config, batch, *options, recompute, 0, NO_OPTIMIZER, recompute_tower=tower).total
+        predicted_peak(config, batch, *options, Recomputed(0, recompute and tower), NO_OPTIMIZER).total
         for tower in (True, False)
     )
-    assert kept == predicted_peak(config, batch, *options, False, None, NO_OPTIMIZER).total
+    assert kept == predicted_peak(config, batch, *options, states=NO_OPTIMIZER).total
     assert (kept > whole) == recompute
 
 
@@ -169,7 +174,7 @@ def test_peak_of_four_layers_at_the_real_widths(name, schedule, trainable, recom
     batch = batch_of(shape.geometry, 4 if shape.geometry.aspect == "anyres" else 16, size)
     traced = traced_step(shape, batch, schedule, trainable, recompute, first)
     predicted = predicted_peak(
-        config_of(shape), batch, schedule, shape.geometry, trainable, recompute, first, NO_OPTIMIZER
+        config_of(shape), batch, schedule, shape.geometry, trainable, again(recompute, first), NO_OPTIMIZER
     )
     assert predicted.weights == pytest.approx(traced.weights, rel=1e-4)  # buffers are not parameters
     assert predicted.total - predicted.weights == pytest.approx(traced.peak - traced.weights, rel=0.07)
@@ -194,7 +199,9 @@ def test_peak_of_four_layers_under_autocast(schedule, trainable, recompute, firs
     shape = shape_with("llava-next-7b", layers=4)
     batch = batch_of(shape.geometry, 4, (672, 672))
     traced = traced_step(shape, batch, schedule, trainable, recompute, first, autocast=True)
-    predicted = predicted_peak(config_of(shape), batch, schedule, shape.geometry, trainable, recompute, first, AUTOCAST)
+    predicted = predicted_peak(
+        config_of(shape), batch, schedule, shape.geometry, trainable, again(recompute, first), AUTOCAST
+    )
     assert predicted.weights == pytest.approx(traced.weights, rel=1e-4)
     assert predicted.total - predicted.weights == pytest.approx(traced.peak - traced.weights, rel=0.07)
 
@@ -206,7 +213,7 @@ def test_the_whole_7b_under_autocast_holds_the_casts_of_all_weights():
     traced = traced_step(shape, batch, PAPER, DECODER, recompute=True, first=None, autocast=True)
     kept = replace(AUTOCAST, accumulate=True)
     alone, later = (
-        predicted_peak(config, batch, PAPER, shape.geometry, DECODER, True, None, states) for states in (AUTOCAST, kept)
+        predicted_peak(config, batch, PAPER, shape.geometry, DECODER, ALL_LAYERS, states) for states in (AUTOCAST, kept)
     )
     assert alone.total == pytest.approx(traced.peak, rel=0.03)
     learning = later.gradients / 4
@@ -219,7 +226,7 @@ def test_peak_at_the_shape_of_the_gpu_tests(schedule, recompute):
     """Of what tests/gpu allow the allocator to differ, the prediction itself takes 3 %."""
     batch = batch_of(HALF_BILLION.geometry, HALF_BILLION.samples, (672, 672))
     traced = traced_step(HALF_BILLION, batch, schedule, HALF_BILLION.trainable, recompute, None)
-    options = (HALF_BILLION.geometry, HALF_BILLION.trainable, recompute)
+    options = (HALF_BILLION.geometry, HALF_BILLION.trainable, again(recompute))
     predicted = predicted_peak(config_of(HALF_BILLION), batch, schedule, *options, states=NO_OPTIMIZER)
     assert predicted.total == pytest.approx(traced.peak, rel=0.03)
 
@@ -243,7 +250,7 @@ def test_the_whole_7b_with_the_papers_schedule():
     batch = batch_of(shape.geometry, 4, (672, 672))
     traced = traced_step(shape, batch, PAPER, ALL_PARTS, recompute=True, first=None)
     predicted = predicted_peak(
-        config_of(shape), batch, PAPER, shape.geometry, ALL_PARTS, checkpointing=True, states=NO_OPTIMIZER
+        config_of(shape), batch, PAPER, shape.geometry, ALL_PARTS, ALL_LAYERS, states=NO_OPTIMIZER
     )
     assert predicted.total == pytest.approx(traced.peak, rel=0.03)
     assert "aten._scaled_dot_product_flash_attention_for_cpu.default" in traced.operations  # no T x T matrix is kept
@@ -269,7 +276,7 @@ def test_sixteen_bytes_for_every_trainable_parameter_and_two_for_the_others():
 
     def states(zero: int, gpus: int):
         kept = States(zero, gpus, accumulate=True)
-        memory = predicted_peak(config, batch, Schedule(), shape.geometry, DECODER, False, None, kept)
+        memory = predicted_peak(config, batch, Schedule(), shape.geometry, DECODER, Recomputed(), kept)
         assert memory.activations > 0  # the peak is in backward, not in the optimizer step
         return memory.weights + memory.gradients + memory.optimizer
 
@@ -283,7 +290,9 @@ def test_gradients_that_are_not_kept_grow_while_activations_shrink():
     shape = SHAPES["llava-next-7b"]
     config, batch = config_of(shape), batch_of(shape.geometry, 4, (672, 672))
     once, kept = (
-        predicted_peak(config, batch, Schedule(), shape.geometry, ALL_PARTS, False, None, States(accumulate=accumulate))
+        predicted_peak(
+            config, batch, Schedule(), shape.geometry, ALL_PARTS, Recomputed(), States(accumulate=accumulate)
+        )
         for accumulate in (False, True)
     )
     assert once.gradients < kept.gradients and once.total < kept.total
@@ -298,7 +307,7 @@ def test_the_optimizer_step_copies_gradients_to_float32():
     learning = counts.total(config) - counts.tower_stem - 24 * counts.tower_layer
 
     def peak(states: States) -> float:
-        memory = predicted_peak(config, batch, Schedule(), shape.geometry, DECODER, True, None, states)
+        memory = predicted_peak(config, batch, Schedule(), shape.geometry, DECODER, ALL_LAYERS, states)
         return memory.total - memory.weights
 
     assert peak(States()) == (2 + 12 + 4) * learning

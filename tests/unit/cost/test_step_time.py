@@ -11,7 +11,7 @@ import pytest
 
 from llava_pdrop.config.load import load_config
 from llava_pdrop.cost.elementwise import optimizer_bytes
-from llava_pdrop.cost.flops import stage_flops, step_flops
+from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, stage_flops, step_flops
 from llava_pdrop.cost.memory import Parameters
 from llava_pdrop.cost.nominal import Model, model_of, nominal_batch
 from llava_pdrop.cost.step_time import (
@@ -53,12 +53,12 @@ def whole(parts: list[Part]) -> Work:
     return sum((part.whole for part in parts), Work())
 
 
-def step_ms(name: str, dropping: bool, card: Card = H100, **options: Any) -> float:
+def step_ms(name: str, dropping: bool, card: Card = H100, recomputed: Recomputed = ALL_LAYERS, **options: Any) -> float:
     """Of a micro-batch with everything recomputed and the optimizer of one of 8 GPUs, as the independent count has
     it."""
     model, batch, schedule, trainable = case(name)
     chosen = schedule if dropping else Schedule()
-    parts = step_parts(model.config, batch, chosen, model.geometry, trainable, checkpointing=True, **options)
+    parts = step_parts(model.config, batch, chosen, model.geometry, trainable, recomputed, **options)
     parameters = Parameters.of(model.config).total(model.config) / 8
     return 1000 * (whole(parts).seconds(card) + Work(bytes=optimizer_bytes(parameters)).seconds(card))
 
@@ -89,7 +89,7 @@ def test_fused_kernels_agree_with_that_count():
 
 def test_forward_by_stage_agrees_with_that_count():
     model, batch, schedule, trainable = case("NeXT, 5 tiles")
-    parts = step_parts(model.config, batch, schedule, model.geometry, trainable, checkpointing=True)
+    parts = step_parts(model.config, batch, schedule, model.geometry, trainable, ALL_LAYERS)
     forward = {part.name: 1000 * part.forward.seconds(H100) for part in parts}
     expected = {"layers 0-7": 84.9, "layers 8-15": 45.1, "layers 16-23": 25.6, "layers 24-31": 16.7}
     for name, ms in expected.items():
@@ -99,18 +99,18 @@ def test_forward_by_stage_agrees_with_that_count():
     assert [part.tokens for part in parts if part.name in expected] == [12512, 6656, 3728, 2264]
 
 
-RECOMPUTING = [(False, None, True), (True, None, True), (True, 12, True), (True, 12, False), (True, 0, False)]
+RECOMPUTING = [Recomputed(), ALL_LAYERS, Recomputed(12, True), Recomputed(12), Recomputed(0, True)]
 
 
-@pytest.mark.parametrize(("again", "layers", "tower"), RECOMPUTING)
+@pytest.mark.parametrize("recomputed", RECOMPUTING)
 @pytest.mark.parametrize(
     "trainable", [("projector", "language_model", "vision_tower"), ("projector",), ("vision_tower",), ()]
 )
-def test_its_operations_are_those_that_are_counted(again, layers, tower, trainable):
+def test_its_operations_are_those_that_are_counted(recomputed, trainable):
     model, batch, schedule, _ = case("NeXT, 5 tiles")
     for chosen in (Schedule(), schedule, replace(schedule, ranker="random")):
-        options = (model.config, batch, chosen, model.geometry, trainable, again, layers)
-        parts, counted = step_parts(*options, tower), step_flops(*options, recompute_tower=tower)
+        options = (model.config, batch, chosen, model.geometry, trainable, recomputed)
+        parts, counted = step_parts(*options), step_flops(*options)
         assert whole(parts).flops == pytest.approx(counted.total, rel=1e-12)
         by_name = {part.name: part for part in parts}
         for name, flops in (
@@ -148,7 +148,7 @@ def test_a_product_takes_whole_waves_of_tiles():
 
 def test_times_move_as_they_should():
     times = [
-        step_ms("NeXT, 5 tiles", False, recompute_layers=layers, recompute_tower=tower)
+        step_ms("NeXT, 5 tiles", False, recomputed=Recomputed(layers, tower))
         for layers, tower in ((0, False), (0, True), (12, True), (32, True))
     ]
     assert times == sorted(times) and len(set(times)) == 4
