@@ -245,9 +245,6 @@ def _pinpoints(name: str) -> list[list[int]]:
 def _training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
     """Checks names, and values of plain type or with a fixed list, against the installed
     `transformers.TrainingArguments`.
-
-    Raises:
-        Problem: unknown name, wrong type or value, or a setting that belongs elsewhere in the config.
     """
     if not section:
         return {}

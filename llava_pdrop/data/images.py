@@ -246,10 +246,6 @@ def _to_rgb(image: Image.Image, kind: str) -> Image.Image:
 def _grey(values: np.ndarray, mode: str) -> np.ndarray:
     """Greys of 16 or 32 bits as 8 bits: 0 to 65535 where the format says so or a value above 255 shows it, 0 to 1 for
     fractions none of which is above 1, else 0 to 255.
-
-    Raises:
-        UserError: a value that is no number, negative, or above 65535; fractions that go a little beyond 1, of which
-            nobody can tell whether they are white or black.
     """
     low, high = values.min(), values.max()  # NaN where there is one
     if not (low >= 0 and high <= 65535) or (mode == "F" and 1 < high < 2):

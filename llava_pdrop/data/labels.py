@@ -211,9 +211,6 @@ def _align(text: str, tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase)
 
     A piece stands for its own letters, "▁" for a space, <0xAB> for a byte, an added token for itself. The space that
     SentencePiece puts in front of every text (some do after every added token) stands for nothing.
-
-    Raises:
-        UserError: they do not spell the text, e.g. because the tokeniser normalises it.
     """
     spaced = text.replace("\u2581", " ")
     data, ends = spaced.encode(), list(accumulate(len(character.encode()) for character in spaced))

@@ -78,11 +78,7 @@ def pictures_of(
 
 
 def _in_order(number_BN: np.ndarray) -> np.ndarray:
-    """The numbers of ``number_BN`` exchanged for 0, 1, 2, ... in order of appearance.
-
-    Raises:
-        UserError: a picture begins in one row and goes on in the next.
-    """
+    """The numbers of ``number_BN`` exchanged for 0, 1, 2, ... in order of appearance."""
     rows, columns = np.nonzero(number_BN >= 0)
     _, first, inverse = np.unique(number_BN[rows, columns], return_index=True, return_inverse=True)
     order = np.empty(len(first), dtype=np.int64)

@@ -265,9 +265,6 @@ class _Plugin:
     def _try_once(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of a model of an unchecked class: at its first prompt with a picture, keeping all tokens has to give
         the logits of the detached model.
-
-        Raises:
-            UserError: it does not.
         """
         given = {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
         if not self.untried or not self.schedule.layers or not self._is_prompt(given, cache_in(given)):
@@ -330,11 +327,7 @@ def _noting(name: str, encoder: Callable) -> Callable:
 
 
 def _decoder_of(model: nn.Module, base: nn.Module) -> nn.Module:
-    """The stack of decoder layers inside a vision-language model.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The stack of decoder layers inside a vision-language model."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else getattr(base, "language_model", base)
     if len(getattr(decoder, "layers", [])) == 0 or not hasattr(getattr(model, "config", None), "model_type"):
         raise UserError(

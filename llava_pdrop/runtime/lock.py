@@ -130,11 +130,7 @@ def _taken(file: Path, me: Owner) -> bool:
 
 
 def _clear_away(file: Path, me: Owner, name: str, say: Callable[[str], None]) -> None:
-    """Comes back when the lock is gone: its owner has left it, or is dead and it was taken away.
-
-    Raises:
-        InUse: its owner lives.
-    """
+    """Comes back when the lock is gone: its owner has left it, or is dead and it was taken away."""
     began, touched, said = time.monotonic(), None, False
     unchanged = began
     while True:

@@ -147,11 +147,7 @@ class SavingTrainer(Trainer):
         return self._last_grad_norm
 
     def _refuse_broken_weights(self, target: Path) -> None:
-        """A finite loss may have gradients that are none; the step is made then, but not kept.
-
-        Raises:
-            CheckpointError: the last step's gradient norm is no number, and the step was not left out (float16).
-        """
+        """A finite loss may have gradients that are none; the step is made then, but not kept."""
         norm = self._last_grad_norm
         if norm is None or self.accelerator.optimizer_step_was_skipped:
             return

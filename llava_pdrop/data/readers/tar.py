@@ -186,11 +186,7 @@ def _place(suffix: str) -> str:
 
 
 def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[tuple[str, str, int, int]]:
-    """(key, suffix, offset, size) of every file in a tar.
-
-    Raises:
-        UserError: a member of a record that is no ordinary file, or whose name has no key or cannot be written.
-    """
+    """(key, suffix, offset, size) of every file in a tar."""
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # a tar remembers all it has seen
         folder, _, name = member.name.rpartition("/")
@@ -224,9 +220,6 @@ def _problem(member: tarfile.TarInfo, stem: str) -> str | None:
 def _check_end(tar: tarfile.TarFile) -> None:
     """`tarfile` takes a broken header, or the end of a file cut short, for the end of the archive: what is behind it
     would be lost without a word.
-
-    Raises:
-        tarfile.ReadError: where it stopped there is no block of zeros, or there is more behind that.
     """
     file = tar.fileobj
     assert file is not None

@@ -160,11 +160,7 @@ BY_SUFFIX: dict[str, Callable[[Path], TextEntries]] = {".json": _read_list, ".js
 
 
 def _list_bounds(path: Path) -> Iterator[tuple[int, int]]:
-    """First byte and end of every element of the JSON list in ``path``, reading block by block.
-
-    Raises:
-        UserError: not a list, or not valid JSON.
-    """
+    """First byte and end of every element of the JSON list in ``path``, reading block by block."""
     parse = json.JSONDecoder().raw_decode
     with path.open("rb") as file:
         text = _Text(file)
