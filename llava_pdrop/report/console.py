@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Sequence
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 LOG_WIDTH = 160
 """Columns where the output is no terminal (a log file), which has no width of its own."""
@@ -19,3 +23,25 @@ def console() -> Console:
 def say(line: str) -> None:
     """Prints a line that must stay one line, and is no markup."""
     console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def paragraph(text: str) -> None:
+    """Prints text: a terminal shows it wrapped at words, a log file has it in one line."""
+    if console().is_terminal:
+        console().print(text, markup=False, highlight=False)
+    else:
+        say(text)
+
+
+def grid(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: int, sections: Collection[int] = ()
+) -> None:
+    """Prints a table, as `report.page.Table` describes it; into a file at a width that cuts nothing."""
+    shown = Table(title=escape(title) or None, header_style="bold", box=box.SIMPLE_HEAD)
+    for place, name in enumerate(head):
+        shown.add_column(escape(name), justify="left" if place < left else "right", overflow="fold")
+    for place, row in enumerate(rows):
+        if place in sections:
+            shown.add_section()
+        shown.add_row(*map(escape, row))
+    console().print(shown)

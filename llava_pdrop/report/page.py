@@ -4,16 +4,12 @@ beside the numbers as JSON."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table as RichTable
-
-from llava_pdrop.report.console import console
+from llava_pdrop.report.console import grid, paragraph, say
 from llava_pdrop.report.pictures import save_picture
 
 
@@ -40,15 +36,8 @@ class Table:
         return "".join("| " + " | ".join(line) + " |\n" for line in (self.head, ruler, *self.rows))
 
     def show(self) -> None:
-        """Prints the table; into a file at a width that cuts nothing."""
-        shown = RichTable(title=escape(self.title) or None, header_style="bold", box=box.SIMPLE_HEAD)
-        for place, name in enumerate(self.head):
-            shown.add_column(escape(name), justify="left" if place < self.left else "right", overflow="fold")
-        for place, row in enumerate(self.rows):
-            if place in self.sections:
-                shown.add_section()
-            shown.add_row(*map(escape, row))
-        console().print(shown)
+        """Prints the table."""
+        grid(self.title, self.head, self.rows, self.left, self.sections)
 
 
 @dataclass(frozen=True)
@@ -62,12 +51,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Note:
-    """A paragraph that stands in the file only."""
+    """A paragraph, list or table in Markdown that stands in the file only."""
 
     text: str
 
 
-Block = str | Note | Table | Picture
+@dataclass(frozen=True)
+class Code:
+    """Lines to copy, which the screen does not wrap."""
+
+    text: str
+
+
+Block = str | Note | Code | Table | Picture
 """What a page consists of; a text is a paragraph, in Markdown."""
 
 
@@ -80,12 +76,14 @@ class Page:
     facts: Any = None
 
     def show(self) -> None:
-        """Prints tables and paragraphs."""
+        """Prints tables, paragraphs and code. In a log file a paragraph is one line."""
         for block in self.blocks:
             if isinstance(block, Table):
                 block.show()
+            elif isinstance(block, Code):
+                say(block.text)
             elif isinstance(block, str):
-                console().print(block.replace("*", ""), markup=False, highlight=False)
+                paragraph(block.replace("*", ""))
 
     def write(self, directory: Path, markdown: str, facts: str | None = None) -> list[Path]:
         """Writes the page into ``directory`` as the file ``markdown``, its numbers as ``facts`` where that is named,
@@ -95,25 +93,37 @@ class Page:
         files = [directory / markdown]
         if facts is not None:
             files.append(write_json(directory / facts, self.facts))
-        text = [f"# {self.title}\n"]
         for block in self.blocks:
-            if isinstance(block, Picture):
-                if save_picture(directory / block.file, block.draw, facecolor="white"):
-                    files.append(directory / block.file)
-                    text.append(f"![{block.caption}]({block.file})\n")
-            elif isinstance(block, Table):
-                text.append((f"## {block.title}\n\n" if block.title else "") + block.markdown())
-            else:
-                text.append(f"{block.text if isinstance(block, Note) else block}\n")
-        files[0].write_text("\n".join(text), encoding="utf-8")
+            if isinstance(block, Picture) and save_picture(directory / block.file, block.draw, facecolor="white"):
+                files.append(directory / block.file)
+        text = f"# {self.title}\n\n{markdown_of(self.blocks, {file.name for file in files})}"
+        files[0].write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character in a record's name
         return files
+
+
+def markdown_of(blocks: Iterable[Block], pictures: Collection[str] = ()) -> str:
+    """``blocks`` as text, with those pictures whose files are named."""
+    text = []
+    for block in blocks:
+        match block:
+            case Table():
+                text.append((f"## {block.title}\n\n" if block.title else "") + block.markdown())
+            case Picture():
+                text += [f"![{block.caption}]({block.file})\n"] if block.file in pictures else []
+            case Code():
+                text.append(f"```\n{block.text}\n```\n")
+            case Note():
+                text.append(f"{block.text}\n")
+            case _:
+                text.append(f"{block}\n")
+    return "\n".join(text)
 
 
 def write_json(file: Path, value: Any, indent: int | None = 1) -> Path:
     """Writes ``value`` for programs; returns ``file``. Without ``indent`` it is one line."""
     separators = (",", ":") if indent is None else None
     text = json.dumps(plain(value), indent=indent, separators=separators, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # as JSON escapes half a character
     return file
 
 

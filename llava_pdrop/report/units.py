@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import floor, log10
 from typing import NamedTuple
 
@@ -16,20 +16,44 @@ class Unit(NamedTuple):
     name: str
     size: float
 
-    def text(self, value: float) -> str:
-        """``value``, given in the base unit, to three digits."""
-        return digits(value / self.size)
+    def text(self, value: float | None) -> str:
+        """``value``, given in the base unit, to three digits; nothing for None."""
+        return "" if value is None else digits(value / self.size)
+
+    def spread(self, quartiles: Sequence[float]) -> str:
+        """Median and quartiles; a dash where all are zero, nothing where there are none."""
+        if not any(quartiles):
+            return "-" if quartiles else ""
+        first, median, third = map(self.text, quartiles)
+        return f"{median} [{first}, {third}]"
 
 
 TIME = (Unit("h", 3600.0), Unit("min", 60.0), Unit("s", 1.0), Unit("ms", 1e-3), Unit("µs", 1e-6))
 """Units of seconds, largest first."""
 
+MEMORY = (Unit("GiB", GIB), Unit("MiB", 2**20), Unit("KiB", 2**10))
+"""Units of bytes, largest first."""
 
-def time_unit(seconds: Iterable[float]) -> Unit:
-    """The unit in which figures side by side are read best: the largest one that the largest of ``seconds`` has at
-    least 1.5 of."""
-    largest = max(map(abs, seconds), default=1.0)
-    return next((unit for unit in TIME if largest >= 1.5 * unit.size), TIME[-1] if largest else TIME[2])
+OPERATIONS = (Unit("TFLOP", 1e12), Unit("GFLOP", 1e9), Unit("MFLOP", 1e6))
+"""Units of operations, largest first."""
+
+
+def unit_of(values: Iterable[float | None], units: Sequence[Unit]) -> Unit:
+    """The one of ``units`` in which figures side by side are read best: the largest that the largest of ``values`` has
+    at least 1.5 of."""
+    largest = max((abs(value) for value in values if value), default=1.5)
+    return next((unit for unit in units if largest >= 1.5 * unit.size), units[-1])
+
+
+def time_unit(seconds: Iterable[float | None]) -> Unit:
+    """`unit_of` times."""
+    return unit_of(seconds, TIME)
+
+
+def column(title: str, values: Sequence[float | None], units: Sequence[Unit] = TIME) -> tuple[str, list[str]]:
+    """(head, cells) of a column or row of a table: all in one unit, which the head names."""
+    unit = unit_of(values, units)
+    return f"{title}, {unit.name}", [unit.text(value) for value in values]
 
 
 def time_text(seconds: float) -> str:
@@ -38,10 +62,11 @@ def time_text(seconds: float) -> str:
     return f"{unit.text(seconds)} {unit.name}"
 
 
-def digits(value: float, count: int = 3) -> str:
-    """``value`` to ``count`` significant digits, without an exponent: ``26,900``, ``26.9``, ``0.00269``."""
+def digits(value: float | None, count: int = 3) -> str:
+    """``value`` to ``count`` significant digits, without an exponent: ``26,900``, ``26.9``, ``0.00269``; nothing for
+    None."""
     if not value:
-        return "0"
+        return "" if value is None else "0"
     places = count - 1 - floor(log10(abs(value)))
     rounded = round(value, places)
     places = count - 1 - floor(log10(abs(rounded)))  # 9.996 has become 10.0

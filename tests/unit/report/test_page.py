@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llava_pdrop.report.page import Note, Page, Picture, Table, plain, write_json
+from llava_pdrop.report.page import Code, Note, Page, Picture, Table, markdown_of, plain, write_json
 from llava_pdrop.report.pictures import subplots
 
 
@@ -52,6 +52,19 @@ def test_a_page_is_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixtu
         "# A title\n\n*Seen* by all.\n\nIn the file.\n\n## Runs\n\n| a |\n| --- |\n| 1 |\n\n![what it is](p.png)\n"
     )
     assert json.loads(files[1].read_text()) == {"a": [1, "x"]}
+
+
+def test_in_a_log_file_nothing_is_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Page("", ["word " * 100, Code("a: *b* " * 100)])
+    page.show()
+    assert [line.count(" ") for line in capsys.readouterr().out.splitlines()] == [100, 200]
+    assert markdown_of(page.blocks[1:]) == f"```\n{'a: *b* ' * 100}\n```\n"
+
+
+def test_half_a_character_of_a_name_is_escaped(tmp_path: Path) -> None:
+    page, facts = Page("A title", ["of \udcff"], {"name": "\udcff é"}).write(tmp_path, "page.md", "page.json")
+    assert page.read_text(encoding="utf-8").endswith("of \\udcff\n")
+    assert json.loads(facts.read_text(encoding="utf-8")) == {"name": "\udcff é"}
 
 
 def test_a_page_goes_without_a_picture_that_cannot_be_drawn(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava_pdrop.report.units import digits, text_of, time_text, time_unit
+from llava_pdrop.report.units import MEMORY, Unit, column, digits, text_of, time_text, time_unit
 
 
 @pytest.mark.parametrize(
@@ -44,5 +44,19 @@ def test_figures_side_by_side_share_a_unit() -> None:
     assert [unit.text(26.9), unit.text(0.4), unit.name] == ["26.9", "0.400", "s"]
 
 
+def test_the_head_of_a_column_names_its_unit() -> None:
+    assert column("step", [26.9, None, 0.4]) == ("step, s", ["26.9", "", "0.400"])
+    assert column("cache", [3 * 2**20, 2**30], MEMORY) == ("cache, MiB", ["3.00", "1,020"])
+    assert column("cache", [2**40, 0.0], MEMORY) == ("cache, GiB", ["1,020", "0"])
+    assert column("peak", [None], MEMORY)[1] == [""]
+
+
+def test_quartiles_stand_behind_their_median() -> None:
+    ms = Unit("ms", 1e-3)
+    assert ms.spread([0.01, 0.02, 0.04]) == "20.0 [10.0, 40.0]"
+    assert (ms.spread([0.0] * 3), ms.spread([])) == ("-", "")
+
+
 def test_no_value_is_no_text() -> None:
+    assert digits(None) == ""
     assert (text_of(None, ".1%"), text_of(0.0, ".1%")) == ("", "0.0%")
