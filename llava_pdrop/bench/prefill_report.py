@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, WARM_UP, Case, Run, measure
@@ -20,22 +17,17 @@ from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
 from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.pictures import save_picture, subplots
-from llava_pdrop.report.style import markdown_table
+from llava_pdrop.report.page import Note, Page, Picture, Table
+from llava_pdrop.report.pictures import subplots
+from llava_pdrop.report.style import COLOURS
+from llava_pdrop.report.units import MEMORY, OPERATIONS, column, digits, text_of, time_unit, unit_of
 from llava_pdrop.runtime.clock import Span, quartiles
 from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
-COLOURS = {"vanilla": "#6B7C8F", "PyramidDrop": "#E2703A", "FastV": "#3A8FB7"}
-
-HEADERS = (
-    "image tokens", "batch", "method", "prefill ms", "quartiles", "ranking", "tower ms", "decode tokens/s", "cache MiB",
-    "peak GiB", "prefill TFLOP", "of peak", "speed-up", "predicted", "realised / predicted",
-)  # fmt: skip
-
-SHOWN = (0, 1, 2, 3, 5, 7, 8, 12, 13)
-"""Columns of the table on the terminal, which is narrower than a page."""
+BARS = {"vanilla": COLOURS["vanilla"], "PyramidDrop": COLOURS["pyramid_drop"], "FastV": "#3A8FB7"}
+"""Method -> its colour."""
 
 CLOCKS = {
     "cuda": {
@@ -134,32 +126,76 @@ def entry(
 
 
 def write(report: dict[str, Any], directory: Path, name: str) -> list[Path]:
-    """Writes ``name`` with .json, .md and .png behind it into ``directory``; returns the files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    files = [directory / (name + suffix) for suffix in (".json", ".md", ".png")]
-    files[0].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    pictured = save_picture(files[2], lambda: bars(report))
-    files[1].write_text(_markdown(report, files[2].name if pictured else None), encoding="utf-8")
-    return files if pictured else files[:2]
+    """Writes ``name`` with .md, .json and .png behind it into ``directory``; returns the files."""
+    return page(report, f"{name}.png").write(directory, f"{name}.md", f"{name}.json")
 
 
-def show(report: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the results as a table."""
-    table = Table(
-        title=_title(report), caption=_notes(report), caption_justify="left", box=SIMPLE, padding=0, show_edge=False
+def show(report: dict[str, Any]) -> None:
+    """Prints the results."""
+    page(report, "").show()
+
+
+def page(report: dict[str, Any], picture: str) -> Page:
+    """The report for people; ``picture`` is its file."""
+    settings, environment = report["settings"], report["environment"]
+    notes = (
+        f"{settings['runs']} runs of every method, taking turns, after {settings['warm_up']} that are not counted; "
+        f"{sum(settings['text_tokens'])} text tokens a prompt, {settings['new_tokens']} new ones an answer; "
+        f"{settings['kernels']} kernels. Prefill: until the first logits, without the tower. Time: "
+        f"{settings['timer']}. Predicted: by the full FLOP count. Of peak: {settings['peak_flops_source']}."
     )
-    for column in SHOWN:
-        left = HEADERS[column] == "method"
-        header = HEADERS[column].replace(" ", "\n")  # 80 columns are enough for words of the headers, not for lines
-        table.add_column(header, justify="left" if left else "right", no_wrap=left)
-    last = None
-    for result in report["results"]:
-        if last not in (None, (result["image_tokens"], result["batch"])):
-            table.add_section()
-        last = (result["image_tokens"], result["batch"])
-        cells = _cells(result)
-        table.add_row(*(cells[column] for column in SHOWN))
-    (console or Console()).print(table)
+    versions = ", ".join(
+        f"{key} {environment[key]}" for key in ("torch", "transformers", "cuda", "commit", "date", "seed")
+    )
+    return Page(
+        _title(report),
+        [
+            *tables(report["results"]),
+            notes,
+            Picture(picture, "prefill latency and cache size", partial(bars, report)),
+            Note(f"`{environment['command']}`; {versions}"),
+        ],
+        report,
+    )
+
+
+def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
+    """Times, and what they come to."""
+
+    def texts(key: str, style: str, absent: str = "-") -> list[str]:
+        return [text_of(result[key], style) or absent for result in results]
+
+    def medians(key: str, factor: float = 1.0) -> list[float | None]:
+        return [result[key] and factor * result[key]["median"] for result in results]
+
+    cases = [(name.replace("_", " "), texts(name, ",", "")) for name in ("image_tokens", "batch")]
+    cases = [("method", [result["method"] for result in results]), *cases]
+    time = time_unit(medians("prefill_ms", 1e-3))
+    spreads = [
+        [result["prefill_ms"][key] / 1e3 for key in ("q1", "median", "q3")] if result["prefill_ms"] else []
+        for result in results
+    ]
+    size = unit_of([result["cache_bytes_predicted"] for result in results], MEMORY)
+    caches = [
+        size.text(result["cache_bytes"]) or f"{size.text(result['cache_bytes_predicted'])} (predicted)"
+        for result in results
+    ]
+    times = [
+        (f"prefill, {time.name} [quartiles]", [time.spread(spread) or "out of memory" for spread in spreads]),
+        ("ranking", [text_of(result["ranking_share"] or None, ".1%") or "-" for result in results]),
+        column("tower", medians("tower_ms", 1e-3)),
+        ("decode, tokens/s", list(map(digits, medians("decode_tokens_per_s")))),
+    ]
+    costs = [
+        (f"cache, {size.name}", caches),
+        column("peak memory", [result["peak_bytes"] for result in results], MEMORY),
+        column("prefill", [result["prefill_tflop"] * 1e12 for result in results], OPERATIONS),
+        ("of peak", texts("share_of_peak", ".1%")),
+        ("speed-up", texts("speedup", ".2f")),
+        ("predicted", texts("speedup_predicted", ".2f")),
+        ("realised / predicted", texts("realised_over_predicted", ".2f")),
+    ]
+    return [Table.of_columns([*cases, *own], title) for title, own in (("Times", times), ("Costs", costs))]
 
 
 def bars(report: dict[str, Any]) -> Any:
@@ -167,16 +203,19 @@ def bars(report: dict[str, Any]) -> Any:
     results = report["results"]
     cases = list(dict.fromkeys((result["image_tokens"], result["batch"]) for result in results))
     methods = list(dict.fromkeys(result["method"] for result in results))
+    done = [result for result in results if not result["out_of_memory"]]
+    time = time_unit(result["prefill_ms"]["median"] / 1e3 for result in done)
+    size = unit_of([result["cache_bytes"] for result in done], MEMORY)
     figure, axes = subplots(1, 2, figsize=(max(8.0, 2.4 + 1.6 * len(cases)), 4.2), layout="constrained")
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
-        own = [result for result in results if result["method"] == method and not result["out_of_memory"]]
+        own = [result for result in done if result["method"] == method]
         x = [cases.index((r["image_tokens"], r["batch"])) + (number - (len(methods) - 1) / 2) * width for r in own]
-        heights = ([r["prefill_ms"]["median"] for r in own], [r["cache_bytes"] / 2**20 for r in own])
-        for panel, height in zip(axes, heights):
-            panel.bar(x, height, width * 0.92, color=COLOURS.get(method), label=method)
+        latency = [result["prefill_ms"]["median"] / 1e3 / time.size for result in own]
+        for panel, height in zip(axes, (latency, [result["cache_bytes"] / size.size for result in own])):
+            panel.bar(x, height, width * 0.92, color=BARS.get(method), label=method)
     labels = [f"{tokens:,} tokens\nbatch {batch}" for tokens, batch in cases]
-    for panel, title, unit in zip(axes, ("Prefill", "KV cache after the answer"), ("ms, median", "MiB")):
+    for panel, title, unit in zip(axes, ("Prefill", "KV cache after the answer"), (f"{time.name}, median", size.name)):
         panel.set(title=title, ylabel=unit, xticks=range(len(cases)))
         panel.set_xticklabels(labels, fontsize=8)
         panel.grid(axis="x", visible=False)
@@ -194,57 +233,9 @@ def _cpu(spans: Sequence[Span]) -> dict[str, float] | None:
     return spread(cpu, 1e3) if cpu else None
 
 
-def _cells(result: dict[str, Any]) -> list[str]:
-    def number(value: float | None, form: str, absent: str = "-") -> str:
-        return absent if value is None else format(value, form)
-
-    prefill, tower, decode = (result[key] for key in ("prefill_ms", "tower_ms", "decode_tokens_per_s"))
-    spread = f"{prefill['q1']:.1f}-{prefill['q3']:.1f}" if prefill else "-"
-    counted, foreseen = result["cache_bytes"], result["cache_bytes_predicted"]
-    cache = f"{foreseen / 2**20:.1f} (predicted)" if counted is None else f"{counted / 2**20:.1f}"
-    return [
-        f"{result['image_tokens']:,}",
-        str(result["batch"]),
-        result["method"],
-        number(prefill and prefill["median"], ".1f", "out of memory"),
-        spread,
-        number(result["ranking_share"], ".1%"),
-        number(tower and tower["median"], ".1f"),
-        number(decode and decode["median"], ".1f"),
-        cache,
-        number(result["peak_bytes"] and result["peak_bytes"] / 2**30, ".1f", "not measured"),
-        f"{result['prefill_tflop']:.3g}",
-        number(result["share_of_peak"], ".1%"),
-        number(result["speedup"], ".2f"),
-        f"{result['speedup_predicted']:.2f}",
-        number(result["realised_over_predicted"], ".2f"),
-    ]
-
-
 def _title(report: dict[str, Any]) -> str:
     settings, environment = report["settings"], report["environment"]
     return f"bench prefill: {settings['shape']}, {settings['dtype']}, {settings['attention']}, {environment['device']}"
-
-
-def _notes(report: dict[str, Any]) -> str:
-    settings = report["settings"]
-    return (
-        f"{settings['runs']} runs of every method, taking turns, after {settings['warm_up']} that are not counted; "
-        f"{sum(settings['text_tokens'])} text tokens a prompt, {settings['new_tokens']} new ones an answer; "
-        f"{settings['kernels']} kernels. Prefill: until the first logits, without the tower. Time: "
-        f"{settings['timer']}. Predicted: by the full FLOP count. Of peak: {settings['peak_flops_source']}."
-    )
-
-
-def _markdown(report: dict[str, Any], picture: str | None) -> str:
-    environment = report["environment"]
-    versions = ", ".join(
-        f"{key} {environment[key]}" for key in ("torch", "transformers", "cuda", "commit", "date", "seed")
-    )
-    table = markdown_table(HEADERS, [_cells(result) for result in report["results"]])
-    command = f"`{environment['command']}`"
-    text = f"# {_title(report)}\n\n{table}\n{_notes(report)}\n\n{command}; {versions}\n"
-    return text if picture is None else f"{text}\n![]({picture})\n"
 
 
 def bench_prefill(

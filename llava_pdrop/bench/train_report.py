@@ -1,19 +1,12 @@
-"""The report of ``llava-pdrop bench train``: what its JSON holds, and the three files."""
+"""The report of ``llava-pdrop bench train``: what its JSON holds, and the page made of it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.recompute import recomputed
@@ -24,8 +17,8 @@ from llava_pdrop.cost.step_time import NOTE, is_modelled
 from llava_pdrop.cost.time_report import mean
 from llava_pdrop.errors import UserError
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.pictures import save_picture
-from llava_pdrop.report.style import markdown_table
+from llava_pdrop.report.page import Note, Page, Picture, Table, plain, write_json
+from llava_pdrop.report.units import MEMORY, column, digits, text_of, time_unit
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of, quartiles
 from llava_pdrop.runtime.device import peak_flops
 
@@ -42,9 +35,6 @@ CLOCKS = {
 """Device -> what the times of a report are: ``seconds`` are in the tables, in ``quartiles``, ``parts``, ``stages`` and
 ``steps.seconds`` of the JSON; ``wall`` in its ``steps.wall``."""
 
-GIB = 1024
-"""MiB in a GiB."""
-
 TIMES = {
     "step": "step",
     "forward": "forward",
@@ -57,11 +47,10 @@ TIMES = {
 """Region (`clock.REGIONS`) -> its line in the table."""
 
 NOTES = """\
-- Times are medians over {steps} counted steps each, with their quartiles: {clock}. All runs took turns on the same
-  batches.
-- Ranking and dropping includes selecting the survivors; it lies in the forward.
-- Tower backward goes from the gradient of its features to the end of the backward pass (that of the text embeddings
-  comes last and is in it), and lies in the backward; the picture shows them apart.
+- Times are medians over {steps} counted steps each, with their quartiles. All runs took turns on the same batches.
+- Ranking and dropping includes selecting the survivors; it is part of the forward.
+- Tower backward runs from the gradient of its features to the end of the backward pass, of which it is a part (the text
+  embeddings come last and are included); the picture shows them apart.
 - Tokens/s counts the samples before any drop. MFU: operations that the samples ask for, without recomputed layers, by
   time and peak; HFU: all operations. Both count the scores that fused attention computes once more in its backward.
 - *Operations saved* is the prediction for these very batches (text, tower, projector, head, ranking and recomputation
@@ -69,11 +58,10 @@ NOTES = """\
   what the steps saved at the median speed of each run (seconds per operation, since batches differ in length).
   *Realised / predicted* compares forward and backward on both sides: the optimizer is in neither. The JSON has every
   step, and the saving of the plain totals.
-- *Modelled* is no measurement: what `llava-pdrop plan` predicts for a named GPU in bfloat16, with this optimizer and
-  eager kernels where this run has them, else fused ones.
+- *Modelled* is what `llava-pdrop plan` predicts for a named GPU in bfloat16, with this optimizer and eager kernels
+  where this run has them, else fused ones.
 - *Peak predicted* (GPUs only) is what `llava-pdrop plan` would say with this optimizer, for the largest counted batch
-  and eager kernels.
-"""
+  and eager kernels."""
 
 COMPARED = "forward and backward on both sides; the optimizer is in neither"
 """What ``realised_over_predicted`` compares; ``realised_reduction`` is of the whole step, the optimizer included."""
@@ -101,7 +89,7 @@ def training_report(
     vanilla = {result.arm.setting: result for result in reversed(results)}
     return {
         "bench": "train",
-        "shape": {"name": shape, **_plain(asdict(trainer.shape))},
+        "shape": {"name": shape, **plain(trainer.shape)},
         "options": options,
         "environment": environment(trainer.device, trainer.workload.seed),
         "dtype": str(trainer.dtype).removeprefix("torch."),
@@ -215,62 +203,136 @@ def _comparison(entry: Compared, rate: float) -> dict[str, Any]:
     return {"group": variant.group, "name": variant.name, "unavailable": variant.unavailable, "runs": runs}
 
 
-def write(report: dict[str, Any], stem: Path) -> list[Path]:
-    """Writes ``stem``.json, .md and .png; returns their paths."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.parent / f"{stem.name}{suffix}" for suffix in (".json", ".md", ".png")]
-    files[0].write_text(json.dumps(_plain(report), separators=(",", ":")) + "\n", encoding="utf-8")
-    pictured = save_picture(files[2], partial(step_bars, report))
-    files[1].write_text(markdown(report, files[2].name if pictured else None), encoding="utf-8")
-    return files if pictured else files[:2]
-
-
 def _round(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-def _plain(value: Any) -> Any:
-    """JSON's own types; tuples become lists."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+def write(report: dict[str, Any], stem: Path) -> list[Path]:
+    """Writes ``stem``.json, .md and .png; returns their paths."""
+    files = page(report, stem.name).write(stem.parent, f"{stem.name}.md")
+    return [write_json(stem.parent / f"{stem.name}.json", report, indent=None), *files]
 
 
-def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, lines) of the runs and, where there are any, of the variants."""
-    device = report["environment"]["device"]
-    title = f"{report['shape']['name']} on {device}, {report['dtype']}"
-    columns = [_column(run, report["optimizer"]["kind"], report["model"]) for run in report["runs"]]
-    lines = [[name, *(column.get(name, "") for column in columns)] for name in columns[0]]
-    head = ["median [quartiles]", *(run["name"] for run in report["runs"])]
-    found = [(title, head, [line for line in lines if any(line[1:])])]
-    stages = [(run, *stage) for run in report["runs"] for stage in enumerate(run.get("stages", []))]
-    lines = [
-        [run["name"], str(k), f"{s['tokens']:,.0f}", _ms(s["seconds"]), f"{s['share_of_peak']:.1%}", *_stage(run, k)]
-        for run, k, s in stages
+def show(report: dict[str, Any]) -> None:
+    """Prints the tables, and what they come to."""
+    page(report, "").show()
+
+
+def page(report: dict[str, Any], stem: str) -> Page:
+    """The report for people; its picture is ``stem``.png."""
+    peak, kind = report["peak_flops"], report["optimizer"]
+    told = f"Times: {report['times']['seconds']}. Optimizer: {kind['description']}. Peak: {peak['source']}."
+    again = [
+        f"{run['name']}: recomputes {recomputed(run['recompute'], run['recompute_layers'], run['recompute_tower'])}."
+        for run in report["runs"]
+        if run["setting"]
     ]
-    head = ["run", "stage", "tokens", "ms", "share of peak"]
-    head += [f"modelled for {report['model']['card']}, ms"] if report["model"] else []
-    found.append(("Decoder layers by stage, forward", head, lines))
-    if report["compare"]:
-        lines = [line for entry in report["compare"] for line in _variant_lines(entry)]
-        found.append(("Variants", ["choice", "variant", "run", "step ms", "peak GiB", "tokens/s", "realised"], lines))
-    return found
+    return Page(
+        f"Training step: {report['shape']['name']}",
+        [
+            *tables(report),
+            told,
+            *again,
+            *(f"{run['name']}: {run['error']}." for run in report["runs"] if run["error"]),
+            *(_verdict(run) for run in report["runs"] if "realised_reduction" in run),
+            *([f"Modelled: {report['model']['note']}"] if report["model"] else []),
+            Note(NOTES.format(steps=len(report["runs"][0]["steps"]["loss"]))),
+            Picture(f"{stem}.png", "Where the time of a step goes", partial(step_bars, report)),
+            Note(_settings(report).markdown()),
+        ],
+    )
 
 
-def markdown(report: dict[str, Any], picture: str | None) -> str:
-    """The report as text; ``picture`` is the file name of its PNG, if there is one."""
+def tables(report: dict[str, Any]) -> list[Table]:
+    """The runs, their stages and, where there are any, the variants."""
+    runs, shape = report["runs"], report["shape"]["name"]
+    title = f"{shape} on {report['environment']['device']}, {report['dtype']}"
+    rows = [[head, *cells] for head, cells in _rows(report) if any(cells)]
+    found = [Table(["median [quartiles]", *(run["name"] for run in runs)], rows, title)]
+    stages = [(run, place, stage) for run in runs for place, stage in enumerate(run.get("stages", []))]
+    columns = [
+        ("run", [run["name"] for run, *_ in stages]),
+        ("stage", [str(place) for _, place, _ in stages]),
+        ("tokens", [f"{stage['tokens']:,.0f}" for *_, stage in stages]),
+        column("time", [stage["seconds"] for *_, stage in stages]),
+        ("share of peak", [f"{stage['share_of_peak']:.1%}" for *_, stage in stages]),
+    ]
+    if report["model"]:
+        modelled = [_modelled_stage(run, place) for run, place, _ in stages]
+        columns.append(column(f"modelled for {report['model']['card']}", modelled))
+    found.append(Table.of_columns(columns, "Decoder layers by stage, forward"))
+    return [*found, *([_variants(report["compare"])] if report["compare"] else [])]
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """(head, a cell for each run) of the first table; a run that failed has its error under ``step`` and no more."""
+    runs, card = report["runs"], report["model"] and report["model"]["card"]
+
+    def known(key: str) -> list[Any]:
+        return [run.get(key) for run in runs]
+
+    def shares(key: str) -> list[str]:
+        return [text_of(value, ".1%") for value in known(key)]
+
+    rows = []
+    for name, title in TIMES.items():
+        spreads = [run["quartiles"][name] if "quartiles" in run else [] for run in runs]
+        unit = time_unit(value for spread in spreads for value in spread)
+        cells = [unit.spread(spread) for spread in spreads]
+        if name == "step":
+            cells = [cell or run["error"] or "" for cell, run in zip(cells, runs)]
+        if name == "optimizer" and report["optimizer"]["kind"] == "none":
+            cells = ["left out" if cell else "" for cell in cells]
+        rows.append((f"{title}, {unit.name}", cells))
+    modelled = [told and told["step_ms"] / 1e3 for told in known("modelled")]
+    return [
+        *rows,
+        column(f"step modelled for {card}", modelled),
+        ("ranking and dropping, of the step", [text_of(share or None, ".1%") for share in known("ranking_share")]),
+        column("peak memory", [_bytes(mib) for mib in known("peak_mib")], MEMORY),
+        column("peak predicted", [_bytes(mib) for mib in known("predicted_peak_mib")], MEMORY),
+        ("tokens/s", list(map(digits, known("tokens_per_second")))),
+        ("MFU", shares("mfu")),
+        ("HFU", shares("hfu")),
+        ("operations saved (predicted)", shares("predicted_reduction")),
+        ("time saved (realised)", shares("realised_reduction")),
+        ("time saved, forward and backward", shares("compute_reduction")),
+        ("realised / predicted", [text_of(ratio, ".3f") for ratio in known("realised_over_predicted")]),
+    ]
+
+
+def _modelled_stage(run: dict[str, Any], stage: int) -> float | None:
+    """Seconds that the model gives the forward of a stage."""
+    if run["modelled"] is None:
+        return None
+    layers = [part for part in run["modelled"]["parts"] if part["name"].startswith("layers")]
+    return layers[stage]["forward_ms"] / 1e3
+
+
+def _variants(entries: Sequence[dict[str, Any]]) -> Table:
+    lines = [(entry, run) for entry in entries for run in entry["runs"] or [{"error": None}]]
+    done = [{} if run["error"] else run for _, run in lines]
+    unit = time_unit(value for run in done if run for value in run.get("quartiles", {"step": ()})["step"])
+    steps = []
+    for (entry, run), found in zip(lines, done):
+        spread = unit.spread(found["quartiles"]["step"]) if "quartiles" in found else run["error"]
+        steps.append(spread or f"not available: {entry['unavailable']}")
+    columns = [
+        ("choice", [entry["group"] for entry, _ in lines]),
+        ("variant", [entry["name"] for entry, _ in lines]),
+        ("run", [run.get("name", "") for _, run in lines]),
+        (f"step, {unit.name}", steps),
+        column("peak", [_bytes(run.get("peak_mib")) for run in done], MEMORY),
+        ("tokens/s", [digits(run.get("tokens_per_second")) for run in done]),
+        ("time saved", [text_of(run.get("realised_reduction"), ".1%") for run in done]),
+    ]
+    return Table.of_columns(columns, "Variants", left=3)
+
+
+def _settings(report: dict[str, Any]) -> Table:
     machine, stock = report["environment"], report["workload"]
-    steps = len(report["runs"][0]["steps"]["loss"])
-    text = [f"# Training step: {report['shape']['name']}\n"]
-    for title, head, lines in tables(report):
-        text.append(f"## {title}\n\n{markdown_table(head, lines)}")
-    text.append(NOTES.format(steps=steps, clock=report["times"]["seconds"]))
-    if picture is not None:
-        text.append(f"![Where the time of a step goes]({picture})\n")
     size = machine["device_memory_gib"]
     host = f"{machine['device_count']} cores, {machine['threads']} used" if size is None else f"{size} GiB"
-    again = {f"{run['name']}, recomputed": recomputed(**_again(run)) for run in report["runs"] if run["setting"]}
     settings = {
         "device": f"{machine['device']}, {host}",
         "versions": f"torch {machine['torch']}, CUDA {machine['cuda'] or 'none'}, transformers "
@@ -279,86 +341,22 @@ def markdown(report: dict[str, Any], picture: str | None) -> str:
         "date": machine["date"],
         "command": f"`{machine['command']}`",
         "seed": str(machine["seed"]),
-        "optimizer": report["optimizer"]["description"],
         "kernels": report["runs"][0]["kernels"],
-        "peak": f"{report['peak_flops']['per_second'] / 1e12:.4g} TFLOP/s, {report['peak_flops']['source']}",
+        "peak": f"{digits(report['peak_flops']['per_second'] / 1e12)} TFLOP/s",
         "batches": f"{stock['source']}: {stock['image_tokens']:.0f} image and {stock['text_tokens']:.0f} text "
         f"tokens, {stock['turns']:.1f} turns a sample, {stock['text_only_share']:.1%} without picture",
         **{run["name"]: _schedule(run["schedule"]) for run in report["runs"] if run["schedule"]["layers"]},
-        **again,
     }
-    text.append(markdown_table(["setting", ""], [list(item) for item in settings.items()]))
-    return "\n".join(text)
-
-
-def show(report: dict[str, Any]) -> None:
-    """Prints the tables, and what they come to."""
-    console = Console()
-    for title, head, lines in tables(report):
-        shown = Table(title=escape(title), box=box.SIMPLE_HEAD, header_style="bold")
-        for place, name in enumerate(head):
-            shown.add_column(escape(name), justify="left" if place == 0 else "right")
-        for line in lines:
-            shown.add_row(*map(escape, line))
-        console.print(shown)
-    peak, kind = report["peak_flops"], report["optimizer"]
-    console.print(f"Times: {report['times']['seconds']}.", style="dim", highlight=False)
-    console.print(f"Optimizer: {kind['description']}. Peak: {peak['source']}.", style="dim", highlight=False)
-    for run in report["runs"]:
-        if run["setting"]:
-            console.print(escape(f"{run['name']}: recomputes {recomputed(**_again(run))}."), highlight=False)
-        if run["error"]:
-            console.print(escape(f"{run['name']}: {run['error']}."), highlight=False)
-        if "realised_reduction" in run:
-            console.print(escape(_verdict(run)), highlight=False)
-    if report["model"]:
-        console.print(escape(f"Modelled: {NOTE}"), style="dim", highlight=False)
-
-
-def _column(run: dict[str, Any], optimizer_kind: str, model: dict[str, str] | None) -> dict[str, str]:
-    """Title of a line -> what it says of one run; nothing where there is nothing to say."""
-    if "quartiles" not in run:
-        return {f"{TIMES['step']}, ms": run["error"] or ""}
-    spread, foreseen, ratio = run["quartiles"], run["predicted_peak_mib"], run.get("realised_over_predicted")
-    column = {f"{title}, ms": _spread(spread[name]) for name, title in TIMES.items()}
-    if optimizer_kind == "none":
-        column[f"{TIMES['optimizer']}, ms"] = "left out"
-    if model is not None:
-        told = run["modelled"]
-        column[f"step modelled for {model['card']}, ms"] = "" if told is None else f"{told['step_ms']:,.4g}"
-    return column | {
-        "ranking and dropping, of the step": f"{run['ranking_share']:.1%}" if run["ranking_share"] else "-",
-        "peak memory, GiB": f"{run['peak_mib'] / GIB:.2f}",
-        "peak predicted, GiB": "" if foreseen is None else f"{foreseen / GIB:.2f}",
-        "tokens/s": f"{run['tokens_per_second']:,.0f}",
-        "MFU": f"{run['mfu']:.1%}",
-        "HFU": f"{run['hfu']:.1%}",
-        "operations saved (predicted)": _share(run.get("predicted_reduction")),
-        "time saved (realised)": _share(run.get("realised_reduction")),
-        "time saved, forward and backward": _share(run.get("compute_reduction")),
-        "realised / predicted": "" if ratio is None else f"{ratio:.3f}",
-    }
+    return Table(["setting", ""], list(settings.items()), left=2)
 
 
 def _verdict(run: dict[str, Any]) -> str:
     ratio = run["realised_over_predicted"]
-    share = "" if ratio is None else f": {ratio:.3f} of it"
+    share = "" if ratio is None else f", of which {ratio:.3f} is realised"
     return (
         f"{run['name']}: a step takes {run['realised_reduction']:.1%} less time than vanilla, forward and backward "
         f"{run['compute_reduction']:.1%}; their operations predict {run['predicted_reduction']:.1%}{share}."
     )
-
-
-def _stage(run: dict[str, Any], stage: int) -> list[str]:
-    """What the model says of the forward of a stage, where the report has a model."""
-    if run["modelled"] is None:
-        return []
-    layers = [part for part in run["modelled"]["parts"] if part["name"].startswith("layers")]
-    return [f"{layers[stage]['forward_ms']:.3g}"]
-
-
-def _again(run: dict[str, Any]) -> dict[str, Any]:
-    return {"recompute": run["recompute"], "layers": run["recompute_layers"], "tower": run["recompute_tower"]}
 
 
 def _schedule(schedule: dict[str, Any]) -> str:
@@ -366,31 +364,5 @@ def _schedule(schedule: dict[str, Any]) -> str:
     return f"before layers {layers} keep {ratios} ({schedule['ranker']}, {schedule['positions']})"
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-def _variant_lines(entry: dict[str, Any]) -> list[list[str]]:
-    if entry["unavailable"]:
-        return [[entry["group"], entry["name"], "", f"not available: {entry['unavailable']}", "", "", ""]]
-    lines = []
-    for run in entry["runs"]:
-        numbers = [run["error"] or "", "", "", ""]
-        if "quartiles" in run and run["error"] is None:
-            step, rate = _spread(run["quartiles"]["step"]), f"{run['tokens_per_second']:,.0f}"
-            numbers = [step, f"{run['peak_mib'] / GIB:.2f}", rate, _share(run.get("realised_reduction"))]
-        lines.append([entry["group"], entry["name"], run["name"], *numbers])
-    return lines
-
-
-def _spread(values: Sequence[float]) -> str:
-    first, middle, third = values
-    if not any(values):
-        return "-"
-    return f"{_ms(middle)} [{_ms(first)}, {_ms(third)}]"
-
-
-def _ms(seconds: float) -> str:
-    """Milliseconds with three digits and no exponent."""
-    value = 1000 * seconds
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _bytes(mib: float | None) -> float | None:
+    return None if mib is None else mib * 2**20

@@ -235,10 +235,10 @@ def test_files(tmp_path, capsys, monkeypatch):
     report = json.loads((out / "prefill-test-cpu.json").read_text())
     assert [result["method"] for result in report["results"]] == list(METHODS)
     markdown = (out / "prefill-test-cpu.md").read_text()
-    assert "| 20 | 1 | PyramidDrop |" in markdown and "prefill-test-cpu.png" in markdown
+    assert "| PyramidDrop | 20 | 1 |" in markdown and "prefill-test-cpu.png" in markdown
     assert (out / "prefill-test-cpu.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "FastV" in shown and "predicted" in shown and "…" not in shown  # 80 columns are enough
+    assert "FastV" in shown and "predicted" in shown and "…" not in shown
 
 
 @pytest.mark.parametrize(
