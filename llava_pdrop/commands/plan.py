@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from llava_pdrop.config.load import RUN_FILE, load_config
     from llava_pdrop.cost.plan import solve
-    from llava_pdrop.cost.report import make_report, show, to_json
+    from llava_pdrop.cost.report import make_report, page, to_json
     from llava_pdrop.cost.step_time import card_named
     from llava_pdrop.cost.time_report import plan_time
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(to_json(config, report), indent=2))
     else:
-        show(config, report)
+        page(config, report).show()
 
 
 def gpus_of(text: str) -> tuple[int, float | None]:

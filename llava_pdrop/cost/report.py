@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.advice import PEAKS, Advice, overrides, what_lacks
 from llava_pdrop.cost.flops import StepFlops
 from llava_pdrop.cost.lora import NOT_MODELLED, adapter_parameters
-from llava_pdrop.cost.memory import GIB, Memory
+from llava_pdrop.cost.memory import Memory
 from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, checkpointing, model_of, states_of
 from llava_pdrop.cost.paper import Solution
 from llava_pdrop.cost.plan import (
@@ -29,7 +25,9 @@ from llava_pdrop.cost.plan import (
     plan_step,
 )
 from llava_pdrop.cost.states import States
-from llava_pdrop.cost.time_report import TimeModel, show_time, time_json
+from llava_pdrop.cost.time_report import TimeModel, time_blocks, time_json
+from llava_pdrop.report.page import Block, Code, Page, Table
+from llava_pdrop.report.units import GIB, digits, time_unit
 from llava_pdrop.schedule import Schedule
 
 PAPER_7B = {
@@ -48,10 +46,6 @@ PAPER_7B = {
     (5184, (8, 16, 24), (0.5, 0.25, 0.125)): "18.1",
 }
 """TFLOP as printed in Tables 3, 5, 7 and 9 of arXiv 2410.17247: (image tokens, layers, ratios) of a 7B decoder."""
-
-
-WIDTH = 120
-"""Columns where the output is no terminal (a log file), which has no width of its own."""
 
 
 @dataclass(frozen=True)
@@ -133,61 +127,51 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
     }
 
 
-def show(config: Config, report: Report) -> None:
-    """Prints the report as tables."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    plan = report.plan
+def page(config: Config, report: Report) -> Page:
+    """The report for people."""
+    plan, step, blocks = report.plan, report.step, list[Block]()
     if report.solution is not None:
-        console.print(report.solution.reason, highlight=False, soft_wrap=True)
-        print(schedule_yaml(plan.schedule))
-    console.print(_stages(plan))
-    console.print(_pictures(config, plan))
-    console.print(
-        f"Average over {plan.layers} layers: {plan.average_tokens:.1f} image tokens, {plan.average:.1%} of all. "
-        "TFLOP by the paper's formula: 1e12 multiply-accumulates of image tokens in the decoder, forward; text, tower "
-        "and head are not in it.",
-        style="dim",
-    )
-    console.print(paper_note(plan), highlight=False)
-    console.print(_operations(report.step))
+        blocks += [report.solution.reason, Code(schedule_yaml(plan.schedule))]
     again = "with the config's recomputation" if checkpointing(config) else "without recomputation"
-    console.print(
-        f"{report.step.samples} samples, each {report.step.text_tokens} text tokens and a full picture, {again}. "
-        f"Predicted step time: {report.step.reduction:.1%} less.",
-        highlight=False,
-    )
-    console.print(_memory(report))
+    blocks += [
+        _stages(plan),
+        _pictures(config, plan),
+        f"Average over {plan.layers} layers: {plan.average_tokens:.1f} image tokens, {plan.average:.1%} of all. "
+        "TFLOP by the paper's formula: 1e12 multiply-accumulates of image tokens in the decoder, forward, without "
+        "text, tower and head.",
+        paper_note(plan),
+        _operations(step),
+        f"{step.samples} samples, each {step.text_tokens} text tokens and a full picture, {again}. "
+        f"Predicted step time: {step.reduction:.1%} less.",
+        _memory(report),
+    ]
     if report.adapters:
-        line = f"{report.adapters / 1e6:.1f} M parameters of adapters learn. Not modelled: {NOT_MODELLED}."
-        console.print(line, highlight=False)
-    console.print(
-        "Not in it: CUDA context, fragmentation, NCCL and reduce buckets (llava_pdrop/cost/memory.py).", style="dim"
-    )
+        blocks.append(f"{report.adapters / 1e6:.1f} M parameters of adapters learn. Not modelled: {NOT_MODELLED}.")
+    blocks.append("Not included: CUDA context, fragmentation, NCCL and reduce buckets (llava_pdrop/cost/memory.py).")
     for name, count in zip(("vanilla", "dropping"), report.least):
         answer = "does not fit" if count is None else f"recompute {count} of {plan.layers} decoder layers"
-        console.print(f"{report.budget:g} GiB with {RESERVE:.0%} left free, {name}: {answer}.", highlight=False)
+        blocks.append(f"{report.budget:g} GiB with {RESERVE:.0%} left free, {name}: {answer}.")
     if report.fitting is not None:
-        console.print(f"Step time with just that recomputation: {report.fitting.reduction:.1%} less.", highlight=False)
+        blocks.append(f"Step time with just that recomputation: {report.fitting.reduction:.1%} less.")
     if report.time is not None:
-        show_time(console, report.time)
+        blocks += time_blocks(report.time)
     if report.advice is not None:
-        show_advice(console, config, report.advice)
+        blocks += _advice(config, report.advice)
+    return Page(config.name, blocks)
 
 
 def paper_note(plan: Plan) -> str:
     """The cost of the picture as the paper counts its tokens, and what the paper's tables print for it."""
     paper = plan.paper
     line = (
-        f"As the paper counts ({paper.tokens[0]} image tokens, no newlines): {paper.vanilla:#.3g} TFLOP vanilla, "
-        f"{paper.dropping:#.3g} with this schedule"
+        f"As the paper counts ({paper.tokens[0]} image tokens, no newlines): {digits(paper.vanilla)} TFLOP vanilla, "
+        f"{digits(paper.dropping)} with this schedule"
     )
     ratios = tuple(round(ratio, 6) for ratio in plan.schedule.ratios)
     printed = PAPER_7B.get((paper.tokens[0], plan.schedule.layers, ratios)) if plan.layers == 32 else None
     if printed is None:
         return line + "; no row of its tables."
-    if printed == f"{paper.dropping:#.3g}":
+    if printed == digits(paper.dropping):
         return line + ", as in its tables."
     return line + f"; its table prints {printed}, which its own formula does not give."
 
@@ -203,60 +187,43 @@ def schedule_yaml(schedule: Schedule) -> str:
     return "\n".join(["pyramid_drop:", *lines])
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-
-
 def _stages(plan: Plan) -> Table:
     width, height = plan.picture
-    table = _table(f"Full picture, {width}x{height}")
-    for title in ("layers", "image tokens", "share"):
-        table.add_column(title, justify="right")
-    for stage in plan.stages:
-        table.add_row(f"{stage.first}-{stage.last}", str(stage.image_tokens), f"{stage.share:.1%}")
-    return table
+    rows = [(f"{s.first}-{s.last}", f"{s.image_tokens:,}", f"{s.share:.1%}") for s in plan.stages]
+    return Table(("layers", "image tokens", "share"), rows, f"Full picture, {width}x{height}")
 
 
 def _pictures(config: Config, plan: Plan) -> Table:
-    table = _table(f"{config.name}: image tokens of one picture; every picture keeps int(n * ratio) of its own n")
-    table.add_column("picture", no_wrap=True)
-    for stage in plan.stages:
-        table.add_column(f"layers {stage.first}-{stage.last}", justify="right")
-    for title in ("TFLOP vanilla", "TFLOP dropping", "saved"):
-        table.add_column(title, justify="right")
+    stages = (f"layers {stage.first}-{stage.last}" for stage in plan.stages)
     same = len({tuple(row.tokens) for row in plan.rows}) == 1
+    rows = []
     for row in plan.rows[:1] if same else plan.rows:
-        saved = 1 - row.dropping / row.vanilla
-        costs = (f"{row.vanilla:#.3g}", f"{row.dropping:#.3g}", f"{saved:.1%}")
-        table.add_row("any size" if same else f"{row.size[0]}x{row.size[1]}", *map(str, row.tokens), *costs)
-    return table
+        size = "any size" if same else f"{row.size[0]}x{row.size[1]}"
+        costs = (digits(row.vanilla), digits(row.dropping), f"{1 - row.dropping / row.vanilla:.1%}")
+        rows.append((size, *(f"{count:,}" for count in row.tokens), *costs))
+    title = f"{config.name}: image tokens of one picture; every picture keeps int(n * ratio) of its own n"
+    return Table(("picture", *stages, "TFLOP vanilla", "TFLOP dropping", "saved"), rows, title)
 
 
 def _operations(step: PlanStep) -> Table:
-    table = _table("Operations of a training step's micro-batch")
-    table.add_column("TFLOP (2 per multiply-accumulate)")
-    for title in ("vanilla", "dropping", "saved"):
-        table.add_column(title, justify="right")
+    rows = []
     for name in (*(field.name for field in fields(StepFlops)), "total"):
         vanilla, dropping = getattr(step.vanilla, name), getattr(step.dropping, name)
         saved = f"{1 - dropping / vanilla:.1%}" if vanilla else "-"
-        table.add_row(name, f"{vanilla / 1e12:,.2f}", f"{dropping / 1e12:,.2f}", saved)
-    return table
+        rows.append((name, digits(vanilla / 1e12), digits(dropping / 1e12), saved))
+    head = ("TFLOP (2 per multiply-accumulate)", "vanilla", "dropping", "saved")
+    return Table(head, rows, "Operations of a training step's micro-batch")
 
 
 def _memory(report: Report) -> Table:
-    states = report.states
-    table = _table(f"Predicted peak of one GPU in GiB by recomputed layers, {states.label}")
-    table.add_column("layers", no_wrap=True)
-    table.add_column("")
     parts = ("weights", "gathered", "gradients", "optimizer", "activations", "total")
-    for title in parts:
-        table.add_column(title, justify="right")
+    rows = []
     for row in report.memory:
         for name, memory in (("vanilla", row.vanilla), ("dropping", row.dropping)):
-            values: Sequence[str] = [f"{getattr(memory, part) / GIB:.1f}" for part in parts]
-            table.add_row(_count(row.recomputed, report.plan.layers) if name == "vanilla" else "", name, *values)
-    return table
+            layers = _count(row.recomputed, report.plan.layers) if name == "vanilla" else ""
+            rows.append((layers, name, *(f"{getattr(memory, part) / GIB:.1f}" for part in parts)))
+    title = f"Predicted peak of one GPU in GiB by recomputed layers, {report.states.label}"
+    return Table(("layers", "", *parts), rows, title, left=2)
 
 
 def _count(recomputed: int, layers: int) -> str:
@@ -297,53 +264,39 @@ def advice_json(config: Config, advice: Advice) -> dict[str, Any]:
     }
 
 
-def show_advice(console: Console, config: Config, advice: Advice) -> None:
-    """Prints the advice."""
+def _advice(config: Config, advice: Advice) -> list[Block]:
     whole = advice.length.samples
-    unit = "s/1,000" if whole is None else "hours"
-    table = Table(title=f"Advice for {_gpus(advice)}", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for title in ("", "engine"):
-        table.add_column(title, no_wrap=True)
-    heads = ("samples", "accumulated", "recomputed", "GiB per GPU", "GiB of CPUs")
-    for title in (*heads, *(f"{unit}, {name}" for name in PEAKS)):
-        table.add_column(title, justify="right")
+    samples = whole or 1000
+    times = {
+        arm.name: [advice.seconds(arm, peak, samples) for peak in PEAKS.values()] for arm in advice.arms if arm.setting
+    }
+    unit = time_unit(seconds for arm in times.values() for seconds in arm)
+    rows, lines = [], []
     for arm in advice.arms:
-        setting = arm.setting
-        if setting is None:
-            table.add_row(arm.name, "none fits")
+        if (setting := arm.setting) is None:
+            lines.append(f"{arm.name}: {what_lacks(advice, arm, config)}")
+            rows.append((arm.name, "none fits", *[""] * (5 + len(PEAKS))))
             continue
-        seconds = [advice.seconds(arm, peak, 1000 if whole is None else whole) for peak in PEAKS.values()]
-        table.add_row(
-            arm.name,
-            setting.engine,
-            *map(str, (setting.samples, setting.accumulation, setting.recomputed)),
-            f"{setting.total / GIB:.1f}",
-            f"{setting.cpu * advice.gpus / GIB:.0f}" if setting.cpu else "-",
-            *(f"{taken if whole is None else taken / 3600:.3g}" for taken in seconds),
-        )
-    console.print(table)
-    for arm in advice.arms:
-        line = f"{arm.name}: {overrides(config, arm)}" if arm.setting else what_lacks(advice, arm, config)
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(
+        lines.append(f"{arm.name}: {overrides(config, arm)}")
+        cpu = f"{setting.cpu * advice.gpus / GIB:.0f}" if setting.cpu else "-"
+        counts = map(str, (setting.samples, setting.accumulation, setting.recomputed))
+        gib = f"{setting.total / GIB:.1f}"
+        rows.append((arm.name, setting.engine, *counts, gib, cpu, *map(unit.text, times[arm.name])))
+    head = ["", "engine", "samples", "accumulated", "recomputed", "GiB per GPU", "GiB of CPUs"]
+    head += [f"{name}, {unit.name}" + ("" if whole else " per 1,000 samples") for name in PEAKS]
+    rates = ", ".join(f"{name}: {peak / 1e12:g}" for name, peak in PEAKS.items())
+    return [
+        Table(head, rows, f"Advice for {_gpus(advice)}", left=2),
+        Code("\n".join(lines)),
         f"Global batch {advice.batch}: {advice.told}. {RESERVE:.0%} of the memory stays free. Preferred: the engine "
         "whose GPUs wait least for each other, then the fewest recomputed layers, then the largest micro-batch "
         "(llava_pdrop/cost/advice.py).",
-        highlight=False,
-    )
-    run = (
-        f"{whole:,.0f} samples"
-        if whole is not None
-        else "Seconds per 1,000 samples, since the length of the run is not known"
-    )
-    rates = ", ".join(f"{name}: {peak / 1e12:g}" for name, peak in PEAKS.items())
-    console.print(
-        f"{run}: {advice.length.source}. Each is taken for a full picture and {FULL_TEXT_TOKENS} text tokens. Time is "
-        f"that of {_gpus(advice)} at an assumed MFU of {advice.mfu:g} (--mfu) of their peak in TFLOP/s ({rates}). "
-        "Recomputed operations come on top at the same rate; communication and waiting for data are not in it.",
-        highlight=False,
-    )
-    console.print(NOT_MEASURED, highlight=False)
+        f"Times are of {samples:,.0f} samples ({advice.length.source}), each a full picture and {FULL_TEXT_TOKENS} "
+        f"text tokens, on {_gpus(advice)} at an assumed MFU of {advice.mfu:g} (--mfu) of their peak in TFLOP/s "
+        f"({rates}). Recomputed operations come on top at the same rate; communication and waiting for data are not "
+        "included.",
+        NOT_MEASURED,
+    ]
 
 
 def _gpus(advice: Advice) -> str:

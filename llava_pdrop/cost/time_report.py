@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.elementwise import MODELLED, check_kernels, kernels_of, optimizer_bytes
 from llava_pdrop.cost.flops import step_flops
 from llava_pdrop.cost.memory import learning_parameters
 from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by, states_of
 from llava_pdrop.cost.step_time import NOTE, Part, Work, card_named, is_modelled, step_parts
+from llava_pdrop.report.page import Block, Table
+from llava_pdrop.report.units import time_unit
 from llava_pdrop.schedule import Schedule
 
 
@@ -56,17 +54,13 @@ class ArmTime:
         }
 
 
-def mean(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def mean(values: Sequence[Any]) -> Any:
     """Means of the numbers of several `ArmTime.figures` of one arm, whose batches differ."""
-    return _mean(figures)
-
-
-def _mean(values: Sequence[Any]) -> Any:
     first = values[0]
     if isinstance(first, dict):
-        return {key: _mean([value[key] for value in values]) for key in first}
+        return {key: mean([value[key] for value in values]) for key in first}
     if isinstance(first, list):
-        return [_mean(entries) for entries in zip(*values)]
+        return [mean(entries) for entries in zip(*values)]
     return first if isinstance(first, str) else sum(values) / len(values)
 
 
@@ -159,47 +153,38 @@ def _saved(arms: dict[str, Any]) -> dict[str, float] | None:
     }
 
 
-def show_time(console: Console, time: TimeModel | str) -> None:
-    """Prints the model as a table, or why there is none."""
+def time_blocks(time: TimeModel | str) -> list[Block]:
+    """The model as a table with what it means, or why there is none."""
     if isinstance(time, str):
-        console.print(f"Time of a step: not modelled: {time}.", highlight=False)
-        return
+        return [f"Time of a step: not modelled: {time}."]
     arms = {name: arm.figures(time.card) for name, arm in time.arms.items()}
-    table = Table(
-        title=f"Model, not measured: milliseconds of a micro-batch on one {time.card}, {time.kernels} kernels",
-        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
-    table.add_column("", no_wrap=True)
-    for name in arms:
-        for title in ("FLOP-bound", "bandwidth-bound", "predicted"):
-            table.add_column(f"{name}\n{title}", justify="right", no_wrap=True)
-    by_name = {name: {part["name"]: part for part in arm["parts"]} for name, arm in arms.items()}
-    for part in max(by_name.values(), key=len):  # dropping has all that vanilla has, and its rankings
-        table.add_row(part, *(cell for arm in arms for cell in _cells(by_name[arm].get(part))))
-    table.add_row("forward and backward", *(cell for arm in arms.values() for cell in _cells(arm["forward_backward"])))
-    table.add_row("optimizer", *(cell for arm in arms.values() for cell in ("", "", f"{arm['optimizer_ms']:.1f}")))
-    table.add_row("step", *(cell for arm in arms.values() for cell in ("", "", f"{arm['step_ms']:,.1f}")))
-    table.add_row("MFU", *(cell for arm in arms.values() for cell in ("", "", f"{arm['mfu']:.1%}")))
-    console.print(table)
-    saved = _saved(arms)
-    if saved is not None:
-        console.print(
-            f"By this model dropping takes {saved['step']:.1%} less time, {saved['forward_backward']:.1%} without the "
-            "optimizer.",
-            highlight=False,
-            soft_wrap=True,
-        )
-    card = card_named(time.card)
-    console.print(
-        f"FLOP-bound: all operations at {card.flops / 1e12:g} TFLOP/s; bandwidth-bound: all bytes of element-wise "
-        f"kernels at {card.bandwidth / 1e12:g} TB/s ({card.source}). Optimizer: {time.optimizer}. {NOTE}",
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
+    unit = time_unit(arm["step_ms"] / 1e3 for arm in arms.values())
+
+    def cells(ms: Sequence[float | None]) -> list[str]:
+        return [unit.text(value and value / 1e3) for value in ms]
+
+    def work(figures: dict[str, float] | None) -> list[str]:
+        if figures is None:
+            return ["-"] * 3
+        return cells([figures[key] for key in ("flop_bound_ms", "bandwidth_bound_ms", "ms")])
+
+    by_name = [{part["name"]: part for part in arm["parts"]} for arm in arms.values()]
+    names = max(by_name, key=len)  # dropping has all that vanilla has, and its rankings
+    rows = [[name, *(cell for parts in by_name for cell in work(parts.get(name)))] for name in names]
+    rows.append(["forward and backward", *(cell for arm in arms.values() for cell in work(arm["forward_backward"]))])
+    for name in ("optimizer", "step"):
+        rows.append([name, *(cell for arm in arms.values() for cell in cells([None, None, arm[f"{name}_ms"]]))])
+    rows.append(["MFU", *(cell for arm in arms.values() for cell in ("", "", f"{arm['mfu']:.1%}"))])
+    head = [f"{name}: {title}" for name in arms for title in ("FLOP", "bytes", "time")]
+    title = f"Modelled, not measured: a micro-batch on one {time.card}, {time.kernels} kernels, in {unit.name}"
+    saved, card = _saved(arms), card_named(time.card)
+    reduction = saved and (
+        f"By this model dropping takes {saved['step']:.1%} less time, {saved['forward_backward']:.1%} without the "
+        "optimizer."
     )
-
-
-def _cells(work: dict[str, float] | None) -> Sequence[str]:
-    if work is None:
-        return ("-", "-", "-")
-    return tuple(f"{work[key]:,.1f}" for key in ("flop_bound_ms", "bandwidth_bound_ms", "ms"))
+    return [
+        Table(["", *head], rows, title),
+        *([reduction] if reduction else []),
+        f"FLOP: all operations at {card.flops / 1e12:g} TFLOP/s; bytes: those of element-wise kernels at "
+        f"{card.bandwidth / 1e12:g} TB/s ({card.source}); time: predicted. Optimizer: {time.optimizer}. {NOTE}",
+    ]

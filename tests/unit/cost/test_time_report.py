@@ -16,6 +16,7 @@ from llava_pdrop.cost.nominal import model_of
 from llava_pdrop.cost.step_time import BANDWIDTH_SHARE, CARDS
 from llava_pdrop.cost.time_report import TimeModel, plan_time, time_json
 from llava_pdrop.model.kernels import AUTO
+from llava_pdrop.report.units import digits
 from tests.messages import says
 
 ROOT = Path(__file__).parents[3]
@@ -60,7 +61,7 @@ def test_the_table_is_marked_as_a_model(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["plan", NEXT, "--card", "A100", "--kernels", "fused"]) == 0
     out = capsys.readouterr().out
-    assert re.search(says("Model, not measured", "A100", "fused kernels", "milliseconds"), out)
+    assert re.search(says("Modelled, not measured", "A100", "fused kernels", "s"), out)
     assert re.search(says("less time", "without the optimizer"), out)
     assert re.search(says("model", "no GPU has confirmed"), out)
     arms = modelled(NEXT, card="A100", kernels="fused").arms
@@ -68,7 +69,7 @@ def test_the_table_is_marked_as_a_model(capsys, monkeypatch):
     expected = []
     for arm in arms.values():
         (part,) = (part for part in arm.figures("A100")["parts"] if part["name"] == "layers 8-15")
-        expected += [f"{part[key]:,.1f}" for key in ("flop_bound_ms", "bandwidth_bound_ms", "ms")]
+        expected += [digits(part[key] / 1000) for key in ("flop_bound_ms", "bandwidth_bound_ms", "ms")]
     assert row.split() == expected
 
 
@@ -88,7 +89,7 @@ def test_vanilla_alone_saves_nothing(capsys):
     assert list(time.arms) == ["vanilla"] and time_json(time)["saved"] is None
     assert main(["plan", "configs/llava15_7b/finetune.yaml"]) == 0
     out = capsys.readouterr().out
-    assert "Model, not measured" in out and "less time," not in out
+    assert "Modelled, not measured" in out and "less time," not in out
 
 
 def test_the_optimizer_is_a_gpus_share_of_one_step_for_several_micro_batches():
