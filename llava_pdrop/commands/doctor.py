@@ -6,7 +6,6 @@ Exit status: 0 training would start and use every record; 1 it would refuse some
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.data.records import read_records
     from llava_pdrop.doctor.cost import predict
     from llava_pdrop.doctor.examine import examine_set, verdict, what_training_does
-    from llava_pdrop.doctor.report import describe, draw, to_markdown
+    from llava_pdrop.doctor.report import describe, page, pictures
+    from llava_pdrop.report.console import say
+    from llava_pdrop.report.page import write_json
     from llava_pdrop.train.fit import check_templates, shows_before_a_label
 
     path = Path(args.config)
@@ -84,14 +85,11 @@ def run(args: argparse.Namespace) -> None:
         sets["eval"] = read_records(section.eval, section.image_root, check=False)  # no mixture, as in evaluation
     if encoder is not None:
         for line in check_templates(config, sets["train"], encoder.tokenizer):
-            print(line)
+            say(line)
     out.mkdir(parents=True, exist_ok=True)
     found = {name: examine_set(config, name, records, encoder, args, workers) for name, records in sets.items()}
-    data: dict[str, Any] = {}
-    for name, findings in found.items():
-        limit = section.max_length if name == "train" else None
-        data[name] = describe(findings, getattr(section, name), limit)
-        data[name]["figures"] = draw(findings, name, limit, out)
+    limits = {"train": section.max_length, "eval": None}
+    data = {name: describe(findings, getattr(section, name), limits[name]) for name, findings in found.items()}
     CleanIndex.of(section.train, sets["train"], found["train"].clean).write(out / INDEX)
 
     def shows() -> bool:
@@ -101,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
     training = what_training_does(config, data["train"], shows)
     measured = Path(args.measured) if args.measured else None
-    report = {
+    report: dict[str, Any] = {
         "name": config.name,
         "config": config.file,
         "verdict": verdict(data, training, args.no_tokens, out / INDEX),
@@ -110,22 +108,18 @@ def run(args: argparse.Namespace) -> None:
         "data": data,
         "cost": predict(config, found["train"], encoder, geometry, measured, args.tflops_per_second),
     }
-    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / TEXT).write_text(to_markdown(report), encoding="utf-8", errors="backslashreplace")
-    _show(report, out)
+    drawn = {name: pictures(findings, name, limits[name]) for name, findings in found.items()}
+    shown = page(report, drawn)
+    files = shown.write(out, TEXT)
+    for name, histograms in drawn.items():
+        data[name]["figures"] = {what: p.file for what, p in histograms.items() if out / p.file in files}
+    write_json(out / REPORT, report)
+    shown.show()
+    say(report["verdict"])
+    say(f"report: {out / TEXT}, {out / REPORT}, {out / INDEX}")
     if (
         training["nothing_learnt"]
         or training["beyond_positions"]
         or any(entry["usable"] < entry["records"] for entry in data.values())
     ):
         raise SystemExit(1)
-
-
-def _show(report: dict[str, Any], out: Path) -> None:
-    """The gist, for the terminal."""
-    for name, found in report["data"].items():
-        print(f"data.{name}: {found['usable']:,} of {found['records']:,} records can be used")
-        for entry in found["problems"].values():
-            print(f"  {entry['records']:>9,}  {entry['summary']}" + ("" if entry["refused"] else " (reported only)"))
-    print(report["verdict"])
-    print(f"report: {out / TEXT}, {out / REPORT}, {out / INDEX}")

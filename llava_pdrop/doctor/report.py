@@ -1,11 +1,11 @@
-"""What the check of a data set writes: JSON for machines, Markdown for people, histograms."""
+"""What the check of a data set comes to: JSON for machines, a page with histograms for people."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ import numpy as np
 from llava_pdrop.doctor.checks import KINDS
 from llava_pdrop.doctor.examine import Findings
 from llava_pdrop.doctor.figures import length_histogram, size_histogram
+from llava_pdrop.report.page import Block, Note, Page, Picture, Table
+from llava_pdrop.report.units import OPERATIONS, time_text, unit_of
 
 SHOWN = 5
 """Problems of one kind that the Markdown shows."""
@@ -92,93 +94,106 @@ def _percentiles(values: np.ndarray) -> dict[str, float] | None:
     return {"mean": round(float(values.mean()), 1), "min": int(values.min()), **named, "max": int(values.max())}
 
 
-def draw(findings: Findings, name: str, max_length: int | None, directory: Path) -> dict[str, str]:
-    """Draws the histograms there is material for; returns what is shown -> file name in ``directory``."""
-    files = {}
-    lengths = findings.lengths[findings.which, 0]
-    if (lengths >= 0).any():
-        file = directory / f"{name}_lengths.png"
-        files["lengths"] = length_histogram(lengths[lengths >= 0], max_length, file) and file.name
-    if findings.pictures.readable.any():
-        file = directory / f"{name}_image_sizes.png"
-        files["image_sizes"] = size_histogram(findings.pictures.sizes[findings.pictures.readable], file) and file.name
-    return {shown: name for shown, name in files.items() if name}
+def pictures(findings: Findings, name: str, max_length: int | None) -> dict[str, Picture]:
+    """What is shown -> the histogram, of what there is material for."""
+    lengths, sizes = findings.lengths[findings.which, 0], findings.pictures.sizes[findings.pictures.readable]
+    found, known = {}, lengths[lengths >= 0]
+    if len(known):
+        draw = partial(length_histogram, known, max_length)
+        found["lengths"] = Picture(f"{name}_lengths.png", f"lengths of data.{name}", draw)
+    if len(sizes):
+        draw = partial(size_histogram, sizes)
+        found["image_sizes"] = Picture(f"{name}_image_sizes.png", f"image sizes of data.{name}", draw)
+    return found
 
 
-def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report of a config, as `llava_pdrop.commands.doctor` puts it together."""
-    text = f"# Data of {report['name']}\n\n{report['verdict']}\n"
+def page(report: Mapping[str, Any], drawn: Mapping[str, Mapping[str, Picture]]) -> Page:
+    """The report of a config, as `llava_pdrop.commands.doctor` puts it together; ``drawn``: the `pictures` of each data
+    set."""
+    blocks: list[Block] = [Note(report["verdict"])]
     for name, found in report["data"].items():
-        text += f"\n## data.{name}: `{found['data']}`\n\n{_summary(found)}"
-        text += _problem_table(found["problems"]) + _token_table(found["tokens"])
-        for file in found["figures"].values():
-            text += f"\n![{file}]({file})\n"
-    return text + _cost(report["cost"])
+        blocks += [
+            Note(f"## data.{name}: `{found['data']}`"),
+            *_summary(name, found),
+            *_problems_found(found["problems"]),
+        ]
+        blocks += [*_lengths(found["tokens"]), *drawn[name].values()]
+    return Page(f"Data of {report['name']}", [*blocks, *_cost(report["cost"])])
 
 
-def _summary(found: Mapping[str, Any]) -> str:
+def _summary(name: str, found: Mapping[str, Any]) -> list[Block]:
     images = found["images"]
+    usable = f"data.{name}: {found['usable']:,} of {found['records']:,} records can be used"
+    if found["records"] != found["distinct_records"]:
+        usable += f" ({found['distinct_records']:,} distinct)"
     lines = [
-        f"- {found['usable']:,} of {found['records']:,} records can be used"
-        + (f" ({found['distinct_records']:,} distinct)" if found["records"] != found["distinct_records"] else ""),
-        f"- {images['distinct']:,} distinct images, {images['readable']:,} of them readable (checked: "
-        f"{images['checked']}), shown {images['shown']:,} times by {images['records_with_images']:,} records",
+        f"{images['distinct']:,} distinct images, {images['readable']:,} of them readable (checked: "
+        f"{images['checked']}), shown {images['shown']:,} times by {images['records_with_images']:,} records"
     ]
     if images["modes"]:
-        lines.append("- image modes: " + ", ".join(f"{mode} {count:,}" for mode, count in images["modes"].items()))
+        lines.append("image modes: " + ", ".join(f"{mode} {count:,}" for mode, count in images["modes"].items()))
     if images["duplicate_files"]:
-        lines.append(f"- {images['duplicate_files']:,} image files have the content of another one")
+        lines.append(f"{images['duplicate_files']:,} image files have the content of another one")
     if found["unknown_keys"]:
         keys = ", ".join(f"`{key}` ({count:,} records)" for key, count in found["unknown_keys"].items())
-        lines.append(f"- keys that are not read: {keys}")
-    return "\n".join(lines) + "\n"
+        lines.append(f"keys that are not read: {keys}")
+    return [usable, Note("\n".join(f"- {line}" for line in lines))]
 
 
-def _problem_table(problems: Mapping[str, Any]) -> str:
+def _problems_found(problems: Mapping[str, Any]) -> list[Block]:
     if not problems:
-        return "\nNo problems.\n"
-    text = "\n| problem | records | training |\n| --- | ---: | --- |\n"
+        return [Note("No problems.")]
+    rows = [
+        (f"{entry['summary']} ({kind})", f"{entry['records']:,}", "refuses" if entry["refused"] else "takes")
+        for kind, entry in problems.items()
+    ]
+    blocks: list[Block] = [Table(("problem", "records", "training"), rows)]
     for kind, entry in problems.items():
-        verdict = "refuses" if entry["refused"] else "takes"
-        text += f"| {entry['summary']} (`{kind}`) | {entry['records']:,} | {verdict} |\n"
-    for kind, entry in problems.items():
-        text += f"\n`{kind}`, the first {min(SHOWN, len(entry['listed']))} of {entry['records']:,}:\n\n"
-        for problem in entry["listed"][:SHOWN]:
-            text += f"- {problem['index']} `{problem['origin']}` (id {problem['id']}): {problem['reason']}\n"
-    return text
+        listed = entry["listed"][:SHOWN]
+        lines = [f"- {p['index']} `{p['origin']}` (id {p['id']}): {p['reason']}" for p in listed]
+        blocks.append(Note("\n".join([f"`{kind}`, the first {len(listed)} of {entry['records']:,}:", "", *lines])))
+    return blocks
 
 
-def _token_table(tokens: Mapping[str, Any] | None) -> str:
+def _lengths(tokens: Mapping[str, Any] | None) -> list[Block]:
     if tokens is None:
-        return "\nTokens were not counted (`--no-tokens`): whether records fit `data.max_length` is not known.\n"
+        return ["Tokens were not counted (`--no-tokens`): whether records fit `data.max_length` is not known."]
     if not tokens["counted_records"]:
-        return "\nNo record's tokens could be counted.\n"
+        return ["No record's tokens could be counted."]
     columns = list(tokens["before_truncation"])
-    text = f"\n| tokens per record | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}\n"
-    for name in ("before_truncation", "after_truncation"):
-        if tokens[name]:
-            text += f"| {name.replace('_', ' ')} | {' | '.join(f'{tokens[name][c]:,}' for c in columns)} |\n"
-    if tokens["max_length"] is None:
-        return text
-    return text + (
-        f"\n{tokens['longer_than_max_length']:,} of {tokens['counted_records']:,} records are longer than "
-        f"data.max_length {tokens['max_length']}; data.truncation is `{tokens['truncation']}`.\n"
-    )
-
-
-def _cost(cost: Mapping[str, Any]) -> str:
-    tokens, step, hours = cost["image_tokens_per_stage"], cost["step"], cost["hours_per_1000_records"]
-    text = "\n## What training on it costs\n"
-    if tokens is not None:
-        text += "\n| stage | image tokens per image | of all images |\n| --- | ---: | ---: |\n"
-        for stage, (mean, total) in enumerate(zip(tokens["mean_per_image"], tokens["total"])):
-            text += f"| {'before any drop' if not stage else f'after drop {stage}'} | {mean:,.1f} | {total:,} |\n"
-    if step is not None:
-        operations = step["tflop_per_record"]
-        text += (
-            f"\nOf {step['records']:,} records in {step['batches']} micro-batches: {operations['vanilla']:,.3g} TFLOP "
-            f"per record without dropping, {operations['dropping']:,.3g} with the schedule of this config; predicted "
-            f"saving of step time {step['predicted_reduction']:.1%}.\n\n{hours['vanilla']:.3g} {hours['unit']} per "
-            f"1,000 records without dropping, {hours['dropping']:.3g} with ({hours['source']}).\n"
+    rows = [
+        (name.replace("_", " "), *(f"{tokens[name][key]:,.0f}" for key in columns))
+        for name in ("before_truncation", "after_truncation")
+        if tokens[name]
+    ]
+    blocks: list[Block] = [Table(("tokens per record", *columns), rows)]
+    if tokens["max_length"] is not None:
+        blocks.append(
+            f"{tokens['longer_than_max_length']:,} of {tokens['counted_records']:,} records are longer than "
+            f"data.max_length {tokens['max_length']}; data.truncation is `{tokens['truncation']}`."
         )
-    return text if cost["why_not"] is None else f"{text}\n{cost['why_not']}\n"
+    return blocks
+
+
+def _cost(cost: Mapping[str, Any]) -> list[Block]:
+    tokens, step, hours = cost["image_tokens_per_stage"], cost["step"], cost["hours_per_1000_records"]
+    blocks: list[Block] = [Note("## What training on it costs")]
+    if tokens is not None:
+        means = zip(tokens["mean_per_image"], tokens["total"])
+        rows = [
+            (f"after drop {stage}" if stage else "before any drop", f"{mean:,.1f}", f"{total:,}")
+            for stage, (mean, total) in enumerate(means)
+        ]
+        blocks.append(Table(("stage", "image tokens per image", "of all images"), rows))
+    if step is not None:
+        operations = [1e12 * step["tflop_per_record"][name] for name in ("vanilla", "dropping")]
+        unit = unit_of(operations, OPERATIONS)
+        vanilla, dropping = (time_text(3600 * hours[name]) for name in ("vanilla", "dropping"))
+        blocks += [
+            f"Of {step['records']:,} records in {step['batches']} micro-batches: {unit.text(operations[0])} "
+            f"{unit.name} per record without dropping, {unit.text(operations[1])} with the schedule of this config; "
+            f"predicted step time: {step['predicted_reduction']:.1%} less.",
+            f"1,000 records take {vanilla} without dropping, {dropping} with it "
+            f"({hours['unit'].replace('hours', 'time')}; {hours['source']}).",
+        ]
+    return blocks if cost["why_not"] is None else [*blocks, cost["why_not"]]

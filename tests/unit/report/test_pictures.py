@@ -28,10 +28,11 @@ from pathlib import Path
 from llava_pdrop.bench.train_report import step_bars
 from llava_pdrop.compare import ablate_report, figures, runs
 from llava_pdrop.doctor.figures import length_histogram
+from llava_pdrop.report.pictures import save_picture
 from llava_pdrop.train.report import figure_of
 import numpy as np
 assert "matplotlib" not in sys.modules  # those who draw nothing do without
-assert length_histogram(np.arange(9), 5, Path(sys.argv[1]))
+assert save_picture(Path(sys.argv[1]), lambda: length_histogram(np.arange(9), 5))
 assert "matplotlib.pyplot" not in sys.modules
 assert os.environ["MPLBACKEND"] == sys.argv[2]  # it is somebody else's, and stays
 """
@@ -75,13 +76,14 @@ def test_a_run_is_finished_before_anything_is_drawn(tiny_config, monkeypatch, ca
     monkeypatch.setattr(*((pictures, "_imported") if broken == "matplotlib" else (report, broken)), fail)
     train(config)
     said = [record.getMessage() for record in caplog.records if "no font" in record.getMessage()]
-    assert len(said) == 1 and re.search(says(PICTURE_FILE, "RuntimeError"), said[0])
     assert not (output / PICTURE_FILE).exists()
     if broken == "time_split":  # the text needs it too
+        assert not said
         lines = [line for line in capsys.readouterr().out.splitlines() if "no font" in line]
         assert len(lines) == 1 and re.search(says(str(output / TRAINING_FILE), "complete"), lines[0])
         assert not (output / TRAINING_FILE).exists()
     else:
+        assert len(said) == 1 and re.search(says(PICTURE_FILE, "RuntimeError"), said[0])
         assert PICTURE_FILE not in (output / TRAINING_FILE).read_text(encoding="utf-8")
     weights = (output / "model.safetensors").stat().st_mtime_ns
     monkeypatch.undo()
