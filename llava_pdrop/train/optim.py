@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from rich.table import Table
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -15,6 +14,7 @@ from llava_pdrop.checkpoint.lora import ADAPTER
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.model.vlm import MODULE
+from llava_pdrop.report.page import Table
 
 PARTS: dict[str, tuple[str, ...]] = {
     "language_model": ("model.language_model.", "lm_head."),
@@ -105,12 +105,10 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> Ta
         count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty shard in place
         total[part_of(name)] += count
         learning[part_of(name)] += count * parameter.requires_grad
-    table = Table("part", "parameters", "trainable", "learning rate", title="What learns")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for part in PARTS:
-        rate = f"{learning_rates[part]:g}" if learning[part] else "frozen"
-        table.add_row(labels[part], f"{total[part]:,}", f"{learning[part]:,}", rate)
-    table.add_section()
-    table.add_row("all", f"{sum(total.values()):,}", f"{sum(learning.values()):,}", "")
-    return table
+    columns = [
+        ("part", [*labels.values(), "all"]),
+        ("parameters", [f"{count:,}" for count in (*total.values(), sum(total.values()))]),
+        ("trainable", [f"{count:,}" for count in (*learning.values(), sum(learning.values()))]),
+        ("learning rate", [*(f"{learning_rates[part]:g}" if learning[part] else "frozen" for part in PARTS), ""]),
+    ]
+    return Table.of_columns(columns, "What learns")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.errors import first_line
-from llava_pdrop.report.pictures import save_picture, subplots
+from llava_pdrop.report.page import Page, Picture, Table
+from llava_pdrop.report.pictures import subplots
+from llava_pdrop.report.units import column, digits, time_text, time_unit
 from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, stages, steps_of
 
@@ -48,12 +50,7 @@ def write_report(directory: Path, name: str) -> Path | None:
     """Writes both files from the metrics in ``directory``; None where these have no step."""
     metrics = directory / METRICS_FILE
     rows = [row for row in read_metrics(metrics) if "loss" in row] if metrics.is_file() else []
-    if not rows:
-        return None
-    pictured = save_picture(directory / PICTURE_FILE, lambda: figure_of(rows))
-    report = directory / TRAINING_FILE
-    report.write_text(_text(rows, name, directory, pictured), encoding="utf-8")
-    return report
+    return _page(rows, name, directory).write(directory, TRAINING_FILE)[0] if rows else None
 
 
 def time_split(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -73,54 +70,61 @@ def per_sample(rows: Sequence[dict[str, Any]], key: str) -> float:
     return sum(row[key] * count for row, count in zip(rows, samples)) / sum(samples)
 
 
-def _text(rows: Sequence[dict[str, Any]], name: str, directory: Path, pictured: bool) -> str:
+def _page(rows: Sequence[dict[str, Any]], name: str, directory: Path) -> Page:
+    counts = [
+        [f"{per_sample(rows, f'{kind}_{number}'):,.1f}" for kind in ("tokens", "image_tokens")]
+        for number in range(len(stages(rows[-1], "tokens")))
+    ]
+    stage_head = ("stage", "tokens per sample", "of these image tokens")
+    return Page(
+        f"Training of {name}",
+        [
+            Picture(PICTURE_FILE, "loss, throughput, tokens, time", lambda: figure_of(rows)),
+            Table(("", ""), _facts(rows, directory)),
+            Table(stage_head, [(str(number), *cells) for number, cells in enumerate(counts)]),
+            *_times(time_split(rows)),
+            f"Every logged step: `{METRICS_FILE}`. Stage 0 is before any drop.",
+        ],
+    )
+
+
+def _facts(rows: Sequence[dict[str, Any]], directory: Path) -> list[tuple[str, str]]:
     def median(key: str) -> float:
         return statistics.median(row[key] for row in rows if key in row)
 
     tenth = max(1, len(rows) // 10)
+    losses = (f"{statistics.fmean(row['loss'] for row in part):.4f}" for part in (rows[:tenth], rows[-tenth:]))
     facts = [
         ("steps", f"{rows[-1]['step']:,}"),
-        ("loss, first and last tenth", " and ".join(f"{statistics.fmean(r['loss'] for r in part):.4f}"
-                                                    for part in (rows[:tenth], rows[-tenth:]))),
-        ("tokens per second before any drop, all ranks, median", f"{median('tokens_per_second'):,.0f}"),
-        ("seconds per step, median", f"{median('step_seconds'):.3g}"),
-    ]  # fmt: skip
+        ("loss, first and last tenth", " and ".join(losses)),
+        ("tokens per second before any drop, all ranks, median", digits(median("tokens_per_second"))),
+        ("time of a step, median", time_text(median("step_seconds"))),
+    ]
     if "mfu" in rows[-1]:
         facts.append(("MFU, median", f"{median('mfu'):.1%}"))
     for key, title in (("peak_cuda_mib", "peak GPU memory"), ("peak_rss_mib", "peak resident memory")):
         if key in rows[-1]:
-            facts.append((f"{title}, first rank", f"{max(row[key] for row in rows) / 1024:.2f} GiB"))
+            facts.append((f"{title}, first rank", f"{digits(max(row[key] for row in rows) / 1024)} GiB"))
     bad = directory / BAD_SAMPLES_FILE
     if bad.is_file():
-        facts.append(
-            ("samples replaced", f"{len(bad.read_text(encoding='utf-8').splitlines())}, listed in `{bad.name}`")
-        )
-    lines = [
-        f"# Training of {name}",
-        "",
-        *([f"![loss, throughput, tokens, time]({PICTURE_FILE})", ""] if pictured else []),
-        "| | |",
-        "|---|---|",
-    ]
-    lines += [f"| {title} | {value} |" for title, value in facts]
-    lines += ["", "| stage | tokens per sample | of these image tokens |", "|---|---|---|"]
-    for number in range(len(stages(rows[-1], "tokens"))):
-        counts = (f"{per_sample(rows, f'{kind}_{number}'):,.1f}" for kind in ("tokens", "image_tokens"))
-        lines.append(f"| {number} | {' | '.join(counts)} |")
-    split = time_split(rows)
-    if split:
-        whole = sum(split.values())
-        lines += ["", "| time of a step, mean over steps and ranks | seconds | share |", "|---|---|---|"]
-        lines += [f"| {TITLES[part][0]} | {value:.3g} | {value / whole:.1%} |" for part, value in split.items()]
-        lines += [f"| together | {whole:.3g} | |"]
-    lines += ["", f"Every logged step: `{METRICS_FILE}`. Stage 0 is before any drop.", ""]
-    return "\n".join(lines)
+        replaced = len(bad.read_text(encoding="utf-8").splitlines())
+        facts.append(("samples replaced", f"{replaced:,}, listed in `{bad.name}`"))
+    return facts
+
+
+def _times(split: dict[str, float]) -> list[Table]:
+    """Of a step; none where nothing was measured."""
+    if not split:
+        return []
+    whole = sum(split.values())
+    head, cells = column("mean over steps and ranks", [*split.values(), whole])
+    parts = [*(TITLES[part][0] for part in split), "together"]
+    shares = [f"{value / whole:.1%}" for value in (*split.values(), whole)]
+    return [Table(("time of a step", head, "share"), list(zip(parts, cells, shares)))]
 
 
 def figure_of(rows: Sequence[dict[str, Any]]) -> Any:
     """Loss, throughput, tokens by stage and where the time goes, of all log lines of a run."""
-    from matplotlib.ticker import MaxNLocator
-
     steps = [row["step"] for row in rows]
     figure, ((loss, rate), (tokens, split)) = subplots(2, 2, figsize=(10, 6.4))
     figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.08, hspace=0.35)
@@ -130,7 +134,7 @@ def figure_of(rows: Sequence[dict[str, Any]]) -> Any:
     rate.plot(steps, [row["tokens_per_second"] for row in rows], color="#3E5C76", **line)
     rate.set(title="tokens per second", xlabel="step", ylim=(0, None))
     for axes in (loss, rate):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
     means = {
         kind: [per_sample(rows, f"{kind}_{k}") for k in range(len(stages(rows[-1], kind)))]
         for kind in ("tokens", "image_tokens")
@@ -140,12 +144,13 @@ def figure_of(rows: Sequence[dict[str, Any]]) -> Any:
     tokens.bar(places, means["image_tokens"], color="#E2703A", label="image")
     tokens.set(title="tokens per sample in every stage", xlabel="stage", xticks=list(places))
     tokens.legend()
-    left = 0.0
-    for part, seconds in time_split(rows).items():
+    times, left = time_split(rows), 0.0
+    unit = time_unit([sum(times.values())])
+    for part, seconds in times.items():
         label, colour = TITLES[part]
-        split.barh(0, seconds, left=left, color=colour, label=label)
-        left += seconds
-    split.set(title="time of a step, mean over steps and ranks", xlabel="seconds", yticks=[], ylim=(-2.2, 0.6))
+        split.barh(0, seconds / unit.size, left=left, color=colour, label=label)
+        left += seconds / unit.size
+    split.set(title="time of a step, mean over steps and ranks", xlabel=unit.name, yticks=[], ylim=(-2.2, 0.6))
     split.grid(visible=False)
     if split.patches:
         split.legend(loc="lower left", ncols=2, fontsize=8, columnspacing=1.0, handlelength=1.2)

@@ -170,7 +170,7 @@ def train_watched(
     )
     for callback in callbacks:
         trainer.add_callback(callback)
-    console.print(trainable_table(model, trainer.learning_rates))
+    trainable_table(model, trainer.learning_rates).show()
     if checkpoint:
         console.print(f"resuming from {checkpoint}")
     start = time.perf_counter()
