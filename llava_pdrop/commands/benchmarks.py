@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.errors import UserError, did_you_mean
     from llava_pdrop.eval.benchmarks import BENCHMARKS, BY_NAME
     from llava_pdrop.eval.benchmarks.files import ROOT
-    from llava_pdrop.report.style import print_table
+    from llava_pdrop.report.page import Table
 
     names = [name for names in args.names for name in names.split(",")]
     for name in names:
@@ -44,15 +44,16 @@ def run(args: argparse.Namespace) -> None:
     wanted = {BY_NAME[name.lower()].name for name in names}
     rows = [row for row in BENCHMARKS.values() if not names or row.name in wanted]
     if args.rules:
-        print_table("How benchmarks are scored", [RULES, *rules(rows)], right=False)
+        Table(RULES, rules(rows), "How benchmarks are scored", left=len(RULES)).show()
         return
     root = args.root or ROOT
     if args.score is not None:
         if len(rows) != 1 or not names:
             raise UserError(f"--score {args.score}: name the one benchmark that it answers")
-        print_table(f"{rows[0].title}: {args.score}", [NUMBERS, *numbers(rows[0], Path(root), Path(args.score))])
+        found = numbers(rows[0], Path(root), Path(args.score))
+        Table(NUMBERS, found, f"{rows[0].title}: {args.score}", left=2).show()
         return
-    print_table(f"Files of the benchmarks below {root}", [FILES, *files(rows, Path(root))], right=False)
+    Table(FILES, files(rows, Path(root)), f"Files of the benchmarks below {root}", left=len(FILES)).show()
 
 
 def numbers(benchmark: Any, root: Path, file: Path) -> list[list[str]]:
@@ -91,9 +92,8 @@ def files(benchmarks: Sequence[Any], root: Path) -> list[list[str]]:
     for row in benchmarks:
         for place, wanted in enumerate(row.wanted):
             found = "yes" if there(row, wanted, root) else "no"
-            lines.append(
-                [row.name if place == 0 else "", f"{row.folder}/{wanted.path}", found, wanted.source, wanted.licence]
-            )
+            name, path = row.name if place == 0 else "", f"{row.folder}/{wanted.path}"
+            lines.append([name, path, found, wanted.source, wanted.licence])
     return lines
 
 

@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from llava_pdrop.commands.arguments import a_path
 
 DTYPES = ("bfloat16", "float16", "float32", "keep")
@@ -57,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
     from llava_pdrop.checkpoint.convert import convert
     from llava_pdrop.errors import UserError
+    from llava_pdrop.report.console import say
 
     if args.template is not None and args.to == "llava":
         raise UserError("--template: the original layout has no place for a chat template: leave it out")
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     weights = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 1e9
     lines = [f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}"]
     for line in [*lines, *source.notes]:
-        Console().print(line, soft_wrap=True, markup=False, highlight=False)
+        say(line)
 
 
 def _serving(origin: str, asked: str | None) -> Callable[[Any], list[str]]:

@@ -13,9 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from llava_pdrop.generate.families import HEADERS, rows
-    from llava_pdrop.report.style import markdown_table, print_table
+    from llava_pdrop.report.page import Table
 
-    if args.markdown:
-        print(markdown_table(HEADERS, rows(), right=False), end="")
-    else:
-        print_table("Model classes that attach() has been proved on", [HEADERS, *rows()], right=False)
+    table = Table(HEADERS, rows(), "Model classes that attach() has been proved on", left=len(HEADERS))
+    print(table.markdown(), end="") if args.markdown else table.show()

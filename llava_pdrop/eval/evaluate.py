@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from llava_pdrop.checkpoint.build import Parts, build_parts, require_tokenizer
 from llava_pdrop.checkpoint.lora import config_directory, is_lora
@@ -27,6 +26,9 @@ from llava_pdrop.eval.respondent import CHAT, LlavaRespondent, Respondent, is_ou
 from llava_pdrop.eval.scoring import SCORERS, normalise
 from llava_pdrop.eval.team import ALONE, Team, team_of
 from llava_pdrop.generate.prefill import ForwardStep
+from llava_pdrop.report.console import say
+from llava_pdrop.report.page import write_json
+from llava_pdrop.report.units import time_text
 from llava_pdrop.runtime.device import autocast_dtype
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
 
@@ -164,15 +166,13 @@ def evaluate_config(config: Config) -> Result:
     _keep_others(directory, asked)
     file = result.write(directory)
     facts = {"accuracy": result.accuracy, "chance": result.chance, "image_tokens": result.image_tokens}
-    (directory / EVALUATION_FILE).write_text(json.dumps(asked | facts, indent=1) + "\n", encoding="utf-8")
+    write_json(directory / EVALUATION_FILE, asked | facts)
     tokens = " -> ".join(f"{count:g}" for count in result.image_tokens)
-    Console().print(
-        f"{config.name}: asks {respondent.text(questions[0])!r}\n"
+    say(f"{config.name}: asks {respondent.text(questions[0])!r}")
+    say(
         f"{config.name}: {config.eval.scorer} {result.accuracy:.1%} (chance {result.chance:.1%}), {len(questions)} "
         f"questions, image tokens {tokens} ({used_schedule(config.schedule, respondent.schedule)}), "
-        f"{result.seconds:.0f} s; answers in {file}",
-        soft_wrap=True,
-        markup=False,
+        f"{time_text(result.seconds)}; answers in {file}"
     )
     return result
 
@@ -299,6 +299,6 @@ def respondent_in(directory: Path, config: Config) -> Respondent:
         return open_respondent(directory)
     parts = build_parts(path=str(directory))
     require_tokenizer(parts, directory)
-    for line in parts.notes if os.environ.get("RANK", "0") == "0" else ():
-        Console().print(line, soft_wrap=True, markup=False, highlight=False)
+    for line in parts.notes:
+        say(line)
     return respondent_of(parts, config)

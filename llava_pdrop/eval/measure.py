@@ -21,6 +21,7 @@ from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import Respondent, is_ours
 from llava_pdrop.eval.score import Score, as_json, beside_paper, paired, score_of, unit_of
 from llava_pdrop.eval.team import Team, team_of
+from llava_pdrop.report.console import say
 from llava_pdrop.schedule import Schedule
 
 PAPER = "paper"
@@ -216,5 +217,5 @@ def measure_config(config: Config) -> list[Score]:
     if team.first:
         file = table.write(found, directory, f"{config.name}: benchmarks")
         table.show(found, f"{config.name}: benchmarks")
-        print(f"table: {file}")
+        say(f"table: {file}")
     return found

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
 from llava_pdrop.eval.kept import HOME
 from llava_pdrop.eval.score import Score, as_json
-from llava_pdrop.report.style import markdown_table, print_table, text_of
+from llava_pdrop.report.console import say
+from llava_pdrop.report.page import Block, Note, Page, Table, markdown_of
+from llava_pdrop.report.units import column, text_of
 
 TABLE, RESULTS = "scores.md", "scores.json"
 
@@ -20,9 +21,9 @@ NOTES = (
 )
 
 
-def table_rows(scores: Sequence[Score]) -> list[list[str]]:
-    """The table as text, head first. Columns of which nothing is known are left out."""
-    columns: list[tuple[str, list[str]]] = [
+def blocks(scores: Sequence[Score], title: str = "") -> list[Block]:
+    """The table with what it means. Columns of which nothing is known are left out."""
+    columns = [
         ("benchmark", [score.benchmark.title for score in scores]),
         ("schedule", [score.column for score in scores]),
         ("score", [_score(score) for score in scores]),
@@ -31,34 +32,33 @@ def table_rows(scores: Sequence[Score]) -> list[list[str]]:
         ("against", [_against(score) for score in scores]),
         ("questions", [f"{score.questions:,}" for score in scores]),
         ("not read", [f"{score.unread:,}" if score.unread else "" for score in scores]),
-        ("s/question", [f"{score.seconds:.3f}" for score in scores]),
-        ("image tokens", [" → ".join(f"{count:g}" for count in _rounded(score.image_tokens)) for score in scores]),
+        column("time of a question", [score.seconds for score in scores]),
+        ("image tokens", [" → ".join(f"{round(count, 1):g}" for count in score.image_tokens) for score in scores]),
     ]
-    known = [(head, cells) for head, cells in columns if any(cells)]
-    return [[head for head, _ in known], *map(list, zip(*(cells for _, cells in known)))]
+    first = [score for score in scores if score.against is None]
+    rules = [f"- {score.benchmark.title}: {score.benchmark.rule}; split: {score.split}" for score in first]
+    return [Table.of_columns(columns, title, left=2), Note(NOTES), Note("\n".join(rules))]
 
 
 def show(scores: Sequence[Score], title: str) -> None:
     """Prints prompts, table, and where answers and files for servers lie."""
     for score in scores:
         if score.against is None:
-            print(f"{score.benchmark.name}: asks {score.prompt!r}; rule: {score.benchmark.rule}; split: {score.split}")
-    print_table(title, table_rows(scores))
+            say(f"{score.benchmark.name}: asks {score.prompt!r}; rule: {score.benchmark.rule}; split: {score.split}")
+    Page(title, blocks(scores, title)).show()
     for score in scores:
         line = f"{score.benchmark.name} ({score.column}): {', '.join(map(str, score.files))}"
-        print(line if score.problem is None else f"{line}; {score.unread:,} not read, the first: {score.problem}")
+        say(line if score.problem is None else f"{line}; {score.unread:,} not read, the first: {score.problem}")
 
 
 def write(scores: Sequence[Score], directory: Path, title: str) -> Path:
     """Writes the table below ``directory`` and returns its path."""
-    home = directory / HOME
-    home.mkdir(parents=True, exist_ok=True)
-    (home / RESULTS).write_text(
-        json.dumps([as_json(score) for score in scores], indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    file = home / TABLE
-    file.write_text(markdown(scores, title), encoding="utf-8")
-    return file
+    return Page(title, blocks(scores), [as_json(score) for score in scores]).write(directory / HOME, TABLE, RESULTS)[0]
+
+
+def markdown(scores: Sequence[Score], title: str) -> str:
+    """The same as a part of another report."""
+    return markdown_of(blocks(scores, title))
 
 
 def refuse_unread(scores: Sequence[Score], allowed: float) -> None:
@@ -67,22 +67,11 @@ def refuse_unread(scores: Sequence[Score], allowed: float) -> None:
     worst = max(scores, key=lambda score: score.unread / score.questions, default=None)
     if worst is None or (share := worst.unread / worst.questions) <= allowed:
         return
-    print(
+    say(
         f"{worst.benchmark.name} ({worst.column}): {worst.unread:,} of {worst.questions:,} questions could not be "
         f"asked: mend them and start again, or allow it: eval.max_unread={ceil(share * 1000) / 1000:g}"
     )
     raise SystemExit(1)
-
-
-def markdown(scores: Sequence[Score], title: str) -> str:
-    """The table with what it means."""
-    head, *rows = table_rows(scores)
-    rules = "".join(
-        f"- {score.benchmark.title}: {score.benchmark.rule}; split: {score.split}\n"
-        for score in scores
-        if score.against is None
-    )
-    return f"## {title}\n\n{markdown_table(head, rows)}\n{NOTES}\n\n{rules}"
 
 
 def _score(score: Score) -> str:
@@ -105,7 +94,3 @@ def _against(score: Score) -> str:
         return ""
     _, value, low, high = score.against
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def _rounded(counts: Sequence[float]) -> list[float]:
-    return [round(count, 1) for count in counts]

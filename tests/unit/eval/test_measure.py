@@ -18,7 +18,7 @@ from llava_pdrop.eval.measure import _Asked, chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.rules.grades import Grade, means
 from llava_pdrop.eval.score import beside_paper, paired, score_of
-from llava_pdrop.eval.scores import markdown, refuse_unread, table_rows
+from llava_pdrop.eval.scores import blocks, markdown, refuse_unread
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 
@@ -37,6 +37,12 @@ TOY = Benchmark(
     headline="Overall",
     paper_split="test",
 )
+
+
+def row_of(*scores):
+    """Head -> cell of the first of ``scores``."""
+    table, *_ = blocks(scores)
+    return dict(zip(table.head, table.rows[0]))
 
 
 def answers(right):
@@ -121,9 +127,9 @@ def test_the_paper_stands_only_beside_what_it_is_about(tiny_config):
     reported = {"Toy": 70.0}
     other_split = beside_paper(score(), config, reported)
     assert other_split.paper is None
-    assert table_rows([other_split])[1][3] == "(paper: test)"
+    assert row_of(other_split)["difference"] == "(paper: test)"
     alike = beside_paper(score(benchmark=replace(TOY, paper_split="")), config, reported)
-    assert alike.paper == 70.0 and "+5.0" in table_rows([alike])[1]
+    assert alike.paper == 70.0 and row_of(alike)["difference"] == "+5.0"
     limited = replace(config, eval=replace(config.eval, limit=3))
     assert beside_paper(score(benchmark=replace(TOY, paper_split="")), limited, reported).paper is None
 
@@ -132,8 +138,7 @@ def test_unread_pictures_stay_in_the_denominator():
     some = [Answer(q.id, "", problem="cut") if i < 10 else a for i, (q, a) in enumerate(zip(QUESTIONS, answers(100)))]
     found = score_of(TOY, QUESTIONS, some, "vanilla", Schedule(), "p")
     assert found.unread == 10 and found.problem == "cut" and found.value == pytest.approx(75.0)
-    head, row = table_rows([found])
-    assert row[head.index("not read")] == "10"
+    assert row_of(found)["not read"] == "10"
 
 
 @pytest.mark.parametrize(("unread", "questions"), [(1, 70), (3, 7), (1, 60)])
@@ -149,7 +154,7 @@ def test_the_share_that_a_refusal_names_is_enough(capsys, unread, questions):
 
 def test_what_only_a_server_knows_has_no_score():
     found = score_of(replace(TOY, total=None), QUESTIONS, answers(2), "vanilla", Schedule(), "p")
-    assert found.value is None and "server" in table_rows([found])[1]
+    assert found.value is None and row_of(found)["score"] == "server"
     assert "server" in markdown(paired([found, found]), "Benchmarks")
     asked = [replace(question, facts={"known": False}) for question in QUESTIONS]
     assert score_of(TOY, asked, answers(2), "vanilla", Schedule(), "p").value is None
@@ -160,4 +165,4 @@ def test_a_limit_that_leaves_no_question_of_the_score():
     nothing = replace(TOY, total=lambda questions, grades: lambda weights: {"accuracy": 75.0})
     found = score_of(nothing, QUESTIONS, answers(4), "vanilla", Schedule(), "p")
     assert found.value is None and found.numbers == {"accuracy": 75.0}
-    assert "none asked" in table_rows(paired([found, found]))[1]
+    assert row_of(*paired([found, found]))["score"] == "none asked"

@@ -10,7 +10,7 @@ import pytest
 from llava_pdrop.__main__ import main
 from llava_pdrop.generate.families import FAMILIES, HEADERS, rows
 from llava_pdrop.generate.pictures import UNITS
-from llava_pdrop.report.style import markdown_table
+from llava_pdrop.report.page import Table
 from tests.families import FAMILIES as TRIED
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +24,7 @@ def block(document: str) -> str:
 
 def test_the_documents_hold_the_table():
     """Otherwise: ``llava-pdrop families --markdown``."""
-    assert block("llava_pdrop/generate/README.md") == markdown_table(HEADERS, rows(), right=False)
+    assert block("llava_pdrop/generate/README.md") == Table(HEADERS, rows(), left=len(HEADERS)).markdown()
     named = re.findall(r"`(\w+)`", block("README.md"))
     assert named == [*FAMILIES]
 
