@@ -6,12 +6,15 @@ import os
 from collections.abc import Collection, Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
 LOG_WIDTH = 160
 """Columns where the output is no terminal (a log file), which has no width of its own."""
+
+LONGEST_NAME = 14
+"""A column of words no longer than this is shown whole, however narrow the terminal is."""
 
 
 def console() -> Console:
@@ -36,10 +39,14 @@ def paragraph(text: str) -> None:
 def grid(
     title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: int, sections: Collection[int] = ()
 ) -> None:
-    """Prints a table, as `report.page.Table` describes it; into a file at a width that cuts nothing."""
-    shown = Table(title=escape(title) or None, header_style="bold", box=box.SIMPLE_HEAD)
+    """Prints a table, as `report.page.Table` describes it, behind an empty line; into a file at a width that cuts
+    nothing."""
+    console().print(f"\n{title}" if title else "", style="bold", markup=False, highlight=False)
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for place, name in enumerate(head):
-        shown.add_column(escape(name), justify="left" if place < left else "right", overflow="fold")
+        names = place < left and max((len(row[place]) for row in rows), default=0) <= LONGEST_NAME
+        justify: JustifyMethod = "left" if place < left else "right"
+        shown.add_column(escape(name), justify=justify, overflow="fold", no_wrap=names)
     for place, row in enumerate(rows):
         if place in sections:
             shown.add_section()
