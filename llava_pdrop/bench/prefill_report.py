@@ -16,7 +16,7 @@ from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
 from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.report.environment import environment
+from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Note, Page, Picture, Table
 from llava_pdrop.report.pictures import subplots
 from llava_pdrop.report.style import COLOURS
@@ -137,26 +137,16 @@ def show(report: dict[str, Any]) -> None:
 
 def page(report: dict[str, Any], picture: str) -> Page:
     """The report for people; ``picture`` is its file."""
-    settings, environment = report["settings"], report["environment"]
+    told = report["settings"]
     notes = (
-        f"{settings['runs']} runs of every method, taking turns, after {settings['warm_up']} that are not counted; "
-        f"{sum(settings['text_tokens'])} text tokens a prompt, {settings['new_tokens']} new ones an answer; "
-        f"{settings['kernels']} kernels. Prefill: until the first logits, without the tower. Time: "
-        f"{settings['timer']}. Predicted: by the full FLOP count. Of peak: {settings['peak_flops_source']}."
+        f"{told['runs']} runs of every method, taking turns, after {told['warm_up']} that are not counted; "
+        f"{sum(told['text_tokens'])} text tokens a prompt, {told['new_tokens']} new ones an answer; "
+        f"{told['kernels']} kernels. Prefill: until the first logits, without the tower. Time: "
+        f"{told['timer']}. Predicted: by the full FLOP count. Of peak: {told['peak_flops_source']}."
     )
-    versions = ", ".join(
-        f"{key} {environment[key]}" for key in ("torch", "transformers", "cuda", "commit", "date", "seed")
-    )
-    return Page(
-        _title(report),
-        [
-            *tables(report["results"]),
-            notes,
-            Picture(picture, "prefill latency and cache size", partial(bars, report)),
-            Note(f"`{environment['command']}`; {versions}"),
-        ],
-        report,
-    )
+    drawn = Picture(picture, "prefill latency and cache size", partial(bars, report))
+    made = Note(settings(report["environment"]).markdown())
+    return Page(_title(report), [*tables(report["results"]), notes, drawn, made], report)
 
 
 def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
@@ -234,8 +224,8 @@ def _cpu(spans: Sequence[Span]) -> dict[str, float] | None:
 
 
 def _title(report: dict[str, Any]) -> str:
-    settings, environment = report["settings"], report["environment"]
-    return f"bench prefill: {settings['shape']}, {settings['dtype']}, {settings['attention']}, {environment['device']}"
+    told, device = report["settings"], report["environment"]["device"]
+    return f"bench prefill: {told['shape']}, {told['dtype']}, {told['attention']}, {device}"
 
 
 def bench_prefill(
@@ -279,7 +269,7 @@ def bench_prefill(
         for method, schedule in methods.items():
             taken, vanilla = counted.get(method), counted.get("vanilla")
             results.append(entry(hf.config, case, method, schedule, shape.geometry, dtype, peak, tower, taken, vanilla))
-    settings = {
+    told = {
         "shape": name,
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention,
@@ -295,4 +285,4 @@ def bench_prefill(
         "times": CLOCKS[device.type],
         "schedules": {method: schedule.to_dict() for method, schedule in methods.items()},
     }
-    return {"environment": environment(device, seed), "settings": settings, "results": results}
+    return {"environment": environment(device, seed), "settings": told, "results": results}

@@ -16,7 +16,7 @@ from llava_pdrop.bench.variants import Compared
 from llava_pdrop.cost.step_time import NOTE, is_modelled
 from llava_pdrop.cost.time_report import mean
 from llava_pdrop.errors import UserError
-from llava_pdrop.report.environment import environment
+from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Note, Page, Picture, Table, plain, write_json
 from llava_pdrop.report.units import MEMORY, column, digits, text_of, time_unit
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of, quartiles
@@ -330,24 +330,16 @@ def _variants(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _settings(report: dict[str, Any]) -> Table:
-    machine, stock = report["environment"], report["workload"]
-    size = machine["device_memory_gib"]
-    host = f"{machine['device_count']} cores, {machine['threads']} used" if size is None else f"{size} GiB"
-    settings = {
-        "device": f"{machine['device']}, {host}",
-        "versions": f"torch {machine['torch']}, CUDA {machine['cuda'] or 'none'}, transformers "
-        f"{machine['transformers']}, Python {machine['python']}",
-        "commit": str(machine["commit"]),
-        "date": machine["date"],
-        "command": f"`{machine['command']}`",
-        "seed": str(machine["seed"]),
-        "kernels": report["runs"][0]["kernels"],
-        "peak": f"{digits(report['peak_flops']['per_second'] / 1e12)} TFLOP/s",
-        "batches": f"{stock['source']}: {stock['image_tokens']:.0f} image and {stock['text_tokens']:.0f} text "
-        f"tokens, {stock['turns']:.1f} turns a sample, {stock['text_only_share']:.1%} without picture",
-        **{run["name"]: _schedule(run["schedule"]) for run in report["runs"] if run["schedule"]["layers"]},
-    }
-    return Table(["setting", ""], list(settings.items()), left=2)
+    stock, peak = report["workload"], report["peak_flops"]["per_second"]
+    schedules = {run["name"]: _schedule(run["schedule"]) for run in report["runs"] if run["schedule"]["layers"]}
+    return settings(
+        report["environment"],
+        kernels=report["runs"][0]["kernels"],
+        peak=f"{digits(peak / 1e12)} TFLOP/s",
+        batches=f"{stock['source']}: {stock['image_tokens']:.0f} image and {stock['text_tokens']:.0f} text tokens, "
+        f"{stock['turns']:.1f} turns a sample, {stock['text_only_share']:.1%} without picture",
+        **schedules,
+    )
 
 
 def _verdict(run: dict[str, Any]) -> str:

@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llava_pdrop.errors import UserError
+from llava_pdrop.report.page import Table
 
 COMMIT = "LLAVA_PDROP_COMMIT"
 """Environment variable that names the commit of a copy without its history."""
@@ -44,6 +46,22 @@ def environment(device: Any, seed: int) -> dict[str, Any]:
         "command": os.environ.get(COMMAND) or " ".join(["llava-pdrop", *sys.argv[1:]]),
         "seed": seed,
     }
+
+
+def settings(made: Mapping[str, Any], **others: str) -> Table:
+    """An `environment` and the ``others`` for people."""
+    memory = made["device_memory_gib"]
+    size = f"{made['device_count']} cores, {made['threads']} used" if memory is None else f"{memory} GiB"
+    versions = f"torch {made['torch']}, CUDA {made['cuda'] or 'none'}, transformers {made['transformers']}, Python "
+    rows = {
+        "device": f"{made['device']}, {size}",
+        "versions": versions + made["python"],
+        "commit": str(made["commit"]),
+        "date": made["date"],
+        "command": f"`{made['command']}`",
+        "seed": str(made["seed"]),
+    }
+    return Table(["setting", ""], list((rows | others).items()), left=2)
 
 
 def check_out(directory: Path) -> None:
