@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import yaml
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.advice import PEAKS, Advice, overrides, what_lacks
+from llava_pdrop.cost.advice import PEAKS, Advice, Setting, overrides, what_lacks
 from llava_pdrop.cost.flops import StepFlops
 from llava_pdrop.cost.lora import NOT_MODELLED, adapter_parameters
 from llava_pdrop.cost.memory import Memory
@@ -27,7 +28,7 @@ from llava_pdrop.cost.plan import (
 from llava_pdrop.cost.states import States
 from llava_pdrop.cost.time_report import TimeModel, time_blocks, time_json
 from llava_pdrop.report.page import Block, Code, Page, Table
-from llava_pdrop.report.units import GIB, digits, time_unit
+from llava_pdrop.report.units import GIB, column, digits
 from llava_pdrop.schedule import Schedule
 
 PAPER_7B = {
@@ -83,11 +84,8 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
     """The report for machines: bytes, operations, and shares between 0 and 1."""
     plan, step = report.plan, report.step
 
-    def flops(entry: StepFlops) -> dict[str, float]:
-        return {**asdict(entry), "total": entry.total}
-
-    def memory(entry: Memory) -> dict[str, float]:
-        return {**asdict(entry), "total": entry.total}
+    def parts(whole: StepFlops | Memory) -> dict[str, float]:
+        return {**asdict(whole), "total": whole.total}
 
     return {
         "config": config.name,
@@ -106,8 +104,8 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
             "samples": step.samples,
             "text_tokens": step.text_tokens,
             "recomputation": checkpointing(config),
-            "vanilla_flop": flops(step.vanilla),
-            "dropping_flop": flops(step.dropping),
+            "vanilla_flop": parts(step.vanilla),
+            "dropping_flop": parts(step.dropping),
             "predicted_reduction": step.reduction,
         },
         "lora": {"adapter_parameters": report.adapters, "not_modelled": NOT_MODELLED} if report.adapters else None,
@@ -118,7 +116,7 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
             "least_recomputed_layers": {"vanilla": report.least[0], "dropping": report.least[1]},
             "predicted_reduction_at_least_recomputation": report.fitting and report.fitting.reduction,
             "peaks": [
-                {"recomputed_layers": row.recomputed, "vanilla": memory(row.vanilla), "dropping": memory(row.dropping)}
+                {"recomputed_layers": row.recomputed, "vanilla": parts(row.vanilla), "dropping": parts(row.dropping)}
                 for row in report.memory
             ],
         },
@@ -267,26 +265,27 @@ def advice_json(config: Config, advice: Advice) -> dict[str, Any]:
 def _advice(config: Config, advice: Advice) -> list[Block]:
     whole = advice.length.samples
     samples = whole or 1000
-    times = {
-        arm.name: [advice.seconds(arm, peak, samples) for peak in PEAKS.values()] for arm in advice.arms if arm.setting
-    }
-    unit = time_unit(seconds for arm in times.values() for seconds in arm)
-    rows, lines = [], []
-    for arm in advice.arms:
-        if (setting := arm.setting) is None:
-            lines.append(f"{arm.name}: {what_lacks(advice, arm, config)}")
-            rows.append((arm.name, "none fits", *[""] * (5 + len(PEAKS))))
-            continue
-        lines.append(f"{arm.name}: {overrides(config, arm)}")
-        cpu = f"{setting.cpu * advice.gpus / GIB:.0f}" if setting.cpu else "-"
-        counts = map(str, (setting.samples, setting.accumulation, setting.recomputed))
-        gib = f"{setting.total / GIB:.1f}"
-        rows.append((arm.name, setting.engine, *counts, gib, cpu, *map(unit.text, times[arm.name])))
-    head = ["", "engine", "samples", "accumulated", "recomputed", "GiB per GPU", "GiB of CPUs"]
-    head += [f"{name}, {unit.name}" + ("" if whole else " per 1,000 samples") for name in PEAKS]
+    settings = [arm.setting for arm in advice.arms]
+    lines = [f"{a.name}: {overrides(config, a) if a.setting else what_lacks(advice, a, config)}" for a in advice.arms]
+
+    def cells(text: Callable[[Setting], str]) -> list[str]:
+        return [text(setting) if setting else "" for setting in settings]
+
+    columns = [
+        ("", [arm.name for arm in advice.arms]),
+        ("engine", [setting.engine if setting else "none fits" for setting in settings]),
+        ("batch", cells(lambda setting: str(setting.samples))),
+        ("accumulated", cells(lambda setting: str(setting.accumulation))),
+        ("recomputed", cells(lambda setting: str(setting.recomputed))),
+        ("GiB per GPU", cells(lambda setting: f"{setting.total / GIB:.1f}")),
+        ("GiB of CPUs", cells(lambda setting: f"{setting.cpu * advice.gpus / GIB:.0f}" if setting.cpu else "")),
+    ]
+    for name, peak in PEAKS.items():
+        times = [advice.seconds(arm, peak, samples) if arm.setting else None for arm in advice.arms]
+        columns.append(column(name if whole else f"{name}, 1,000 samples", times))
     rates = ", ".join(f"{name}: {peak / 1e12:g}" for name, peak in PEAKS.items())
     return [
-        Table(head, rows, f"Advice for {_gpus(advice)}", left=2),
+        Table.of_columns(columns, f"Advice for {_gpus(advice)}", left=2),
         Code("\n".join(lines)),
         f"Global batch {advice.batch}: {advice.told}. {RESERVE:.0%} of the memory stays free. Preferred: the engine "
         "whose GPUs wait least for each other, then the fewest recomputed layers, then the largest micro-batch "

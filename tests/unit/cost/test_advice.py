@@ -209,7 +209,7 @@ def test_the_cpus_memory_and_an_unknown_length_are_said(capsys):
     out = capsys.readouterr().out
     assert "zero2_offload" in out and "131" in out  # 20 bytes for each of 7.05 billion parameters
     assert re.search(says("1,000 samples", "data.train mine.json"), out)
-    assert "Advice for 1 GPU of 80 GiB" in out and re.search(r"A100, (s|min) per 1,000 samples", out)
+    assert "Advice for 1 GPU of 80 GiB" in out and re.search(r"A100, 1,000 samples, (s|min)", out)
 
 
 def test_json_has_it_too(capsys):
