@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from llava_pdrop.report.console import LOG_WIDTH as TABLE_WIDTH
+from llava_pdrop.report.console import grid
+from llava_pdrop.report.units import text_of
+
+__all__ = ["COLOURS", "GRID", "INK", "STYLE", "TABLE_WIDTH", "markdown_table", "print_table", "text_of"]
 
 INK, GRID = "#22303C", "#DDE3E8"
 """Colours of text and of grid lines."""
@@ -32,9 +34,6 @@ STYLE: dict[str, Any] = {
 }
 """For ``matplotlib.pyplot.rc_context``."""
 
-TABLE_WIDTH = 160
-"""Columns of the table where the output is no terminal (a log file), which has no width of its own."""
-
 COLOURS = {"vanilla": "#6B7C8F", "pyramid_drop": "#E2703A"}
 """Run -> colour, in all pictures."""
 
@@ -46,18 +45,6 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right:
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], right: bool = True) -> None:
-    """Prints ``rows``, whose first one is the head; into a file at a width that cuts nothing. All columns but the first
-    are aligned to the ``right``, being numbers."""
+    """Prints ``rows``, whose first one is the head, as `markdown_table` aligns them."""
     head, *lines = rows
-    shown = Table(title=title, header_style="bold", box=box.SIMPLE_HEAD)
-    for column, name in enumerate(head):
-        shown.add_column(name, justify="right" if right and column else "left", overflow="fold")
-    for line in lines:
-        shown.add_row(*line)
-    console = Console()
-    (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(shown)
-
-
-def text_of(value: float | None, style: str) -> str:
-    """``value`` for a cell of a table, by a format specification; nothing for None."""
-    return "" if value is None else format(value, style)
+    grid(title, head, lines, left=1 if right else len(head))
