@@ -6,7 +6,6 @@ What is left to learn: pages longer than that decoder has seen, pictures it has 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from llava_pdrop.errors import ConfigError, MissingFileError, UserError
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, Result, answer, load_questions
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.report.environment import environment
+from llava_pdrop.report.page import write_json
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
 from llava_pdrop.train.checkpoints import newest_whole
@@ -109,7 +109,7 @@ def learn(out: Path, device: str, config: Path, seconds: float, overrides: Seque
             found["arms"][name] = {"error": f"{type(error).__name__}: {error}"}
         release_memory()
         found["seconds"] = time.monotonic() - began
-        (out / RESULTS_FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(out / RESULTS_FILE, found)
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from llava_pdrop.bench.gpu.stages import STAGES, ends
 from llava_pdrop.report.environment import COMMAND, check_out
+from llava_pdrop.report.page import write_json
 
 SUMMARY, REPORT, ARCHIVE = "summary.txt", "gpu_check.json", "gpu_check.tar.gz"
 
@@ -169,8 +170,7 @@ def _records(work: Path) -> dict[str, dict[str, Any]]:
 
 def _pack(work: Path, out: Path) -> list[Path]:
     """Writes the results so far."""
-    report = {"bench": "gpu_check", "stages": _records(work)}
-    (work / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(work / REPORT, {"bench": "gpu_check", "stages": _records(work)})
     (work / SUMMARY).touch()
     for name in (SUMMARY, REPORT):
         (out / name).write_text((work / name).read_text(encoding="utf-8"), encoding="utf-8")
