@@ -17,6 +17,7 @@ from llava_pdrop.config.paths import check_paths
 from llava_pdrop.cost.nominal import make_encoder
 from llava_pdrop.data.images import image_size
 from llava_pdrop.doctor import cost
+from llava_pdrop.doctor import report as doctor_report
 from llava_pdrop.doctor.cost import Cost, rate_of, stage_tokens
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.geometry import ImageGeometry
@@ -95,6 +96,19 @@ def test_records_without_pictures_and_records_without_use(tiny_config, tmp_path,
     report = json.loads((out / "doctor.json").read_text())
     assert report["data"]["train"]["usable"] == 0 and report["cost"]["step"] is None
     assert "data.index" not in report["verdict"] and "no tokens were counted" in (out / "doctor.md").read_text()
+
+
+def test_a_histogram_that_cannot_be_drawn_is_in_no_report(tiny_config, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(doctor_report, "size_histogram", broken)
+    assert doctor(tiny_config()) == 0
+    out = tmp_path / "out/run/doctor"
+    figures = json.loads((out / "doctor.json").read_text())["data"]["train"]["figures"]
+    assert figures == {"lengths": "train_lengths.png"}
+    text = (out / "doctor.md").read_text()
+    assert "train_lengths.png" in text and "image_sizes.png" not in text
 
 
 def test_evaluation_data_count_too(tiny_config, spoilt, capsys):
