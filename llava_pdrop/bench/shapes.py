@@ -1,9 +1,13 @@
-"""The model shapes that are measured, with random weights made where they are used: no download, no host copy."""
+"""The model shapes that are measured, each that of a config: a file of `CONFIGS` by its short name, or any run's.
+
+Weights are random and made where they are used: no download, no host copy.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +19,29 @@ from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.nominal import checkpointing, model_of, recomputed_layers, samples_of
+from llava_pdrop.cost.nominal import checkpointing, full_picture, model_of, recomputed_layers, samples_of
 from llava_pdrop.errors import ConfigError, UserError, did_you_mean
-from llava_pdrop.geometry import PAPER_PINPOINTS_5_TILES, PINPOINTS_9_TILES, ImageGeometry
+from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 
-VICUNA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-VICUNA_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
-CLIP_L_336 = dict(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-    projection_dim=768,
-)
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-PAPER = Schedule((8, 16, 24), (0.5, 0.25, 0.125), positions="renumber")
+NAMED = {
+    "tiny": "bench/tiny.yaml",
+    "small-cpu": "bench/small_cpu.yaml",
+    "llava15-7b": "llava15_7b/finetune_pdrop.yaml",
+    "llava15-13b": "llava15_13b/finetune_pdrop.yaml",
+    "llava-next-7b": "llava_next_7b/finetune_pdrop.yaml",
+    "llava-next-7b-p9": "llava_next_7b_p9/finetune_pdrop.yaml",
+}
+"""Names of shapes (``llava-pdrop bench train --shape NAME``) -> their files in `CONFIGS`."""
+
+EVEN = {"tiny": 40, "small-cpu": 150}
+"""Shapes whose samples are all alike, a picture that fills the canvas and so many text tokens."""
+
+POSITIONS = 16384
+"""Of the decoder of a named shape, so that `bench prefill` measures 9 tiles on all of them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Shape:
     """A model and how it is trained.
 
     Attributes:
-        text, vision: fields of the decoder's config (``model_type``: llama where it says none) and of CLIPVisionConfig.
+        text, vision: fields of the decoder's config, ``model_type`` among them, and of CLIPVisionConfig.
         geometry: how pictures become tiles and tokens.
         trainable: parts that learn (see `train.optim.PARTS`).
         samples: samples of a micro-batch.
@@ -63,85 +71,41 @@ class Shape:
     samples: int
     schedule: Schedule
     recompute: bool
-    picture: tuple[int, int] | None = None
-    text_tokens: int | None = None
-    max_length: int = 2048
-    half: bool = True
+    max_length: int
+    half: bool
     recompute_layers: int | None = None
     attention: str = "auto"
     kernels: str = "auto"
+    picture: tuple[int, int] | None = None
+    text_tokens: int | None = None
 
     def text_config(self) -> Any:
-        """The decoder's configuration; by default the vocabulary is LLaMA's with ``<image>`` and ``<pad>``, as on the
-        hub."""
-        fields = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 16384, **self.text}
-        return AutoConfig.for_model(**fields)
+        """The decoder's configuration."""
+        return AutoConfig.for_model(**self.text)
 
     def vision_config(self) -> CLIPVisionConfig:
         """The tower's configuration."""
         return CLIPVisionConfig(**self.vision)
 
 
-ALL_PARTS = ("projector", "language_model", "vision_tower")
-ANYRES_5 = ImageGeometry(336, 14, "anyres", "spatial_unpad", PAPER_PINPOINTS_5_TILES)
-ANYRES_9 = ImageGeometry(336, 14, "anyres", "spatial_unpad", PINPOINTS_9_TILES)
-
-SHAPES: dict[str, Shape] = {
-    "tiny": Shape(
-        text=dict(hidden_size=128, intermediate_size=344, num_hidden_layers=8, num_attention_heads=4, vocab_size=1024),
-        vision=dict(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=84,
-            patch_size=14, projection_dim=64,
-        ),
-        geometry=ImageGeometry(84, 14, "anyres", "flat", ((168, 168),)),
-        trainable=ALL_PARTS,
-        samples=4,
-        schedule=Schedule((2, 4, 6), (0.5, 0.25, 0.125), positions="renumber"),
-        recompute=False,
-        picture=(168, 168),
-        text_tokens=40,
-        half=False,
-    ),
-    "small-cpu": Shape(
-        text=dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=16, num_attention_heads=8),
-        vision=dict(
-            hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, image_size=336,
-            patch_size=14, projection_dim=128,
-        ),
-        geometry=ImageGeometry(336, 14, "anyres", "flat", ((672, 672),)),  # 5 tiles of 576 tokens: 2,880
-        trainable=ALL_PARTS,
-        samples=1,
-        schedule=Schedule((4, 8, 12), (0.5, 0.25, 0.125), positions="renumber"),
-        recompute=False,
-        picture=(672, 672),
-        text_tokens=150,
-        half=False,
-    ),
-    "llava15-7b": Shape(
-        VICUNA_7B, CLIP_L_336, ImageGeometry(336, 14), ("projector", "language_model"), 16, PAPER, recompute=True
-    ),
-    "llava15-13b": Shape(
-        VICUNA_13B, CLIP_L_336, ImageGeometry(336, 14), ("projector", "language_model"), 16,
-        Schedule((10, 20, 30), (0.5, 0.25, 0.125), positions="renumber"), recompute=True,
-    ),
-    "llava-next-7b": Shape(VICUNA_7B, CLIP_L_336, ANYRES_5, ALL_PARTS, 4, PAPER, recompute=True, max_length=4096),
-    "llava-next-7b-p9": Shape(
-        VICUNA_7B, CLIP_L_336, ANYRES_9, ALL_PARTS, 4, PAPER, recompute=True, max_length=8192
-    ),
-}  # fmt: skip
-"""Shapes by name (``llava-pdrop bench train --shape NAME``). A batch of the 7B and 13B shapes is the paper's of one
-GPU: 128 samples over 8 GPUs are 16 (LLaVA-1.5), or 4 accumulated micro-batches of 4 (LLaVA-NeXT)."""
-
-
+@functools.cache
 def shape_named(name: str) -> Shape:
     """The shape called ``name``.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or this package was installed without its configs.
     """
-    if name not in SHAPES:
-        raise UserError(f"unknown shape {name!r}: choose one of {list(SHAPES)}" + did_you_mean(name, SHAPES))
-    return SHAPES[name]
+    if name not in NAMED:
+        raise UserError(f"unknown shape {name!r}: choose one of {list(NAMED)}" + did_you_mean(name, NAMED))
+    file = CONFIGS / NAMED[name]
+    if not file.is_file():
+        raise UserError(
+            f"--shape {name}: {file} does not exist, since configs are no part of the installed package: give a CONFIG "
+            "of your own, or install a checkout (pip install -e .)"
+        )
+    shape = shape_of(load_config(file))
+    shape = replace(shape, text=shape.text | {"max_position_embeddings": POSITIONS})
+    return replace(shape, picture=full_picture(shape.geometry), text_tokens=EVEN[name]) if name in EVEN else shape
 
 
 def make_model(
@@ -195,7 +159,7 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
         raise AssertionError(f"buffers {list(buffers)} of {type(module).__name__} have no known values")
 
 
-# Which shape a bench measures: one of `SHAPES`, or that of a run's config, without its weights and data.
+# Which shape a bench measures: a named one, or that of a run's config, without its weights and data.
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 """model_type of the decoders that are measured: those that `model.decoder` runs."""

@@ -11,7 +11,7 @@ import torch
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import variants
 from llava_pdrop.bench.prefill import TEXT_TOKENS, Case, Prompt, generate
-from llava_pdrop.bench.shapes import SHAPES, make_model
+from llava_pdrop.bench.shapes import make_model, shape_named
 from llava_pdrop.bench.train_step import MIB, Arm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.runtime.clock import REGIONS, parts_of
@@ -19,13 +19,15 @@ from llava_pdrop.runtime.device import device_named
 from tests.gpu.peaks import assert_predicted, cublas_workspaces
 
 HALF_BILLION = replace(
-    SHAPES["llava-next-7b"],
-    text=dict(hidden_size=2048, intermediate_size=5504, num_hidden_layers=8, num_attention_heads=16),
+    shape_named("llava-next-7b"),
+    text=shape_named("llava-next-7b").text | dict(
+        hidden_size=2048, intermediate_size=5504, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16
+    ),
     vision=dict(
         hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, image_size=336,
         patch_size=14, projection_dim=512,
     ),
-    schedule=SHAPES["tiny"].schedule,
+    schedule=shape_named("tiny").schedule,
 )  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def test_the_command(tmp_path):
 
 
 def test_dropping_in_a_prefill_does_not_synchronise():
-    device, shape = device_named("cuda"), SHAPES["tiny"]
+    device, shape = device_named("cuda"), shape_named("tiny")
     hf = make_model(shape, device, torch.float32).hf.eval()
     hf.set_attn_implementation("sdpa")
     case = Case(2, 50, TEXT_TOKENS, 3)

@@ -19,7 +19,7 @@ from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.gpu.remedies import RemedyArm, RemedyTrainer, try_remedies
 from llava_pdrop.bench.gpu.runner import TRACES
 from llava_pdrop.bench.recompute import ALL, AUTO, arms_with, read_setting, recomputed
-from llava_pdrop.bench.shapes import SHAPES
+from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.train_step import Arm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.types import PackedBatch
@@ -43,7 +43,7 @@ those of operators.)"""
 
 def run(check: Check) -> None:
     """Synchronisations, profile and remedies, on one model."""
-    shape = SHAPES["tiny" if check.rehearsal else "llava-next-7b"]
+    shape = shape_named("tiny" if check.rehearsal else "llava-next-7b")
     trainer = RemedyTrainer(shape, check.device, Workload(shape, "mixture" if check.rehearsal else "full"), "auto")
     arms, depth = variants.arms_of({"PyramidDrop": shape.schedule}, RemedyArm("")), shape.text["num_hidden_layers"]
     arms = arms_with(trainer, arms, read_setting(ALL, len(arms), depth), steps=1)

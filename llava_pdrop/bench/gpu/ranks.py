@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from llava_pdrop.bench.gpu.check import Check, stage_file
-from llava_pdrop.bench.shapes import SHAPES, Shape, make_model
+from llava_pdrop.bench.shapes import Shape, make_model, shape_named
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.config.load import load_config
 from llava_pdrop.data.packing import BatchPlan
@@ -118,7 +118,7 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
     Raises:
         UserError, ImportError, RuntimeError: the engine is not installed, or its memory does not suffice.
     """
-    shape = SHAPES["tiny" if rehearsal else "llava-next-7b"]
+    shape = shape_named("tiny" if rehearsal else "llava-next-7b")
     if engine == "ddp" and not rehearsal:
         shape = replace(shape, trainable=("projector",))
     steps, warmup = (4, 1) if rehearsal else (STEPS, WARMUP)

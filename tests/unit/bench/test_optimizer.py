@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from llava_pdrop.bench import optimizer
-from llava_pdrop.bench.shapes import SHAPES, make_model
+from llava_pdrop.bench.shapes import make_model, shape_named
 from tests.messages import says
 from tests.unit.cost.test_memory import LiveBytes
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def parameters() -> list[nn.Parameter]:
-    return list(make_model(SHAPES["tiny"], CPU, torch.float32).parameters())
+    return list(make_model(shape_named("tiny"), CPU, torch.float32).parameters())
 
 
 def test_a_shard_is_about_an_eighth_made_of_whole_parameters(parameters: list[nn.Parameter]) -> None:

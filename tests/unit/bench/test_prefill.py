@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_pdrop.bench import prefill as bench
+from llava_pdrop.bench import shapes
 from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, Case, Prompt, generate, measure
 from llava_pdrop.bench.prefill_report import bench_prefill, predicted_cache_bytes, prefill_flops, spread
 from llava_pdrop.bench.run import run_prefill
-from llava_pdrop.bench.shapes import SHAPES, make_model
+from llava_pdrop.bench.shapes import make_model, shape_named
 from llava_pdrop.commands.bench import add_prefill_arguments
 from llava_pdrop.generate.cache import cache_bytes, cached_tokens
 from llava_pdrop.generate.plugin import attach, detach
@@ -24,9 +25,15 @@ from tests.messages import says
 
 CPU = torch.device("cpu")
 SHAPE = replace(
-    SHAPES["tiny"],
-    text={**SHAPES["tiny"].text, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2},
-    vision={**SHAPES["tiny"].vision, "hidden_size": 16, "intermediate_size": 24},
+    shape_named("tiny"),
+    text={
+        **shape_named("tiny").text,
+        "hidden_size": 32,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+    },
+    vision={**shape_named("tiny").vision, "hidden_size": 16, "intermediate_size": 24},
 )
 NEW = 3
 METHODS = {"vanilla": Schedule(), "PyramidDrop": SHAPE.schedule, "FastV": FASTV}
@@ -228,7 +235,7 @@ def test_a_method_that_runs_out_of_memory_leaves_the_others(hf, monkeypatch, vic
 
 
 def test_files(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(SHAPES, "test", SHAPE)
+    monkeypatch.setattr(shapes, "shape_named", {"test": SHAPE}.get)
     out = tmp_path / "new"
     words = ["--shape", "test", "--batch", "1", "--image-tokens", "20", "--new-tokens", "2", "--runs", "1"]
     run_prefill(parse(*words, "--device", "cpu", "--out", str(out)))

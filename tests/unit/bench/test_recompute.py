@@ -10,7 +10,7 @@ import torch
 
 from llava_pdrop.bench import variants
 from llava_pdrop.bench.recompute import RESERVE, arms_in, arms_with, read_setting, recomputed
-from llava_pdrop.bench.shapes import SHAPES
+from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.train_step import Arm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_hf_model
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def planning(name: str, kind: str = "sharded", **changes) -> Trainer:
     """A trainer of the shape that can say what a step needs, in bfloat16, and not do one: it has no weights."""
     trainer = object.__new__(Trainer)
-    shape = dataclasses.replace(SHAPES[name], **changes)
+    shape = dataclasses.replace(shape_named(name), **changes)
     with torch.device("meta"):
         config = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=5).config
     trainer.shape, trainer.device, trainer.workload = shape, CPU, Workload(shape, "full")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,22 +13,80 @@ from transformers import AutoConfig
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import shapes
-from llava_pdrop.bench.shapes import DECODERS, SHAPES, chosen_shape, shape_of
+from llava_pdrop.bench.shapes import DECODERS, NAMED, chosen_shape, shape_named, shape_of
 from llava_pdrop.bench.train_step import Arm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_config, make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
 from llava_pdrop.cost.nominal import model_of, nominal_batch
-from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.geometry import PAPER_PINPOINTS_5_TILES, PINPOINTS_9_TILES, ImageGeometry
 from llava_pdrop.schedule import Schedule
 from tests.messages import meant, says
 
 ROOT = Path(__file__).parents[3]
-RECIPES = {
-    "llava15-7b": "llava15_7b", "llava15-13b": "llava15_13b", "llava-next-7b": "llava_next_7b",
-    "llava-next-7b-p9": "llava_next_7b_p9",
+LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "max_position_embeddings": 16384}
+VICUNA_7B = LLAMA | dict(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+    vocab_size=32064,
+)  # fmt: skip
+VICUNA_13B = VICUNA_7B | dict(
+    hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40
+)
+CLIP_L_336 = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+    patch_size=14, projection_dim=768,
+)  # fmt: skip
+WHOLE = ("projector", "language_model", "vision_tower")
+RATIOS = (0.5, 0.25, 0.125)
+RECIPE = dict(picture=None, text_tokens=None, recompute=True, half=True, max_length=2048)
+NEXT_7B = RECIPE | dict(
+    text=VICUNA_7B,
+    vision=CLIP_L_336,
+    trainable=WHOLE,
+    samples=4,
+    schedule=Schedule((8, 16, 24), RATIOS, positions="renumber"),
+)
+CPU_SIZED = dict(trainable=WHOLE, recompute=False, half=False, max_length=2048)
+SQUARE = dict(num_attention_heads=2, patch_size=14)
+MEASURED: dict[str, dict] = {
+    "tiny": CPU_SIZED | dict(
+        text=LLAMA | dict(
+            hidden_size=128, intermediate_size=344, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4,
+            vocab_size=1024,
+        ),
+        vision=SQUARE | dict(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, image_size=84, projection_dim=64
+        ),
+        geometry=ImageGeometry(84, 14, "anyres", "flat", ((168, 168),)), samples=4,
+        schedule=Schedule((2, 4, 6), RATIOS, positions="renumber"), picture=(168, 168), text_tokens=40,
+    ),
+    "small-cpu": CPU_SIZED | dict(
+        text=LLAMA | dict(
+            hidden_size=512, intermediate_size=1376, num_hidden_layers=16, num_attention_heads=8,
+            num_key_value_heads=8, vocab_size=32064,
+        ),
+        vision=SQUARE | dict(
+            hidden_size=128, intermediate_size=512, num_hidden_layers=4, image_size=336, projection_dim=128
+        ),
+        geometry=ImageGeometry(336, 14, "anyres", "flat", ((672, 672),)), samples=1,
+        schedule=Schedule((4, 8, 12), RATIOS, positions="renumber"), picture=(672, 672), text_tokens=150,
+    ),
+    "llava15-7b": RECIPE | dict(
+        text=VICUNA_7B, vision=CLIP_L_336, geometry=ImageGeometry(336, 14), trainable=WHOLE[:2], samples=16,
+        schedule=Schedule((8, 16, 24), RATIOS, positions="renumber"),
+    ),
+    "llava15-13b": RECIPE | dict(
+        text=VICUNA_13B, vision=CLIP_L_336, geometry=ImageGeometry(336, 14), trainable=WHOLE[:2], samples=16,
+        schedule=Schedule((10, 20, 30), RATIOS, positions="renumber"),
+    ),
+    "llava-next-7b": NEXT_7B | dict(
+        geometry=ImageGeometry(336, 14, "anyres", "spatial_unpad", PAPER_PINPOINTS_5_TILES), max_length=4096
+    ),
+    "llava-next-7b-p9": NEXT_7B | dict(
+        geometry=ImageGeometry(336, 14, "anyres", "spatial_unpad", PINPOINTS_9_TILES), max_length=8192
+    ),
 }  # fmt: skip
-"""Named shape -> the recipe it stands for."""
+"""What each named shape is: published figures were measured on these numbers."""
 
 TINY, NEXT = "configs/tiny/finetune_pdrop.yaml", "configs/llava_next_7b/finetune_pdrop.yaml"
 CPU = torch.device("cpu")
@@ -68,23 +125,47 @@ def parts_file(directory: Path, text: dict | None = None, vision: dict | None = 
     return file
 
 
-@pytest.mark.parametrize(("name", "recipe"), RECIPES.items())
-def test_a_named_shape_is_its_recipe(name: str, recipe: str) -> None:
-    named, own = asdict(SHAPES[name]), asdict(shape_of(load_config(f"configs/{recipe}/finetune_pdrop.yaml")))
-    for part in ("text", "vision"):
-        sizes, whole = named.pop(part), own.pop(part)
-        assert {key: whole[key] for key in sizes} == sizes
-    assert own == named
-    assert own["recompute"] and own["half"]
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_named_shape_keeps_its_numbers(name: str) -> None:
+    shape = shape_named(name)
+    expected = {"recompute_layers": None, "attention": "auto", "kernels": "auto", **MEASURED[name]}
+    assert {key: value for key, value in vars(shape).items() if key not in ("text", "vision")} == {
+        key: value for key, value in expected.items() if key not in ("text", "vision")
+    }
+    assert {key: shape.text[key] for key in expected["text"]} == expected["text"]
+    assert {key: shape.vision[key] for key in expected["vision"]} == expected["vision"]
+    assert shape.text_config().head_dim == shape.text["hidden_size"] // shape.text["num_attention_heads"]
 
 
-def test_the_model_is_as_large_as_that_of_the_named_shape() -> None:
-    counts = []
-    for shape in (SHAPES["llava-next-7b"], shape_of(load_config(NEXT))):
-        with torch.device("meta"):
-            hf = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=32062)
-        counts.append(sum(parameter.numel() for parameter in hf.parameters()))
-    assert counts[0] == counts[1] > 7e9
+def test_every_named_shape_is_a_config_and_every_config_of_the_bench_has_a_name() -> None:
+    assert set(MEASURED) == set(NAMED)
+    files = {str(file.relative_to(shapes.CONFIGS)) for file in shapes.CONFIGS.glob("bench/*.yaml")}
+    assert files == {file for file in NAMED.values() if file.startswith("bench/")}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("tiny", 1_977_600), ("small-cpu", 84_716_288), ("llava15-7b", 7_063_427_072), ("llava15-13b", 13_351_494_656),
+        ("llava-next-7b", 7_063_431_168), ("llava-next-7b-p9", 7_063_431_168),
+    ],
+)  # fmt: skip
+def test_a_named_shape_keeps_its_size(name: str, parameters: int) -> None:
+    shape = shape_named(name)
+    with torch.device("meta"):
+        hf = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=1)
+    assert sum(parameter.numel() for parameter in hf.parameters()) == parameters
+
+
+def test_a_package_without_configs_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(shapes, "CONFIGS", tmp_path)
+    monkeypatch.setattr(shapes, "shape_named", shapes.shape_named.__wrapped__)
+    assert main(["bench", "train", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(says("--shape tiny", f"{tmp_path}/bench/tiny.yaml", "CONFIG", "pip install -e ."), error)
 
 
 def test_what_the_config_says_is_measured() -> None:
@@ -216,7 +297,7 @@ def test_the_directory_of_a_run_stands_for_its_config(tmp_path: Path) -> None:
 
 def test_without_config_the_shape_suits_the_device() -> None:
     assert [chosen_shape(None, [], cuda)[0] for cuda in (False, True)] == ["tiny", "llava-next-7b"]
-    assert chosen_shape("small-cpu", [], cuda=True) == ("small-cpu", SHAPES["small-cpu"])
+    assert chosen_shape("small-cpu", [], cuda=True) == ("small-cpu", shape_named("small-cpu"))
 
 
 @pytest.mark.trains

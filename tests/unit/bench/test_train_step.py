@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava_pdrop.bench import train_step, variants
-from llava_pdrop.bench.shapes import SHAPES
+from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.train_step import Arm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import ALL_LAYERS, predicted_reduction
@@ -22,9 +22,9 @@ from tests.messages import says
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
-    SHAPES["tiny"],
-    text={**SHAPES["tiny"].text, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 128},
-    vision={**SHAPES["tiny"].vision, "hidden_size": 16, "intermediate_size": 24},
+    shape_named("tiny"),
+    text={**shape_named("tiny").text, "hidden_size": 32, "head_dim": 8, "intermediate_size": 48, "vocab_size": 128},
+    vision={**shape_named("tiny").vision, "hidden_size": 16, "intermediate_size": 24},
     samples=3,
 )
 """The tiny shape, narrower."""

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from llava_pdrop.bench.shapes import SHAPES
+from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.mixtures import LLAVA_15, OPEN_LLAVA_NEXT
 from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, full_picture
@@ -15,7 +15,7 @@ from llava_pdrop.types import IGNORE_INDEX, PackedBatch
 from tests.messages import says
 
 CPU = torch.device("cpu")
-MIXED = dataclasses.replace(SHAPES["tiny"], picture=None, text_tokens=None, samples=12, max_length=4096)
+MIXED = dataclasses.replace(shape_named("tiny"), picture=None, text_tokens=None, samples=12, max_length=4096)
 """Drawn from the mixture, with tiles that are small enough to be made in a test."""
 
 
@@ -48,7 +48,7 @@ def test_a_larger_batch_begins_with_the_smaller_one() -> None:
 @pytest.mark.parametrize("images", ["mixture", "full"])
 def test_fixed_shapes_have_exactly_their_tokens(images: str) -> None:
     for name, image, text in (("tiny", 180, 40), ("small-cpu", 2880, 150)):
-        shape = SHAPES[name]
+        shape = shape_named(name)
         batch = Workload(shape, images).batch(0, CPU)
         assert batch.seq_lens == [image + text] * shape.samples
         assert [stop - start for start, stop in batch.image_spans] == [image] * shape.samples
@@ -59,7 +59,7 @@ def test_fixed_shapes_have_exactly_their_tokens(images: str) -> None:
     [("llava15-7b", 1, 576), ("llava-next-7b", 5, 2880 + 48), ("llava-next-7b-p9", 9, 5184 + 48)],
 )
 def test_full_pictures_use_every_tile(name: str, tiles: int, tokens: int) -> None:
-    shape = SHAPES[name]
+    shape = shape_named(name)
     outline = Workload(shape, "full").outlines(0)[0]
     assert outline.picture == full_picture(shape.geometry)
     assert shape.geometry.num_tiles(outline.picture) == tiles
@@ -68,7 +68,7 @@ def test_full_pictures_use_every_tile(name: str, tiles: int, tokens: int) -> Non
 
 
 def test_the_mixture_has_its_share_of_text_only_samples_and_of_turns() -> None:
-    statistics = Workload(SHAPES["llava15-7b"]).statistics(4000)
+    statistics = Workload(shape_named("llava15-7b")).statistics(4000)
     share = 40 / sum(part.thousands for part in LLAVA_15)
     assert statistics["text_only_share"] == pytest.approx(share, abs=0.015)
     turns = sum(part.thousands * sum(part.turns) / 2 for part in LLAVA_15) / sum(part.thousands for part in LLAVA_15)
@@ -78,7 +78,7 @@ def test_the_mixture_has_its_share_of_text_only_samples_and_of_turns() -> None:
 
 def test_no_sample_is_longer_than_the_recipe_allows() -> None:
     for name in ("llava15-7b", "llava-next-7b"):
-        shape = SHAPES[name]
+        shape = shape_named(name)
         for outline in Workload(shape).outlines(0, 3000):
             image = shape.geometry.num_tokens(outline.picture) if outline.picture else 0
             assert outline.text_tokens + image <= shape.max_length
@@ -109,9 +109,9 @@ def test_an_unknown_kind_of_images_is_said() -> None:
 
 
 def test_samples_are_those_of_a_data_set() -> None:
-    workload = Workload(SHAPES["tiny"], seed=3)
+    workload = Workload(shape_named("tiny"), seed=3)
     samples = workload.samples(3)
-    (again, *_) = Workload(SHAPES["tiny"], seed=3).samples(3)
+    (again, *_) = Workload(shape_named("tiny"), seed=3).samples(3)
     for sample in samples:
         ((start, stop),) = sample.image_spans
         assert stop - start == 180 and set(sample.input_ids[start:stop].tolist()) == {1022}

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llava_pdrop.bench.shapes import ALL_PARTS, PAPER, SHAPES, Shape
+from llava_pdrop.bench.shapes import Shape, shape_named
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.cost.memory import GIB, Parameters, predicted_peak
@@ -33,6 +33,8 @@ from tests.gpu.test_bench import HALF_BILLION
 from tests.messages import says
 
 DECODER = ("projector", "language_model")
+ALL_PARTS = (*DECODER, "vision_tower")
+PAPER = shape_named("llava-next-7b").schedule
 DROP_4 = Schedule((1, 2, 3), (0.5, 0.25, 0.125))
 NO_OPTIMIZER = States(optimizer=0)
 
@@ -130,7 +132,7 @@ def again(recompute: bool, first: int | None = None) -> Recomputed:
 
 def shape_with(name: str, layers: int) -> Shape:
     """The shape with so many layers in decoder and tower, of the real widths."""
-    shape, depth = SHAPES[name], {"num_hidden_layers": layers}
+    shape, depth = shape_named(name), {"num_hidden_layers": layers}
     return replace(shape, text=shape.text | depth, vision=shape.vision | depth)
 
 
@@ -157,7 +159,7 @@ CASES = [
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_tower_that_is_not_recomputed_keeps_what_it_keeps_without_checkpointing(recompute):
     """With no decoder layer recomputed that is the step without checkpointing, whose peak is traced below."""
-    shape, batch = shape_with("llava-next-7b", 4), batch_of(SHAPES["llava-next-7b"].geometry, 4, (672, 672))
+    shape, batch = shape_with("llava-next-7b", 4), batch_of(shape_named("llava-next-7b").geometry, 4, (672, 672))
     config, options = config_of(shape), (DROP_4, shape.geometry, ALL_PARTS)
     whole, kept = (
         predicted_peak(config, batch, *options, Recomputed(0, recompute and tower), NO_OPTIMIZER).total
@@ -208,7 +210,7 @@ def test_peak_of_four_layers_under_autocast(schedule, trainable, recompute, firs
 
 def test_the_whole_7b_under_autocast_holds_the_casts_of_all_weights():
     """With everything recomputed its peak is the end of the forward: 2 bytes for each weight that learns."""
-    shape = SHAPES["llava-next-7b"]
+    shape = shape_named("llava-next-7b")
     config, batch = config_of(shape), batch_of(shape.geometry, 1, (672, 672))
     traced = traced_step(shape, batch, PAPER, DECODER, recompute=True, first=None, autocast=True)
     kept = replace(AUTOCAST, accumulate=True)
@@ -234,7 +236,7 @@ def test_peak_at_the_shape_of_the_gpu_tests(schedule, recompute):
 def test_one_more_layer_costs_exactly_what_it_says():
     """Without recomputation, the difference of two depths is a layer's saved activations, its weights and nothing
     else."""
-    batch = batch_of(SHAPES["llava-next-7b"].geometry, 4, (672, 672))
+    batch = batch_of(shape_named("llava-next-7b").geometry, 4, (672, 672))
     traced, predicted = [], []
     for layers in (2, 3):
         shape = shape_with("llava-next-7b", layers)
@@ -246,7 +248,7 @@ def test_one_more_layer_costs_exactly_what_it_says():
 
 
 def test_the_whole_7b_with_the_papers_schedule():
-    shape = SHAPES["llava-next-7b"]
+    shape = shape_named("llava-next-7b")
     batch = batch_of(shape.geometry, 4, (672, 672))
     traced = traced_step(shape, batch, PAPER, ALL_PARTS, recompute=True, first=None)
     predicted = predicted_peak(
@@ -259,14 +261,14 @@ def test_the_whole_7b_with_the_papers_schedule():
 
 @pytest.mark.parametrize("name", ["tiny", "small-cpu", "llava15-7b", "llava15-13b", "llava-next-7b"])
 def test_parameters_are_those_of_the_model(name):
-    shape = SHAPES[name]
+    shape = shape_named(name)
     with torch.device("meta"):
         hf = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=5)
     assert Parameters.of(hf.config).total(hf.config) == sum(p.numel() for p in hf.parameters())
 
 
 def test_sixteen_bytes_for_every_trainable_parameter_and_two_for_the_others():
-    shape = SHAPES["llava15-7b"]
+    shape = shape_named("llava15-7b")
     config, batch = config_of(shape), batch_of(shape.geometry, 16, (640, 480))
     with torch.device("meta"):
         model = PyramidLlava(make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, 32062))
@@ -287,7 +289,7 @@ def test_sixteen_bytes_for_every_trainable_parameter_and_two_for_the_others():
 
 
 def test_gradients_that_are_not_kept_grow_while_activations_shrink():
-    shape = SHAPES["llava-next-7b"]
+    shape = shape_named("llava-next-7b")
     config, batch = config_of(shape), batch_of(shape.geometry, 4, (672, 672))
     once, kept = (
         predicted_peak(
@@ -301,7 +303,7 @@ def test_gradients_that_are_not_kept_grow_while_activations_shrink():
 
 def test_the_optimizer_step_copies_gradients_to_float32():
     """With next to no activations the step is the peak: 16 bytes a trainable parameter, and 4 for the copy."""
-    shape = SHAPES["llava15-7b"]
+    shape = shape_named("llava15-7b")
     config, batch = config_of(shape), batch_of(shape.geometry, 1, (640, 480), text=2)
     counts = Parameters.of(config)
     learning = counts.total(config) - counts.tower_stem - 24 * counts.tower_layer

@@ -38,11 +38,11 @@ def test_a_synchronisation_is_reported_with_its_place(monkeypatch: pytest.Monkey
     """With a warning like CUDA's, since a CPU has nothing to wait for."""
     import warnings
 
-    from llava_pdrop.bench.shapes import SHAPES
+    from llava_pdrop.bench.shapes import shape_named
     from llava_pdrop.bench.train_step import Arm, Trainer
     from llava_pdrop.bench.workload import Workload
 
-    shape = SHAPES["tiny"]
+    shape = shape_named("tiny")
     trainer = Trainer(shape, CPU, Workload(shape), "none")
     batch = trainer.workload.batch(0, CPU, 1)
     assert inside.synchronisations(trainer, Arm("vanilla"), batch) == []
