@@ -11,7 +11,7 @@ import gc
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from llava_pdrop.generate.cache import cache_bytes
 from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.generate.prefill import Prefill
 from llava_pdrop.model.vision import image_features
-from llava_pdrop.runtime.clock import Mark, Span
+from llava_pdrop.runtime.clock import Span, Stopwatch, replaced, timed
 from llava_pdrop.schedule import Schedule
 
 WARM_UP = 2
@@ -102,37 +102,27 @@ class Run:
     peak_bytes: int | None
 
 
-@dataclass
-class Watch:
-    """Marks of one ``generate``: start and end of its first forward, and of every ranking."""
+@contextmanager
+def watched(hf: nn.Module, watch: Stopwatch) -> Iterator[None]:
+    """Measures the first forward in it as ``prefill``, every ranking (`Prefill.rank`, which no hook sees) as
+    ``ranking``, and opens ``decode`` behind that forward."""
 
-    device: torch.device
-    prefill: list[Mark] = field(default_factory=list)
-    rankings: list[tuple[Mark, Mark]] = field(default_factory=list)
+    def begin(*_: Any) -> None:
+        entering.remove()
+        watch.start("prefill")
 
-    @contextmanager
-    def watching(self, hf: nn.Module) -> Iterator[None]:
-        """Takes the marks while it is open."""
-        rank = Prefill.rank
+    def end(*_: Any) -> None:
+        leaving.remove()
+        watch.stop("prefill")
+        watch.start("decode")
 
-        def timed_rank(*args: Any) -> Tensor:
-            start = Mark.now(self.device)
-            index_K = rank(*args)
-            self.rankings.append((start, Mark.now(self.device)))
-            return index_K
-
-        def mark_first(*_: Any) -> None:
-            if len(self.prefill) < 2:
-                self.prefill.append(Mark.now(self.device))
-
-        hooks = [hf.register_forward_pre_hook(mark_first), hf.register_forward_hook(mark_first)]
-        Prefill.rank = timed_rank  # type: ignore[method-assign]
-        try:
+    entering, leaving = hf.register_forward_pre_hook(begin), hf.register_forward_hook(end)
+    try:
+        with replaced(Prefill, "rank", timed(watch, "ranking", Prefill.rank)):
             yield
-        finally:
-            Prefill.rank = rank  # type: ignore[method-assign]
-            for hook in hooks:
-                hook.remove()
+    finally:
+        entering.remove()
+        leaving.remove()
 
 
 def measure(
@@ -145,19 +135,18 @@ def measure(
     device: torch.device,
 ) -> tuple[list[Span], dict[str, list[Run]]]:
     """Times of the tower, and the counted runs of every method that fits into memory."""
-    tower: list[Span] = []
+    watch, tower = Stopwatch(device), list[Span]()
     counted: dict[str, list[Run]] = {method: [] for method in methods}
     tiles = -(-case.image_tokens // shape.geometry.patches)
     side = shape.geometry.tile
     try:
         pixels = torch.randn(case.batch * tiles, 3, side, side, device=device)
         for turn in range(WARM_UP + runs):
-            start = Mark.now(device)
-            prompt = Prompt.make(hf, case, pixels, seed)
-            stop = Mark.now(device)
-            _synchronize(device)
+            with watch.region("tower"):
+                prompt = Prompt.make(hf, case, pixels, seed)
+            taken = watch.read()["tower"]
             if turn >= WARM_UP:
-                tower.append(start.until(stop))
+                tower.append(taken)
     except torch.OutOfMemoryError:
         return [], {}
     for turn in range(WARM_UP + runs):
@@ -176,28 +165,20 @@ def measure(
 
 def generate(hf: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int, device: torch.device) -> Run:
     """One timed ``generate``; the model is left as it was. An empty schedule is the plain Hugging Face model."""
-    watch = Watch(device)
+    watch = Stopwatch(device)
     if schedule.layers:
         attach(hf, schedule)
     try:
-        with watch.watching(hf), prompt.inputs(hf) as inputs:
+        with watched(hf, watch), prompt.inputs(hf) as inputs:
             _synchronize(device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             output = hf.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
-            end = Mark.now(device)
-            _synchronize(device)
+            watch.stop("decode")
     finally:
         detach(hf)
-    start, first = watch.prefill
-    rankings = [begin.until(stop) for begin, stop in watch.rankings]
     return Run(
-        prefill=start.until(first),
-        ranking=Span(
-            sum(span.seconds for span in rankings),
-            None if start.event else sum(span.cost for span in rankings),
-        ),
-        decode=first.until(end),
+        **watch.read(("prefill", "ranking", "decode")),
         answers=output.sequences[:, prompt.input_ids.shape[1] :].tolist(),
         cache_bytes=cache_bytes(output.past_key_values),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

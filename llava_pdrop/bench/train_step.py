@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -28,16 +28,15 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.model import vlm
 from llava_pdrop.model.kernels import resolve
 from llava_pdrop.model.stream import Layout, layouts_of
-from llava_pdrop.model.vlm import Output, PyramidLlava, label_loss
+from llava_pdrop.model.vlm import Output, PyramidLlava
 from llava_pdrop.runtime.clock import (
     REGIONS,
     STAGE,
-    Recorder,
-    Seconds,
+    Span,
+    Stopwatch,
     instrumented,
     no_garbage_collection,
     replaced,
-    timed,
 )
 from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
 from llava_pdrop.schedule import Schedule
@@ -48,7 +47,7 @@ MIB = 2**20
 
 
 def full_logits_loss(lm_head: nn.Module, x_TD: Tensor, predict_row: Tensor, label_L: Tensor) -> Tensor:
-    """`label_loss` by way of the logits of every token that is left, those without a label being ignored."""
+    """`vlm.label_loss` by way of the logits of every token that is left, those without a label being ignored."""
     label_T = torch.full((len(x_TD),), IGNORE_INDEX, device=x_TD.device).scatter(0, predict_row, label_L)
     return F.cross_entropy(lm_head(x_TD).float(), label_T, ignore_index=IGNORE_INDEX, reduction="sum")
 
@@ -67,7 +66,7 @@ class Arm:
         backend: attention kernel, one of `attention.BACKENDS`.
         samples: of a micro-batch (None: the shape's).
         prepare: changes the batch before the step, outside of the measured time.
-        full_logits: `full_logits_loss` stands in for `label_loss`.
+        full_logits: `full_logits_loss` stands in for `vlm.label_loss`.
         kernels: of norms, rotary embedding and gated product, one of `kernels.CHOICES`.
     """
 
@@ -148,14 +147,14 @@ class Measured:
         speed = median(taken / count for taken, count in zip(seconds, self.hardware_flops))
         return speed * sum(self.hardware_flops)
 
-    def add(self, output: Output, loss: float, times: dict[str, Seconds], peak: float, cuda: bool) -> None:
+    def add(self, output: Output, loss: float, times: dict[str, Span], peak: float, cuda: bool) -> None:
         """Appends one step."""
         for name in REGIONS:
-            self.seconds[name].append(times[name].wall if cuda else times[name].cpu)
+            self.seconds[name].append(times[name].cost)
             if not cuda:
-                self.wall[name].append(times[name].wall)
-        stages = [times[f"{STAGE} {stage}"] for stage in range(len(self.arm.schedule.layers) + 1)]
-        self.stage_seconds.append([taken.wall if cuda else taken.cpu for taken in stages])
+                self.wall[name].append(times[name].seconds)
+        stages = range(len(self.arm.schedule.layers) + 1)
+        self.stage_seconds.append([times[f"{STAGE} {stage}"].cost for stage in stages])
         self.losses.append(loss)
         self.peak_mib.append(peak)
         self.stage_tokens.append(output.tokens)
@@ -188,30 +187,30 @@ class Trainer:
                 f"out of memory on {device}: weights and optimizer of this shape do not fit: try --optimizer none or a "
                 "smaller --shape"
             ) from error
-        self.recorder = Recorder(device)
+        self.watch = Stopwatch(device)
 
-    def step(self, arm: Arm, batch: PackedBatch) -> tuple[Output, float, dict[str, Seconds], float]:
+    def step(self, arm: Arm, batch: PackedBatch) -> tuple[Output, float, dict[str, Span], float]:
         """One step of ``arm``: output, loss per label token, seconds by region, peak memory in MiB.
 
         Raises:
             torch.OutOfMemoryError: it does not fit.
         """
         self.take(arm)
-        record = self.recorder
-        record.clear()
+        watch = self.watch
+        watch.clear()
         reset_peak_memory()
-        loss_of = timed(record, "head", full_logits_loss if arm.full_logits else label_loss)
-        with replaced(vlm, "label_loss", loss_of), record.region("step"):
-            with record.region("forward"):
+        other_loss = replaced(vlm, "label_loss", full_logits_loss) if arm.full_logits else nullcontext()
+        with other_loss, instrumented(self.model, watch), watch.region("step"):
+            with watch.region("forward"):
                 output = self.model(batch)
                 loss = output.loss / max(1, output.labels)
-            with record.region("backward"):
+            with watch.region("backward"):
                 loss.backward()
-                record.stop("tower_backward")
-            with record.region("optimizer"):
+                watch.stop("tower_backward")
+            with watch.region("optimizer"):
                 if self.optimizer is not None:
                     self.optimizer.step()
-        times = record.read()
+        times = watch.read(REGIONS)
         memory = peak_memory(self.device)
         self.model.zero_grad(set_to_none=True)
         return output, float(loss.detach()), times, memory.get("peak_cuda_mib", memory["peak_rss_mib"])
@@ -252,7 +251,7 @@ class Trainer:
 
     def recover(self) -> None:
         """Gives back what a step that ran out of memory has left behind."""
-        self.recorder.clear()
+        self.watch.clear()
         self.model.zero_grad(set_to_none=True)
         gc.collect()  # the error's traceback holds activations, and the collector is off
         if self.device.type == "cuda":
@@ -284,7 +283,7 @@ def measure(trainer: Trainer, arms: Sequence[Arm], steps: int, warmup: int, pati
     results = [Measured(arm) for arm in arms]
     longest = trainer.workload.longest(steps, arms[0].samples)
     order = [longest, *range(warmup - 1)][:warmup] + list(range(steps))
-    with instrumented(trainer.model, trainer.recorder), no_garbage_collection():
+    with no_garbage_collection():
         for place, number in enumerate(order):
             turn = place % len(results)
             for result in [*results[turn:], *results[:turn]]:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.vlm import Output
-from llava_pdrop.runtime.clock import TIME_PARTS, StepClock
+from llava_pdrop.runtime.clock import TIME_PARTS, Mark, StepClock
 from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,16 +40,15 @@ class StepMeter(TrainerCallback):
 
     def __init__(self, device: torch.device, clock: StepClock | None = None, peak_flops: float | None = None) -> None:
         self.device, self.clock, self.peak_flops = device, clock, peak_flops
-        self._marks: list[tuple[Any, Any]] = []
-        self._began: tuple[float, float, Any] = (0.0, 0.0, None)
+        self._began = Mark.now(device)
         self._reset()
 
     def _reset(self) -> None:
         self.steps, self.samples, self.tokens, self.flops = 0, 0, 0, 0.0
-        self.wall = self.cpu = self.data = 0.0
+        self.cpu = self.data = 0.0
         self.stage_tokens: list[int] = []
         self.image_tokens: list[int] = []
-        self._marks = []
+        self._marks: list[tuple[Mark, Mark]] = []
         self._drained = time.perf_counter()
 
     @contextmanager
@@ -71,24 +70,21 @@ class StepMeter(TrainerCallback):
         self._reset()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = (time.perf_counter(), time.process_time(), self._mark())
+        self._began = Mark.now(self.device)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.clock is not None and args.deepspeed_plugin is None:  # DeepSpeed has made its step already
-            self.clock.begins("optimizer")
+            self.clock.start("optimizer")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.clock is not None:
-            self.clock.ends("optimizer")
+            self.clock.stop("optimizer")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        wall, cpu, mark = self._began
-        self.cpu += time.process_time() - cpu
+        ended = Mark.now(self.device)
+        self.cpu += ended.cpu - self._began.cpu
         self.steps += 1
-        if mark is None:
-            self.wall += time.perf_counter() - wall
-        else:
-            self._marks.append((mark, self._mark()))
+        self._marks.append((self._began, ended))
 
     def drain(self, total: Callable[[list[float]], list[float]] = list, ranks: int = 1) -> dict[str, float]:
         """The metrics since the last call, per step, per sample or per second.
@@ -103,8 +99,8 @@ class StepMeter(TrainerCallback):
         """
         steps = max(1, self.steps)
         if self._marks:
-            self._marks[-1][1].synchronize()
-            self.wall += sum(start.elapsed_time(stop) for start, stop in self._marks) / 1000
+            self._marks[-1][1].reached()
+        wall = sum(began.until(ended).seconds for began, ended in self._marks)
         stages = len(self.image_tokens)
         parts = {} if self.clock is None else self.clock.drain()
         times = [self.data, *(parts.get(part, 0.0) for part in TIME_PARTS)]
@@ -116,7 +112,7 @@ class StepMeter(TrainerCallback):
         passed = max(1e-9, time.perf_counter() - self._drained)
         metrics = {
             "tokens_per_second": tokens / passed,
-            "step_seconds": self.wall / steps,
+            "step_seconds": wall / steps,
             "step_cpu_seconds": self.cpu / steps,
             "data_seconds": data / steps,
             "data_wait_share": data / passed,
@@ -132,13 +128,6 @@ class StepMeter(TrainerCallback):
         metrics |= peak_memory(self.device)
         self._reset()
         return metrics
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class MetricsFile(TrainerCallback):

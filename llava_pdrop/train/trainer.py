@@ -208,9 +208,8 @@ class PyramidTrainer(SavingTrainer):
         """
         step = self.state.global_step + 1
         self.watchdog.at(f"forward pass of step {step}")
-        self.clock.forward_begins()
-        output: Output = model(inputs)
-        self.clock.forward_ends()
+        with self.clock.region("forward"):
+            output: Output = model(inputs)
         self._planned = inputs.seq_lens, output.seq_lens
         if num_items_in_batch is None:
             num_items_in_batch = max(1, output.labels)
@@ -222,13 +221,13 @@ class PyramidTrainer(SavingTrainer):
                 self.watchdog.at(f"comparing the losses of step {step}")
                 self.guard.check(step)
             self.watchdog.at(f"backward pass of step {step}")
-            self.clock.begins("backward")
+            self.clock.start("backward")
         return (loss, output) if return_outputs else loss
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """Forward and backward of one micro-batch."""
         loss = super().training_step(*args, **options)
-        self.clock.ends("backward")
+        self.clock.stop("backward")
         return loss
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:

@@ -15,7 +15,7 @@ from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.train_step import Arm, Measured, Trainer, measure
 from llava_pdrop.model.kernels import missing, resolve
 from llava_pdrop.model.vlm import Output, PyramidLlava
-from llava_pdrop.runtime.clock import Seconds
+from llava_pdrop.runtime.clock import Span
 from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.types import PackedBatch
 
@@ -37,7 +37,7 @@ class RemedyArm(Arm):
 class RemedyTrainer(Trainer):
     """A `Trainer` that throws the switch of an arm for the time of a step."""
 
-    def step(self, arm: Arm, batch: PackedBatch) -> tuple[Output, float, dict[str, Seconds], float]:
+    def step(self, arm: Arm, batch: PackedBatch) -> tuple[Output, float, dict[str, Span], float]:
         """See `Trainer.step`."""
         with arm.switch(self.model) if isinstance(arm, RemedyArm) else nullcontext():
             return super().step(arm, batch)

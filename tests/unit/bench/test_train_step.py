@@ -13,7 +13,7 @@ from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.train_step import Arm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import ALL_LAYERS, predicted_reduction
-from llava_pdrop.model import decoder, kernels, vlm
+from llava_pdrop.model import kernels, vlm
 from llava_pdrop.runtime import clock
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of
 from llava_pdrop.schedule import Schedule
@@ -101,11 +101,24 @@ def test_the_stages_of_the_decoder_lie_in_it_between_the_rankings() -> None:
 
 
 def test_the_marks_are_taken_away_again() -> None:
-    before = (vlm.image_features, vlm.run_decoder, vlm.label_loss, decoder._rank)
+    before, trainer = vlm.label_loss, trainer_of()
+    measure(trainer, [DROPPING, dataclasses.replace(DROPPING, full_logits=True)], steps=1, warmup=0)
+    assert vlm.label_loss is before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in trainer.model.modules())
+
+
+def test_what_is_recomputed_in_the_backward_is_no_stage_of_the_forward() -> None:
+    """Of a stage of one layer both its hooks run again there."""
     trainer = trainer_of()
-    measure(trainer, [Arm("vanilla"), DROPPING], steps=1, warmup=0)
-    assert (vlm.image_features, vlm.run_decoder, vlm.label_loss, decoder._rank) == before
-    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+    arm = Arm("one layer", Schedule((1, 2), (0.5, 0.25)), recompute=True)
+    seen: list[str] = []
+    start = trainer.watch.start
+    trainer.watch.start = lambda name: (seen.append(name), start(name))[1]  # type: ignore[method-assign]
+    trainer.step(arm, trainer.workload.batch(0, CPU))
+    assert seen == [
+        "step", "forward", "tower", "decoder", "stage 0", "ranking", "stage 1", "ranking", "stage 2", "head",
+        "backward", "tower_backward", "optimizer",
+    ]  # fmt: skip
 
 
 def test_the_longest_batch_warms_up() -> None:
@@ -197,7 +210,7 @@ def test_no_step_leaves_tensors_that_only_the_collector_would_free(recompute: bo
     def tensors() -> int:
         return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
-    with clock.instrumented(trainer.model, trainer.recorder), clock.no_garbage_collection():
+    with clock.no_garbage_collection():
         counts = []
         for number in range(4):
             trainer.step(Arm("any", SMALL.schedule, recompute), trainer.workload.batch(number, CPU))
