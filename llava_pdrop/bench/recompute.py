@@ -7,13 +7,14 @@ is recomputed only where the memory forces something and more decoder layers in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from llava_pdrop.bench.train_step import MIB, Arm, Trainer
+from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.memory import GIB
 from llava_pdrop.cost.plan import RESERVE
 from llava_pdrop.cost.step_time import card_named
@@ -78,12 +79,18 @@ def room_of(device: torch.device, card: str | None) -> float | None:
     return torch.cuda.get_device_properties(device).total_memory * (1 - RESERVE)
 
 
-def recomputed(recompute: bool, layers: int | None, tower: bool) -> str:
-    """What an arm recomputes, in words, of its ``recompute``, ``recompute_layers`` and ``recompute_tower``."""
-    if not recompute:
-        return "nothing"
-    decoder = "all decoder layers" if layers is None else f"{layers} decoder layer{'s' if layers > 1 else ''}"
-    return " and ".join([*([decoder] if layers != 0 else []), *(["the tower"] if tower else [])])
+def to_json(recomputed: Recomputed) -> dict[str, Any]:
+    """The keys of a run in a report."""
+    return {
+        "recompute": bool(recomputed),
+        "recompute_layers": recomputed.layers,
+        "recompute_tower": recomputed.tower,
+    }
+
+
+def from_json(run: Mapping[str, Any]) -> Recomputed:
+    """What a ``run`` of a report recomputed."""
+    return Recomputed(run["recompute_layers"], run["recompute_tower"]) if run["recompute"] else Recomputed()
 
 
 def arms_in(
@@ -126,7 +133,8 @@ def _arm_with(
     depth = trainer.shape.text["num_hidden_layers"]
     numbers = range(depth + 1) if count == AUTO else [depth if count == ALL else int(count)]
     towers = (False, True) if "vision_tower" in trainer.shape.trainable else (False,)
-    choices = [_recomputing(arm, number, tower, depth) for tower in towers for number in numbers]
+    counts = [None if number == depth else number for number in numbers]
+    choices = [replace(arm, recomputed=Recomputed(count, tower)) for tower in towers for count in counts]
     layouts = [layouts_of(batch, arm.schedule) for batch in batches]
 
     def peak(choice: AnArm) -> float:
@@ -143,13 +151,4 @@ def _arm_with(
     raise UserError(
         f"--recompute-layers {AUTO}: {arm.name} does not fit into {room / GIB:.1f} GiB however much is recomputed, "
         f"{lacking:.1f} GiB are missing: try a smaller --samples, or --optimizer none"
-    )
-
-
-def _recomputing(arm: AnArm, layers: int, tower: bool, depth: int) -> AnArm:
-    return replace(
-        arm,
-        recompute=bool(layers or tower),
-        recompute_layers=None if layers == depth else layers,
-        recompute_tower=tower,
     )

@@ -27,6 +27,7 @@ def run_train(args: argparse.Namespace) -> None:
     from llava_pdrop.bench.shapes import chosen_shape
     from llava_pdrop.bench.train_step import Arm, Trainer, measure
     from llava_pdrop.bench.workload import Workload
+    from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
     from llava_pdrop.cost.step_time import CARDS, card_named
     from llava_pdrop.model.attention import check_backend
     from llava_pdrop.model.kernels import check_kernels, resolve
@@ -45,25 +46,20 @@ def run_train(args: argparse.Namespace) -> None:
     schedules = read_schedules(args.schedule, shape.text["num_hidden_layers"])
     if not schedules and shape.schedule.layers:
         schedules = {"PyramidDrop": shape.schedule}
-    depth, again = shape.text["num_hidden_layers"], shape.recompute if args.recompute is None else args.recompute
+    depth, recomputed = shape.text["num_hidden_layers"], shape.recomputed
+    if args.recompute is not None and args.recompute != bool(recomputed):
+        recomputed = ALL_LAYERS if args.recompute else Recomputed()
     settings = [
         recompute.read_setting(word, 1 + len(schedules), depth) for word in dict.fromkeys(args.recompute_layers or ())
     ]
-    common = Arm(
-        "",
-        recompute=again,
-        recompute_layers=shape.recompute_layers,
-        backend=attention,
-        samples=args.samples,
-        kernels=kernels,
-    )
+    common = Arm("", recomputed=recomputed, backend=attention, samples=args.samples, kernels=kernels)
     arms = variants.arms_of(schedules, common)
     workloads = [Workload(shape, images, args.seed) for images in dict.fromkeys(args.images)]
     trainer = Trainer(shape, device, workloads[0], args.optimizer)
     own = known_gpu(device_label(device))
     card = args.card or (own if own in CARDS else None)
     options = {key: getattr(args, key) for key in ("steps", "warmup", "samples", "optimizer", "recompute_layers")}
-    options |= {"attention": attention, "kernels": kernels, "recompute": again, "card": card}
+    options |= {"attention": attention, "kernels": kernels, "recompute": bool(recomputed), "card": card}
     for workload in workloads:
         trainer.workload = workload
         chosen = recompute.arms_in(trainer, arms, settings, args.steps, args.card)

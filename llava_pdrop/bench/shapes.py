@@ -19,7 +19,8 @@ from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.nominal import checkpointing, full_picture, model_of, recomputed_layers, samples_of
+from llava_pdrop.cost.flops import Recomputed
+from llava_pdrop.cost.nominal import full_picture, model_of, recomputed_by, samples_of
 from llava_pdrop.errors import ConfigError, UserError, did_you_mean
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vlm import PyramidLlava
@@ -54,8 +55,7 @@ class Shape:
         trainable: parts that learn (see `train.optim.PARTS`).
         samples: samples of a micro-batch.
         schedule: the dropping that is compared with vanilla (empty: none is).
-        recompute: activation checkpointing.
-        recompute_layers: of the decoder's layers, only so many first ones (None: all).
+        recomputed: by activation checkpointing.
         attention: kernel of packed streams, one of `attention.BACKENDS`.
         kernels: of norms, rotary embedding and gated product, one of `kernels.CHOICES`.
         picture: (width, height) of every picture, or None: drawn from the training mixture.
@@ -70,10 +70,9 @@ class Shape:
     trainable: tuple[str, ...]
     samples: int
     schedule: Schedule
-    recompute: bool
+    recomputed: Recomputed
     max_length: int
     half: bool
-    recompute_layers: int | None = None
     attention: str = "auto"
     kernels: str = "auto"
     picture: tuple[int, int] | None = None
@@ -221,8 +220,7 @@ def shape_of(config: Config) -> Shape:
         trainable=config.model.trainable,
         samples=samples_of(config, model.geometry),
         schedule=config.schedule.check(model.layers),
-        recompute=checkpointing(config),
-        recompute_layers=recomputed_layers(config, model.layers),
+        recomputed=recomputed_by(config, model.layers),
         attention=config.model.attention,
         kernels=config.model.kernels,
         max_length=config.data.max_length,

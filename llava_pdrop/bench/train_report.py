@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from llava_pdrop.bench import optimizer
-from llava_pdrop.bench.recompute import recomputed
+from llava_pdrop.bench.recompute import from_json, to_json
 from llava_pdrop.bench.train_picture import step_bars
 from llava_pdrop.bench.train_step import Measured, Trainer
 from llava_pdrop.bench.variants import Compared
@@ -120,9 +120,7 @@ def _run(result: Measured, vanilla: Measured, rate: float, card: str | None = No
     entry: dict[str, Any] = {
         "name": arm.name,
         "schedule": arm.schedule.to_dict(),
-        "recompute": arm.recompute,
-        "recompute_layers": arm.recompute_layers,
-        "recompute_tower": arm.recompute_tower,
+        **to_json(arm.recomputed),
         "setting": arm.setting,
         "attention": arm.backend,
         "full_logits": arm.full_logits,
@@ -222,11 +220,7 @@ def page(report: dict[str, Any], stem: str) -> Page:
     """The report for people; its picture is ``stem``.png."""
     peak, kind = report["peak_flops"], report["optimizer"]
     told = f"Times: {report['times']['seconds']}. Optimizer: {kind['description']}. Peak: {peak['source']}."
-    again = [
-        f"{run['name']}: recomputes {recomputed(run['recompute'], run['recompute_layers'], run['recompute_tower'])}."
-        for run in report["runs"]
-        if run["setting"]
-    ]
+    again = [f"{run['name']}: recomputes {from_json(run)}." for run in report["runs"] if run["setting"]]
     return Page(
         f"Training step: {report['shape']['name']}",
         [

@@ -60,9 +60,7 @@ class Arm:
         name: under which it is reported.
         schedule: of its drops; empty: vanilla.
         setting: which of several settings of recomputation it belongs to; arms of one are compared.
-        recompute: activation checkpointing.
-        recompute_layers: of the decoder's layers, only so many first ones (None: all).
-        recompute_tower: of the tower too, where it learns.
+        recomputed: by activation checkpointing.
         backend: attention kernel, one of `attention.BACKENDS`.
         samples: of a micro-batch (None: the shape's).
         prepare: changes the batch before the step, outside of the measured time.
@@ -72,20 +70,13 @@ class Arm:
 
     name: str
     schedule: Schedule = Schedule()
-    recompute: bool = False
-    recompute_layers: int | None = None
-    recompute_tower: bool = True
+    recomputed: Recomputed = Recomputed()
     backend: str = "auto"
     samples: int | None = None
     prepare: Callable[[PackedBatch], PackedBatch] | None = None
     full_logits: bool = False
     kernels: str = "auto"
     setting: str | None = None
-
-    @property
-    def recomputed(self) -> Recomputed:
-        """The same as one thing."""
-        return Recomputed(self.recompute_layers, self.recompute_tower) if self.recompute else Recomputed()
 
 
 @dataclass
@@ -261,8 +252,8 @@ class Trainer:
         """Sets the model as ``arm`` wants it."""
         model = self.model
         model.schedule, model.backend, model.kernels = arm.schedule, arm.backend, arm.kernels
-        model.recompute_layers, model.recompute_tower = arm.recompute_layers, arm.recompute_tower
-        if arm.recompute:
+        model.recompute_layers, model.recompute_tower = arm.recomputed.layers, arm.recomputed.tower
+        if arm.recomputed:
             model.activation_checkpointing_enable({"use_reentrant": False})
         elif hasattr(model.hf, "activation_checkpointing_disable"):
             model.hf.activation_checkpointing_disable()
@@ -328,6 +319,6 @@ def out_of_memory_is_one_line(trainer: Trainer, arm: Arm) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         again = "--recompute" if arm.setting is None else "--recompute-layers all"
-        hints = ["a smaller --samples", *([again] if not arm.recompute else [])]
+        hints = ["a smaller --samples", *([again] if not arm.recomputed else [])]
         hints += {"adamw": ["--optimizer sharded"], "sharded": ["--optimizer none"]}.get(trainer.kind, [])
         raise UserError(f"out of memory on {trainer.device} in {arm.name}: try {' or '.join(hints)}") from error

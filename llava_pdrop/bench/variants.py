@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_pdrop.bench.train_step import Arm, Measured, Trainer, measure
+from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.model import kernels
 from llava_pdrop.model.attention import BACKENDS
 from llava_pdrop.schedule import Schedule
@@ -68,11 +69,9 @@ def variants(samples: int, depth: int, device: torch.device, dtype: torch.dtype)
     for backend in BACKENDS[1:]:
         found.append(Variant("attention", backend, _with(backend=backend), missing(backend, device, dtype)))
     found += [
-        Variant("recomputation", "none", _with(recompute=False, recompute_layers=None)),
-        Variant("recomputation", "every layer", _with(recompute=True, recompute_layers=None, recompute_tower=True)),
-        Variant(
-            "recomputation", "first quarter", _with(recompute=True, recompute_layers=depth // 4, recompute_tower=True)
-        ),
+        Variant("recomputation", "none", _with(recomputed=Recomputed())),
+        Variant("recomputation", "every layer", _with(recomputed=ALL_LAYERS)),
+        Variant("recomputation", "first quarter", _with(recomputed=Recomputed(depth // 4, True))),
     ]
     counts = sorted({max(1, samples // 2), samples, 2 * samples})
     found += [Variant("samples per micro-batch", str(count), _with(samples=count)) for count in counts]

@@ -31,6 +31,15 @@ class Recomputed:
     layers: int | None = 0
     tower: bool = False
 
+    def __bool__(self) -> bool:
+        return self.layers != 0 or self.tower
+
+    def __str__(self) -> str:
+        """In words."""
+        count = "all" if self.layers is None else str(self.layers)
+        decoder = f"{count} decoder layer{'' if self.layers == 1 else 's'}"
+        return " and ".join([decoder] * (self.layers != 0) + ["the tower"] * self.tower) or "nothing"
+
     @classmethod
     def first(cls, layers: int) -> Recomputed:
         """So many layers, and the tower with the first of them."""

@@ -120,13 +120,7 @@ def samples_of(config: Config, geometry: ImageGeometry) -> int:
 
 
 def recomputed_by(config: Config, layers: int) -> Recomputed:
-    """What ``config`` recomputes of a decoder of ``layers`` layers, and of its tower. Raises as `recomputed_layers`."""
-    count = recomputed_layers(config, layers)
-    return Recomputed(count, True) if checkpointing(config) else Recomputed()
-
-
-def recomputed_layers(config: Config, layers: int) -> int | None:
-    """``train.recompute_layers``, for a decoder of ``layers`` layers.
+    """What ``config`` recomputes of a decoder of ``layers`` layers, and of its tower.
 
     Raises:
         ConfigError: it is more than there are.
@@ -136,12 +130,7 @@ def recomputed_layers(config: Config, layers: int) -> int | None:
         raise ConfigError(
             f"{config.file}: train.recompute_layers must be at most {layers}, the decoder's depth: {count}"
         )
-    return count
-
-
-def checkpointing(config: Config) -> bool:
-    """Whether ``config`` recomputes activations."""
-    return recomputes(config.train.arguments)
+    return Recomputed(count, True) if recomputes(config.train.arguments) else Recomputed()
 
 
 def recomputes(arguments: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from llava_pdrop.cost.advice import PEAKS, Advice, Setting, overrides, what_lack
 from llava_pdrop.cost.flops import StepFlops
 from llava_pdrop.cost.lora import NOT_MODELLED, adapter_parameters
 from llava_pdrop.cost.memory import Memory
-from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, checkpointing, model_of, states_of
+from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, model_of, recomputes, states_of
 from llava_pdrop.cost.paper import Solution
 from llava_pdrop.cost.plan import (
     RESERVE,
@@ -103,7 +103,7 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
         "step": {
             "samples": step.samples,
             "text_tokens": step.text_tokens,
-            "recomputation": checkpointing(config),
+            "recomputation": recomputes(config.train.arguments),
             "vanilla_flop": parts(step.vanilla),
             "dropping_flop": parts(step.dropping),
             "predicted_reduction": step.reduction,
@@ -130,7 +130,7 @@ def page(config: Config, report: Report) -> Page:
     plan, step, blocks = report.plan, report.step, list[Block]()
     if report.solution is not None:
         blocks += [report.solution.reason, Code(schedule_yaml(plan.schedule))]
-    again = "with the config's recomputation" if checkpointing(config) else "without recomputation"
+    again = "with the config's recomputation" if recomputes(config.train.arguments) else "without recomputation"
     blocks += [
         _stages(plan),
         _pictures(config, plan),

@@ -14,6 +14,7 @@ from llava_pdrop.bench.prefill import TEXT_TOKENS, Case, Prompt, generate
 from llava_pdrop.bench.shapes import make_model, shape_named
 from llava_pdrop.bench.train_step import MIB, Arm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
+from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.runtime.clock import REGIONS, parts_of
 from llava_pdrop.runtime.device import device_named
 from tests.gpu.peaks import assert_predicted, cublas_workspaces
@@ -39,7 +40,8 @@ def arms(**options) -> list[Arm]:
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
 def test_regions_add_up_and_the_peak_is_the_predicted_one(recompute, optimizer):
     trainer = Trainer(HALF_BILLION, device_named("cuda"), Workload(HALF_BILLION, "full"), optimizer)
-    results = measure(trainer, arms(recompute=recompute, kernels="eager"), steps=2, warmup=1)
+    recomputed = ALL_LAYERS if recompute else Recomputed()
+    results = measure(trainer, arms(recomputed=recomputed, kernels="eager"), steps=2, warmup=1)
     pixels = trainer.workload.batch(0, torch.device("cuda")).pixels.nbytes
     uncounted = (cublas_workspaces() + pixels) / MIB
     for result in results:

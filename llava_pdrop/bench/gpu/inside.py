@@ -18,7 +18,7 @@ from llava_pdrop.bench import variants
 from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.gpu.remedies import RemedyArm, RemedyTrainer, try_remedies
 from llava_pdrop.bench.gpu.runner import TRACES
-from llava_pdrop.bench.recompute import ALL, AUTO, arms_with, read_setting, recomputed
+from llava_pdrop.bench.recompute import ALL, AUTO, arms_with, read_setting
 from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.train_step import Arm, Trainer
 from llava_pdrop.bench.workload import Workload
@@ -61,8 +61,7 @@ def run(check: Check) -> None:
     check.put(remedies={})
     forced = arms_with(trainer, arms, read_setting(AUTO, len(arms), depth), steps=1, card=check.card)
     for arm in forced:
-        told = recomputed(arm.recompute, arm.recompute_layers, arm.recompute_tower)
-        check.note(f"{KEYS[arm.name]}: memory forces to recompute {told}")
+        check.note(f"{KEYS[arm.name]}: memory forces to recompute {arm.recomputed}")
     try_remedies(check, trainer, [replace(arm, forced=least) for arm, least in zip(arms, forced)])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.bench.gpu.check import Check
-from llava_pdrop.bench.recompute import ALL, AUTO, recomputed
+from llava_pdrop.bench.recompute import ALL, AUTO, from_json
 from llava_pdrop.bench.run import run_prefill, run_train
 
 MIB_IN_GIB = 1024
@@ -170,7 +170,7 @@ def _arm(run: dict[str, Any]) -> dict[str, Any]:
             {"tokens": stage["tokens"], "ms": 1000 * stage["seconds"], "modelled_ms": parts[k] if model else None}
             for k, stage in enumerate(run["stages"])
         ],
-        "recomputed": recomputed(run["recompute"], run["recompute_layers"], run["recompute_tower"]),
+        "recomputed": str(from_json(run)),
         "mfu": run["mfu"],
         "hfu": run["hfu"],
         "ranking_share": run["ranking_share"],

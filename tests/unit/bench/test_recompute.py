@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from llava_pdrop.bench import variants
-from llava_pdrop.bench.recompute import RESERVE, arms_in, arms_with, read_setting, recomputed
+from llava_pdrop.bench.recompute import RESERVE, arms_in, arms_with, read_setting
 from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.train_step import Arm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_hf_model
+from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.cost.memory import GIB
 from llava_pdrop.cost.step_time import CARDS
 from tests.messages import says
@@ -34,13 +35,13 @@ def planning(name: str, kind: str = "sharded", **changes) -> Trainer:
 
 
 def arms_of(trainer: Trainer) -> list[Arm]:
-    return variants.arms_of({"PyramidDrop": trainer.shape.schedule}, Arm("", recompute=True))
+    return variants.arms_of({"PyramidDrop": trainer.shape.schedule}, Arm("", recomputed=ALL_LAYERS))
 
 
 def chosen(trainer: Trainer, word: str, card: str | None = None) -> list[tuple[bool, int | None, bool]]:
     depth = trainer.shape.text["num_hidden_layers"]
     arms = arms_with(trainer, arms_of(trainer), read_setting(word, 2, depth), steps=1, card=card)
-    return [(arm.recompute, arm.recompute_layers, arm.recompute_tower) for arm in arms]
+    return [(bool(arm.recomputed), arm.recomputed.layers, arm.recomputed.tower) for arm in arms]
 
 
 def test_memory_forces_vanilla_to_recompute_more_than_dropping() -> None:
@@ -53,14 +54,14 @@ def test_memory_forces_vanilla_to_recompute_more_than_dropping() -> None:
     room, batch = 0.9 * 80 * GIB, trainer.workload.batch(0, CPU)
 
     def peak(layers: int, tower: bool) -> float:
-        arm = Arm("", recompute=True, recompute_layers=layers, recompute_tower=tower)
+        arm = Arm("", recomputed=Recomputed(layers, tower))
         return trainer.predicted_peak_mib(arm, batch) * 2**20
 
     assert peak(vanilla[1], True) <= room < peak(vanilla[1] - 1, True)
     least = next(layers for layers in range(33) if peak(layers, False) <= room)
     assert least > vanilla[1]
     flops = [
-        trainer.hardware_flops(Arm("", recompute=True, recompute_layers=layers, recompute_tower=tower), batch)
+        trainer.hardware_flops(Arm("", recomputed=Recomputed(layers, tower)), batch)
         for layers, tower in ((vanilla[1], True), (least, False))
     ]
     assert flops[0] < flops[1], "what was taken is the faster one"
@@ -85,8 +86,7 @@ def test_all_and_numbers_leave_the_tower_alone_unless_memory_forces_it(monkeypat
     assert chosen(trainer, "14,0") == [(True, 14, False), (False, 0, False)], "on a CPU nothing says what fits"
     batch = trainer.workload.batch(0, CPU)
     whole, kept = (
-        trainer.predicted_peak_mib(Arm("", recompute=True, recompute_tower=tower), batch) / 1024
-        for tower in (True, False)
+        trainer.predicted_peak_mib(Arm("", recomputed=Recomputed(None, tower)), batch) / 1024 for tower in (True, False)
     )
     assert whole < kept
     between = dataclasses.replace(CARDS["H100"], gib=(whole + kept) / 2 / (1 - RESERVE))
@@ -100,12 +100,12 @@ def test_the_largest_of_the_batches_decides(monkeypatch: pytest.MonkeyPatch) -> 
     trainer.workload = Workload(trainer.shape, "mixture")
     setting = read_setting("auto", 2, 32)
     few, many = (arms_with(trainer, arms_of(trainer), setting, steps, "H100")[0] for steps in (1, 4))
-    assert few.recompute_layers is not None and many.recompute_layers is not None
-    assert few.recompute_layers <= many.recompute_layers
+    assert few.recomputed.layers is not None and many.recomputed.layers is not None
+    assert few.recomputed.layers <= many.recomputed.layers
     batches = [trainer.workload.batch(step, CPU) for step in range(4)]
     peaks = [trainer.predicted_peak_mib(many, batch) / 1024 for batch in batches]
     assert max(peaks) <= 0.9 * 80
-    fewer = dataclasses.replace(many, recompute_layers=many.recompute_layers - 1)
+    fewer = dataclasses.replace(many, recomputed=Recomputed(many.recomputed.layers - 1, many.recomputed.tower))
     assert max(trainer.predicted_peak_mib(fewer, batch) / 1024 for batch in batches) > 0.9 * 80
 
 
@@ -130,6 +130,6 @@ def test_settings_take_turns_under_their_names() -> None:
 
 
 def test_in_words() -> None:
-    assert recomputed(False, None, True) == "nothing"
-    assert recomputed(True, None, True) == "all decoder layers and the tower"
-    assert recomputed(True, 0, True) == "the tower" and recomputed(True, 1, False) == "1 decoder layer"
+    assert str(Recomputed()) == "nothing"
+    assert str(ALL_LAYERS) == "all decoder layers and the tower"
+    assert str(Recomputed(0, True)) == "the tower" and str(Recomputed(1)) == "1 decoder layer"

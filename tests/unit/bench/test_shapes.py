@@ -18,6 +18,7 @@ from llava_pdrop.bench.train_step import Arm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_config, make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
+from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.cost.nominal import model_of, nominal_batch
 from llava_pdrop.geometry import PAPER_PINPOINTS_5_TILES, PINPOINTS_9_TILES, ImageGeometry
 from llava_pdrop.schedule import Schedule
@@ -38,7 +39,7 @@ CLIP_L_336 = dict(
 )  # fmt: skip
 WHOLE = ("projector", "language_model", "vision_tower")
 RATIOS = (0.5, 0.25, 0.125)
-RECIPE = dict(picture=None, text_tokens=None, recompute=True, half=True, max_length=2048)
+RECIPE = dict(picture=None, text_tokens=None, recomputed=ALL_LAYERS, half=True, max_length=2048)
 NEXT_7B = RECIPE | dict(
     text=VICUNA_7B,
     vision=CLIP_L_336,
@@ -46,7 +47,7 @@ NEXT_7B = RECIPE | dict(
     samples=4,
     schedule=Schedule((8, 16, 24), RATIOS, positions="renumber"),
 )
-CPU_SIZED = dict(trainable=WHOLE, recompute=False, half=False, max_length=2048)
+CPU_SIZED = dict(trainable=WHOLE, recomputed=Recomputed(), half=False, max_length=2048)
 SQUARE = dict(num_attention_heads=2, patch_size=14)
 MEASURED: dict[str, dict] = {
     "tiny": CPU_SIZED | dict(
@@ -128,7 +129,7 @@ def parts_file(directory: Path, text: dict | None = None, vision: dict | None = 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_named_shape_keeps_its_numbers(name: str) -> None:
     shape = shape_named(name)
-    expected = {"recompute_layers": None, "attention": "auto", "kernels": "auto", **MEASURED[name]}
+    expected = {"attention": "auto", "kernels": "auto", **MEASURED[name]}
     assert {key: value for key, value in vars(shape).items() if key not in ("text", "vision")} == {
         key: value for key, value in expected.items() if key not in ("text", "vision")
     }
@@ -177,11 +178,11 @@ def test_what_the_config_says_is_measured() -> None:
     config = load_config(NEXT, changes)
     shape = shape_of(config)
     assert shape.samples == len(nominal_batch(shape.geometry, config).seq_lens) == 2
-    assert (shape.recompute, shape.recompute_layers, shape.attention, shape.half) == (True, 8, "sdpa", False)
+    assert (shape.recomputed, shape.attention, shape.half) == (Recomputed(8, True), "sdpa", False)
     assert shape.kernels == "eager"
     assert shape.trainable == ("projector",) and shape.schedule == Schedule()
     assert shape.max_length == shape.text_config().max_position_embeddings == 6000
-    assert not shape_of(load_config(NEXT, ["train.gradient_checkpointing=false"])).recompute
+    assert not shape_of(load_config(NEXT, ["train.gradient_checkpointing=false"])).recomputed
 
 
 @pytest.mark.parametrize(

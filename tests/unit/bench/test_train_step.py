@@ -12,7 +12,7 @@ from llava_pdrop.bench import train_step, variants
 from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.train_step import Arm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
-from llava_pdrop.cost.flops import ALL_LAYERS, predicted_reduction
+from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, predicted_reduction
 from llava_pdrop.model import kernels, vlm
 from llava_pdrop.runtime import clock
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of
@@ -66,7 +66,7 @@ def test_the_schedule_of_every_arm_is_the_one_that_runs() -> None:
 
 def test_the_predicted_reduction_is_that_of_the_operation_count() -> None:
     trainer = trainer_of(MIXED)
-    arms = [Arm("vanilla", recompute=True), Arm("PyramidDrop", SMALL.schedule, recompute=True)]
+    arms = [Arm("vanilla", recomputed=ALL_LAYERS), Arm("PyramidDrop", SMALL.schedule, recomputed=ALL_LAYERS)]
     vanilla, dropping = measure(trainer, arms, steps=3, warmup=1)
     batches = [trainer.workload.batch(number, CPU) for number in range(3)]
     expected = predicted_reduction(
@@ -110,7 +110,7 @@ def test_the_marks_are_taken_away_again() -> None:
 def test_what_is_recomputed_in_the_backward_is_no_stage_of_the_forward() -> None:
     """Of a stage of one layer both its hooks run again there."""
     trainer = trainer_of()
-    arm = Arm("one layer", Schedule((1, 2), (0.5, 0.25)), recompute=True)
+    arm = Arm("one layer", Schedule((1, 2), (0.5, 0.25)), recomputed=ALL_LAYERS)
     seen: list[str] = []
     start = trainer.watch.start
     trainer.watch.start = lambda name: (seen.append(name), start(name))[1]  # type: ignore[method-assign]
@@ -177,7 +177,9 @@ def test_arms_with_eager_and_fused_kernels_take_turns(monkeypatch: pytest.Monkey
     losses, counted = [], []
     for name in ("auto", "torch", "eager", "torch"):
         runs.clear()
-        losses.append(trainer.step(Arm("any", SMALL.schedule, recompute=recompute, kernels=name), batch)[1])
+        losses.append(
+            trainer.step(Arm("any", SMALL.schedule, ALL_LAYERS if recompute else Recomputed(), kernels=name), batch)[1]
+        )
         counted.append(len(runs))
     kernels._kernels.cache_clear()
     layers, drops = SMALL.text["num_hidden_layers"], len(SMALL.schedule.layers)
@@ -213,7 +215,10 @@ def test_no_step_leaves_tensors_that_only_the_collector_would_free(recompute: bo
     with clock.no_garbage_collection():
         counts = []
         for number in range(4):
-            trainer.step(Arm("any", SMALL.schedule, recompute), trainer.workload.batch(number, CPU))
+            trainer.step(
+                Arm("any", SMALL.schedule, ALL_LAYERS if recompute else Recomputed()),
+                trainer.workload.batch(number, CPU),
+            )
             counts.append(tensors())
     assert counts[1:] == [counts[1]] * 3
 
@@ -222,7 +227,7 @@ def test_the_predicted_peak_is_that_of_the_arm() -> None:
     trainer, batch = trainer_of(optimizer="adamw"), Workload(SMALL).batch(0, CPU)
     vanilla = trainer.predicted_peak_mib(Arm("vanilla"), batch)
     assert trainer.predicted_peak_mib(DROPPING, batch) < vanilla
-    assert trainer.predicted_peak_mib(Arm("vanilla", recompute=True), batch) < vanilla
+    assert trainer.predicted_peak_mib(Arm("vanilla", recomputed=ALL_LAYERS), batch) < vanilla
     weights = sum(parameter.nbytes for parameter in trainer.model.parameters()) / train_step.MIB
     assert vanilla > 3 * weights
 
@@ -231,8 +236,8 @@ def test_recomputation_is_taken_arm_by_arm() -> None:
     trainer = trainer_of()
     layers = trainer.model.hf.model.language_model.layers
     batch = trainer.workload.batch(0, CPU)
-    for recompute, first, expected in ((True, None, 8), (True, 2, 2), (False, None, 0), (True, None, 8)):
-        trainer.step(Arm("any", recompute=recompute, recompute_layers=first), batch)
+    for recomputed, expected in ((ALL_LAYERS, 8), (Recomputed(2, True), 2), (Recomputed(), 0), (ALL_LAYERS, 8)):
+        trainer.step(Arm("any", recomputed=recomputed), batch)
         assert sum(layer.gradient_checkpointing for layer in layers) == expected
 
 

@@ -104,7 +104,7 @@ def test_variants_recompute_what_their_arms_do(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(variants, "compare", lambda trainer, arms: seen.extend(arms) or [])
     words = ["bench", "train", "--shape", "tiny", "--steps", "1", "--warmup", "0", "--device", "cpu", "--samples", "1"]
     assert main([*words, "--recompute-layers", "2,0", "2,0", "1", "--compare", "--out", str(tmp_path)]) == 0
-    assert [(arm.recompute, arm.recompute_layers) for arm in seen] == [(True, 2), (False, 0)]
+    assert [(bool(arm.recomputed), arm.recomputed.layers) for arm in seen] == [(True, 2), (False, 0)]
     report = json.loads((tmp_path / "train-tiny-cpu.json").read_text())
     assert [run["setting"] for run in report["runs"]] == ["2,0 recomputed"] * 2 + ["1 recomputed"] * 2
 

@@ -13,8 +13,9 @@ from llava_pdrop.commands.plan import gpus_of
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.advice import ORDER, Advice, Arm, Setting, advise, overrides, with_setting
+from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.memory import GIB, Parameters
-from llava_pdrop.cost.nominal import checkpointing, model_of, recomputed_layers, samples_of, states_of
+from llava_pdrop.cost.nominal import model_of, recomputed_by, samples_of, states_of
 from llava_pdrop.cost.plan import RESERVE, plan_memory, plan_step
 from llava_pdrop.cost.run_length import RECIPES, run_length
 from tests.messages import says
@@ -142,8 +143,7 @@ def test_the_line_can_be_pasted(path, gpus, gib, by_tokens):
         assert samples_of(pasted, model_of(pasted).geometry) == setting.samples
         assert setting.samples * pasted.train.arguments["gradient_accumulation_steps"] * gpus == advice.batch
         assert states_of(pasted, gpus) == states_of(with_setting(config, setting), gpus)
-        assert checkpointing(pasted) == (setting.recomputed > 0)
-        assert (recomputed_layers(pasted, 32) or 0) == setting.recomputed
+        assert recomputed_by(pasted, 32) == Recomputed.first(setting.recomputed)
         assert bool(pasted.schedule.layers) == (arm.name == "dropping")
     assert len(advice.arms) == (1 if path == VANILLA else 2)
 
