@@ -32,10 +32,12 @@ class UserError(ValueError):
     """The user's to mend: the message is one line that names file, key, sample or argument and says what to do. All
     errors that this package raises on purpose are of this class; any other exception is a bug and keeps its traceback.
 
-    ``key``: the config key that it is about, where the code that failed knows it (see `naming`).
+    ``key``: the config key that it is about, where the code that failed knows it (see `naming`). ``kind``: of a record,
+    the name that `llava_pdrop.doctor.checks.KINDS` has for what is wrong, where that code knows one.
     """
 
     key: str | None = None
+    kind: str | None = None
 
 
 class MissingFileError(UserError, FileNotFoundError):
@@ -59,9 +61,21 @@ class Problem(UserError):
         return Problem, (self.key, str(self), self.unknown)
 
 
+class Unfit(UserError):
+    """What makes a record unfit, said where the record is not known: becomes a `RecordError` of the same ``kind``."""
+
+    kind: str
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unfit, (self.kind, str(self))
+
+
 class RecordError(UserError):
-    """A record that cannot be used: where it stands, its id (where that could be read) and why, in one line. ``kind``:
-    the name that `llava_pdrop.doctor.checks.KINDS` has for it, None where the code that failed knows none."""
+    """A record that cannot be used: where it stands, its id (where that could be read) and why, in one line."""
 
     def __init__(self, origin: str, id: str | None, reason: str, kind: str | None = None) -> None:
         name = f"{origin} (id {clip(id)})" if id is not None else origin

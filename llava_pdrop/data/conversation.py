@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import Unfit
 from llava_pdrop.types import IMAGE_MARKER, Turn
 
 
@@ -71,15 +71,16 @@ class Template:
         """The format with a record's own system prompt instead of its own; None: as it is.
 
         Raises:
-            UserError: it has no place for one.
+            Unfit: it has no place for one.
         """
         if prompt is None:
             return self
         if self.system_as is None:
             able = ", ".join(name for name, row in TEMPLATES.items() if row.system_as is not None)
-            raise UserError(
+            raise Unfit(
+                "template",
                 f"the conversation template has no place for its system prompt: remove that, or take one of {able} "
-                "(model.template)"
+                "(model.template)",
             )
         own = None if self.prompt_as is None else self.prompt_as.with_system(prompt)
         return replace(self, system=self.system_as.replace("{}", prompt), prompt_as=own)
@@ -90,21 +91,26 @@ class Template:
         A greeting by the assistant before the first question is left out, as LLaVA does.
 
         Raises:
-            UserError: no question, a greeting that shows an image, two turns of one speaker in a row, or a
+            Unfit: no question, a greeting that shows an image, two turns of one speaker in a row, or a
                 conversation this template cannot write.
         """
         turns = list(turns)
         if turns and turns[0].role == "gpt":
             if IMAGE_MARKER in turns[0].text:
-                raise UserError("the conversation starts with an answer that shows an image; start with a question")
+                raise Unfit(
+                    "role_order", "the conversation starts with an answer that shows an image; start with a question"
+                )
             turns = turns[1:]
         if not turns:
-            raise UserError("the conversation has no question")
+            raise Unfit("role_order", "the conversation has no question")
         for i, turn in enumerate(turns):
             if turn.role != ("human", "gpt")[i % 2]:
-                raise UserError(f"two turns by '{turn.role}' in a row (turn {i}); questions and answers must alternate")
+                raise Unfit(
+                    "role_order",
+                    f"two turns by '{turn.role}' in a row (turn {i}); questions and answers must alternate",
+                )
         if self.question_only_images and (len(turns) > 2 or IMAGE_MARKER not in turns[0].text):
-            raise UserError("a captioning template needs exactly one question with an image and its answer")
+            raise Unfit("template", "a captioning template needs exactly one question with an image and its answer")
         texts = [image_to_front(turn.text) if self.image_first else turn.text for turn in turns]
         answered = [
             Round(question, answer, turn.learnt) for question, answer, turn in zip(texts[::2], texts[1::2], turns[1::2])

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from llava_pdrop.data.readers.pictures import MEDIA_SUFFIXES, InlinePicture
-from llava_pdrop.errors import RecordError, UserError, clip
+from llava_pdrop.errors import RecordError, Unfit, UserError, clip
 from llava_pdrop.types import IMAGE_MARKER, ImageSource, Record, Turn
 
 Role = Literal["human", "gpt", "system"]
@@ -63,14 +63,6 @@ BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0AK)[A-Za-z0-9+
 """How the base64 of a PNG, JPEG, GIF, WebP, BMP or TIFF file begins, and that nothing else follows."""
 
 
-class Unfit(UserError):
-    """Why an entry is no record, with the ``kind`` that `llava_pdrop.doctor.checks.KINDS` has for it."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
 def parse_entry(entry: Any, image_root: Path, origin: str, template: str | None = None) -> Record:
     """One entry as a `Record`. Ids may be numbers; an entry without id is called by its origin.
 
@@ -104,8 +96,7 @@ def parse_entry(entry: Any, image_root: Path, origin: str, template: str | None 
                 "image, where the image is shown",
             )
     except UserError as error:
-        kind = error.kind if isinstance(error, Unfit) else "format"
-        raise RecordError(origin, name, str(error), kind) from None
+        raise RecordError(origin, name, str(error), error.kind or "format") from None
     return Record(name, spoken, images, origin, template, system)
 
 

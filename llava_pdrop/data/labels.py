@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llava_pdrop.data.conversation import Piece
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import Unfit, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER
 
@@ -49,11 +49,12 @@ class Encoded(NamedTuple):
 
 
 def refuse_halves(text: str) -> None:
-    """Raises `UserError` if ``text`` holds half a character, which no tokeniser takes."""
+    """Raises `Unfit` if ``text`` holds half a character, which no tokeniser takes."""
     if broken := SURROGATE.search(text):
-        raise UserError(
+        raise Unfit(
+            "not_tokenised",
             f"the text holds half a character (a lone surrogate, {broken[0]!a}) behind "
-            f"{text[: broken.start()][-20:]!r}: remove it"
+            f"{text[: broken.start()][-20:]!r}: remove it",
         )
 
 
@@ -112,9 +113,10 @@ def expand_slots(
     if ids.count(IMAGE_SLOT) != len(sizes):
         raise UserError(f"{ids.count(IMAGE_SLOT)} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
     if image_token_id in ids:
-        raise UserError(
+        raise Unfit(
+            "image_token",
             f"the text contains the tokenizer's image token (id {image_token_id}) written out; remove it, or write "
-            f"{IMAGE_MARKER} and name an image"
+            f"{IMAGE_MARKER} and name an image",
         )
     spans = []
     slot = -1

@@ -107,18 +107,21 @@ class Records(Sequence[Record]):
         """
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        return self.examined(index)[0]
+        record, _ = self.examined(index)
+        if isinstance(record, RecordError):
+            raise record
+        return record
 
-    def examined(self, index: int) -> tuple[Record, list[str]]:
-        """Record ``index``, and the keys it has that nobody reads.
-
-        Raises:
-            RecordError: it is not valid.
-        """
+    def examined(self, index: int) -> tuple[Record | RecordError, list[str]]:
+        """Record ``index``, or why it is none, and the keys it has that nobody reads."""
         number, row = self.rows[index].tolist()
-        part = self.parts[number]
-        origin, entry = part.entry(row)
-        return parse_entry(entry, part.image_root, origin, part.template), unknown_keys(entry)
+        part, unread = self.parts[number], list[str]()
+        try:
+            origin, entry = part.entry(row)
+            unread = unknown_keys(entry)
+            return parse_entry(entry, part.image_root, origin, part.template), unread
+        except RecordError as error:
+            return error, unread
 
     def take(self, indices: np.ndarray) -> Records:
         """These records only, in this order."""

@@ -1,4 +1,5 @@
 """One pass over all records before training: which are usable, how large their pictures are, how many tokens they make.
+`Blocks` is the pass itself, which ``llava-pdrop doctor`` takes too; `survey` is what training makes of it.
 
 The pass reads text and image headers, never pixels. It runs in several processes, looks at the pictures of a block with
 several threads (on a network disk the wait for headers is most of the time), and leaves its results in a cache, which
@@ -13,11 +14,11 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -26,14 +27,16 @@ from tqdm import tqdm
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.records import Records
 from llava_pdrop.data.tokens import Unlabelled
-from llava_pdrop.errors import RecordError, UserError, clip
+from llava_pdrop.errors import RecordError, Unfit, UserError, clip, line_of
 from llava_pdrop.types import ImageSource, Record
 
 BLOCK = 512
 """Records that one process takes at a time."""
 
 THREADS = 8
-"""Threads of a process that read image headers."""
+"""Threads of a process that wait for pictures."""
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -136,12 +139,11 @@ def survey(
     todo = np.flatnonzero(lengths == UNUSABLE)
     problems: dict[int, RecordError] = {}
     found: dict[int, list[Size]] = {}
-    blocks = _Blocks(records, measure, todo, known)
-    loader = DataLoader(blocks, batch_size=None, num_workers=workers if len(todo) >= LARGE else 0, collate_fn=as_it_is)
+    blocks = Blocks(records, sized, _Count(measure), todo, known)
     quiet = len(todo) < LARGE or os.environ.get("RANK", "0") != "0"
     with tqdm(total=len(todo), desc="counting tokens", unit=" records", unit_scale=True, disable=quiet) as bar:
-        for block, results in loader:
-            for index, (result, sizes, unread) in zip(block.tolist(), results):
+        for results in blocks.spread(workers if len(todo) >= LARGE else 0):
+            for index, result, sizes, unread in results:
                 found[index] = sizes
                 if isinstance(result, RecordError):
                     problems[index] = result
@@ -150,7 +152,7 @@ def survey(
                 keys.update(unread)
                 if isinstance(result, Unlabelled):
                     unlabelled.append(index)
-            bar.update(len(block))
+            bar.update(len(results))
     after = Cached(lengths, np.array(sorted(unlabelled), dtype=np.int64), keys)
     if files is not None and len(todo) > len(problems):
         _save(files, after, known, found)
@@ -160,61 +162,116 @@ def survey(
     return Survey(lengths, problems, images, after.unlabelled, keys)
 
 
-class _Blocks(Dataset[tuple[np.ndarray, list[tuple["int | RecordError", list[Size], list[str]]]]]):
-    """Blocks of records as the items of a data set, so that a `DataLoader` spreads them over processes, in order."""
+@dataclass(frozen=True)
+class Block:
+    """What a pass sees of a stretch of records.
 
-    def __init__(self, records: Any, measure: Measure, todo: np.ndarray, known: ImageSizes | None) -> None:
-        self.records, self.measure, self.todo, self.known = records, measure, todo, known
+    ``numbers``: of each in the data set. ``records``: each, or why it is none. ``unread``: its keys that nobody reads.
+    ``seen``: what a look at each of its pictures gave.
+    """
+
+    numbers: list[int]
+    records: list[Record | RecordError]
+    unread: list[list[str]]
+    seen: list[list[Any]]
+
+
+class Blocks(Dataset[Any]):
+    """A data set's records a block at a time, as training and the doctor go through them.
+
+    Args:
+        look: at a picture; several threads do it, and a picture that several records of a block show is looked at once.
+        judge: makes of a block what the pass is for; goes to other processes, as its result does from there.
+        todo: numbers of the records; None: all.
+        known: sizes that stand for looks.
+    """
+
+    def __init__(
+        self,
+        records: Records | Sequence[Record],
+        look: Callable[[ImageSource], Any],
+        judge: Callable[[Block], Any],
+        todo: np.ndarray | None = None,
+        known: ImageSizes | None = None,
+    ) -> None:
+        self.records, self.look, self.judge, self.known = records, look, judge, known
+        self.todo = np.arange(len(records)) if todo is None else todo
 
     def __len__(self) -> int:
         return -(-len(self.todo) // BLOCK)
 
+    def spread(self, workers: int) -> Iterable[Any]:
+        """What was made of all blocks, in order, by so many processes beside this one; 0: by this one."""
+        return DataLoader(self, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+
     def __getitem__(self, number: int) -> Any:
-        block = self.todo[number * BLOCK : (number + 1) * BLOCK]
-        results: list[Any] = [None] * len(block)
-        valid: dict[int, Record] = {}
-        unread: dict[int, list[str]] = {}
-        for place, index in enumerate(block.tolist()):
-            try:
-                if isinstance(self.records, Records):
-                    valid[place], unread[place] = self.records.examined(index)
-                else:
-                    valid[place], unread[place] = self.records[index], []
-            except RecordError as error:
-                results[place] = error, [], []
-        readable: dict[int, list[Size]] = {}
-        for place, sizes in self._sizes(valid, block).items():
-            problem = next((size for size in sizes if isinstance(size, str)), None)
-            if problem is None:
-                readable[place] = sizes
+        numbers = self.todo[number * BLOCK : (number + 1) * BLOCK].tolist()
+        examined = [self._examined(index) for index in numbers]
+        records = [record for record, _ in examined]
+        return self.judge(Block(numbers, records, [keys for _, keys in examined], self._seen(numbers, records)))
+
+    def _examined(self, index: int) -> tuple[Record | RecordError, list[str]]:
+        return self.records.examined(index) if isinstance(self.records, Records) else (self.records[index], [])
+
+    def _seen(self, numbers: list[int], records: list[Record | RecordError]) -> list[list[Any]]:
+        images = [() if isinstance(record, RecordError) else record.images for record in records]
+        seen: list[list[Any]] = [self.known.of(index) if self.known is not None else [] for index in numbers]
+        unknown = [place for place, own in enumerate(images) if len(seen[place]) != len(own)]
+        wanted = list(dict.fromkeys(image for place in unknown for image in images[place]))
+        looks = dict(zip(wanted, in_threads(self.look, wanted)))
+        for place in unknown:
+            seen[place] = [looks[image] for image in images[place]]
+        return seen
+
+
+@dataclass(frozen=True)
+class _Count:
+    """For training: of every record its number, its tokens or why it cannot be used, the sizes of its pictures, and
+    its keys that nobody reads."""
+
+    measure: Measure
+
+    def __call__(self, block: Block) -> list[tuple[int, int | RecordError, list[Size], list[str]]]:
+        results: dict[int, int | RecordError] = {}
+        ready: dict[int, Record] = {}
+        for place, (record, sizes) in enumerate(zip(block.records, block.seen)):
+            unseen = next((size for size in sizes if isinstance(size, Unfit)), None)
+            if isinstance(record, RecordError):
+                results[place] = record
+            elif unseen is not None:
+                results[place] = RecordError(record.origin, record.id, str(unseen), unseen.kind)
             else:
-                results[place] = RecordError(valid[place].origin, valid[place].id, problem), [], []
-        counts = self.measure([valid[place] for place in readable], list(readable.values()))
-        for (place, sizes), count in zip(readable.items(), counts, strict=True):
-            results[place] = count, sizes, unread[place]
-        return block, results
-
-    def _sizes(self, records: dict[int, Record], block: np.ndarray) -> dict[int, list[Any]]:
-        """The sizes of every record's pictures, or in place of one why it cannot be read. A picture that several
-        records of the block show is looked at once."""
-        sizes = {place: self.known.of(int(block[place])) if self.known is not None else [] for place in records}
-        unknown = [place for place, record in records.items() if len(sizes[place]) != len(record.images)]
-        wanted = list(dict.fromkeys(image for place in unknown for image in records[place].images))
-        with ThreadPoolExecutor(THREADS) as pool:  # a share for every thread: handing out one by one costs more
-            shares = pool.map(_read_sizes, [wanted[i::THREADS] for i in range(THREADS)])
-            headers = {image: size for share in shares for image, size in share}
-        return sizes | {place: [headers[image] for image in records[place].images] for place in unknown}
+                ready[place] = record
+        counts = self.measure(list(ready.values()), [block.seen[place] for place in ready])
+        results |= zip(ready, counts, strict=True)
+        return [
+            (number, results[place], block.seen[place] if place in ready else [], block.unread[place])
+            for place, number in enumerate(block.numbers)
+        ]
 
 
-def _read_sizes(images: Sequence[ImageSource]) -> list[tuple[ImageSource, Size | str]]:
-    """Every picture with its size, or with why it cannot be read."""
-    sizes: list[tuple[ImageSource, Size | str]] = []
-    for image in images:
-        try:
-            sizes.append((image, image_size(image)))
-        except UserError as error:
-            sizes.append((image, str(error)))
-    return sizes
+def tried(look: Callable[[ImageSource], T], image: ImageSource) -> T | Unfit:
+    """What ``look`` sees of a picture, or why it cannot be used."""
+    try:
+        return look(image)
+    except FileNotFoundError as error:
+        return Unfit("missing_image", line_of(error))
+    except (UserError, OSError) as error:
+        return Unfit("corrupt_image", line_of(error))
+
+
+def sized(image: ImageSource) -> Size | Unfit:
+    """(width, height) of a picture, by its header alone."""
+    return tried(image_size, image)
+
+
+def in_threads(function: Callable[[ImageSource], T], images: Sequence[ImageSource]) -> list[T]:
+    """``function`` of every picture, in order. A thread takes a stretch at once, since most calls are short."""
+    share = max(1, -(-len(images) // THREADS))
+    stretches = [images[start : start + share] for start in range(0, len(images), share)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = pool.map(lambda stretch: [function(image) for image in stretch], stretches)
+        return [result for part in parts for result in part]
 
 
 def as_it_is(item: Any) -> Any:

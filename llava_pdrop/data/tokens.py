@@ -44,7 +44,7 @@ from llava_pdrop.data.labels import (
     token_counts,
 )
 from llava_pdrop.data.marks import control_tokens
-from llava_pdrop.errors import RecordError, UserError
+from llava_pdrop.errors import RecordError, Unfit, UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER, ImageInput, Record, Sample
 
@@ -195,7 +195,7 @@ class Encoder:
     def _rounds(self, template: Template, record: Record, sizes: Sequence[Size]) -> list[Round]:
         rounds = template.rounds(record.turns)
         if record.system is not None and IMAGE_MARKER in record.system:
-            raise UserError(f"the system prompt has an {IMAGE_MARKER} marker; show pictures in a question")
+            raise Unfit("image_markers", f"the system prompt has an {IMAGE_MARKER} marker; show pictures in a question")
         if len(sizes) != (wanted := sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)):
             raise UserError(f"{wanted} {IMAGE_MARKER} marker(s) but {len(sizes)} image(s)")
         if self._controls is not None:
@@ -207,7 +207,8 @@ class Encoder:
                         f"its text has {found[0]!r} written out, which the tokenizer takes for a command: spell it "
                         "otherwise, or leave the record out"
                     )
-                    raise RecordError(record.origin, record.id, reason, "control_token")
+                    image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+                    raise Unfit("image_token" if found[0] == image else "control_token", reason)
         return rounds
 
     @cached_property
@@ -225,7 +226,7 @@ class Encoder:
         if _supervised(expanded) and not self._fits(expanded[0]):
             expanded = self._first_rounds(by_round, sizes, whole)
         if not _supervised(expanded):
-            raise RecordError(record.origin, record.id, NOTHING_TO_LEARN, "no_supervised_token")
+            raise Unfit("no_supervised_token", NOTHING_TO_LEARN)
         return expanded
 
     def _first_rounds(self, by_round: list[list[Piece]], sizes: Sequence[Size], whole: Encoded) -> Expanded:
@@ -255,10 +256,11 @@ class Encoder:
             kept = keep(count)
         if not self._fits(kept[0]):
             ids, _, spans = kept
-            raise UserError(
+            raise Unfit(
+                "too_long",
                 f"up to the end of its first answer it has {len(ids)} tokens ({sum(b - a for a, b in spans)} of them "
                 f"for {len(spans)} image(s)), more than the limit of {self.max_length}; raise the limit or shorten the "
-                "record"
+                "record",
             )
         while count + 1 < len(by_round) and self._fits((more := keep(count + 1))[0]):
             count, kept = count + 1, more
@@ -279,10 +281,8 @@ def _naming(record: Record) -> Iterator[None]:
     """Puts the record's name in front of what is wrong with it."""
     try:
         yield
-    except RecordError:
-        raise
     except UserError as error:
-        raise RecordError(record.origin, record.id, str(error)) from None
+        raise RecordError(record.origin, record.id, str(error), error.kind) from None
 
 
 def _supervised(expanded: Expanded) -> bool:

@@ -1,27 +1,22 @@
-"""What can be wrong with a record, and the checks that find it, block by block (`llava_pdrop.doctor.examine`)."""
+"""What can be wrong with a record, and the checks that find it in a block of the pass (`llava_pdrop.data.survey`)."""
 
 from __future__ import annotations
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from llava_pdrop.data.conversation import TEMPLATES, Template
-from llava_pdrop.data.entries import parse_entry, unknown_keys
-from llava_pdrop.data.labels import SURROGATE
-from llava_pdrop.data.records import Records
+from llava_pdrop.data.labels import refuse_halves
+from llava_pdrop.data.survey import Block
 from llava_pdrop.data.tokens import NOTHING_TO_LEARN, Encoder, Truncation, Unlabelled
-from llava_pdrop.doctor.images import THREADS, Look, hash64, in_threads, look
-from llava_pdrop.errors import RecordError, UserError, clip
-from llava_pdrop.types import Record
-
-BLOCK = 512
-"""Records that one process takes at a time."""
+from llava_pdrop.doctor.images import Look, hash64, look
+from llava_pdrop.errors import RecordError, Unfit, clip
+from llava_pdrop.types import ImageSource, Record
 
 UNKNOWN = -1
 """Length of a record whose tokens were not counted."""
@@ -101,8 +96,16 @@ class Checks:
         assert self.encoder is not None
         return replace(self.encoder, max_length=None)
 
+    def look(self, image: ImageSource) -> Look:
+        """At a picture."""
+        return look(image, self.decode)
 
-class Block(NamedTuple):
+    def judge(self, block: Block) -> Found:
+        """What is wrong in a block of the pass."""
+        return _Judgement(self, block).found()
+
+
+class Found(NamedTuple):
     """What was found in n records with m pictures.
 
     ``ids``: (n,) uint64 hashes, 0 for a record without id. ``lengths``: (n, 2) int32 tokens before and after
@@ -121,156 +124,109 @@ class Block(NamedTuple):
     keys: Counter[str]
 
 
-class Blocks(Dataset[Block]):
-    """A data set's records, checked a block at a time: a `torch.utils.data.DataLoader` spreads blocks over processes
-    and hands them on in order."""
-
-    def __init__(self, records: Records, checks: Checks) -> None:
-        self.records, self.checks = records, checks
-
-    def __len__(self) -> int:
-        return -(-len(self.records) // BLOCK)
-
-    def __getitem__(self, number: int) -> Block:
-        start = number * BLOCK
-        return _Pass(self.checks, start).over(self.records[start : start + BLOCK])
-
-
 @dataclass
-class _Pass:
-    """The checks of one block, which starts at record ``start``."""
+class _Judgement:
+    """The checks of one block."""
 
     checks: Checks
-    start: int
+    block: Block
     problems: list[RecordProblem] = field(default_factory=list)
-    keys: Counter[str] = field(default_factory=Counter)
+    valid: dict[int, Record] = field(default_factory=dict)
 
-    def over(self, records: Records) -> Block:
-        ids = np.zeros(len(records), np.uint64)
-        valid: dict[int, Record] = {}
-        refusing = self.checks.refused()
-        refused: set[int] = set()
-        for place, (number, row) in enumerate(records.rows.tolist()):
-            part = records.parts[number]
-            try:
-                origin, entry = part.entry(row)
-            except RecordError as error:
-                self._add(place, error.origin, error.id, "format", error.reason)
-                continue
-            self.keys.update(unknown_keys(entry))
-            try:
-                record = valid[place] = parse_entry(entry, part.image_root, origin, part.template)
-            except RecordError as error:
-                self._add(place, error.origin, error.id, error.kind or "format", error.reason)
-                continue
-            if entry.get("id") is not None:
-                ids[place] = hash64(record.id.encode(errors="surrogatepass"))
-            if problem := structure(record, self.checks.template):
-                self._add(place, record.origin, record.id, *problem)
-                if problem[0] in refusing:
-                    refused.add(place)
-            elif self.checks.scored and record.turns[-1].role != "gpt":
-                self._add(place, record.origin, record.id, "no_last_answer", "its last question has no answer")
-        looks = self._looks(valid)
-        lengths = np.full((len(records), 2), UNKNOWN, np.int32)
-        if self.checks.encoder is not None:
-            ready = {
-                place: record
-                for place, record in valid.items()
-                if place not in refused and all(looks[str(image)].size for image in record.images)
-            }
-            self._measure(ready, looks, lengths)
+    def found(self) -> Found:
+        block = self.block
+        for place, record in enumerate(block.records):
+            if isinstance(record, RecordError):
+                self._add(place, record, record.kind or "format", record.reason)
+            else:
+                self.valid[place] = record
+                self._check_pictures(place, record)
+        lengths = self._lengths()
         shown = [
-            (self.start + place, n, looks[str(image)], str(image))
-            for place, record in valid.items()
-            for n, image in enumerate(record.images)
+            (block.numbers[place], n, seen, image)
+            for place, record in self.valid.items()
+            for n, (image, seen) in enumerate(zip(record.images, block.seen[place]))
         ]
+        ids = np.zeros(len(block.numbers), np.uint64)
+        for place, record in self.valid.items():
+            if record.id != record.origin:
+                ids[place] = hash64(record.id)
         self.problems.sort(key=lambda problem: problem.index)
-        return Block(
+        return Found(
             ids=ids,
             lengths=lengths,
             places=np.array([(index, n) for index, n, _, _ in shown], dtype=np.int64).reshape(-1, 2),
-            names=np.array([hash64(name.encode(errors="surrogatepass")) for *_, name in shown], dtype=np.uint64),
+            names=np.array([hash64(str(image)) for *_, image in shown], dtype=np.uint64),
             shapes=np.array([(*(seen.size or (0, 0)), seen.bytes) for _, _, seen, _ in shown], np.int64).reshape(-1, 3),
             modes=[seen.mode for _, _, seen, _ in shown],
             problems=self.problems,
-            keys=self.keys,
+            keys=Counter(key for keys in block.unread for key in keys),
         )
 
-    def _add(self, place: int, origin: str, id: str | None, kind: str, reason: str, file: str | None = None) -> None:
-        self.problems.append(RecordProblem(self.start + place, origin, id, kind, reason, file))
+    def _add(self, place: int, record: Record | RecordError, kind: str, reason: str, file: str | None = None) -> None:
+        self.problems.append(RecordProblem(self.block.numbers[place], record.origin, record.id, kind, reason, file))
 
-    def _looks(self, records: dict[int, Record]) -> dict[str, Look]:
-        """A look at every picture, by its name; one that several records of the block show is looked at once."""
-        wanted = {str(image): image for record in records.values() for image in record.images}
-        with ThreadPoolExecutor(THREADS) as pool:
-            seen = in_threads(pool, lambda source: look(source, self.checks.decode), list(wanted.values()))
-        looks = dict(zip(wanted, seen))
-        for place, record in records.items():
-            for name in dict.fromkeys(map(str, record.images)):
-                found = looks[name]
-                if found.kind is not None:
-                    self._add(place, record.origin, record.id, found.kind, found.problem, name)
-                elif found.mode != "RGB":
-                    self._add(
-                        place, record.origin, record.id, "non_rgb_image", f"{clip(name)}: mode {found.mode}", name
-                    )
-        return looks
+    def _check_pictures(self, place: int, record: Record) -> None:
+        for image, seen in dict(zip(map(str, record.images), self.block.seen[place])).items():
+            if seen.kind is not None:
+                self._add(place, record, seen.kind, seen.problem, image)
+            elif seen.mode != "RGB":
+                self._add(place, record, "non_rgb_image", f"{clip(image)}: mode {seen.mode}", image)
 
-    def _measure(self, records: dict[int, Record], looks: dict[str, Look], lengths: np.ndarray) -> None:
-        encoder = self.checks.encoder
-        assert encoder is not None
-        sizes = {p: [looks[str(image)].size or (0, 0) for image in record.images] for p, record in records.items()}
-        token = encoder.tokenizer.convert_ids_to_tokens(encoder.image_token_id)
-        long: list[int] = []
-        full = self.checks.unlimited.lengths(list(records.values()), list(sizes.values()))
-        for (place, record), count in zip(records.items(), full, strict=True):
-            if isinstance(count, RecordError):
-                written = token is not None and any(token in turn.text for turn in record.turns)
-                kind = "image_token" if written else count.kind or "not_tokenised"
-                self._add(place, record.origin, record.id, kind, count.reason)
-                continue
+    def _lengths(self) -> np.ndarray:
+        """(n, 2) as in `Found`. What the turns are good for, the encoder says; where it is not asked, `structure`."""
+        checks, block = self.checks, self.block
+        lengths = np.full((len(block.numbers), 2), UNKNOWN, np.int32)
+        ready: dict[int, Record] = {}
+        for place, record in self.valid.items():
+            if checks.scored and record.turns[-1].role != "gpt":
+                self._add(place, record, "no_last_answer", "its last question has no answer")
+            if checks.encoder is not None and all(seen.size for seen in block.seen[place]):
+                ready[place] = record
+            elif (problem := structure(record, checks.template)) is not None:
+                self._add(place, record, *problem)
+        if checks.encoder is None:
+            return lengths
+        long: dict[int, int] = {}
+        for place, count in self._counted(checks.unlimited, ready):
             lengths[place] = count
-            if encoder.max_length is not None and count > encoder.max_length:
-                long.append(place)
-        cut = encoder.lengths([records[place] for place in long], [sizes[place] for place in long])
-        for place, count in zip(long, cut, strict=True):
-            record = records[place]
-            if isinstance(count, RecordError):
-                self._add(place, record.origin, record.id, "too_long", count.reason)
-                lengths[place, 1] = UNKNOWN
-                continue
-            change = f"{lengths[place, 0]} tokens, shortened to {count}"
-            self._add(place, record.origin, record.id, "shortened", change)
-            lengths[place, 1] = count
             if isinstance(count, Unlabelled):
-                reason = f"all its answers lie behind the cut at {encoder.max_length} tokens"
-                self._add(place, record.origin, record.id, "no_supervised_token", reason)
-        budget = self.checks.budget
-        for place, record in records.items():
-            if budget is not None and lengths[place, 1] > budget:
-                reason = f"{lengths[place, 1]} tokens, and a micro-batch holds {budget}"
-                self._add(place, record.origin, record.id, "over_budget", reason)
+                self._add(place, ready[place], "no_supervised_token", NOTHING_TO_LEARN)
+            if checks.encoder.max_length is not None and count > checks.encoder.max_length:
+                long[place], lengths[place, 1] = count, UNKNOWN
+        for place, count in self._counted(checks.encoder, {place: ready[place] for place in long}):
+            lengths[place, 1] = count
+            self._add(place, ready[place], "shortened", f"{long[place]} tokens, shortened to {count}")
+            if isinstance(count, Unlabelled) and not isinstance(long[place], Unlabelled):
+                reason = f"all its answers lie behind the cut at {checks.encoder.max_length} tokens"
+                self._add(place, ready[place], "no_supervised_token", reason)
+        if checks.budget is not None:
+            for place in np.flatnonzero(lengths[:, 1] > checks.budget).tolist():
+                reason = f"{lengths[place, 1]} tokens, and a micro-batch holds {checks.budget}"
+                self._add(place, ready[place], "over_budget", reason)
+        return lengths
+
+    def _counted(self, encoder: Encoder, records: dict[int, Record]) -> Iterator[tuple[int, int]]:
+        """The tokens of those that the encoder takes; the others are problems."""
+        sizes = [[seen.size for seen in self.block.seen[place]] for place in records]
+        counts = encoder.lengths(list(records.values()), sizes)
+        for (place, record), count in zip(records.items(), counts, strict=True):
+            if isinstance(count, RecordError):
+                self._add(place, record, count.kind or "not_tokenised", count.reason)
+            else:
+                yield place, count
 
 
 def structure(record: Record, template: Template) -> tuple[str, str] | None:
-    """What is wrong with the turns of a record, as (kind, reason); None: nothing. ``template`` is the run's."""
-    if record.template is not None:
-        template = TEMPLATES[record.template]
-    for number, turn in enumerate(record.turns):
-        if not turn.text.isascii() and SURROGATE.search(turn.text):
-            return "not_tokenised", f"conversations[{number}]: holds half of a surrogate pair, which is no text"
+    """What is wrong with the turns of a record, as (kind, reason), so far as no tokenizer is needed to tell; None:
+    nothing. ``template`` is the run's."""
+    template = template if record.template is None else TEMPLATES[record.template]
     try:
-        template = template.with_system(record.system)
-    except UserError as error:
-        return "template", str(error)
-    try:
-        rounds = template.rounds(record.turns)
-    except UserError as error:
-        roles = [turn.role for turn in record.turns]
-        turned = [role == ("human", "gpt")[i % 2] for i, role in enumerate(roles[roles[0] == "gpt" :])]
-        in_order = bool(turned) and all(turned)
-        return "template" if in_order and template.question_only_images else "role_order", str(error)
+        for turn in record.turns:
+            refuse_halves(turn.text)
+        rounds = template.with_system(record.system).rounds(record.turns)
+    except Unfit as error:
+        return error.kind, str(error)
     answers = [answer for _, answer, learnt in rounds if answer is not None and learnt]
     if not any(answers) and not (answers and template.empty == "trained"):
         return "no_supervised_token", NOTHING_TO_LEARN

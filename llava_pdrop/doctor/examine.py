@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_pdrop.config.paths import number as number_in
@@ -23,9 +22,9 @@ from llava_pdrop.config.paths import part_configs
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.records import Records
-from llava_pdrop.data.survey import as_it_is
+from llava_pdrop.data.survey import Blocks
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.doctor.checks import KINDS, UNKNOWN, Block, Blocks, Checks, RecordProblem
+from llava_pdrop.doctor.checks import KINDS, UNKNOWN, Checks, Found, RecordProblem
 from llava_pdrop.doctor.images import same_content
 from llava_pdrop.train.fit import positions_of
 
@@ -112,13 +111,10 @@ def examine(
     distinct = records.take(first)
     total = _Total(listed)
     off = None if progress is None else not progress
-    blocks: Iterable[Block] = DataLoader(
-        Blocks(distinct, checks), batch_size=None, num_workers=workers, collate_fn=as_it_is
-    )
     with tqdm(total=len(distinct), desc="checking records", unit=" records", unit_scale=True, disable=off) as bar:
-        for block in blocks:
-            total.add(block)
-            bar.update(len(block.ids))
+        for found in Blocks(distinct, checks.look, checks.judge).spread(workers):
+            total.add(found)
+            bar.update(len(found.ids))
     findings = total.findings(distinct, checks, which)
     _mark_duplicate_ids(findings, np.concatenate(total.ids), listed)
     with tqdm(desc="comparing images", unit=" files", unit_scale=True, disable=off) as bar:
@@ -145,12 +141,12 @@ class _Total:
 
     listed: int
     ids: list[np.ndarray] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[Found] = field(default_factory=list)
     problems: dict[str, list[RecordProblem]] = field(default_factory=lambda: defaultdict(list))
     found: list[np.ndarray] = field(default_factory=list)
     keys: Counter[str] = field(default_factory=Counter)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: Found) -> None:
         kinds = {kind: number for number, kind in enumerate(KINDS)}
         found = [(problem.index, kinds[problem.kind]) for problem in block.problems]
         self.found.append(np.array(found, dtype=np.int64).reshape(-1, 2))

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from llava_pdrop.data.images import image_header, load_image
 from llava_pdrop.data.records import Records
-from llava_pdrop.data.survey import as_it_is
-from llava_pdrop.errors import QUOTED, UserError, clip
+from llava_pdrop.data.survey import as_it_is, in_threads, tried
+from llava_pdrop.errors import QUOTED, Unfit, clip
 from llava_pdrop.types import ImageSource
-
-THREADS = 8
-"""Threads of a process that wait for pictures."""
 
 BLOCK = 256
 """Pictures whose content one process compares at a time."""
@@ -28,9 +24,6 @@ SAMPLE = 4096
 """Bytes from the middle and from the end of a file that are compared before whole files are."""
 
 READ = 1 << 20
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Look(NamedTuple):
@@ -43,21 +36,21 @@ class Look(NamedTuple):
     size: tuple[int, int] | None
     mode: str
     bytes: int
-    kind: Literal["missing_image", "corrupt_image"] | None = None
+    kind: str | None = None
     problem: str = ""
 
 
 def look(source: ImageSource, decode: bool = False) -> Look:
     """Reads the header of a picture; with ``decode`` all its pixels too, which finds files that are cut short."""
-    try:
+
+    def whole(source: ImageSource) -> Look:
         size, mode = image_header(source)
         if decode:
             load_image(source)
         return Look(size, mode, file_bytes(source))
-    except FileNotFoundError:
-        return Look(None, "", -1, "missing_image", f"{clip(source)}: no such image")
-    except (UserError, OSError) as error:
-        return Look(None, "", -1, "corrupt_image", clip(error, 2 * QUOTED))
+
+    seen = tried(whole, source)
+    return Look(None, "", -1, seen.kind, clip(seen, 2 * QUOTED)) if isinstance(seen, Unfit) else seen
 
 
 def file_bytes(source: ImageSource) -> int:
@@ -72,17 +65,9 @@ def file_bytes(source: ImageSource) -> int:
         return file.seek(0, io.SEEK_END)
 
 
-def hash64(text: bytes) -> int:
+def hash64(text: str) -> int:
     """64 bits that stand for ``text``; of a million texts, two have the same with a chance of 1 in 30 million."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def in_threads(pool: Executor, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """``function`` of every item, in order. A thread takes a stretch at once, since most calls are short."""
-    share = max(1, -(-len(items) // THREADS))
-    stretches = [items[start : start + share] for start in range(0, len(items), share)]
-    parts = pool.map(lambda stretch: [function(item) for item in stretch], stretches)
-    return [result for part in parts for result in part]
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def same_content(
@@ -136,8 +121,7 @@ class _Digests(Dataset[np.ndarray]):
     def __getitem__(self, number: int) -> np.ndarray:
         places = self.places[number * BLOCK : (number + 1) * BLOCK].tolist()
         sources = [self.records[record].images[place] for record, place in places]
-        with ThreadPoolExecutor(THREADS) as pool:
-            return np.array(in_threads(pool, lambda source: _digest(source, self.whole), sources), dtype=np.uint64)
+        return np.array(in_threads(lambda source: _digest(source, self.whole), sources), dtype=np.uint64)
 
 
 def _digest(source: ImageSource, whole: bool) -> int:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from llava_pdrop.data import survey
 from llava_pdrop.data.clean_index import CleanIndex, data_digest
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
@@ -191,13 +192,22 @@ def test_headers_do_not_show_a_file_cut_short_but_decoding_does(write, check, im
     assert found.clean.tolist() == [0] and found.problems["corrupt_image"][0].file == str(images / "cut.png")
 
 
-def test_the_clean_records_are_those_that_training_takes(write, check, encoder):
-    others = [entry for kind, entry in BAD.items() if kind != "not_tokenised"]
-    path = write(GOOD, *others, {**GOOD, "id": "last"})
-    found = check(path)
-    dataset = ConversationDataset(read_data(path), encoder, CLIPImageProcessorPil())
-    assert found.clean.tolist() == np.setdiff1d(np.arange(len(dataset)), list(dataset.survey.problems)).tolist()
-    assert found.lengths[found.clean, 1].tolist() == dataset.survey.lengths[found.clean].tolist()
+@pytest.mark.parametrize("truncation", ["turns", "tokens"])
+def test_the_doctor_and_training_agree_on_every_record(write, check, encoder, truncation):
+    """On which can be used, what is wrong with the others, and how long the first ones get."""
+    path = write(GOOD, *BAD.values(), {**GOOD, "id": "last"})
+    encoder = replace(encoder, truncation=truncation)
+    found = check(path, encoder=encoder, truncation=truncation)
+    taken = ConversationDataset(read_data(path), encoder, CLIPImageProcessorPil()).survey
+    refused = {
+        problem.index: (kind, problem.reason)
+        for kind in found.checks.refused()
+        for problem in found.problems.get(kind, ())
+    }
+    assert {index: (error.kind, error.reason) for index, error in taken.problems.items()} == refused
+    assert len(refused) == {"turns": 12, "tokens": 10}[truncation]
+    assert found.clean.tolist() == np.setdiff1d(np.arange(len(BAD) + 2), list(refused)).tolist()
+    assert found.lengths[found.clean, 1].tolist() == taken.lengths[found.clean].tolist()
     long = found.problems["shortened"][0].index
     assert found.lengths[long, 0] > encoder.max_length >= found.lengths[long, 1] > 0
 
@@ -216,7 +226,7 @@ def test_cutting_to_the_token_refuses_no_record(write, check, encoder):
 def test_workers_and_blocks_change_nothing(write, check, monkeypatch):
     path = write(*[{**GOOD, "id": f"g{i}"} for i in range(5)], *BAD.values(), GOOD)
     alone = describe(check(path), "data", LIMIT)
-    monkeypatch.setattr(doctor_checks, "BLOCK", 3)
+    monkeypatch.setattr(survey, "BLOCK", 3)
     for workers in (1, 2):
         assert describe(check(path, workers), "data", LIMIT) == alone
 
