@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from llava_pdrop.commands.arguments import a_path
 
@@ -20,18 +19,19 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.compare.variants import load_ablation
 
     ablation = load_ablation(args.config, args.overrides)
-    from llava_pdrop.compare.ablate import ablate, plan
-    from llava_pdrop.compare.ablate_report import show, write
+    from llava_pdrop.compare.ablate import ABLATION_FILE, RESULTS_FILE, ablate, page_of, plan
+    from llava_pdrop.compare.rows import table
     from llava_pdrop.eval.scores import refuse_unread
+    from llava_pdrop.report.console import say
 
     rows = plan(ablation)
-    if os.environ.get("RANK", "0") == "0":
-        show(ablation, rows, f"{ablation.name}: by operation count")
+    table(rows, f"{ablation.name}: by operation count").show()
     if args.plan:
         return
     measured = ablate(ablation, rows)
     if measured is not None:
-        show(ablation, measured, ablation.name)
-        print(f"report: {write(ablation, measured)}")
-        allowed = ablation.variants[0].config.eval.max_unread
-        refuse_unread([score for row in measured for score in row.scores], allowed)
+        page = page_of(ablation, measured)
+        page.show()
+        file, *_ = page.write(ablation.output_dir, ABLATION_FILE, RESULTS_FILE)
+        say(f"report: {file}")
+        refuse_unread([score for row in measured for score in row.scores], rows[0].config.eval.max_unread)

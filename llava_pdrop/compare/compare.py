@@ -1,54 +1,45 @@
-"""The main job: the same run with and without PyramidDrop, evaluated and compared in one table and one report."""
+"""The main job: the same run with and without PyramidDrop, evaluated and compared in one table and one report.
+
+That is an ablation with two variants, ``vanilla`` and ``pyramid_drop``, and some that are evaluated only: the vanilla
+model with schedules that it was not trained with (``compare.training_free``).
+"""
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from llava_pdrop.checkpoint.build import Parts, build_parts
-from llava_pdrop.compare import report
-from llava_pdrop.compare.rows import Comparison, ComparisonRow
-from llava_pdrop.compare.turns import saving
+from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.compare import figures, turns
+from llava_pdrop.compare.counted import with_predictions
+from llava_pdrop.compare.evaluated import Questions, evaluated
+from llava_pdrop.compare.rows import VariantRow, below_the_table, legend, table, with_savings
+from llava_pdrop.compare.survivors import Example, examples, surviving_tokens
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.flops import predicted_reduction
-from llava_pdrop.cost.lora import learning
-from llava_pdrop.cost.nominal import recomputed_by
-from llava_pdrop.data.conversation import TEMPLATES
-from llava_pdrop.data.images import image_size
-from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.eval.evaluate import DROPPING, VANILLA, answer, check_scorer, load_questions, respondent_of
-from llava_pdrop.eval.measure import load_benchmarks, measure
-from llava_pdrop.eval.score import Score, paired
+from llava_pdrop.eval.evaluate import DROPPING, VANILLA
+from llava_pdrop.eval.score import as_json, paired
 from llava_pdrop.eval.scores import refuse_unread, show
 from llava_pdrop.eval.team import team_of
-from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.report.style import TABLE_WIDTH
+from llava_pdrop.report.console import say
+from llava_pdrop.report.environment import commit, package_version, processor
+from llava_pdrop.report.page import Block, Note, Page, Picture, Table
 from llava_pdrop.runtime.device import release_memory
-from llava_pdrop.schedule import Schedule
-from llava_pdrop.train.arguments import training_arguments
 from llava_pdrop.train.checks import check_run
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, timing_of
-from llava_pdrop.train.run import build_dataset, build_plan, prepare_data, say, train
-from llava_pdrop.types import ImageInput, PackedBatch, Sample
+from llava_pdrop.train.run import prepare_data, train
 
-console = Console()
+COMPARISON_FILE, RESULTS_FILE = "report.md", "results.json"
+EXAMPLES = 6
+"""Held-out pictures shown with the image tokens that survive."""
 
-
-@dataclass(frozen=True)
-class Counted:
-    """What operations are counted of: the Hugging Face config, how pictures become tokens, the run's micro-batches."""
-
-    hf: Any
-    geometry: ImageGeometry
-    batches: list[PackedBatch]
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "Pillow")
 
 
 def compare(config: Config) -> Path:
@@ -66,29 +57,30 @@ def compare(config: Config) -> Path:
             f"{config.file}: eval.training_free: compare measures all of compare.training_free: leave the word out"
         )
     check_run(config)
-    check_scorer(config)
     prepare_data(config)
-    load_questions(config)  # a broken file is then said before hours of training
-    load_benchmarks(config, llava=True)
+    asked = Questions.of(config)
     for line in missing_lines(config):
         say(line)
-    runs = {}
+    out = Path(config.output_dir)
+    runs = {VANILLA: _subrun(config.vanilla(), VANILLA)} if config.compare.vanilla else {}
+    runs[DROPPING] = _subrun(config, DROPPING)
+    for run in runs.values():
+        train(run)
+    found = evaluated_runs(config, runs, asked)
+    if found is None:
+        return out / COMPARISON_FILE
+    rows, shown = found
+    release_memory()  # timing steps takes as much as training does
     if config.compare.vanilla:
-        runs[VANILLA] = train(_subrun(config.vanilla(), VANILLA))
-    runs[DROPPING] = train(_subrun(config, DROPPING))
-    comparison = collect(config, runs)
-    if comparison is None:
-        return Path(config.output_dir) / report.COMPARISON_FILE
-    wide = console if console.is_terminal else Console(width=TABLE_WIDTH)
-    wide.print(table(comparison.rows))
-    for row in comparison.rows:
-        if row.saving is not None:
-            console.print(row.saving.describe().replace("*", ""), style="dim", highlight=False, markup=False)
-    if comparison.scores:
-        show(comparison.scores, "Benchmarks")
-    file = report.write(comparison, Path(config.output_dir), table_rows(comparison.rows))
-    console.print(f"report: {file}", soft_wrap=True)
-    refuse_unread(comparison.scores, config.eval.max_unread)
+        trained, free = rows[: len(runs)], rows[len(runs) :]
+        rows = [*with_predictions(with_savings(trained, turns.saving_of)), *free]
+    page, scores = page_of(config, rows, shown), [score for row in rows for score in row.scores]
+    page.show()
+    if scores:
+        show(paired(scores), "Benchmarks")
+    file, *_ = page.write(out, COMPARISON_FILE, RESULTS_FILE)
+    say(f"report: {file}")
+    refuse_unread(scores, config.eval.max_unread)
     return file
 
 
@@ -104,134 +96,89 @@ def missing_lines(config: Config) -> list[str]:
     return lines
 
 
-def collect(config: Config, runs: dict[str, Path]) -> Comparison | None:
-    """Evaluates the finished ``runs`` and puts their numbers together. All processes share the questions; the first one
-    alone has the numbers, the others None."""
-    timings = {name: timing_of(directory / METRICS_FILE) for name, directory in runs.items()}
-    questions = load_questions(config)
-    loaded = load_benchmarks(config, llava=True)
-    rows, scores = [], list[Score]()
+def evaluated_runs(
+    config: Config, runs: dict[str, Config], asked: Questions
+) -> tuple[list[VariantRow], list[Example]] | None:
+    """The finished ``runs`` with their answers, those of the training-free variants behind them, and examples of what
+    survives. All processes share the questions; the first one alone has the numbers, the others None."""
+    trained, free = list[VariantRow](), list[VariantRow]()
     with team_of(config, Path(config.output_dir)) as team:
-        for name, directory in runs.items():  # the one with dropping is the last
-            parts = build_parts(path=str(directory))
-            schedules = {name: config.schedule if name == DROPPING else Schedule()}
+        for name, run in runs.items():
+            directory = Path(run.output_dir)
+            parts, timing = build_parts(path=run.output_dir), timing_of(directory / METRICS_FILE)
+            rows = [VariantRow(name, run, timing=timing, paper=run.paper)]
             if name == VANILLA:
-                layers = parts.hf.config.text_config.num_hidden_layers
-                schedules |= {f"{VANILLA} + {key}": s for key, s in config.training_free(layers).items()}
-            for label, schedule in schedules.items():
-                result = answer(config, parts, questions, schedule, label, team) if questions else None
-                rows.append(ComparisonRow(label, schedule, result, timings.get(label)))
-            paper = {DROPPING: config.paper.scores} if config.paper else {}
-            scores += measure(config, respondent_of(parts, config), loaded, schedules, directory, team, paper)
+                schedules = config.training_free(parts.hf.config.text_config.num_hidden_layers)
+                rows += [
+                    VariantRow(f"{VANILLA} + {key}", replace(run, pyramid_drop=schedule))
+                    for key, schedule in schedules.items()
+                ]
+            own, *others = evaluated(rows, parts, asked, team, Path(config.output_dir), directory, directory)
+            trained, free = [*trained, own], [*free, *others]
             if name != DROPPING:
                 del parts
                 release_memory()
     if not team.first:
         return None
-    examples = report.examples(config, parts, questions[: report.EXAMPLES], answer)
-    if VANILLA in runs:
-        counted = Counted(parts.hf.config, parts.geometry, training_batches(config, parts))
-        del parts  # timing steps takes as much memory as training does
-        release_memory()
-        rows = _with_savings(config, rows, counted, runs[DROPPING])
-    order = {name: place for place, name in enumerate([VANILLA, DROPPING])}
-    rows.sort(key=lambda row: order.get(row.name, 2))
-    losses = {name: _losses(directory / METRICS_FILE) for name, directory in runs.items()}
-    return Comparison(config, rows, losses, runs, examples, paired(scores))
+    return [*trained, *free], examples(runs[DROPPING], parts, asked.own[:EXAMPLES])
 
 
-def training_batches(config: Config, parts: Parts) -> list[PackedBatch]:
-    """The micro-batches of the run's first epoch as far as they are trained on, without their pixels."""
-    args = training_arguments(config)
-    dataset = build_dataset(config, parts)
-    plan = build_plan(config, dataset, args)
-    batches = plan.micro_batches(0)
-    if args.max_steps > 0:
-        batches = batches[: args.max_steps * args.gradient_accumulation_steps]
-
-    rules = (TEMPLATES[config.model.template], parts.tokenizer, parts.hf.config.image_token_id, parts.geometry)
-    encoder = Encoder(*rules, config.data.max_length, config.data.truncation)
-
-    def sample(index: int) -> Sample:
-        record = dataset.records[index]
-        images = [ImageInput(torch.empty(0), image_size(path)) for path in record.images]
-        return encoder.train(record, images)
-
-    return [PackedBatch.pack([sample(index) for index in batch]) for batch in batches]
-
-
-def table_rows(rows: Sequence[ComparisonRow]) -> list[list[str]]:
-    """The table as text, the first line being its head."""
-    cuda = any(row.timing is not None and row.timing.device == "cuda" for row in rows)
-    head = ["run", "accuracy", "chance", "image tokens per stage", "CPU s/step", "wall s/step"]
-    head += ["saved, predicted", "saved, realised", f"peak {'CUDA' if cuda else 'RSS'}"]
-    lines = [head]
-    for row in rows:
-        result, timing = row.result, row.timing
-        lines.append(
-            [
-                row.name,
-                f"{result.accuracy:.1%}" if result else "-",
-                f"{result.chance:.1%}" if result else "-",
-                " → ".join(f"{count:g}" for count in result.image_tokens) if result else "-",
-                f"{timing.cpu:.3f}" if timing else "not trained",
-                f"{timing.wall:.3f}" if timing else "",
-                f"{row.predicted:.1%}" if row.predicted is not None else "",
-                _realised(row),
-                f"{timing.peak_mib:,.0f} MiB" if timing else "",
-            ]
-        )
-    return lines
+def page_of(config: Config, rows: Sequence[VariantRow], shown: Sequence[Example]) -> Page:
+    """The report."""
+    losses = {
+        row.name: [(line["step"], line["loss"]) for line in read_metrics(file) if "loss" in line]
+        for row in rows
+        if row.timing and (file := Path(row.config.output_dir) / METRICS_FILE).is_file()
+    }
+    blocks: list[Block] = [
+        table(rows, "Vanilla and PyramidDrop"),
+        Note(f"{legend(rows)} A row `vanilla + x` is the vanilla model with dropping at inference only."),
+        *below_the_table(rows),
+    ]
+    if losses:
+        blocks += [
+            Picture("loss.png", "Training loss", lambda: figures.loss_curves(losses)),
+            Picture("step_time.png", "Time per training step", lambda: figures.step_times(rows)),
+        ]
+    if shown:
+        caption = "Image tokens that survive each stage, on held-out pictures (dropped patches are dark)"
+        blocks.append(Picture("tokens.png", caption, lambda: surviving_tokens(shown)))
+    made = Table(("", ""), list(settings(config, rows).items()), left=2)
+    blocks.append(Note(f"## Settings\n\n{made.markdown()}"))
+    facts = {
+        "name": config.name,
+        "seed": config.seed,
+        "rows": [_facts(row) for row in rows],
+        "benchmarks": [as_json(score) for score in paired([score for row in rows for score in row.scores])],
+    }
+    return Page(f"{config.name}: vanilla and PyramidDrop", blocks, facts)
 
 
-def table(rows: Sequence[ComparisonRow]) -> Table:
-    """The table for a terminal."""
-    head, *lines = table_rows(rows)
-    shown = Table(title="Vanilla and PyramidDrop", header_style="bold", box=box.SIMPLE_HEAD)
-    for column, name in enumerate(head):
-        shown.add_column(name, justify="left" if column == 0 else "right")
-    for line in lines:
-        shown.add_row(*line)
-    return shown
-
-
-def _realised(row: ComparisonRow) -> str:
-    """The realised saving, its quartiles where there are any, and how much of the predicted one it is."""
-    if row.saving is None:
-        return ""
-    inside = []
-    if row.saving.quartiles is not None:
-        inside.append(" to ".join(f"{100 * share:.1f}" for share in row.saving.quartiles))
-    if row.predicted:
-        inside.append(f"{row.saving.realised / row.predicted:.2f}x")
-    return f"{row.saving.realised:.1%}" + (f" ({'; '.join(inside)})" if inside else "")
+def settings(config: Config, rows: Sequence[VariantRow]) -> dict[str, str]:
+    """What was trained, by what, and where."""
+    arguments = {**config.train.arguments, "seed": config.seed}
+    machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    versions = [f"{name} {package_version(name)}" for name in PACKAGES]
+    return {
+        "config": f"`{config.file or config.name}`",
+        "schedule": ", ".join(f"{name} `{value}`" for name, value in config.schedule.to_dict().items()),
+        "steps": ", ".join(f"{row.name} {row.timing.steps}" for row in rows if row.timing),
+        "training": ", ".join(f"{name} `{value}`" for name, value in sorted(arguments.items())),
+        "runs": ", ".join(f"`{Path(row.config.output_dir).name}`" for row in rows if row.timing),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else machine,
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "commit": commit() or "not a git checkout",
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
 
 
 def _subrun(config: Config, name: str) -> Config:
     return replace(config, name=f"{config.name}/{name}", output_dir=str(Path(config.output_dir) / name))
 
 
-def _with_savings(config: Config, rows: list[ComparisonRow], counted: Counted, directory: Path) -> list[ComparisonRow]:
-    """Adds to the row with dropping, whose run lies in ``directory``, what was saved of the vanilla step's time, and
-    what the operation count predicts for the same batches."""
-    before, after = (next((r.timing for r in rows if r.name == name), None) for name in (VANILLA, DROPPING))
-    if before is None or after is None:
-        return rows
-    args, batches = training_arguments(config), counted.batches
-    found = saving(directory, after.device, before.seconds, after.seconds)
-    if found.steps:
-        size = args.gradient_accumulation_steps
-        batches = [batch for step in found.steps for batch in batches[step * size : (step + 1) * size]]
-    predicted = predicted_reduction(
-        counted.hf,
-        batches,
-        config.schedule,
-        counted.geometry,
-        learning(config),
-        recomputed_by(config, counted.hf.text_config.num_hidden_layers),
-    )
-    return [replace(r, predicted=predicted, saving=found) if r.name == DROPPING else r for r in rows]
-
-
-def _losses(file: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in read_metrics(file) if "loss" in row]
+def _facts(row: VariantRow) -> dict[str, object]:
+    facts, found = {**row.facts(), "schedule": row.schedule.to_dict()}, row.evaluation
+    if found is None:
+        return facts
+    own = {key: found[key] for key in ("accuracy", "chance", "questions", "image_tokens")}
+    return {**facts, **own, "eval_seconds": found["seconds"]}

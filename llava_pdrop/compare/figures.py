@@ -1,38 +1,22 @@
-"""The pictures of a report."""
+"""The pictures of variants: loss, time, image tokens and accuracy, with and without drops in two colours."""
 
 from __future__ import annotations
 
-import textwrap
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from llava_pdrop.compare.rows import Comparison, ComparisonRow, Example
-from llava_pdrop.report.pictures import save_picture, subplots
-from llava_pdrop.report.style import COLOURS, GRID, INK
+from llava_pdrop.compare.rows import VariantRow
+from llava_pdrop.report.pictures import subplots
+from llava_pdrop.report.style import COLOURS, INK
+from llava_pdrop.report.units import time_unit
+
+Values = Sequence[float | None]
+Marks = dict[str, tuple[str, Values]]
+"""Label -> (marker, where it is on the bar of each row)."""
 
 LABELS = {"vanilla": "vanilla", "pyramid_drop": "PyramidDrop"}
-
-
-def draw(comparison: Comparison, directory: Path) -> dict[str, str]:
-    """Draws what there is material for; returns what is shown -> file name in ``directory``."""
-    wanted: dict[str, tuple[str, Callable[[], Any]]] = {}
-    if any(comparison.losses.values()):
-        wanted["loss"] = "loss.png", lambda: loss_curves(comparison.losses)
-    if any(row.timing is not None for row in comparison.rows):
-        wanted["time"] = "step_time.png", lambda: step_times(comparison.rows)
-    if comparison.examples:
-        wanted["tokens"] = "tokens.png", lambda: surviving_tokens(comparison.examples)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # an answer may hold any character
-        return {
-            shown: name
-            for shown, (name, figure) in wanted.items()
-            if save_picture(directory / name, figure, facecolor="white")
-        }
 
 
 def loss_curves(losses: dict[str, list[tuple[int, float]]]) -> Any:
@@ -42,10 +26,9 @@ def loss_curves(losses: dict[str, list[tuple[int, float]]]) -> Any:
         if not points:
             continue
         steps, values = (np.asarray(column, dtype=float) for column in zip(*points))
+        mean = running_mean(values, max(1, len(values) // 20))
         axes.plot(steps, values, color=COLOURS[name], alpha=0.25, linewidth=1)
-        axes.plot(
-            steps, running_mean(values, max(1, len(values) // 20)), color=COLOURS[name], label=LABELS[name], linewidth=2
-        )
+        axes.plot(steps, mean, color=COLOURS[name], label=LABELS[name], linewidth=2)
     axes.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", title="Training loss")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
@@ -61,77 +44,85 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def step_times(rows: Sequence[ComparisonRow]) -> Any:
-    """Bars of seconds per step, with a mark where the count of operations says PyramidDrop's should end."""
-    timed = [row for row in rows if row.timing is not None]
-    kind = "wall seconds (CUDA events)" if timed[0].timing.device == "cuda" else "CPU seconds"
-    figure, axes = subplots(figsize=(7.2, 0.9 + 0.75 * len(timed)), layout="constrained")
-    full = timed[0].timing.seconds if timed[0].name == "vanilla" else None
-    for place, row in enumerate(timed):
-        seconds = row.timing.seconds
-        axes.barh(place, seconds, height=0.55, color=COLOURS[row.name])
-        text = f"{seconds:.3g} s"
-        if row.realised is not None:
-            text += f"   {-row.realised:+.0%}{' taking turns' if row.saving.quartiles else ''}"
-        axes.text(seconds * 0.985, place, text, va="center", ha="right", color="white", fontweight="bold")
-        if row.predicted is not None and full is not None:
-            mark = full * (1 - row.predicted)
-            axes.plot([mark, mark], [place - 0.36, place + 0.36], color=INK, linewidth=2)
-            axes.text(mark, place + 0.4, f"predicted {-row.predicted:+.0%}", ha="center", va="top", fontsize=8.5)
-    axes.set_yticks(range(len(timed)), [LABELS[row.name] for row in timed])
-    axes.set_ylim(len(timed) - 0.35, -0.5)
+def step_times(rows: Sequence[VariantRow]) -> Any:
+    """A bar per trained row: its median step, with a mark where the count of operations says that it should end."""
+    rows = [row for row in rows if row.timing]
+    seconds = [row.seconds or 0.0 for row in rows]
+    unit = time_unit(seconds)
+    full = next((row.seconds for row in rows if row.seconds and not row.schedule.layers), None)
+    predicted = [full * (1 - row.predicted) / unit.size if full and row.predicted else None for row in rows]
+    figure, axes = subplots(figsize=(7.2, 0.9 + 0.75 * len(rows)), layout="constrained")
+    _bars(
+        axes, rows, [number / unit.size for number in seconds], "{:.3g} " + unit.name, {"predicted": ("|", predicted)}
+    )
+    _lines(axes, rows)
+    kind = "wall time, by CUDA events" if rows[0].device == "cuda" else "CPU time"
+    axes.set(xlabel=f"{unit.name} ({kind})", title="Time per training step, median")
+    if any(predicted):
+        figure.legend(loc="outside lower right", fontsize=9)
+    return figure
+
+
+def variants(rows: Sequence[VariantRow]) -> Any:
+    """A line per row: mean image tokens, time saved (with marks where the count of operations and the paper have it)
+    and accuracy, each where it is known."""
+    measured = any(row.realised is not None for row in rows)
+    saved = [row.realised if measured else row.predicted for row in rows]
+    marks: Marks = {"the paper, GPU hours": ("o", [_percent(row.saved_in_paper) for row in rows])}
+    if measured:
+        marks |= {"predicted": ("|", [_percent(row.predicted) for row in rows])}
+    of = "an answer" if any(row.answer_seconds for row in rows) else "a training step"
+    title = f"{'time' if measured else 'operations'} of {of} saved"
+    tokens = [row.plan.average_tokens if row.plan else None for row in rows]
+    accuracy = [_percent(row.accuracy) for row in rows]
+    panels: list[tuple[str, Values, str, Marks]] = []
+    if any(tokens):
+        panels.append(("image tokens, mean of the layers", tokens, "{:.0f}", {}))
+    panels.append((title, [_percent(share) for share in saved], "{:.0f} %", marks))
+    if any(number is not None for number in accuracy):
+        panels.append(("accuracy", accuracy, "{:.1f} %", {}))
+
+    size = (1.6 + 3.1 * len(panels), 1.5 + 0.42 * len(rows))
+    figure, ((*grid,),) = subplots(1, len(panels), sharey=True, figsize=size, layout="constrained", squeeze=False)
+    for axes, (title, values, text, own) in zip(grid, panels):
+        _bars(axes, rows, values, text, own)
+        axes.set(title=title)
+        if title == "accuracy":
+            axes.set_xlim(0, 100)
+            chance = next((row.evaluation.get("chance") for row in rows if row.evaluation), None)
+            if chance is not None:
+                axes.axvline(100 * chance, color=INK, linestyle=":", linewidth=1, zorder=0.5, label="chance")
+    _lines(grid[0], rows)
+    if any(axes.get_legend_handles_labels()[0] for axes in grid):
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def _lines(axes: Any, rows: Sequence[VariantRow]) -> None:
+    """The first row on top, by its name."""
+    axes.set_yticks(range(len(rows)), [LABELS.get(row.name, row.name) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def _bars(axes: Any, rows: Sequence[VariantRow], values: Values, text: str, marks: Marks) -> None:
+    """A bar for every row with its value in it, or behind it where it is short."""
+    ends = [value or 0.0 for value in values]
+    kinds = ["pyramid_drop" if row.schedule.layers else "vanilla" for row in rows]
+    axes.barh(range(len(rows)), ends, 0.6, color=[COLOURS[kind] for kind in kinds])
+    axes.margins(x=0.1)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    axes.set(xlabel=f"{kind} per training step (median)", title="Time per training step")
-    return figure
+    for row, value in enumerate(values):
+        if value is None:
+            continue
+        inside = value > 0.25 * max(ends)
+        where = dict(textcoords="offset points", va="center", color="white" if inside else INK, fontweight="bold")
+        axes.annotate(text.format(value), (0.0 if inside else max(value, 0.0), row), (7, 0), **where)
+    for label, (marker, places) in marks.items():
+        points = [(value, row) for row, value in enumerate(places) if value is not None]
+        if points:
+            axes.plot(*zip(*points), marker, color=INK, markersize=9, label=label)
 
 
-def surviving_tokens(examples: Sequence[Example]) -> Any:
-    """A row per example: the picture, then what is left of it after every drop; dropped patches are dark."""
-    columns = len(examples[0].kept)
-    shape = np.asarray(examples[0].kept[0].shape)
-    height = 2.3 * min(1.6, max(0.6, shape[0] / shape[1]))
-    figure, grid = subplots(
-        len(examples),
-        columns,
-        figsize=(2.3 * columns + 1.9, (height + 0.35) * len(examples)),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axes_row, example in zip(grid, examples):
-        for stage, (axes, kept) in enumerate(zip(axes_row, example.kept)):
-            axes.imshow(shade(np.asarray(example.picture), kept, example.patch), interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.grid(visible=False)
-            for spine in axes.spines.values():
-                spine.set(visible=True, color=GRID)
-            name = "all" if stage == 0 else f"after drop {stage}"
-            axes.set_title(f"{name}: {int(kept.sum())} tokens", fontsize=9, fontweight="normal")
-        _caption(axes_row[0], example)
-    return figure
-
-
-def shade(picture: np.ndarray, kept: np.ndarray, patch: int) -> np.ndarray:
-    """``picture`` (height, width, 3) uint8 with the patches that are not ``kept`` (rows, columns) dark and grey."""
-    mask = np.repeat(np.repeat(kept, patch, 0), patch, 1)[: picture.shape[0], : picture.shape[1], None]
-    grey = picture.mean(-1, keepdims=True)
-    dark = np.broadcast_to(28 + 0.28 * grey, picture.shape)
-    return np.where(mask, picture, dark).astype(np.uint8)
-
-
-def _caption(axes: Any, example: Example) -> None:
-    right = example.answer.strip().lower() == example.gold.strip().lower()
-    question, gold, answer = (
-        textwrap.shorten("".join(c if c.isprintable() else " " for c in text), length, placeholder=" …")
-        for text, length in ((example.question, 90), (example.gold, 24), (example.answer, 24))
-    )
-    axes.annotate(
-        "\n".join(textwrap.wrap(question, 22)),
-        (-0.08, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=9,
-    )  # fmt: skip
-    axes.annotate(
-        f"gold: {gold}\nmodel: {answer or '(nothing)'}",
-        (-0.08, 0.02), xycoords="axes fraction", ha="right", va="bottom", fontsize=9, fontweight="bold",
-        color="#2B7A4B" if right else "#B3372F",
-    )  # fmt: skip
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

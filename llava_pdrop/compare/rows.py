@@ -1,59 +1,289 @@
-"""What a comparison is made of: the rows of its table, and examples."""
+"""A row per variant, however it was measured, and the table of them: for `compare`, `ablate` and finished runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from llava_pdrop.compare.turns import Saving
-from llava_pdrop.config.schema import Config
-from llava_pdrop.eval.evaluate import Result
-from llava_pdrop.eval.score import Score
+from llava_pdrop.checkpoint.shards import read_json
+from llava_pdrop.config.load import RUN_FILE, load_config
+from llava_pdrop.config.schema import Config, PaperRow
+from llava_pdrop.cost.plan import Plan, make_plan
+from llava_pdrop.errors import ConfigError, UserError
+from llava_pdrop.eval.benchmarks.base import Benchmark
+from llava_pdrop.eval.evaluate import EVALUATION_FILE
+from llava_pdrop.eval.score import Score, paired
+from llava_pdrop.eval.scores import markdown
+from llava_pdrop.report.page import Note, Table
+from llava_pdrop.report.units import text_of, time_unit
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.train.metrics import Timing
+from llava_pdrop.train.history import FINISHED_FILE
+from llava_pdrop.train.metrics import METRICS_FILE, Timing, timing_of
+
+SECONDS_PER_HOUR = 3600
 
 
 @dataclass(frozen=True)
-class ComparisonRow:
-    """One line of the table. ``predicted`` is the share of the vanilla step's operations saved, ``saving`` what was
-    saved of its time; ``timing`` is None where nothing was trained."""
+class Saving:
+    """The share of the time without drops that dropping saves.
+
+    Attributes:
+        realised: where turns were taken the median over the pairs of steps, else by two figures measured one after the
+            other.
+        quartiles: first and third over the pairs; None where no turns were taken.
+        pairs: what every pair of steps saved.
+        steps: of the run, whose batches were timed: optimizer steps of its first epoch from 0 on.
+        on_cpu: by CPU seconds of one thread, otherwise between CUDA events.
+        reason: why no turns were taken.
+    """
+
+    realised: float
+    quartiles: tuple[float, float] | None = None
+    pairs: tuple[float, ...] = ()
+    steps: tuple[int, ...] = ()
+    on_cpu: bool = True
+    reason: str | None = None
+
+    @classmethod
+    def one_after_the_other(cls, before: float, after: float, reason: str) -> Saving:
+        """By two times that were not measured in turns, for this ``reason``."""
+        return cls(1 - after / before, reason=reason)
+
+    def describe(self) -> str:
+        """A sentence for the report: which of the two it is."""
+        if self.quartiles is None:
+            return (
+                "*Realised* compares times that were measured one after the other, so it holds what else the machine "
+                f"did ({self.reason})."
+            )
+        clock = "CPU seconds of one thread" if self.on_cpu else "seconds between CUDA events"
+        return (
+            f"*Realised* is the median over {len(self.pairs)} pairs of steps, in brackets the first and third "
+            "quartile: after training, the two schedules took turns on the same batches with one model and one "
+            f"optimizer ({clock}). *Predicted* is for these batches."
+        )
+
+
+@dataclass(frozen=True)
+class VariantRow:
+    """One variant of a run, and what is known of it; None where something is not.
+
+    Attributes:
+        config: of the run, or of the evaluation where nothing is trained.
+        plan: of a picture that fills every tile.
+        timing: of its training.
+        hours: device hours, those of stage 1 included where its directory is found.
+        evaluation: ``scorer``, ``accuracy``, ``chance``, ``questions`` and ``image_tokens`` per question.
+        answer_seconds: of an answer, on ``answer_device``.
+        predicted: share of the operations of a training step without drops that is saved; where nothing is trained, of
+            those of the prompt.
+        saving: the same share of the time, of a step or of an answer.
+        paper: what it reports for the run.
+        scores: of ``eval.benchmarks``.
+    """
 
     name: str
-    schedule: Schedule
-    result: Result | None
+    config: Config
+    plan: Plan | None = None
     timing: Timing | None = None
+    hours: float | None = None
+    evaluation: dict[str, Any] | None = None
+    answer_seconds: float | None = None
+    answer_device: str = "cpu"
     predicted: float | None = None
     saving: Saving | None = None
+    paper: PaperRow | None = None
+    scores: tuple[Score, ...] = ()
+
+    @property
+    def schedule(self) -> Schedule:
+        """What it drops; the empty one: nothing."""
+        return self.config.schedule
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a training step, or of an answer where nothing was trained."""
+        return self.timing.seconds if self.timing else self.answer_seconds
+
+    @property
+    def device(self) -> str:
+        """Where `seconds` were measured, ``cpu`` or ``cuda``."""
+        return self.timing.device if self.timing else self.answer_device
 
     @property
     def realised(self) -> float | None:
+        """Share of the time that is saved."""
         return self.saving.realised if self.saving else None
 
+    @property
+    def saved_in_paper(self) -> float | None:
+        """Share of the GPU hours that the paper saves."""
+        return self.paper.saved if self.paper and self.schedule.layers else None
 
-@dataclass(frozen=True)
-class Comparison:
-    """Everything the report is made of. ``losses`` and ``runs``: run -> rows of its metrics / its directory;
-    ``examples``: answered questions with what survived (see `Example`); ``scores``: of ``eval.benchmarks``."""
+    @property
+    def accuracy(self) -> float | None:
+        """On ``data.eval``."""
+        return self.evaluation["accuracy"] if self.evaluation else None
 
-    config: Config
-    rows: list[ComparisonRow]
-    losses: dict[str, list[tuple[int, float]]]
-    runs: dict[str, Path]
-    examples: list[Example] = field(default_factory=list)
-    scores: list[Score] = field(default_factory=list)
+    def facts(self) -> dict[str, Any]:
+        """What all reports tell programs of a row; shares between 0 and 1."""
+        return {
+            "name": self.name,
+            "timing": asdict(self.timing) if self.timing else None,
+            "seconds": self.seconds,
+            "device": self.device,
+            "predicted": self.predicted,
+            "realised": self.realised,
+            "saving": asdict(self.saving) if self.saving else None,
+        }
 
 
-@dataclass(frozen=True)
-class Example:
-    """A question with its picture (as the tower sees it, ``patch`` pixels per patch) and, for every stage, which
-    patches (rows, columns) still have their image token."""
+def finished_run(directory: Path) -> VariantRow:
+    """A finished run from what it left in its directory.
 
-    question: str
-    gold: str
-    answer: str
-    picture: Image.Image
-    patch: int
-    kept: list[np.ndarray]
+    Raises:
+        ConfigError: a file of a finished run is missing.
+    """
+    for name in (RUN_FILE, FINISHED_FILE):
+        if not (directory / name).is_file():
+            inside = sorted(str(file.parent) for file in directory.glob(f"*/{FINISHED_FILE}"))
+            hint = f": name one of {', '.join(inside)}" if inside else ""
+            raise ConfigError(f"{directory} is no finished run, it has no {name}{hint}")
+    config, timing = load_config(directory / RUN_FILE), timing_of(directory / METRICS_FILE)
+    hours, scores = None, directory / EVALUATION_FILE
+    if timing is not None and timing.device == "cuda":
+        stage1 = [Path(config.model.projector).parent] if config.model.projector else []
+        runs = [read_json(file) for place in (directory, *stage1) if (file := place / FINISHED_FILE).is_file()]
+        hours = sum(run["seconds"] * run["processes"] for run in runs) / SECONDS_PER_HOUR
+    try:
+        plan = make_plan(config, ())
+    except UserError:  # the sizes of the model are not known on this machine
+        plan = None
+    evaluation = read_json(scores) if scores.is_file() else None
+    return VariantRow(config.name, config, plan, timing, hours, evaluation, paper=config.paper)
+
+
+def with_savings(rows: Sequence[VariantRow], saving: Callable[[VariantRow, float, float], Saving]) -> list[VariantRow]:
+    """Adds to every row with drops what they save of the time of the row without, of the same model and measured alike.
+
+    Args:
+        saving: makes it of the row and the seconds, without and with drops.
+    """
+    vanilla = {_alike(row): row.seconds for row in rows if not row.schedule.layers}
+
+    def completed(row: VariantRow) -> VariantRow:
+        before = vanilla.get(_alike(row))
+        if not row.schedule.layers or before is None or row.seconds is None:
+            return row
+        return replace(row, saving=saving(row, before, row.seconds))
+
+    return [completed(row) for row in rows]
+
+
+def _alike(row: VariantRow) -> tuple[Any, ...]:
+    """What two rows must have in common for their times to be compared."""
+    model, data = row.config.model, row.config.data
+    parts = (model.path or model.language_model, model.vision_tower, model.aspect, model.pinpoints, model.trainable)
+    return (row.timing is None, *parts, str(row.config.lora), data.samples_per_batch, data.tokens_per_batch)
+
+
+def table(rows: Sequence[VariantRow], title: str) -> Table:
+    """The rows as a table. Columns of which nothing is known are left out."""
+
+    def column(head: str, value: Callable[[VariantRow], float | None], style: str) -> tuple[str, list[str]]:
+        return head, [text_of(value(row), style) for row in rows]
+
+    def seconds(head: str, value: Callable[[VariantRow], float | None], per: str) -> tuple[str, list[str]]:
+        found = list(map(value, rows))
+        unit = time_unit(number for number in found if number is not None)
+        return f"{head} {unit.name}/{per}", ["" if number is None else unit.text(number) for number in found]
+
+    cuda = any(row.device == "cuda" for row in rows)
+    peak = f"peak {'CUDA' if cuda else 'RSS'}, MiB"
+    benchmarks = dict.fromkeys(score.benchmark for row in rows for score in row.scores)
+    return Table.of_columns(
+        [
+            ("variant", [row.name for row in rows]),
+            ("after layers", [", ".join(map(str, row.schedule.layers)) or "-" for row in rows]),
+            ("image tokens per stage", [_image_tokens(row) for row in rows]),
+            column("average", lambda row: row.plan.average_tokens if row.plan else None, ".0f"),
+            column("TFLOP", lambda row: row.plan.paper.dropping if row.plan else None, ".3g"),
+            column("saved, predicted", lambda row: row.predicted, ".1%"),
+            ("saved, realised", [_realised(row) for row in rows]),
+            seconds("CPU", lambda row: row.timing.cpu if row.timing else None, "step"),
+            seconds("wall", lambda row: row.timing.wall if row.timing else None, "step"),
+            column(peak, lambda row: row.timing.peak_mib if row.timing else None, ",.0f"),
+            column("device hours", lambda row: row.hours, ".3g"),
+            column("accuracy", lambda row: row.accuracy, ".1%"),
+            column("chance", lambda row: row.evaluation.get("chance") if row.evaluation else None, ".1%"),
+            seconds("GPU" if cuda else "CPU", lambda row: row.answer_seconds, "answer"),
+            *((benchmark.title, [_score(row, benchmark) for row in rows]) for benchmark in benchmarks),
+            ("paper", [row.paper.table if row.paper else "" for row in rows]),
+            column("paper: TFLOP", lambda row: row.paper.tflop if row.paper else None, ".3g"),
+            column("paper: saved", lambda row: row.saved_in_paper, ".1%"),
+            column("paper: GPU hours", lambda row: row.paper.gpu_hours if row.paper else None, ".3g"),
+        ],
+        title,
+    )
+
+
+def legend(rows: Sequence[VariantRow]) -> str:
+    """What the columns of the table mean, as far as it has them."""
+    trained = [row for row in rows if row.timing]
+    found = next((row.evaluation for row in rows if row.evaluation), {})
+    texts = [
+        "Image tokens are of a picture that fills every tile; *average* is their mean over the decoder's layers; TFLOP "
+        "is their cost by the paper's formula (arXiv 2410.17247, section 3.3)." * any(row.plan for row in rows),
+        "*Predicted* is what the matrix products and attention of the run's own batches save: text, tower, ranking and "
+        "backward included; the factor behind *realised* is realised over predicted."
+        * any(row.predicted is not None for row in trained),
+        *dict.fromkeys(row.saving.describe() for row in rows if row.saving),
+        "Seconds per step are medians without warm-up, fetching data left out; CPU seconds are the time all cores were "
+        "busy." * bool(trained),
+        "Device hours are processes times training time, stage 1 included where its directory was found."
+        * any(row.hours for row in rows),
+        f"Accuracy is measured by generation on held-out questions (`{found.get('scorer')}`, "
+        f"{found.get('questions', '?')} questions); chance is what answering at random from the distribution of the "
+        "gold answers would reach (the sum of their squared shares)." * bool(found),
+    ]
+    return " ".join(filter(None, texts))
+
+
+def below_the_table(rows: Sequence[VariantRow]) -> list[Note]:
+    """What the paper's scores are, and the benchmarks in full."""
+    notes = [
+        Note(f"The paper's {row.paper.table} for {row.name}: {', '.join(f'{k} {v:g}' for k, v in scores.items())}.")
+        for row in rows
+        if row.paper and (scores := row.paper.scores)
+    ]
+    measured = paired([score for row in rows for score in row.scores])
+    return [*notes, *([Note(markdown(measured, "Benchmarks"))] if measured else [])]
+
+
+def _image_tokens(row: VariantRow) -> str:
+    """By the plan, else by what was measured; where neither is there, the ratios."""
+    if row.plan:
+        return " → ".join(f"{stage.image_tokens:g}" for stage in row.plan.stages)
+    if row.evaluation and "image_tokens" in row.evaluation:
+        return " → ".join(f"{count:g}" for count in row.evaluation["image_tokens"])
+    return ", ".join(f"{ratio:.1%}" for ratio in row.schedule.ratios)
+
+
+def _realised(row: VariantRow) -> str:
+    """The realised saving, its quartiles where there are any, and how much of the predicted one it is."""
+    if row.saving is None:
+        return ""
+    inside = []
+    if row.saving.quartiles is not None:
+        inside.append(" to ".join(f"{100 * share:.1f}" for share in row.saving.quartiles))
+    if row.predicted:
+        inside.append(f"{row.saving.realised / row.predicted:.2f}x")
+    return f"{row.saving.realised:.1%}" + (f" ({'; '.join(inside)})" if inside else "")
+
+
+def _score(row: VariantRow, benchmark: Benchmark) -> str:
+    """Of the variant's own schedule."""
+    own = next((score.value for score in row.scores if (score.benchmark, score.column) == (benchmark, row.name)), None)
+    return text_of(own, ".1f")

@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from llava_pdrop.checkpoint.shards import read_json
+from llava_pdrop.compare.rows import Saving, VariantRow
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.packing import BatchPlan
@@ -52,41 +53,6 @@ IMPOSSIBLE = (RuntimeError, UserError, OSError, MemoryError)
 """What keeps steps from being timed: memory that is short (of a GPU or not), files that are gone since."""
 
 
-@dataclass(frozen=True)
-class Saving:
-    """The share of the vanilla step's time that dropping saves.
-
-    Attributes:
-        realised: where turns were taken the median over the pairs of steps, else by the medians of the two runs.
-        quartiles: first and third over the pairs; None where no turns were taken.
-        pairs: what every pair of steps saved.
-        steps: of the run, whose batches were timed: optimizer steps of its first epoch from 0 on.
-        on_cpu: by CPU seconds of one thread, otherwise between CUDA events.
-        reason: why no turns were taken.
-    """
-
-    realised: float
-    quartiles: tuple[float, float] | None = None
-    pairs: tuple[float, ...] = ()
-    steps: tuple[int, ...] = ()
-    on_cpu: bool = True
-    reason: str | None = None
-
-    def describe(self) -> str:
-        """A sentence for the report: which of the two it is."""
-        if self.quartiles is None:
-            return (
-                "*Realised* compares the median steps of the two runs, which were trained one after the other, so it "
-                f"holds what else the machine did ({self.reason})."
-            )
-        clock = "CPU seconds of one thread" if self.on_cpu else "seconds between CUDA events"
-        return (
-            f"*Realised* is the median over {len(self.pairs)} pairs of steps, in brackets the first and third "
-            "quartile: after training, the two schedules took turns on the same batches with one model and one "
-            f"optimizer ({clock}). *Predicted* is for these batches."
-        )
-
-
 def saving_of_pairs(
     vanilla: Sequence[float], dropping: Sequence[float], steps: Sequence[int], on_cpu: bool = True
 ) -> Saving:
@@ -94,6 +60,11 @@ def saving_of_pairs(
     pairs = [1 - after / before for before, after in zip(vanilla, dropping, strict=True)]
     first, median, third = quartiles(pairs)
     return Saving(median, (first, third), tuple(pairs), tuple(steps), on_cpu)
+
+
+def saving_of(row: VariantRow, before: float, after: float) -> Saving:
+    """`saving` of a trained row, for `with_savings`."""
+    return saving(Path(row.config.output_dir), row.device, before, after)
 
 
 def saving(directory: Path, device: str, before: float, after: float) -> Saving:
@@ -113,7 +84,7 @@ def saving(directory: Path, device: str, before: float, after: float) -> Saving:
         finally:
             release_memory()
     say(f"the realised saving is that of the two runs, one after the other: {reason}")
-    return Saving(1 - after / before, reason=reason)
+    return Saving.one_after_the_other(before, after, reason)
 
 
 def why_no_turns(directory: Path, device: str) -> str | None:

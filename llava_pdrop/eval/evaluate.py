@@ -70,6 +70,15 @@ class Result:
     cpu_seconds: float
     steps: list[ForwardStep] = field(default_factory=list, repr=False)
 
+    def facts(self) -> dict[str, Any]:
+        """What reports tell programs of it."""
+        return {
+            "accuracy": self.accuracy,
+            "chance": self.chance,
+            "questions": len(self.predictions),
+            "image_tokens": self.image_tokens,
+        }
+
     def write(self, directory: Path, name: str = PREDICTIONS_FILE) -> Path:
         """One line per prediction."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -165,8 +174,7 @@ def evaluate_config(config: Config) -> Result:
     }
     _keep_others(directory, asked)
     file = result.write(directory)
-    facts = {"accuracy": result.accuracy, "chance": result.chance, "image_tokens": result.image_tokens}
-    write_json(directory / EVALUATION_FILE, asked | facts)
+    write_json(directory / EVALUATION_FILE, asked | result.facts())
     tokens = " -> ".join(f"{count:g}" for count in result.image_tokens)
     say(f"{config.name}: asks {respondent.text(questions[0])!r}")
     say(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def save_picture(file: Path, draw: Callable[[], Any], **options: Any) -> bool:
         options: of `matplotlib.figure.Figure.savefig`.
     """
     try:
-        with _imported().rc_context(STYLE):
+        with _imported().rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a model's answer may hold any character
             draw().savefig(file, **options)
     except Exception as error:  # noqa: BLE001  whatever it is: the picture shows work that is done, and goes without
         log.warning("%s is not drawn (%s: %s); all else is as it would be", file, type(error).__name__, _short(error))

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.compare.ablate import missing_lines, plan
-from llava_pdrop.compare.ablate_report import table_rows
+from llava_pdrop.compare.rows import table
 from llava_pdrop.compare.variants import load_ablation
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
@@ -169,7 +170,8 @@ def test_shipped_ablations(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every variant can be planned; where the paper has it, the cost of its image tokens is the paper's."""
     monkeypatch.chdir(ROOT)
     ablation = load_ablation(file.relative_to(ROOT))
-    head, *lines = table_rows(ablation, plan(ablation))
+    shown = table(plan(ablation), "")
+    head, lines = shown.head, shown.rows
     assert len(lines) == len(ablation.variants) > 3 and lines[0][1] == "-"
     rows = [dict(zip(head, line)) for line in lines]
     assert ("paper: TFLOP" in head) == (file.stem != "tiny")
@@ -225,12 +227,17 @@ def test_a_whole_ablation_interrupted_once(
     assert rows["lambda_04"]["average_tokens"] == 25 / 4
     assert rows["vanilla"]["predicted"] is None and rows["vanilla"]["realised"] is None
     assert 0 < rows["lambda_05"]["predicted"] < rows["lambda_04"]["predicted"] < 1
-    assert rows["lambda_04"]["realised"] == pytest.approx(1 - rows["lambda_04"]["seconds"] / rows["vanilla"]["seconds"])
+    for name in ("lambda_04", "lambda_05"):
+        saving = rows[name]["saving"]
+        assert rows[name]["realised"] == saving["realised"] == statistics.median(saving["pairs"])
+        assert saving["steps"] == [0, 1, 2] and len(saving["quartiles"]) == 2
+    assert rows["vanilla"]["saving"] is None
     assert {row["evaluation"]["questions"] for row in rows.values()} == {questions}
     assert rows["lambda_04"]["evaluation"]["image_tokens"] == [16, 6, 2, 1]
     assert {name: row["benchmarks"][0]["column"] for name, row in rows.items()} == {name: name for name in LAMBDAS}
     text = (tmp_path / "ab" / "ablation.md").read_text()
-    assert "| POPE | lambda_05 |" in text and "| POPE |" in text.splitlines()[2]
+    head = next(line for line in text.splitlines() if line.startswith("| variant |"))
+    assert "| POPE | lambda_05 |" in text and "| POPE |" in head and "took turns" in text
     assert "16 → 6 → 2 → 1" in text and "16 → 6 → 2 → 1" in printed
     assert f"{rows['lambda_04']['evaluation']['accuracy']:.1%}" in text
     with Image.open(tmp_path / "ab" / "ablation.png") as picture:

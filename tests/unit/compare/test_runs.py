@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_pdrop.__main__ import main
-from llava_pdrop.compare.runs import compare_runs, read_run, table_rows, with_savings
+from llava_pdrop.compare.rows import VariantRow, finished_run, table, with_savings
+from llava_pdrop.compare.runs import compare_runs, one_after_the_other
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
 from tests.messages import says
 
@@ -38,30 +39,49 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     ]
 
 
+def rows_of(*runs: Path) -> list[VariantRow]:
+    return with_savings([finished_run(run) for run in runs], one_after_the_other)
+
+
+def cells(runs: list[Path]) -> list[dict[str, str]]:
+    shown = table(rows_of(*runs), "")
+    return [dict(zip(shown.head, row)) for row in shown.rows]
+
+
 def test_rows(runs: list[Path]) -> None:
-    _, vanilla, dropping = table_rows(with_savings([read_run(run) for run in runs]))
-    assert vanilla[1:] == ["vanilla", "", "20.8", "2.000", "", "8", "", "Tables 3 and 4", "20.8", "", "366"]
-    assert dropping[1:] == [
-        "8, 16, 24", "0.5, 0.25, 0.125", "9.46", "1.100", "45.0%", "8", "50.0% (exact_match)",
-        "Tables 3 and 4", "9.46", "40.4%", "218",
-    ]  # fmt: skip
+    vanilla, dropping = cells(runs)
+    paper = {"paper": "Tables 3 and 4", "paper: TFLOP": "20.8", "paper: saved": "", "paper: GPU hours": "366"}
+    plan = {"after layers": "-", "image tokens per stage": "2928", "average": "2928", "TFLOP": "20.8"}
+    measured = {"saved, realised": "", "wall s/step": "2.00", "device hours": "8", "accuracy": ""}
+    assert paper.items() | plan.items() | measured.items() <= vanilla.items()
+    paper = {"paper: TFLOP": "9.46", "paper: saved": "40.4%", "paper: GPU hours": "218"}
+    plan = {"after layers": "8, 16, 24", "image tokens per stage": "2928 → 1464 → 732 → 366", "TFLOP": "9.46"}
+    measured = {"saved, realised": "45.0%", "wall s/step": "1.10", "device hours": "8", "accuracy": "50.0%"}
+    assert paper.items() | plan.items() | measured.items() <= dropping.items()
+
+
+def test_ratios_stand_for_the_tokens_of_a_model_of_unknown_size(runs: list[Path]) -> None:
+    file = runs[1] / RUN_FILE
+    file.write_text(re.sub(r"  reference_shape:.*?(?=^\w)", "", file.read_text(), flags=re.DOTALL | re.MULTILINE))
+    (row,) = cells(runs[1:])
+    assert row["image tokens per stage"] == "50.0%, 25.0%, 12.5%" and "TFLOP" not in row
 
 
 def test_stage_one_counts(runs: list[Path], tmp_path: Path) -> None:
     first = make_run(tmp_path / "first", "configs/llava_next_7b/pretrain.yaml", seconds=1.0)
     file = runs[1] / RUN_FILE
     file.write_text(to_yaml(load_config(file, [f"model.projector={first}/projector.safetensors"])))
-    assert read_run(runs[1]).hours == 16
+    assert finished_run(runs[1]).hours == 16
 
 
 def test_only_runs_of_one_model_are_compared(runs: list[Path], tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", "configs/llava15_7b/finetune_pdrop.yaml", seconds=1.0)
-    assert [run.saved for run in with_savings([read_run(runs[0]), read_run(other)])] == [None, None]
+    assert [row.realised for row in rows_of(runs[0], other)] == [None, None]
 
 
 def test_no_hours_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    run = read_run(make_run(tmp_path / "run", "configs/llava15_7b/finetune.yaml", seconds=1.0, cuda=False))
+    run = finished_run(make_run(tmp_path / "run", "configs/llava15_7b/finetune.yaml", seconds=1.0, cuda=False))
     assert run.hours is None and run.timing is not None and run.timing.seconds == 9
 
 
@@ -98,5 +118,6 @@ def test_a_run_without_results_is_shown_with_what_it_has(runs: list[Path], tmp_p
     (runs[1] / "metrics.jsonl").unlink()
     file = compare_runs(runs, tmp_path / "out")
     assert "| 218 |" in file.read_text() and (tmp_path / "out" / "runs.png").is_file()
-    *_, dropping = table_rows(with_savings([read_run(run) for run in runs]))
-    assert dropping[3:8] == ["9.46", "", "", "", ""]
+    _, dropping = cells(runs)
+    assert dropping["TFLOP"] == "9.46" and "accuracy" not in dropping
+    assert {dropping[name] for name in dropping if "step" in name or "hours" in name} == {"", "218"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import PartialState
 
-from llava_pdrop.compare.report import RESULTS_FILE
+from llava_pdrop.compare.compare import RESULTS_FILE
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError

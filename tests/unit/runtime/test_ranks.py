@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_pdrop.compare.report import RESULTS_FILE
+from llava_pdrop.compare.compare import RESULTS_FILE
 from llava_pdrop.config.load import load_config
 from tests.engines import FSDP2, deepspeed_arguments, needs_deepspeed
 from tests.faults.processes import run_ranks

@@ -1,4 +1,4 @@
-"""Which patches a token shows, how they are drawn, and the smoothing of curves."""
+"""Which patches a token shows, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_pdrop.compare.figures import running_mean, shade
-from llava_pdrop.compare.report import as_seen, patch_grid
+from llava_pdrop.compare.survivors import as_seen, patch_grid, shade
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
 
 PAD = ImageGeometry(48, 12)
@@ -40,9 +39,3 @@ def test_dropped_patches_are_dark_and_kept_ones_untouched():
     shown = shade(picture, np.asarray([[True, False], [False, True]]), patch=2)
     assert (shown[:2, :2] == picture[:2, :2]).all() and (shown[2:, 2:] == picture[2:, 2:]).all()
     assert (shown[:2, 2:] < 90).all() and len(np.unique(shown[:2, 2:])) == 1
-
-
-def test_running_mean():
-    values = np.asarray([1.0, 2.0, 6.0, 3.0])
-    assert running_mean(values, 1).tolist() == [1.5, 3.0, pytest.approx(11 / 3), 4.5]
-    assert running_mean(values, 0).tolist() == values.tolist()

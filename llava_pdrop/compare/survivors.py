@@ -1,0 +1,113 @@
+"""Which patches of a picture keep their image token through the drops, and the picture of it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava_pdrop.checkpoint.build import Parts
+from llava_pdrop.config.schema import Config
+from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
+from llava_pdrop.eval.evaluate import answer
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.geometry import NEWLINE, ImageGeometry
+from llava_pdrop.report.pictures import subplots
+from llava_pdrop.report.style import GRID
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with its picture (as the tower sees it, ``patch`` pixels per patch) and, for every stage, which
+    patches (rows, columns) still have their image token."""
+
+    question: str
+    gold: str
+    answer: str
+    picture: Image.Image
+    patch: int
+    kept: list[np.ndarray]
+
+
+def examples(config: Config, parts: Parts, questions: Sequence[Question]) -> list[Example]:
+    """Answers ``questions`` and looks at what ``generate`` kept of their first image at every stage."""
+    shown = []
+    for question in questions:
+        if not question.record.images:
+            continue
+        result = answer(config, parts, [question], config.schedule, None, trace=True)
+        prompt, picture = result.steps[0], load_image(question.record.images[0])
+        tokens = range(parts.geometry.num_tokens(picture.size))
+        stages = [list(tokens), *(prompt.kept(drop)[0] for drop in range(len(config.schedule.layers)))]
+        kept = [patch_grid(parts.geometry, picture.size, stage) for stage in stages]
+        text = result.predictions[0]
+        seen = as_seen(parts.geometry, picture, parts.image_processor.image_mean)
+        shown.append(Example(text.question, text.gold, text.answer, seen, parts.geometry.patch, kept))
+    return shown
+
+
+def as_seen(geometry: ImageGeometry, picture: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """The picture as it is cut into patches: one padded square, or the canvas of the anyres tiles."""
+    if geometry.aspect == "anyres":
+        return fit_to_canvas(picture, geometry.canvas(picture.size))
+    square = pad_to_square(picture, tuple(int(255 * value) for value in mean))
+    return square.resize((geometry.tile, geometry.tile), Image.Resampling.BICUBIC)
+
+
+def patch_grid(geometry: ImageGeometry, size: tuple[int, int], kept: Sequence[int]) -> np.ndarray:
+    """Which patches (rows, columns) of the picture of ``size`` (width, height) the image tokens ``kept`` show. With
+    anyres these are the patches of the tiles; the tokens of the whole picture are left out."""
+    feature = geometry.merge_index(size)[np.asarray(kept, dtype=np.int64)]
+    side, patches = geometry.patches_per_side, geometry.patches
+    if geometry.aspect == "anyres":
+        width, height = (length // geometry.tile for length in geometry.canvas(size))
+        feature = feature[(feature != NEWLINE) & (feature >= patches)] - patches
+    else:
+        width = height = 1
+    tile, place = feature // patches, feature % patches
+    grid = np.zeros((height * side, width * side), dtype=bool)
+    grid[tile // width * side + place // side, tile % width * side + place % side] = True
+    return grid
+
+
+def surviving_tokens(shown: Sequence[Example]) -> Any:
+    """A line per example: the picture, then what is left of it after every drop; dropped patches are dark."""
+    columns, shape = len(shown[0].kept), shown[0].kept[0].shape
+    height = 2.3 * min(1.6, max(0.6, shape[0] / shape[1]))
+    size = (2.3 * columns + 1.9, (height + 0.35) * len(shown))
+    figure, grid = subplots(len(shown), columns, figsize=size, layout="constrained", squeeze=False)
+    for line, example in zip(grid, shown):
+        for stage, (axes, kept) in enumerate(zip(line, example.kept)):
+            axes.imshow(shade(np.asarray(example.picture), kept, example.patch), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.grid(visible=False)
+            for spine in axes.spines.values():
+                spine.set(visible=True, color=GRID)
+            name = "all" if stage == 0 else f"after drop {stage}"
+            axes.set_title(f"{name}: {int(kept.sum())} tokens", fontsize=9, fontweight="normal")
+        _caption(line[0], example)
+    return figure
+
+
+def shade(picture: np.ndarray, kept: np.ndarray, patch: int) -> np.ndarray:
+    """``picture`` (height, width, 3) uint8 with the patches that are not ``kept`` (rows, columns) dark and grey."""
+    mask = np.repeat(np.repeat(kept, patch, 0), patch, 1)[: picture.shape[0], : picture.shape[1], None]
+    grey = picture.mean(-1, keepdims=True)
+    dark = np.broadcast_to(28 + 0.28 * grey, picture.shape)
+    return np.where(mask, picture, dark).astype(np.uint8)
+
+
+def _caption(axes: Any, example: Example) -> None:
+    right = example.answer.strip().lower() == example.gold.strip().lower()
+    question, gold, answer = (
+        textwrap.shorten("".join(c if c.isprintable() else " " for c in text), length, placeholder=" …")
+        for text, length in ((example.question, 90), (example.gold, 24), (example.answer, 24))
+    )
+    where = {"xycoords": "axes fraction", "ha": "right", "fontsize": 9}
+    axes.annotate("\n".join(textwrap.wrap(question, 22)), (-0.08, 0.98), va="top", **where)
+    text, colour = f"gold: {gold}\nmodel: {answer or '(nothing)'}", "#2B7A4B" if right else "#B3372F"
+    axes.annotate(text, (-0.08, 0.02), va="bottom", fontweight="bold", color=colour, **where)
