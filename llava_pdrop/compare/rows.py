@@ -17,7 +17,7 @@ from llava_pdrop.eval.evaluate import EVALUATION_FILE
 from llava_pdrop.eval.score import Score, paired
 from llava_pdrop.eval.scores import markdown
 from llava_pdrop.report.page import Note, Table
-from llava_pdrop.report.units import text_of, time_unit
+from llava_pdrop.report.units import column, text_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, Timing, timing_of
@@ -192,13 +192,8 @@ def _alike(row: VariantRow) -> tuple[Any, ...]:
 def table(rows: Sequence[VariantRow], title: str) -> Table:
     """The rows as a table. Columns of which nothing is known are left out."""
 
-    def column(head: str, value: Callable[[VariantRow], float | None], style: str) -> tuple[str, list[str]]:
-        return head, [text_of(value(row), style) for row in rows]
-
-    def seconds(head: str, value: Callable[[VariantRow], float | None], per: str) -> tuple[str, list[str]]:
-        found = list(map(value, rows))
-        unit = time_unit(number for number in found if number is not None)
-        return f"{head} {unit.name}/{per}", ["" if number is None else unit.text(number) for number in found]
+    def cells(style: str, value: Callable[[VariantRow], float | None]) -> list[str]:
+        return [text_of(value(row), style) for row in rows]
 
     cuda = any(row.device == "cuda" for row in rows)
     peak = f"peak {'CUDA' if cuda else 'RSS'}, MiB"
@@ -208,22 +203,22 @@ def table(rows: Sequence[VariantRow], title: str) -> Table:
             ("variant", [row.name for row in rows]),
             ("after layers", [", ".join(map(str, row.schedule.layers)) or "-" for row in rows]),
             ("image tokens per stage", [_image_tokens(row) for row in rows]),
-            column("average", lambda row: row.plan.average_tokens if row.plan else None, ".0f"),
-            column("TFLOP", lambda row: row.plan.paper.dropping if row.plan else None, ".3g"),
-            column("saved, predicted", lambda row: row.predicted, ".1%"),
+            ("average", cells(".0f", lambda row: row.plan.average_tokens if row.plan else None)),
+            ("TFLOP", cells(".3g", lambda row: row.plan.paper.dropping if row.plan else None)),
+            ("saved, predicted", cells(".1%", lambda row: row.predicted)),
             ("saved, realised", [_realised(row) for row in rows]),
-            seconds("CPU", lambda row: row.timing.cpu if row.timing else None, "step"),
-            seconds("wall", lambda row: row.timing.wall if row.timing else None, "step"),
-            column(peak, lambda row: row.timing.peak_mib if row.timing else None, ",.0f"),
-            column("device hours", lambda row: row.hours, ".3g"),
-            column("accuracy", lambda row: row.accuracy, ".1%"),
-            column("chance", lambda row: row.evaluation.get("chance") if row.evaluation else None, ".1%"),
-            seconds("GPU" if cuda else "CPU", lambda row: row.answer_seconds, "answer"),
+            column("CPU time of a step", [row.timing.cpu if row.timing else None for row in rows]),
+            column("wall time of a step", [row.timing.wall if row.timing else None for row in rows]),
+            (peak, cells(",.0f", lambda row: row.timing.peak_mib if row.timing else None)),
+            ("device hours", cells(".3g", lambda row: row.hours)),
+            ("accuracy", cells(".1%", lambda row: row.accuracy)),
+            ("chance", cells(".1%", lambda row: row.evaluation.get("chance") if row.evaluation else None)),
+            column(f"{'GPU' if cuda else 'CPU'} time of an answer", [row.answer_seconds for row in rows]),
             *((benchmark.title, [_score(row, benchmark) for row in rows]) for benchmark in benchmarks),
             ("paper", [row.paper.table if row.paper else "" for row in rows]),
-            column("paper: TFLOP", lambda row: row.paper.tflop if row.paper else None, ".3g"),
-            column("paper: saved", lambda row: row.saved_in_paper, ".1%"),
-            column("paper: GPU hours", lambda row: row.paper.gpu_hours if row.paper else None, ".3g"),
+            ("paper: TFLOP", cells(".3g", lambda row: row.paper.tflop if row.paper else None)),
+            ("paper: saved", cells(".1%", lambda row: row.saved_in_paper)),
+            ("paper: GPU hours", cells(".3g", lambda row: row.paper.gpu_hours if row.paper else None)),
         ],
         title,
     )
