@@ -15,7 +15,7 @@ from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.checkpoint.shards import resolve
 from llava_pdrop.compare import figures, turns
 from llava_pdrop.compare.counted import with_predictions
-from llava_pdrop.compare.evaluated import Questions, evaluated
+from llava_pdrop.compare.evaluated import Exam, evaluated
 from llava_pdrop.compare.rows import (
     Saving,
     VariantRow,
@@ -30,7 +30,7 @@ from llava_pdrop.cost.flops import predicted_reduction
 from llava_pdrop.cost.nominal import model_of, nominal_batch
 from llava_pdrop.cost.plan import make_plan, plan_step
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.eval.evaluate import evaluate_config
+from llava_pdrop.eval.evaluate import evaluate_config, respondent_of
 from llava_pdrop.eval.measure import measure_config
 from llava_pdrop.eval.score import Score, as_json
 from llava_pdrop.eval.team import team_of
@@ -81,11 +81,11 @@ def ablate(ablation: Ablation, rows: Sequence[VariantRow]) -> list[VariantRow] |
             check_run(config)
     for config in configs:
         prepare_data(config)
-        asked = Questions.of(config)
+        exam = Exam.of(config)
     for line in missing_lines(ablation):
         say(line)
     if ablation.checkpoint is not None:
-        return _of_checkpoint(ablation, ablation.checkpoint, rows, asked)
+        return _of_checkpoint(ablation, ablation.checkpoint, rows, exam)
     scores = list[tuple[Score, ...]]()
     for number, row in enumerate(rows, 1):
         say(f"variant {number} of {len(rows)}: {row.name}")
@@ -125,13 +125,13 @@ def missing_lines(ablation: Ablation) -> list[str]:
 
 
 def _of_checkpoint(
-    ablation: Ablation, checkpoint: str, rows: Sequence[VariantRow], asked: Questions
+    ablation: Ablation, checkpoint: str, rows: Sequence[VariantRow], exam: Exam
 ) -> list[VariantRow] | None:
     """``checkpoint`` with the schedule of every variant; None on all but the first process."""
     first, out = rows[0].config, ablation.output_dir
     if first.eval.training_free:
         raise ConfigError(f"{ablation.file}: eval.training_free: the variants are the schedules: leave the word out")
-    if not asked.own and not asked.benchmarks:
+    if not exam.questions and not exam.benchmarks:
         raise ConfigError(f"{ablation.file}: data.eval: names no file with questions, and nothing is trained")
     with team_of(first, out) as team:
         parts = build_parts(path=checkpoint)
@@ -140,7 +140,7 @@ def _of_checkpoint(
                 f"{ablation.file}: checkpoint {checkpoint} cuts pictures otherwise than {first.file} says: "
                 f"{parts.geometry}"
             )
-        found = evaluated(rows, parts, asked, team, out, resolve(checkpoint), out)
+        found = evaluated(rows, respondent_of(parts, first), exam, team, out, resolve(checkpoint), out)
     reason = "the mean time of an answer"
     saved = with_savings(found, lambda _, before, after: Saving.one_after_the_other(before, after, reason))
     return saved if team.first else None

@@ -18,12 +18,12 @@ import torch
 from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.compare import figures, turns
 from llava_pdrop.compare.counted import with_predictions
-from llava_pdrop.compare.evaluated import Questions, evaluated
+from llava_pdrop.compare.evaluated import Exam, evaluated
 from llava_pdrop.compare.rows import VariantRow, below_the_table, legend, table, with_savings
 from llava_pdrop.compare.survivors import Example, examples, surviving_tokens
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.eval.evaluate import DROPPING, VANILLA
+from llava_pdrop.eval.evaluate import DROPPING, VANILLA, respondent_of
 from llava_pdrop.eval.score import as_json, paired
 from llava_pdrop.eval.scores import refuse_unread, show
 from llava_pdrop.eval.team import team_of
@@ -58,7 +58,7 @@ def compare(config: Config) -> Path:
         )
     check_run(config)
     prepare_data(config)
-    asked = Questions.of(config)
+    exam = Exam.of(config)
     for line in missing_lines(config):
         say(line)
     out = Path(config.output_dir)
@@ -66,7 +66,7 @@ def compare(config: Config) -> Path:
     runs[DROPPING] = _subrun(config, DROPPING)
     for run in runs.values():
         train(run)
-    found = evaluated_runs(config, runs, asked)
+    found = evaluated_runs(config, runs, exam)
     if found is None:
         return out / COMPARISON_FILE
     rows, shown = found
@@ -97,7 +97,7 @@ def missing_lines(config: Config) -> list[str]:
 
 
 def evaluated_runs(
-    config: Config, runs: dict[str, Config], asked: Questions
+    config: Config, runs: dict[str, Config], exam: Exam
 ) -> tuple[list[VariantRow], list[Example]] | None:
     """The finished ``runs`` with their answers, those of the training-free variants behind them, and examples of what
     survives. All processes share the questions; the first one alone has the numbers, the others None."""
@@ -113,14 +113,15 @@ def evaluated_runs(
                     VariantRow(f"{VANILLA} + {key}", replace(run, pyramid_drop=schedule))
                     for key, schedule in schedules.items()
                 ]
-            own, *others = evaluated(rows, parts, asked, team, Path(config.output_dir), directory, directory)
+            respondent = respondent_of(parts, run)
+            own, *others = evaluated(rows, respondent, exam, team, Path(config.output_dir), directory, directory)
             trained, free = [*trained, own], [*free, *others]
             if name != DROPPING:
-                del parts
+                del parts, respondent
                 release_memory()
     if not team.first:
         return None
-    return [*trained, *free], examples(runs[DROPPING], parts, asked.own[:EXAMPLES])
+    return [*trained, *free], examples(exam.settings, respondent, exam.questions[:EXAMPLES], config.schedule)
 
 
 def page_of(config: Config, rows: Sequence[VariantRow], shown: Sequence[Example]) -> Page:

@@ -6,36 +6,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava_pdrop.checkpoint.build import Parts
 from llava_pdrop.compare.rows import VariantRow
 from llava_pdrop.config.schema import Config
 from llava_pdrop.eval.benchmarks.base import Benchmark
-from llava_pdrop.eval.evaluate import answer, check_scorer, load_questions, respondent_of
+from llava_pdrop.eval.evaluate import AnswerSettings, answer, check_scorer, load_questions
 from llava_pdrop.eval.measure import load_benchmarks, measure
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.respondent import Respondent
 from llava_pdrop.eval.team import Team
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Of ``data.eval`` and of ``eval.benchmarks``."""
+class Exam:
+    """The questions of ``data.eval`` and of ``eval.benchmarks``, and how they are asked."""
 
-    own: list[Question]
+    settings: AnswerSettings
+    questions: list[Question]
     benchmarks: dict[Benchmark, list[Question]]
 
     @classmethod
-    def of(cls, config: Config) -> Questions:
+    def of(cls, config: Config) -> Exam:
         """What ``config`` asks.
 
         Raises:
             ConfigError, UserError: a file is missing or broken: this is found out before hours of training.
         """
         check_scorer(config)
-        return cls(load_questions(config), load_benchmarks(config, llava=True))
+        return cls(AnswerSettings.of(config), load_questions(config), load_benchmarks(config, llava=True))
 
 
 def evaluated(
-    rows: Sequence[VariantRow], parts: Parts, asked: Questions, team: Team, out: Path, model: Path, home: Path
+    rows: Sequence[VariantRow], respondent: Respondent, exam: Exam, team: Team, out: Path, model: Path, home: Path
 ) -> list[VariantRow]:
     """``rows`` with what one model answers with the schedule of each. All processes of ``team`` share the questions;
     the first one alone has the numbers.
@@ -45,22 +46,24 @@ def evaluated(
         model: directory of the model.
         home: where the answers to benchmarks are kept, below ``benchmarks``.
     """
-    config, completed = rows[0].config, []
-    respondent = respondent_of(parts, config)
+    settings, questions, completed = exam.settings, exam.questions, list[VariantRow]()
     schedules = {row.name: row.schedule for row in rows}
     paper = {row.name: row.paper.scores for row in rows if row.paper}
-    scores = measure(config, respondent, asked.benchmarks, schedules, home, team, paper, model)
-    if asked.own:
-        answer(config, respondent, asked.own[: config.eval.batch_size], rows[0].schedule, None)  # what is slow once
+    scores = measure(settings, respondent, exam.benchmarks, schedules, home, team, paper, model)
+    if questions:
+        answer(settings, respondent, questions[: settings.batch_size], rows[0].schedule, None)  # what is slow once
     for row in rows:
         row = replace(row, scores=tuple(score for score in scores if score.column == row.name))
-        if asked.own:
-            result = answer(config, respondent, asked.own, row.schedule, row.name, team)
+        if questions:
+            result = answer(settings, respondent, questions, row.schedule, row.name, team)
             if team.first:
                 result.write(out / "predictions", row.name.replace(" + ", "_on_") + ".jsonl")
-            device = next(parts.hf.parameters()).device.type
-            seconds = result.seconds if device == "cuda" else result.cpu_seconds
-            evaluation = {"scorer": config.eval.scorer, **result.facts(), "seconds": result.seconds}
-            row = replace(row, evaluation=evaluation, answer_seconds=seconds / len(asked.own), answer_device=device)
+            seconds = result.seconds if settings.device.type == "cuda" else result.cpu_seconds
+            row = replace(
+                row,
+                evaluation={"scorer": settings.scorer, **result.facts(), "seconds": result.seconds},
+                answer_seconds=seconds / len(questions),
+                answer_device=settings.device.type,
+            )
         completed.append(row)
     return completed

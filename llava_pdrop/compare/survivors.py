@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava_pdrop.checkpoint.build import Parts
-from llava_pdrop.config.schema import Config
 from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
-from llava_pdrop.eval.evaluate import answer
+from llava_pdrop.eval.evaluate import AnswerSettings, answer
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.respondent import LlavaRespondent
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
 from llava_pdrop.report.pictures import subplots
 from llava_pdrop.report.style import GRID
+from llava_pdrop.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,18 @@ class Example:
     kept: list[np.ndarray]
 
 
-def examples(config: Config, parts: Parts, questions: Sequence[Question]) -> list[Example]:
+def examples(
+    settings: AnswerSettings, respondent: LlavaRespondent, questions: Sequence[Question], schedule: Schedule
+) -> list[Example]:
     """Answers ``questions`` and looks at what ``generate`` kept of their first image at every stage."""
-    shown = []
+    shown, parts = [], respondent.parts
     for question in questions:
         if not question.record.images:
             continue
-        result = answer(config, parts, [question], config.schedule, None, trace=True)
+        result = answer(settings, respondent, [question], schedule, None, trace=True)
         prompt, picture = result.steps[0], load_image(question.record.images[0])
         tokens = range(parts.geometry.num_tokens(picture.size))
-        stages = [list(tokens), *(prompt.kept(drop)[0] for drop in range(len(config.schedule.layers)))]
+        stages = [list(tokens), *(prompt.kept(drop)[0] for drop in range(len(schedule.layers)))]
         kept = [patch_grid(parts.geometry, picture.size, stage) for stage in stages]
         text = result.predictions[0]
         seen = as_seen(parts.geometry, picture, parts.image_processor.image_mean)

@@ -162,7 +162,7 @@ def evaluate_config(config: Config) -> Result:
         raise ConfigError(f"{config.file}: data.eval: names no file with questions")
     with team_of(config, directory) as team:
         respondent = respondent_in(directory, config)
-        result = answer(config, respondent, questions, config.schedule, config.name, team)
+        result = answer(AnswerSettings.of(config), respondent, questions, config.schedule, config.name, team)
     if not team.first:
         return result
     asked = {
@@ -237,47 +237,59 @@ def load_questions(config: Config) -> list[Question]:
     return llava_json(config.data.eval, config.data.image_root)[: config.eval.limit]
 
 
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How the questions of a config are answered: on the device and in the half precision (None: none) that it trains
+    in. ``max_new_tokens`` is None where the questions say how many, ``limit`` where all are asked."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    batch_size: int
+    max_new_tokens: int | None
+    limit: int | None
+    seed: int
+    scorer: str
+
+    @classmethod
+    def of(cls, config: Config) -> AnswerSettings:
+        """What ``config`` says."""
+        given, section = config.train.arguments, config.eval
+        device = torch.device("cpu" if given.get("use_cpu") or not torch.cuda.is_available() else "cuda")
+        dtype = autocast_dtype(device, bool(given.get("bf16")), bool(given.get("fp16")))
+        asked = (section.batch_size, section.max_new_tokens, section.limit)
+        return cls(device, dtype, *asked, config.seed, section.scorer)
+
+    def options(self, respondent: Respondent, team: Team) -> dict[str, Any]:
+        """Arguments of `answer_all`; the model is moved to the device."""
+        respondent.hf.to(self.device)
+        return {"batch_size": self.batch_size, "dtype": self.dtype, "seed": self.seed, "team": team}
+
+
 def answer(
-    config: Config,
-    model: Parts | Respondent,
+    settings: AnswerSettings,
+    respondent: Respondent,
     questions: Sequence[Question],
     schedule: Schedule,
     label: str | None,
     team: Team = ALONE,
-    **options: Any,
+    trace: bool = False,
 ) -> Result:
-    """`evaluate` with the settings of ``config``, on the device and in the precision it trains in.
+    """`evaluate` with ``settings``.
 
     Args:
         label: text of the progress bar.
         team: the processes that share the questions.
-        options: arguments of `evaluate` that go before those of the config.
     """
-    respondent = respondent_of(model, config) if isinstance(model, Parts) else model
-    settings = settings_of(config, respondent, team) | {
-        "max_new_tokens": config.eval.max_new_tokens or MAX_NEW_TOKENS,
-        "scorer": config.eval.scorer,
-        "progress": label if team.first else None,
-    }
-    return evaluate(respondent, questions, schedule, **settings | options)
-
-
-def settings_of(config: Config, respondent: Respondent, team: Team) -> dict[str, Any]:
-    """Arguments of `answer_all` as ``config`` has them; the model is moved to where it trains."""
-    respondent.hf.to(device_of(config))
-    return {"batch_size": config.eval.batch_size, "dtype": dtype_of(config), "seed": config.seed, "team": team}
-
-
-def device_of(config: Config) -> torch.device:
-    """Where ``config`` trains."""
-    cuda = torch.cuda.is_available() and not config.train.arguments.get("use_cpu")
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def dtype_of(config: Config) -> torch.dtype | None:
-    """The half precision that ``config`` trains in; None: none."""
-    asked = config.train.arguments
-    return autocast_dtype(device_of(config), bool(asked.get("bf16")), bool(asked.get("fp16")))
+    return evaluate(
+        respondent,
+        questions,
+        schedule,
+        settings.scorer,
+        trace,
+        max_new_tokens=settings.max_new_tokens or MAX_NEW_TOKENS,
+        progress=label if team.first else None,
+        **settings.options(respondent, team),
+    )
 
 
 def respondent_of(parts: Parts, config: Config) -> LlavaRespondent:

@@ -22,7 +22,15 @@ from llava_pdrop.checkpoint.grow import grow_decoder, grow_projector
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError
-from llava_pdrop.eval.evaluate import DROPPING, VANILLA, Result, answer, load_questions
+from llava_pdrop.eval.evaluate import (
+    DROPPING,
+    VANILLA,
+    AnswerSettings,
+    Result,
+    answer,
+    load_questions,
+    respondent_of,
+)
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.page import write_json
@@ -210,4 +218,4 @@ def train_arm(run: Config, seconds: float) -> dict[str, Any]:
 
 def score(run: Config, parts: Parts, questions: Sequence[Question]) -> Result:
     """Answers ``questions`` with the schedule of ``run``."""
-    return answer(run, parts, questions, run.schedule, None)
+    return answer(AnswerSettings.of(run), respondent_of(parts, run), questions, run.schedule, None)

@@ -15,7 +15,7 @@ from llava_pdrop.eval.answering import answer_all
 from llava_pdrop.eval.benchmarks import BENCHMARKS, BY_NAME
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.files import ROOT
-from llava_pdrop.eval.evaluate import DROPPING, VANILLA, dtype_of, finished, respondent_in, settings_of
+from llava_pdrop.eval.evaluate import DROPPING, VANILLA, AnswerSettings, finished, respondent_in
 from llava_pdrop.eval.kept import HOME, Kept, model_facts, questions_digest
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import Respondent, is_ours
@@ -106,7 +106,7 @@ def columns_of(config: Config, own: str, layers: int) -> dict[str, Schedule]:
 
 
 def measure(
-    config: Config,
+    settings: AnswerSettings,
     respondent: Respondent,
     loaded: Mapping[Benchmark, Sequence[Question]],
     columns: Mapping[str, Schedule],
@@ -129,7 +129,7 @@ def measure(
     scores, facts = list[Score](), model_facts(model or directory) if loaded else {}
     for benchmark, questions in loaded.items():
         for column, schedule in columns.items():
-            asked = _Asked(config, benchmark, questions, column, schedule, directory, facts)
+            asked = _Asked(settings, benchmark, questions, column, schedule, directory, facts)
             score = _measure_one(asked, respondent, team, paper.get(column, {}))
             scores += [] if score is None else [score]
     return paired(scores)
@@ -139,7 +139,7 @@ def measure(
 class _Asked:
     """The questions of one benchmark, to be answered with one schedule."""
 
-    config: Config
+    settings: AnswerSettings
     benchmark: Benchmark
     questions: Sequence[Question]
     column: str
@@ -149,7 +149,7 @@ class _Asked:
 
     @property
     def max_new_tokens(self) -> int:
-        return self.config.eval.max_new_tokens or self.benchmark.max_new_tokens
+        return self.settings.max_new_tokens or self.benchmark.max_new_tokens
 
     def kept(self, respondent: Respondent) -> Kept:
         """Where the answers lie."""
@@ -159,10 +159,10 @@ class _Asked:
             "model": self.model,
             "ends": [respondent.ends, list(respondent.stops)],
             "schedule": self.schedule.to_dict(),
-            "seed": self.config.seed if self.schedule.ranker == "random" else None,
+            "seed": self.settings.seed if self.schedule.ranker == "random" else None,
             "prompt": respondent.text(self.questions[0]),
             "max_new_tokens": self.max_new_tokens,
-            "dtype": str(dtype_of(self.config)),
+            "dtype": str(self.settings.dtype),
         }
         return Kept(self.directory / HOME / self.benchmark.name, self.column, facts)
 
@@ -174,7 +174,7 @@ def _measure_one(asked: _Asked, respondent: Respondent, team: Team, reported: Ma
         respondent,
         questions,
         asked.schedule,
-        **settings_of(asked.config, respondent, team),
+        **asked.settings.options(respondent, team),
         max_new_tokens=asked.max_new_tokens,
         progress=f"{benchmark.name} ({asked.column})" if team.first else None,
         known=kept.read(),
@@ -189,7 +189,7 @@ def _measure_one(asked: _Asked, respondent: Respondent, team: Team, reported: Ma
     if benchmark.upload is not None:
         texts = [answer.text for answer in found.answers]
         files.append(benchmark.upload(questions, texts, kept.directory, asked.column))
-    score = beside_paper(replace(score, files=files), asked.config, reported)
+    score = beside_paper(replace(score, files=files), asked.settings.limit, reported)
     kept.score({key: value for key, value in as_json(score).items() if key != "against"})  # which the table has
     return score
 
@@ -213,7 +213,7 @@ def measure_config(config: Config) -> list[Score]:
         layers = respondent.hf.config.get_text_config().num_hidden_layers
         columns = columns_of(config, own, layers)
         paper = {own: config.paper.scores} if config.paper else {}
-        found = measure(config, respondent, loaded, columns, directory, team, paper)
+        found = measure(AnswerSettings.of(config), respondent, loaded, columns, directory, team, paper)
     if team.first:
         file = table.write(found, directory, f"{config.name}: benchmarks")
         table.show(found, f"{config.name}: benchmarks")

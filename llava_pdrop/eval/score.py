@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from llava_pdrop.config.schema import Config
 from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import image_tokens_of
@@ -120,10 +119,11 @@ def interval_of(
     return draws, interval(draws, len(set(units)), benchmark.best)
 
 
-def beside_paper(score: Score, config: Config, reported: Mapping[str, float]) -> Score:
-    """The score with what the paper has, ``reported`` by title, if that is about the same questions."""
+def beside_paper(score: Score, limit: int | None, reported: Mapping[str, float]) -> Score:
+    """The score with what the paper has, ``reported`` by title, if that is about the same questions:
+    the same split, and no ``limit`` of them."""
     row = score.benchmark
-    of_paper = config.eval.limit is None and score.split == (row.paper_split or row.split)
+    of_paper = limit is None and score.split == (row.paper_split or row.split)
     found = next((reported[name] for name in (row.title, *row.aliases) if name in reported), None)
     return replace(score, paper=found) if of_paper else score
 

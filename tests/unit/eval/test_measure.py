@@ -14,6 +14,7 @@ from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.benchmarks import BENCHMARKS
 from llava_pdrop.eval.benchmarks.base import Benchmark
+from llava_pdrop.eval.evaluate import AnswerSettings
 from llava_pdrop.eval.measure import _Asked, chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.rules.grades import Grade, means
@@ -94,7 +95,9 @@ def test_all_that_answers_depend_on_has_a_directory_of_its_own(tiny_config, tmp_
     def kept(prompt="p", end=2, model="m", words=()):
         respondent = SimpleNamespace(text=lambda question: prompt, ends=[end], stops=())
         config = load_config(file, list(words))
-        return _Asked(config, TOY, QUESTIONS, "c", config.schedule, tmp_path, {"weights": model}).kept(respondent)
+        return _Asked(
+            AnswerSettings.of(config), TOY, QUESTIONS, "c", config.schedule, tmp_path, {"weights": model}
+        ).kept(respondent)
 
     own = {"prompt": {"prompt": "q"}, "ends": {"end": 3}, "model": {"model": "n"}}.get(word, {"words": [word]})
     assert kept().directory == kept().directory != kept(**own).directory
@@ -125,13 +128,13 @@ def test_the_second_column_is_compared_in_pairs():
 def test_the_paper_stands_only_beside_what_it_is_about(tiny_config):
     config = load_config(tiny_config())
     reported = {"Toy": 70.0}
-    other_split = beside_paper(score(), config, reported)
+    other_split = beside_paper(score(), config.eval.limit, reported)
     assert other_split.paper is None
     assert row_of(other_split)["difference"] == "(paper: test)"
-    alike = beside_paper(score(benchmark=replace(TOY, paper_split="")), config, reported)
+    alike = beside_paper(score(benchmark=replace(TOY, paper_split="")), config.eval.limit, reported)
     assert alike.paper == 70.0 and row_of(alike)["difference"] == "+5.0"
     limited = replace(config, eval=replace(config.eval, limit=3))
-    assert beside_paper(score(benchmark=replace(TOY, paper_split="")), limited, reported).paper is None
+    assert beside_paper(score(benchmark=replace(TOY, paper_split="")), limited.eval.limit, reported).paper is None
 
 
 def test_unread_pictures_stay_in_the_denominator():
