@@ -1,8 +1,8 @@
-"""How often a command hands its configuration on: Python calls with a `Config`, or a section of one, among their
-arguments. A config that is checked once and handed down as what was checked is handed on less often than one that every
-room checks anew, so this number is to fall.
+"""How often a command hands its configuration on: Python calls with a `Config`, a section of one, or a `Checked` run
+among their arguments. A config that is checked once and handed down as what was checked is handed on less often than
+one that every room checks anew, so this number is to fall.
 
-    python playground/config_calls.py CONFIG [section.key=value ...] [--command train|compare] [--show 15]
+    python playground/config_calls.py CONFIG [section.key=value ...] [--command train|compare|ablate] [--show 15]
 
 runs the command in this process (give it a small run and another ``output_dir``) and prints the calls, the functions
 called, and those called most often. Methods that dataclasses generate are not counted, nor are
@@ -15,10 +15,12 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
-from importlib import import_module
 from types import FrameType
 from typing import Any
 
+from llava_pdrop.compare.ablate import ablate, plan
+from llava_pdrop.compare.compare import compare
+from llava_pdrop.compare.variants import load_ablation
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import (
     AblationFile,
@@ -30,12 +32,17 @@ from llava_pdrop.config.schema import (
     ModelSection,
     TrainSection,
 )
+from llava_pdrop.train.checks import Checked
+from llava_pdrop.train.run import train
 
-KINDS = (Config, AblationFile, ModelSection, DataSection, TrainSection, LoraSection, EvalSection, CompareSection)
-COMMANDS = {
-    "train": ("llava_pdrop.train.run", "train"),
-    "compare": ("llava_pdrop.compare.compare", "compare"),
+SECTIONS = (ModelSection, DataSection, TrainSection, LoraSection, EvalSection, CompareSection)
+KINDS = (Config, Checked, AblationFile, *SECTIONS)
+COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
+    "train": (load_config, train),
+    "compare": (load_config, compare),
+    "ablate": (load_ablation, lambda ablation: ablate(ablation, plan(ablation))),
 }
+"""Command -> (what reads its file, what does its work)."""
 
 
 def counted(function: Callable[[Any], Any], config: Any) -> Counter[str]:
@@ -67,8 +74,8 @@ def main() -> None:
     parser.add_argument("--command", choices=COMMANDS, default="train")
     parser.add_argument("--show", type=int, default=15, metavar="N", help="functions to name")
     args = parser.parse_args()
-    module, name = COMMANDS[args.command]
-    calls = counted(getattr(import_module(module), name), load_config(args.config, args.overrides))
+    load, work = COMMANDS[args.command]
+    calls = counted(work, load(args.config, args.overrides))
     print(f"{args.command}: {sum(calls.values())} calls of {len(calls)} functions")
     for function, count in calls.most_common(args.show):
         print(f"{count:6}  {function}")

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
     path = Path(args.config)
     config = load_config(path / RUN_FILE if path.is_dir() else path, args.overrides)
-    check_name(config, "model.template", config.model.template, TEMPLATES)
+    check_name(config.file, "model.template", config.model.template, TEMPLATES)
     out = Path(args.out) if args.out else Path(config.output_dir) / "doctor"
     encoder = None if args.no_tokens else make_encoder(config, args.tokenizer)
     geometry = encoder.geometry if encoder else geometry_of_config(config, needed=False)

@@ -38,8 +38,8 @@ from llava_pdrop.report.console import say
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.page import Block, Note, Page, Picture, Table
 from llava_pdrop.runtime.device import release_memory
-from llava_pdrop.train.checks import check_run
-from llava_pdrop.train.run import prepare_data, train
+from llava_pdrop.train.checks import checked
+from llava_pdrop.train.run import prepare_data, train_checked
 
 ABLATION_FILE, RESULTS_FILE, PICTURE_FILE = "ablation.md", "ablation.json", "ablation.png"
 
@@ -76,9 +76,7 @@ def ablate(ablation: Ablation, rows: Sequence[VariantRow]) -> list[VariantRow] |
         Preempted: a signal said stop; the same call goes on.
     """
     configs = [variant.config for variant in ablation.variants]
-    if ablation.checkpoint is None:
-        for config in configs:
-            check_run(config)
+    runs = [checked(config) for config in configs] if ablation.checkpoint is None else []
     for config in configs:
         prepare_data(config)
         exam = Exam.of(config)
@@ -87,9 +85,9 @@ def ablate(ablation: Ablation, rows: Sequence[VariantRow]) -> list[VariantRow] |
     if ablation.checkpoint is not None:
         return _of_checkpoint(ablation, ablation.checkpoint, rows, exam)
     scores = list[tuple[Score, ...]]()
-    for number, row in enumerate(rows, 1):
+    for number, (row, run) in enumerate(zip(rows, runs), 1):
         say(f"variant {number} of {len(rows)}: {row.name}")
-        train(row.config)
+        train_checked(run)
         if row.config.data.eval is not None:
             evaluate_config(row.config)
             release_memory()

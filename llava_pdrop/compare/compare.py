@@ -6,11 +6,8 @@ model with schedules that it was not trained with (``compare.training_free``).
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -28,18 +25,16 @@ from llava_pdrop.eval.score import as_json, paired
 from llava_pdrop.eval.scores import refuse_unread, show
 from llava_pdrop.eval.team import team_of
 from llava_pdrop.report.console import say
-from llava_pdrop.report.environment import commit, package_version, processor
+from llava_pdrop.report.environment import environment
 from llava_pdrop.report.page import Block, Note, Page, Picture, Table
 from llava_pdrop.runtime.device import release_memory
-from llava_pdrop.train.checks import check_run
+from llava_pdrop.train.checks import checked
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, timing_of
-from llava_pdrop.train.run import prepare_data, train
+from llava_pdrop.train.run import prepare_data, train_checked
 
 COMPARISON_FILE, RESULTS_FILE = "report.md", "results.json"
 EXAMPLES = 6
 """Held-out pictures shown with the image tokens that survive."""
-
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "Pillow")
 
 
 def compare(config: Config) -> Path:
@@ -56,7 +51,7 @@ def compare(config: Config) -> Path:
         raise ConfigError(
             f"{config.file}: eval.training_free: compare measures all of compare.training_free: leave the word out"
         )
-    check_run(config)
+    whole = checked(config)
     prepare_data(config)
     exam = Exam.of(config)
     for line in missing_lines(config):
@@ -64,8 +59,8 @@ def compare(config: Config) -> Path:
     out = Path(config.output_dir)
     runs = {VANILLA: _subrun(config.vanilla(), VANILLA)} if config.compare.vanilla else {}
     runs[DROPPING] = _subrun(config, DROPPING)
-    for run in runs.values():
-        train(run)
+    for run in [whole.variant(run) for run in runs.values()]:
+        train_checked(run)
     found = evaluated_runs(config, runs, exam)
     if found is None:
         return out / COMPARISON_FILE
@@ -149,7 +144,7 @@ def page_of(config: Config, rows: Sequence[VariantRow], shown: Sequence[Example]
     facts = {
         "name": config.name,
         "seed": config.seed,
-        "rows": [_facts(row) for row in rows],
+        "rows": [{**row.facts(), **(row.evaluation or {})} for row in rows],
         "benchmarks": [as_json(score) for score in paired([score for row in rows for score in row.scores])],
     }
     return Page(f"{config.name}: vanilla and PyramidDrop", blocks, facts)
@@ -158,28 +153,16 @@ def page_of(config: Config, rows: Sequence[VariantRow], shown: Sequence[Example]
 def settings(config: Config, rows: Sequence[VariantRow]) -> dict[str, str]:
     """What was trained, by what, and where."""
     arguments = {**config.train.arguments, "seed": config.seed}
-    machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    versions = [f"{name} {package_version(name)}" for name in PACKAGES]
+    where = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.seed)
     return {
         "config": f"`{config.file or config.name}`",
         "schedule": ", ".join(f"{name} `{value}`" for name, value in config.schedule.to_dict().items()),
         "steps": ", ".join(f"{row.name} {row.timing.steps}" for row in rows if row.timing),
         "training": ", ".join(f"{name} `{value}`" for name, value in sorted(arguments.items())),
         "runs": ", ".join(f"`{Path(row.config.output_dir).name}`" for row in rows if row.timing),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else machine,
-        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "commit": commit() or "not a git checkout",
-        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **{name: str(value) for name, value in where.items() if value is not None},
     }
 
 
 def _subrun(config: Config, name: str) -> Config:
     return replace(config, name=f"{config.name}/{name}", output_dir=str(Path(config.output_dir) / name))
-
-
-def _facts(row: VariantRow) -> dict[str, object]:
-    facts, found = {**row.facts(), "schedule": row.schedule.to_dict()}, row.evaluation
-    if found is None:
-        return facts
-    own = {key: found[key] for key in ("accuracy", "chance", "questions", "image_tokens")}
-    return {**facts, **own, "eval_seconds": found["seconds"]}

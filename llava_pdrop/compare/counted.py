@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.checkpoint.build import Parts, build_parts
 from llava_pdrop.compare.rows import VariantRow
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import predicted_reduction
 from llava_pdrop.cost.lora import learning
+from llava_pdrop.cost.nominal import recomputes
+from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.images import image_size
+from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.train.arguments import recomputes_activations
 from llava_pdrop.train.checks import tried_arguments
 from llava_pdrop.train.run import build_dataset, build_plan
 from llava_pdrop.types import ImageInput, PackedBatch, Sample
@@ -32,41 +34,48 @@ class RunBatches:
     batches: list[PackedBatch]
     hf: Any
     geometry: ImageGeometry
-    recomputes: bool
+
+    @classmethod
+    def of(cls, parts: Parts, dataset: ConversationDataset, plan: BatchPlan, steps: Iterable[int]) -> RunBatches:
+        """Those of ``steps`` in the first epoch of ``plan``."""
+        size, made = plan.gradient_accumulation, plan.micro_batches(0)
+
+        def sample(index: int) -> Sample:
+            record = dataset.records[index]
+            images = [ImageInput(torch.empty(0), image_size(path)) for path in record.images]
+            return dataset.encoder.train(record, images)
+
+        wanted = [batch for step in steps for batch in made[step * size : (step + 1) * size]]
+        batches = [PackedBatch.pack([sample(index) for index in batch]) for batch in wanted]
+        return cls(batches, parts.hf.config, parts.geometry)
+
+    def saved_by(self, config: Config) -> float:
+        """Share of the operations without drops that the run ``config`` saves on them."""
+        section, schedule = config.train, config.schedule
+        options = (learning(config), recomputes(section.arguments), section.recompute_layers)
+        return predicted_reduction(self.hf, self.batches, schedule, self.geometry, *options)
 
 
 def with_predictions(rows: Sequence[VariantRow]) -> list[VariantRow]:
     """Adds to every trained row with drops what the operations of its batches save: those of the steps that were timed,
     else those of the first steps of the run. Rows with the same data, one after the other, read them once."""
-    known, found, completed = None, None, []
+    asked, found, completed = None, None, []
     for row in rows:
         if row.timing is not None and row.schedule.layers:
-            config, steps = row.config, row.saving.steps if row.saving else ()
-            asked = replace(config, name="", output_dir="", pyramid_drop=None, pretrain=None, paper=None), steps
-            if found is None or asked != known:
-                known, found = asked, batches_of(config, steps)
-            options = (learning(config), found.recomputes, config.train.recompute_layers)
-            predicted = predicted_reduction(found.hf, found.batches, config.schedule, found.geometry, *options)
+            predicted, config = row.saving.predicted if row.saving else None, row.config
+            if predicted is None:
+                alike = replace(config, name="", output_dir="", pyramid_drop=None, pretrain=None, paper=None)
+                if found is None or alike != asked:
+                    asked, found = alike, first_batches(config)
+                predicted = found.saved_by(config)
             row = replace(row, predicted=predicted)
         completed.append(row)
     return completed
 
 
-def batches_of(config: Config, steps: Sequence[int]) -> RunBatches:
-    """The micro-batches of the finished run ``config`` in ``steps`` of its first epoch, without any in the first
-    `STEPS_COUNTED`."""
-    parts = build_parts(path=config.output_dir)
-    args, dataset = tried_arguments(config), build_dataset(config, parts)
-    size, made = args.gradient_accumulation_steps, build_plan(config, dataset, args).micro_batches(0)
-    first = range(STEPS_COUNTED if args.max_steps <= 0 else min(args.max_steps, STEPS_COUNTED))
-
-    def sample(index: int) -> Sample:
-        record = dataset.records[index]
-        return dataset.encoder.train(record, [ImageInput(torch.empty(0), image_size(path)) for path in record.images])
-
-    batches = [
-        PackedBatch.pack([sample(index) for index in batch])
-        for step in steps or first
-        for batch in made[step * size : (step + 1) * size]
-    ]
-    return RunBatches(batches, parts.hf.config, parts.geometry, recomputes_activations(args))
+def first_batches(config: Config) -> RunBatches:
+    """The micro-batches of the first `STEPS_COUNTED` steps of the finished run ``config``."""
+    parts, args = build_parts(path=config.output_dir), tried_arguments(config)
+    dataset = build_dataset(config, parts)
+    steps = STEPS_COUNTED if args.max_steps <= 0 else min(args.max_steps, STEPS_COUNTED)
+    return RunBatches.of(parts, dataset, build_plan(config, dataset, args), range(steps))

@@ -61,7 +61,7 @@ def evaluated(
             seconds = result.seconds if settings.device.type == "cuda" else result.cpu_seconds
             row = replace(
                 row,
-                evaluation={"scorer": settings.scorer, **result.facts(), "seconds": result.seconds},
+                evaluation={"scorer": settings.scorer, **result.facts(), "eval_seconds": result.seconds},
                 answer_seconds=seconds / len(questions),
                 answer_device=settings.device.type,
             )

@@ -36,6 +36,7 @@ class Saving:
         pairs: what every pair of steps saved.
         steps: of the run, whose batches were timed: optimizer steps of its first epoch from 0 on.
         on_cpu: by CPU seconds of one thread, otherwise between CUDA events.
+        predicted: share of the operations of these steps.
         reason: why no turns were taken.
     """
 
@@ -44,6 +45,7 @@ class Saving:
     pairs: tuple[float, ...] = ()
     steps: tuple[int, ...] = ()
     on_cpu: bool = True
+    predicted: float | None = None
     reason: str | None = None
 
     @classmethod
@@ -75,7 +77,7 @@ class VariantRow:
         plan: of a picture that fills every tile.
         timing: of its training.
         hours: device hours, those of stage 1 included where its directory is found.
-        evaluation: ``scorer``, ``accuracy``, ``chance``, ``questions`` and ``image_tokens`` per question.
+        evaluation: on ``data.eval``, with the keys of `EVALUATION_FILE`.
         answer_seconds: of an answer, on ``answer_device``.
         predicted: share of the operations of a training step without drops that is saved; where nothing is trained, of
             those of the prompt.
@@ -131,6 +133,7 @@ class VariantRow:
         """What all reports tell programs of a row; shares between 0 and 1."""
         return {
             "name": self.name,
+            "schedule": self.schedule.to_dict(),
             "timing": asdict(self.timing) if self.timing else None,
             "seconds": self.seconds,
             "device": self.device,

@@ -18,12 +18,14 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from llava_pdrop.checkpoint.shards import read_json
+from llava_pdrop.compare.counted import RunBatches
 from llava_pdrop.compare.rows import Saving, VariantRow
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.errors import UserError, first_line
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.report.console import say
 from llava_pdrop.runtime.clock import no_garbage_collection, quartiles
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
@@ -32,7 +34,7 @@ from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.arguments import on_cpu, training_arguments
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.optim import PARTS
-from llava_pdrop.train.run import build_dataset, build_plan, learning_model, say
+from llava_pdrop.train.run import build_dataset, build_plan, learning_model
 from llava_pdrop.train.trainer import PyramidTrainer
 
 PAIRS, WARMUP = 10, 2
@@ -74,11 +76,12 @@ def saving(directory: Path, device: str, before: float, after: float) -> Saving:
         directory: of the finished run with dropping, trained on ``device`` (``cpu`` or ``cuda``).
         before, after: seconds of the median step, without and with dropping, of the runs.
     """
-    reason = why_no_turns(directory, device)
+    config = load_config(directory / RUN_FILE)
+    reason = why_no_turns(directory, device, "cpu" if on_cpu(config) else "cuda")
     if reason is None:
         say(f"timing: vanilla and PyramidDrop take turns, up to {PAIRS} steps each")
         try:
-            return take_turns(load_config(directory / RUN_FILE))
+            return take_turns(config)
         except IMPOSSIBLE as error:
             reason = f"taking turns was not possible: {first_line(error)}"
         finally:
@@ -87,12 +90,11 @@ def saving(directory: Path, device: str, before: float, after: float) -> Saving:
     return Saving.one_after_the_other(before, after, reason)
 
 
-def why_no_turns(directory: Path, device: str) -> str | None:
-    """Why steps cannot be timed here as they were made in the run; None where they can."""
+def why_no_turns(directory: Path, device: str, here: str) -> str | None:
+    """Why steps cannot be timed on ``here`` as they were made in the run, on ``device``; None where they can."""
     trained, now = int(read_json(directory / FINISHED_FILE).get("processes", 1)), number_of_processes()
     if max(trained, now) > 1:
         return f"turns are taken by a run of one process, and this one had {trained}, now {now}"
-    here = "cpu" if on_cpu(load_config(directory / RUN_FILE)) else "cuda"
     return None if here == device else f"the runs were trained on {device}, and this machine would take {here}"
 
 
@@ -141,7 +143,8 @@ def take_turns(config: Config, pairs: int = PAIRS, warmup: int = WARMUP) -> Savi
     key = "step_cpu_seconds" if cpu else "step_seconds"
     seconds = [row[key] for row in trainer.state.log_history if "loss" in row]
     vanilla, dropping = ([seconds[step] for step in turns.taken[arm][warmup:]] for arm in (0, 1))
-    return saving_of_pairs(vanilla, dropping, counted, cpu)
+    predicted = RunBatches.of(parts, dataset, plan, counted).saved_by(config)
+    return replace(saving_of_pairs(vanilla, dropping, counted, cpu), predicted=predicted)
 
 
 @contextmanager

@@ -155,10 +155,10 @@ def _config_json(entry: str) -> dict[str, Any] | None:
     return content
 
 
-def check_name(config: Config, key: str, name: str, known: Iterable[str]) -> None:
-    """Raises `ConfigError` if ``name``, the value of ``key``, is none of ``known``."""
+def check_name(file: str, key: str, name: str, known: Iterable[str]) -> None:
+    """Raises `ConfigError` if ``name``, the value of ``key`` in the config ``file``, is none of ``known``."""
     known = sorted(known)
     if name not in known:
         raise ConfigError(
-            f"{config.file}: unknown {key} {name!r}: choose one of {known}{did_you_mean(name, known, cutoff=0.3)}"
+            f"{file}: unknown {key} {name!r}: choose one of {known}{did_you_mean(name, known, cutoff=0.3)}"
         )

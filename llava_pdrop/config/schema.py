@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from llava_pdrop.config.values import at_least, build_schedule, convert
@@ -277,7 +278,7 @@ class Config:
                 "lora", "lora trains the language_model, which model.trainable leaves out: add it, or lora=null"
             )
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """The dropping schedule; the empty one for a vanilla run."""
         return self.pyramid_drop or Schedule()

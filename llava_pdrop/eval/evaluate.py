@@ -143,7 +143,7 @@ def chance_of(golds: Sequence[str]) -> float:
 
 def check_scorer(config: Config) -> None:
     """Raises `ConfigError` if ``eval.scorer`` is unknown."""
-    check_name(config, "eval.scorer", config.eval.scorer, SCORERS)
+    check_name(config.file, "eval.scorer", config.eval.scorer, SCORERS)
 
 
 def evaluate_config(config: Config) -> Result:
@@ -300,7 +300,7 @@ def respondent_of(parts: Parts, config: Config) -> LlavaRespondent:
     """
     name = config.model.template
     if name != CHAT:
-        check_name(config, "model.template", name, TEMPLATES)
+        check_name(config.file, "model.template", name, TEMPLATES)
     return LlavaRespondent(parts, None if name == CHAT else TEMPLATES[name])
 
 

@@ -32,13 +32,14 @@ from llava_pdrop.eval.evaluate import (
     respondent_of,
 )
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.report.console import say
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.page import write_json
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
 from llava_pdrop.train.checkpoints import newest_whole
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, timing_of
-from llava_pdrop.train.run import load_parts, prepare_data, say, train
+from llava_pdrop.train.run import load_parts, prepare_data, train
 
 SHIPPED = Path("data/tiny")
 """Where the small decoder and projector lie, below the checkout, in which the program is started."""

@@ -67,7 +67,7 @@ def on_cpu(config: Config) -> bool:
 
 
 def training_arguments(config: Config) -> TrainingArguments:
-    """The Trainer's arguments of a run that `llava_pdrop.train.checks.check_run` found nothing wrong with. Takes a
+    """The Trainer's arguments of a run that `llava_pdrop.train.checks.checked` found nothing wrong with. Takes a
     device, joins the other processes, and sets what DeepSpeed and the services of ``report_to`` read."""
     arguments = given_arguments(config)
     if arguments.get("bf16") != config.train.arguments.get("bf16"):
@@ -92,7 +92,7 @@ def training_arguments(config: Config) -> TrainingArguments:
         deepspeed.init_distributed("gloo")
     if args.fsdp:
         prepare_fsdp(args)
-    prepare_reporting(config, args)
+    prepare_reporting(args)
     return args
 
 
@@ -144,15 +144,15 @@ def peak_of(args: TrainingArguments) -> float | None:
     return peak_flops(args.device, dtype)[0]
 
 
-def prepare_reporting(config: Config, args: TrainingArguments) -> None:
+def prepare_reporting(args: TrainingArguments) -> None:
     """Lets the services that ``report_to`` names start without asking anything: W&B writes to the disk (offline) where
     it has no key, and what is not said in its environment variables belongs to this project and this run, to nobody."""
     if "tensorboard" in args.report_to:
-        _set_default("TENSORBOARD_LOGGING_DIR", str(Path(config.output_dir) / "tensorboard"))
+        _set_default("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
     if "wandb" in args.report_to:
-        _end_earlier_wandb_run(config.name)
+        _end_earlier_wandb_run(args.run_name)
         _set_default("WANDB_PROJECT", "llava_pdrop")
-        _set_default("WANDB_DIR", config.output_dir)
+        _set_default("WANDB_DIR", args.output_dir)
         Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
         if "WANDB_MODE" not in os.environ and not _has_wandb_key():
             os.environ["WANDB_MODE"] = "offline"

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,8 +38,30 @@ from llava_pdrop.train.arguments import given_arguments, recomputes_activations
 from llava_pdrop.train.history import FINISHED_FILE
 
 
-def check_run(config: Config) -> None:
-    """Checks names, paths and training arguments of ``config`` and of its stage 1.
+@dataclass(frozen=True)
+class Checked:
+    """A run in which nothing was found wrong, as far as that can be seen before data and model are read; and its stage
+    1. ``finished``: ``output_dir`` holds a finished run, which is used as it is wherever it was made, so that neither
+    the directory nor the training arguments were looked at."""
+
+    config: Config
+    stage1: Checked | None = None
+    finished: bool = False
+
+    def variant(self, config: Config) -> Checked:
+        """The run ``config``, which differs in name, place and schedule only: its drops are those of this run, or none.
+
+        Raises:
+            ConfigError: its ``output_dir`` cannot be written to.
+        """
+        finished = holds_a_run(config.output_dir)
+        if not finished:
+            check_output(config)
+        return replace(self, config=config, finished=finished or self.finished)
+
+
+def checked(config: Config) -> Checked:
+    """Checks names, paths and training arguments of ``config`` and of its stage 1, once for all that is done with it.
 
     Raises:
         ConfigError: one line with file, key and remedy.
@@ -49,17 +72,22 @@ def check_run(config: Config) -> None:
         raise ConfigError(f"{config.file}: {error}") from None
     check_paths(config)
     check_decoder_type(config)
-    check_name(config, "model.template", config.model.template, TEMPLATES)
+    check_name(config.file, "model.template", config.model.template, TEMPLATES)
     if config.data.format is not None:
-        check_name(config, "data.format", config.data.format, READERS)
+        check_name(config.file, "data.format", config.data.format, READERS)
     check_bits(config)
     check_reporting(config)
-    if not (Path(config.output_dir) / FINISHED_FILE).is_file():  # that one is used as it is, wherever it was made
+    finished = holds_a_run(config.output_dir)
+    if not finished:
         check_output(config)
         check_arguments(config)
     first = stage1_config(config)
-    if first is not None:
-        check_run(first)
+    return Checked(config, None if first is None else checked(first), finished)
+
+
+def holds_a_run(directory: str) -> bool:
+    """Whether a run in ``directory`` came to its end."""
+    return (Path(directory) / FINISHED_FILE).is_file()
 
 
 def check_decoder_type(config: Config) -> None:

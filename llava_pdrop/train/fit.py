@@ -30,9 +30,10 @@ SEE_PICTURES = {"projector", "vision_tower"}
 """Parts of the model that learn from pictures only."""
 
 
-def templates_of(config: Config, records: Records) -> list[str]:
-    """Names of the conversation templates that the records of a run are written in."""
-    return list(dict.fromkeys(part.template or config.model.template for part in records.parts))
+def templates_of(template: str, records: Records) -> list[str]:
+    """Names of the conversation templates that the records of a run are written in: where they name none, its own
+    ``template``."""
+    return list(dict.fromkeys(part.template or template for part in records.parts))
 
 
 def check_templates(config: Config, records: Records, tokenizer: Any) -> list[str]:
@@ -45,7 +46,7 @@ def check_templates(config: Config, records: Records, tokenizer: Any) -> list[st
         ConfigError: a mark that must be one token is several: the model would learn to write its letters.
     """
     lines = []
-    for name in templates_of(config, records):
+    for name in templates_of(config.model.template, records):
         key = (
             f"{config.file}: model.template"
             if name == config.model.template
@@ -112,23 +113,13 @@ def shows_before_a_label(encoder: Encoder, record: Record) -> bool:
     return any((sample.labels[stop:] != IGNORE_INDEX).any() for _, stop in sample.image_spans)
 
 
-def make_servable(generation: Any, config: Config, records: Records, tokenizer: Any) -> None:
-    """What is saved of a run is served as it was trained: ``tokenizer`` gets the run's template as its chat template,
+def make_servable(generation: Any, template: str, records: Records, tokenizer: Any) -> None:
+    """What is saved of a run is served as it was trained: ``tokenizer`` gets the run's ``template`` as chat template,
     and the tokens that end an answer in any of its templates are among those at which ``generate`` stops; the base may
     know others only."""
-    for name in templates_of(config, records):
+    for name in templates_of(template, records):
         add_ends(generation, name, tokenizer)
-    tokenizer.chat_template = jinja_of(config.model.template)
-
-
-def check_fit(config: Config, text_config: Any, dataset: ConversationDataset) -> None:
-    """Raises at the first thing that the records ask for and the model cannot do, or the reverse.
-
-    Raises:
-        ConfigError: one line with file, key, record and remedy.
-    """
-    check_positions(config, text_config, dataset)
-    warn_of_rates(config)
+    tokenizer.chat_template = jinja_of(template)
 
 
 def positions_of(text_config: Any) -> int | None:

@@ -11,24 +11,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from llava_pdrop.checkpoint.build import Parts, build_parts, require_tokenizer
 from llava_pdrop.checkpoint.load import PROJECTOR_FILE
 from llava_pdrop.config.load import to_yaml
-from llava_pdrop.config.paths import check_name
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.clean_index import CleanIndex
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan
-from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError, first_line, naming
 from llava_pdrop.model.kernels import resolve
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.report.console import console, say
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.lock import owning
 from llava_pdrop.runtime.preemption import Preempted
@@ -37,8 +35,8 @@ from llava_pdrop.runtime.ranks import by_first_rank, engine_for_one_run
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.adapters import adapt
 from llava_pdrop.train.arguments import endless_warmup, learning_rates, total_steps, training_arguments
-from llava_pdrop.train.checks import check_arguments, check_run, stage1_config
-from llava_pdrop.train.fit import check_fit, check_learning, check_templates, make_servable
+from llava_pdrop.train.checks import Checked, check_arguments, checked
+from llava_pdrop.train.fit import check_learning, check_positions, check_templates, make_servable, warn_of_rates
 from llava_pdrop.train.history import (
     check_steps,
     checkpoint_to_resume,
@@ -59,8 +57,6 @@ SKIPPED_FILE = "skipped.jsonl"
 _prepared: set[tuple[str, ...]] = set()
 """Commands of ``data.prepare`` that this process has run."""
 
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
-
 
 def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Runs ``config`` to its end and returns ``output_dir``: an ordinary Hugging Face LLaVA directory (of a LoRA run
@@ -72,15 +68,21 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         ConfigError, MissingFileError, UserError: something named in the config is missing or impossible.
         Preempted: a signal said stop (see `llava_pdrop.runtime.preemption`).
     """
-    end_with_launcher()
-    check_run(config)
+    run = checked(config)
     prepare_data(config)
-    first = stage1_config(config)
-    if first is not None:
-        projector = str(Path(first.output_dir) / PROJECTOR_FILE)
+    return train_checked(run, callbacks)
+
+
+def train_checked(run: Checked, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """`train` of a run that was checked and whose data are there."""
+    end_with_launcher()
+    config = run.config
+    if run.stage1 is not None:
+        prepare_data(run.stage1.config)
+        projector = str(Path(run.stage1.config.output_dir) / PROJECTOR_FILE)
         config = replace(config, model=replace(config.model, projector=projector))
         why_outdated(config)  # raises before stage 1, not after it
-        train(first)
+        train_checked(run.stage1)
     output, stamp = Path(config.output_dir), digest(config)
     if is_finished(config, stamp):
         say(f"{config.name}: finished before with the same settings{made_elsewhere(config)}, using {output}")
@@ -90,14 +92,15 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     outdated = why_outdated(config)
     fresh = config.train.resume == "never" or (outdated is not None and config.train.resume == "auto")
 
-    console.rule(f"{config.name}  ->  {output}")
+    console().rule(f"{config.name}  ->  {output}")
     if outdated:
         say(f"{config.name}: trained again, because the finished run in {output} had {outdated}")
-    check_arguments(config)  # of a run that was finished once, too
+    if run.finished:  # before, but with other settings or files
+        check_arguments(config)
     with engine_for_one_run():
         args = training_arguments(config)
         watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
-        with owned_by_first_rank(config), watchdog.running():
+        with owned_by_first_rank(output, config.file), watchdog.running():
             complete = by_first_rank(lambda: is_finished(config, stamp))  # by the run that this one waited for
             complete = complete or train_watched(config, args, watchdog, stamp, fresh, callbacks)
     release_memory()
@@ -107,14 +110,15 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 
 
 @contextmanager
-def owned_by_first_rank(config: Config) -> Iterator[None]:
-    """No other run writes to ``output_dir`` as long as it lasts. Every rank comes here.
+def owned_by_first_rank(output: Path, file: str) -> Iterator[None]:
+    """No other run writes to ``output``, the ``output_dir`` of the config ``file``, as long as it lasts. Every rank
+    comes here.
 
     Raises:
         UserError: one does; on every rank.
     """
     with ExitStack() as stack:
-        mine = owning(Path(config.output_dir), f"{config.file}: output_dir", say)
+        mine = owning(output, f"{file}: output_dir", say)
         by_first_rank(lambda: stack.enter_context(mine))
         yield
 
@@ -150,7 +154,8 @@ def train_watched(
         # The others of a machine read what the first one leaves in the cache.
         dataset = build_dataset(config, parts)
     with watchdog.led_by(args.local_process_index == 0, "comparing data and model"):
-        check_fit(config, parts.hf.config.text_config, dataset)
+        check_positions(config, parts.hf.config.text_config, dataset)
+    warn_of_rates(config)
     plan = build_plan(config, dataset, args)
     if checkpoint:
         check_steps(config, checkpoint, total_steps(args, plan.steps))
@@ -172,7 +177,7 @@ def train_watched(
         trainer.add_callback(callback)
     trainable_table(model, trainer.learning_rates).show()
     if checkpoint:
-        console.print(f"resuming from {checkpoint}")
+        say(f"resuming from {checkpoint}")
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if result.global_step < trainer.state.max_steps:
@@ -256,12 +261,9 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
     model learns here, too, at which tokens ``generate`` will stop.
 
     Raises:
-        UserError: unknown template or format, or data that cannot be used, or do not fit the tokenizer or what learns.
+        UserError: data that cannot be used, or do not fit the tokenizer or what learns.
     """
     section, name = config.data, config.model.template
-    check_name(config, "model.template", name, TEMPLATES)
-    if section.format is not None:
-        check_name(config, "data.format", section.format, READERS)
     records = read_data(section.train, section.image_root, section.format, config.seed)
     for line in records.summary() if len(records.parts) > 1 else ():
         say(line)
@@ -271,7 +273,7 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
         say(f"data.index: {len(records):,} of {index.records:,} records are used")
     for line in check_templates(config, records, parts.tokenizer):
         say(line)
-    make_servable(parts.hf.generation_config, config, records, parts.tokenizer)
+    make_servable(parts.hf.generation_config, name, records, parts.tokenizer)
     dataset = ConversationDataset(
         records,
         Encoder(
@@ -330,7 +332,7 @@ def prepare_data(config: Config) -> None:
             time.sleep(1)
         return
     if missing:
-        console.print(f"preparing {missing[0]}: {' '.join(config.data.prepare)}")
+        say(f"preparing {missing[0]}: {' '.join(config.data.prepare)}")
     done = subprocess.run([sys.executable, *config.data.prepare], check=False)
     if done.returncode:
         raise UserError(
@@ -342,8 +344,3 @@ def prepare_data(config: Config) -> None:
                 f"{config.file}: {file} is not there, and data.prepare did not make it: correct the path"
             )
     _prepared.add(config.data.prepare)
-
-
-def say(line: str) -> None:
-    """Prints a line that must stay one line, and is no markup, on the first rank."""
-    console.print(line, soft_wrap=True, markup=False, highlight=False)

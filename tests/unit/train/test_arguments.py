@@ -68,7 +68,7 @@ def reporting(tiny_config, monkeypatch, tmp_path):
     config = load_config(tiny_config())
 
     def prepare(*services: str) -> dict[str, str]:
-        prepare_reporting(config, SimpleNamespace(report_to=list(services)))
+        prepare_reporting(SimpleNamespace(report_to=list(services), output_dir=config.output_dir, run_name=config.name))
         return {name: value for name, value in arguments.os.environ.items() if name.startswith(("WANDB", "TENSORB"))}
 
     prepare.config = config

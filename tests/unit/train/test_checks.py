@@ -27,8 +27,8 @@ from llava_pdrop.train.checks import (
     check_arguments,
     check_decoder_type,
     check_engine,
-    check_run,
     check_tf32,
+    checked,
     rotary_angles_are_a_product,
 )
 from llava_pdrop.train.history import FINISHED_FILE
@@ -223,7 +223,7 @@ def test_a_decoder_that_no_test_covers_is_refused_before_anything_is_loaded(tiny
     (tmp_path / "decoder" / "config.json").write_text(json.dumps({"model_type": kind, "num_hidden_layers": 4}))
     config = load_config(tiny_config(), [f"model.language_model={tmp_path / 'decoder'}"])
     with pytest.raises(ConfigError, match=says("model.language_model", kind, *COVERED)):
-        check_run(config)
+        checked(config)
 
 
 @pytest.mark.parametrize(("config", "said"), [
@@ -235,7 +235,7 @@ def test_a_decoder_that_no_test_covers_is_refused_before_anything_is_loaded(tiny
 def test_a_decoder_that_is_none_is_refused_before_it_is_loaded(tiny_config, tmp_path, config, said):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=says(str(tmp_path), *said)):
-        check_run(load_config(tiny_config(), [f"model.language_model={tmp_path}"]))
+        checked(load_config(tiny_config(), [f"model.language_model={tmp_path}"]))
 
 
 def test_positions_with_gaps_and_a_sliding_window_are_refused(tiny_config, tmp_path):
@@ -245,7 +245,7 @@ def test_positions_with_gaps_and_a_sliding_window_are_refused(tiny_config, tmp_p
     words = [f"model.language_model={tmp_path / 'decoder'}"]
     words += ["pyramid_drop.layers=[2]", "pyramid_drop.ratios=[0.5]", "pyramid_drop.positions=keep"]
     with pytest.raises(ConfigError, match=says("pyramid_drop.positions", "keep", "4096")):
-        check_run(load_config(tiny_config(), words))
+        checked(load_config(tiny_config(), words))
     for more in (["pyramid_drop.positions=renumber"], ["pyramid_drop.layers=[]", "pyramid_drop.ratios=[]"]):
         check_decoder_type(load_config(tiny_config(), words + more))
 
@@ -253,7 +253,7 @@ def test_positions_with_gaps_and_a_sliding_window_are_refused(tiny_config, tmp_p
 def test_a_transformers_that_nobody_tried_is_refused(tiny_config, monkeypatch):
     monkeypatch.setattr("transformers.__version__", "5.25.0")
     with pytest.raises(ConfigError, match=says("transformers", "5.25.0", NEWEST)):
-        check_run(load_config(tiny_config(), []))
+        checked(load_config(tiny_config(), []))
 
 
 @pytest.mark.parametrize("place", ["file", "file/below/it"])
@@ -278,13 +278,13 @@ def test_a_finished_stage_1_is_used_where_it_could_not_be_trained(tiny_config, t
     output = train(load_config(first))
     config = load_config(tiny_config("stage2", pretrain=f"{first} train.fsdp=true"))
     monkeypatch.setattr(os, "access", lambda path, mode: not path.startswith(str(output)))
-    check_run(config)
+    checked(config)
     again = load_config(first, ["train.fsdp=true", "train.resume=never"])
     with pytest.raises(ConfigError, match=says("stage1.yaml", "train.fsdp", "several processes")):
         train(again)
     (output / FINISHED_FILE).unlink()
     with pytest.raises(ConfigError, match=says("stage1.yaml", "output_dir", "written")):
-        check_run(config)
+        checked(config)
 
 
 def test_data_of_an_unknown_format_are_said_before_stage_1_too(tiny_config, tmp_path):

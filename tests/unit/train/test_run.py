@@ -23,7 +23,7 @@ from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.checkpoint.load import save_pretrained
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.errors import ConfigError, UserError
-from llava_pdrop.train.checks import stage1_config
+from llava_pdrop.train.checks import checked, stage1_config
 from llava_pdrop.train.history import digest
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.run import build_dataset, kernels_in_use, load_parts, train
@@ -292,9 +292,8 @@ def test_a_model_without_tokenizer_is_named(tiny_config, tiny_files, tmp_path):
 
 
 def test_formats_are_checked(load):
-    config = load("data.format=josn")
     with pytest.raises(ConfigError, match=says("data.format", "'josn'", meant("jsonl"))):
-        build_dataset(config, load_parts(config))
+        checked(load("data.format=josn"))
 
 
 def test_a_changed_part_is_another_run(load, tmp_path):
