@@ -18,7 +18,7 @@ from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.train.checks import tried_arguments
+from llava_pdrop.train.arguments import tried_arguments
 from llava_pdrop.train.run import build_dataset, build_plan
 from llava_pdrop.types import ImageInput, PackedBatch, Sample
 

@@ -52,9 +52,8 @@ def step_times(rows: Sequence[VariantRow]) -> Any:
     full = next((row.seconds for row in rows if row.seconds and not row.schedule.layers), None)
     predicted = [full * (1 - row.predicted) / unit.size if full and row.predicted else None for row in rows]
     figure, axes = subplots(figsize=(7.2, 0.9 + 0.75 * len(rows)), layout="constrained")
-    _bars(
-        axes, rows, [number / unit.size for number in seconds], "{:.3g} " + unit.name, {"predicted": ("|", predicted)}
-    )
+    texts = [f"{unit.text(row.seconds)} {unit.name}{_less(row.realised)}" for row in rows]
+    _bars(axes, rows, [number / unit.size for number in seconds], texts, {"predicted": ("|", predicted)})
     _lines(axes, rows)
     kind = "wall time, by CUDA events" if rows[0].device == "cuda" else "CPU time"
     axes.set(xlabel=f"{unit.name} ({kind})", title="Time per training step, median")
@@ -85,7 +84,7 @@ def variants(rows: Sequence[VariantRow]) -> Any:
     size = (1.6 + 3.1 * len(panels), 1.5 + 0.42 * len(rows))
     figure, ((*grid,),) = subplots(1, len(panels), sharey=True, figsize=size, layout="constrained", squeeze=False)
     for axes, (title, values, text, own) in zip(grid, panels):
-        _bars(axes, rows, values, text, own)
+        _bars(axes, rows, values, ["" if value is None else text.format(value) for value in values], own)
         axes.set(title=title)
         if title == "accuracy":
             axes.set_xlim(0, 100)
@@ -104,8 +103,8 @@ def _lines(axes: Any, rows: Sequence[VariantRow]) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
-def _bars(axes: Any, rows: Sequence[VariantRow], values: Values, text: str, marks: Marks) -> None:
-    """A bar for every row with its value in it, or behind it where it is short."""
+def _bars(axes: Any, rows: Sequence[VariantRow], values: Values, texts: Sequence[str], marks: Marks) -> None:
+    """A bar for every row with its text in it, or behind it where it is short."""
     ends = [value or 0.0 for value in values]
     kinds = ["pyramid_drop" if row.schedule.layers else "vanilla" for row in rows]
     axes.barh(range(len(rows)), ends, 0.6, color=[COLOURS[kind] for kind in kinds])
@@ -117,11 +116,15 @@ def _bars(axes: Any, rows: Sequence[VariantRow], values: Values, text: str, mark
             continue
         inside = value > 0.25 * max(ends)
         where = dict(textcoords="offset points", va="center", color="white" if inside else INK, fontweight="bold")
-        axes.annotate(text.format(value), (0.0 if inside else max(value, 0.0), row), (7, 0), **where)
+        axes.annotate(texts[row], (0.0 if inside else max(value, 0.0), row), (7, 0), **where)
     for label, (marker, places) in marks.items():
         points = [(value, row) for row, value in enumerate(places) if value is not None]
         if points:
             axes.plot(*zip(*points), marker, color=INK, markersize=9, label=label)
+
+
+def _less(share: float | None) -> str:
+    return "" if share is None else f"   {-share:+.1%}"
 
 
 def _percent(share: float | None) -> float | None:

@@ -242,8 +242,8 @@ def legend(rows: Sequence[VariantRow]) -> str:
         "busy." * bool(trained),
         "Device hours are processes times training time, stage 1 included where its directory was found."
         * any(row.hours for row in rows),
-        f"Accuracy is measured by generation on held-out questions (`{found.get('scorer')}`, "
-        f"{found.get('questions', '?')} questions); chance is what answering at random from the distribution of the "
+        f"Accuracy is measured by generation on {found.get('questions', 'the')} held-out questions "
+        f"(`{found.get('scorer')}`); chance is what answering at random from the distribution of the "
         "gold answers would reach (the sum of their squared shares)." * bool(found),
     ]
     return " ".join(filter(None, texts))

@@ -22,10 +22,17 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.nominal import recomputes
 from llava_pdrop.errors import ConfigError, first_line
 from llava_pdrop.runtime.device import has_fast_bfloat16, peak_flops
+from llava_pdrop.runtime.ranks import environment_kept, number_of_processes
 
 DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
 """Training arguments where a config says nothing: a line of metrics per step, no outside service, and a loss that is
 not a number is shown as such (the Trainer would hide it, at the price of a device synchronisation per micro-batch)."""
+
+NOT_TRIED = ("deepspeed", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")
+"""Training arguments that change the process they are read in."""
+
+LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError, RuntimeError)
+"""What the libraries raise at settings that they do not take."""
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +51,20 @@ class Arguments(TrainingArguments):
         return torch.device("cpu") if device.type == "cpu" else device
 
 
+class TriedArguments(TrainingArguments):
+    """`TrainingArguments` that only look at their values: no device is taken, no other process is waited for."""
+
+    @property
+    def device(self) -> torch.device:
+        """None is looked for."""
+        return torch.device("cpu")
+
+    @property
+    def world_size(self) -> int:
+        """As the launcher says."""
+        return number_of_processes()
+
+
 def given_arguments(config: Config) -> dict[str, Any]:
     """What `TrainingArguments` are made of: ours where nothing is said, the ``train:`` section, and what other sections
     decide. The library changes what it is given, so these are copies."""
@@ -59,6 +80,20 @@ def given_arguments(config: Config) -> dict[str, Any]:
     if arguments.get("bf16") and on_cpu(config) and not has_fast_bfloat16(torch.device("cpu")):
         arguments["bf16"] = False
     return arguments
+
+
+def tried_arguments(config: Config) -> TriedArguments:
+    """The training arguments as far as they are values.
+
+    Raises:
+        ConfigError: transformers refuses them.
+    """
+    arguments = {name: value for name, value in given_arguments(config).items() if name not in NOT_TRIED}
+    try:
+        with environment_kept():
+            return TriedArguments(**arguments)
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
 
 
 def on_cpu(config: Config) -> bool:

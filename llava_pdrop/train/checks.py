@@ -33,8 +33,14 @@ from llava_pdrop.data.readers import READERS
 from llava_pdrop.errors import ConfigError, UserError, did_you_mean, first_line, line_of
 from llava_pdrop.model.attention import check_transformers
 from llava_pdrop.model.decoder import COVERED, check_decoder
-from llava_pdrop.runtime.ranks import environment_kept, number_of_processes
-from llava_pdrop.train.arguments import given_arguments, recomputes_activations
+from llava_pdrop.runtime.ranks import number_of_processes
+from llava_pdrop.train.arguments import (
+    LIBRARY_ERRORS,
+    NOT_TRIED,
+    TriedArguments,
+    recomputes_activations,
+    tried_arguments,
+)
 from llava_pdrop.train.history import FINISHED_FILE
 
 
@@ -214,29 +220,9 @@ NEEDED_BY_DEEPSPEED = ("gradient_accumulation_steps", "gradient_clipping", "trai
 NOT_DEEPSPEEDS = {"optimizer": "train.optim", "scheduler": "train.lr_scheduler_type"}
 """Section of DeepSpeed's settings that would take the place of ours, and with it the learning rates of the parts."""
 
-NOT_TRIED = ("deepspeed", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")
-"""Training arguments that change the process they are read in."""
-
-LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError, RuntimeError)
-"""What the libraries raise at settings that they do not take."""
-
 ZERO_STAGES = (0, 1, 2, 3)
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
-
-
-class TriedArguments(TrainingArguments):
-    """`TrainingArguments` that only look at their values: no device is taken, no other process is waited for."""
-
-    @property
-    def device(self) -> torch.device:
-        """None is looked for."""
-        return torch.device("cpu")
-
-    @property
-    def world_size(self) -> int:
-        """As the launcher says."""
-        return number_of_processes()
 
 
 def check_arguments(config: Config) -> None:
@@ -338,20 +324,6 @@ def rotary_angles_are_a_product() -> bool:
     with FlopCounterMode(display=False) as counter:
         rotary(torch.zeros(1, 2, 8), torch.arange(2)[None])
     return counter.get_total_flops() > 0  # it counts matrix products only
-
-
-def tried_arguments(config: Config) -> TriedArguments:
-    """The training arguments as far as they are values.
-
-    Raises:
-        ConfigError: transformers refuses them.
-    """
-    arguments = {name: value for name, value in given_arguments(config).items() if name not in NOT_TRIED}
-    try:
-        with environment_kept():
-            return TriedArguments(**arguments)
-    except LIBRARY_ERRORS as error:
-        raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
 
 
 def check_optimizer(config: Config, args: TrainingArguments) -> None:
