@@ -18,8 +18,7 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Note, Page, Picture, Table
-from llava_pdrop.report.pictures import subplots
-from llava_pdrop.report.style import COLOURS
+from llava_pdrop.report.pictures import COLOURS, subplots
 from llava_pdrop.report.units import MEMORY, OPERATIONS, column, digits, text_of, time_unit, unit_of
 from llava_pdrop.runtime.clock import Span, quartiles
 from llava_pdrop.runtime.device import peak_flops

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from llava_pdrop.compare.rows import VariantRow
-from llava_pdrop.report.pictures import subplots
-from llava_pdrop.report.style import COLOURS, INK
+from llava_pdrop.report.pictures import COLOURS, INK, subplots
 from llava_pdrop.report.units import time_unit
 
 Values = Sequence[float | None]

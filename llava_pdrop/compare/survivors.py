@@ -15,8 +15,7 @@ from llava_pdrop.eval.evaluate import AnswerSettings, answer
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import LlavaRespondent
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
-from llava_pdrop.report.pictures import subplots
-from llava_pdrop.report.style import GRID
+from llava_pdrop.report.pictures import GRID, subplots
 from llava_pdrop.schedule import Schedule
 
 

@@ -17,9 +17,34 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.errors import first_line
-from llava_pdrop.report.style import STYLE
 
 log = logging.getLogger(__name__)
+
+INK, GRID = "#22303C", "#DDE3E8"
+"""Colours of text and of grid lines."""
+
+STYLE: dict[str, Any] = {
+    "figure.dpi": 150,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+"""For ``matplotlib.pyplot.rc_context``."""
+
+COLOURS = {"vanilla": "#6B7C8F", "pyramid_drop": "#E2703A"}
+"""Run -> colour, in all pictures."""
 
 CHOICES = ("MPLBACKEND", "MATPLOTLIBRC")
 """Environment variables by which somebody says how matplotlib is to show pictures. These here are only written."""

@@ -37,8 +37,6 @@ LAZY = {
 }
 """Modules that import some of the package inside functions -> what that puts off. (Commands all do: torch.)"""
 
-STILL_PRINTING = ("compare.", "train.run")
-
 SHIMS = {"model.plugin", "model.schedule"}
 """Old places of what the README showed there: they hand on, warn, and stand outside of these rules."""
 
@@ -141,7 +139,7 @@ def test_one_module_knows_the_screen_and_one_the_canvas() -> None:
     homes = {"rich": "report.console", "matplotlib": "report.pictures"}
     for path in CHECKED:
         found = [name for name in imported(path) if homes.get(name.split(".")[0], name_of(path)) != name_of(path)]
-        assert not found or name_of(path).startswith(STILL_PRINTING), f"{name_of(path)}: {found}"
+        assert not found, f"{name_of(path)}: {found}"
 
 
 def test_what_draws_asks_for_its_own_canvas() -> None:
