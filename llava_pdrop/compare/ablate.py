@@ -100,7 +100,7 @@ def ablate(ablation: Ablation, rows: Sequence[VariantRow]) -> list[VariantRow] |
         for row, own in zip(rows, scores)
         for run in [finished_run(Path(row.config.output_dir))]
     ]
-    return with_predictions(with_savings(measured, turns.saving_of))
+    return with_predictions(with_savings(measured, turns.saving))
 
 
 def _in_columns_of(name: str, scores: Sequence[Score]) -> tuple[Score, ...]:

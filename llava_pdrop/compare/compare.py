@@ -68,7 +68,7 @@ def compare(config: Config) -> Path:
     release_memory()  # timing steps takes as much as training does
     if config.compare.vanilla:
         trained, free = rows[: len(runs)], rows[len(runs) :]
-        rows = [*with_predictions(with_savings(trained, turns.saving_of)), *free]
+        rows = [*with_predictions(with_savings(trained, turns.saving)), *free]
     page, scores = page_of(config, rows, shown), [score for row in rows for score in row.scores]
     page.show()
     if scores:

@@ -64,20 +64,16 @@ def saving_of_pairs(
     return Saving(median, (first, third), tuple(pairs), tuple(steps), on_cpu)
 
 
-def saving_of(row: VariantRow, before: float, after: float) -> Saving:
-    """`saving` of a trained row, for `with_savings`."""
-    return saving(Path(row.config.output_dir), row.device, before, after)
-
-
-def saving(directory: Path, device: str, before: float, after: float) -> Saving:
-    """What the steps of the run in ``directory`` save: timed by turns where that can be, else by what the runs took.
+def saving(row: VariantRow, before: float, after: float) -> Saving:
+    """What the steps of a finished run save: timed by turns where that can be, else by what the runs took.
 
     Args:
-        directory: of the finished run with dropping, trained on ``device`` (``cpu`` or ``cuda``).
+        row: of the run with dropping.
         before, after: seconds of the median step, without and with dropping, of the runs.
     """
+    directory = Path(row.config.output_dir)
     config = load_config(directory / RUN_FILE)
-    reason = why_no_turns(directory, device, "cpu" if on_cpu(config) else "cuda")
+    reason = why_no_turns(directory, row.device, "cpu" if on_cpu(config) else "cuda")
     if reason is None:
         say(f"timing: vanilla and PyramidDrop take turns, up to {PAIRS} steps each")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -102,6 +103,7 @@ def test_times_of_a_run_with_a_single_log_line(tmp_path):
 def test_a_run_of_several_processes_is_compared_by_its_own_steps(finished, tiny_config, capsys):
     """Which of the two figures it is stands in the report and is said."""
     file, _ = finished
+    (before,) = (row for row in json.loads((file.parent / "results.json").read_text())["rows"] if row["saving"])
     for name in ("vanilla", "pyramid_drop"):
         facts = json.loads((file.parent / name / "run.json").read_text())
         (file.parent / name / "run.json").write_text(json.dumps({**facts, "processes": "2"}))
@@ -111,6 +113,7 @@ def test_a_run_of_several_processes_is_compared_by_its_own_steps(finished, tiny_
     saving = rows["pyramid_drop"]["saving"]
     assert saving["realised"] == pytest.approx(1 - seconds[1] / seconds[0])
     assert saving["quartiles"] is None and not saving["pairs"]
+    assert rows["pyramid_drop"]["predicted"] == before["predicted"], "counted on the same three steps"
     assert re.search(says("one process", "had 2", "now 1"), saving["reason"])
     assert f"({saving['reason']})" in text and saving["reason"] in capsys.readouterr().out
     assert "took turns" not in text
@@ -140,6 +143,16 @@ def test_without_vanilla_and_without_questions(tiny_config, tiny_files, capsys):
     assert "| pyramid_drop | 1, 2, 3 |" in text and "tokens.png" not in text and "| vanilla |" not in text
     (row,) = json.loads((file.parent / "results.json").read_text())["rows"]
     assert row["predicted"] is None and row["realised"] is None and row["timing"]["steps"] == 3
+
+
+def test_where_a_run_cannot_lie_is_said_before_the_other_one_is_trained(tiny_config):
+    config = load_config(tiny_config("job", pyramid_drop=DROP))
+    out = Path(config.output_dir)
+    out.mkdir(parents=True)
+    (out / "pyramid_drop").write_text("in the way")
+    with pytest.raises(ConfigError, match=says("job.yaml", "output_dir", str(out / "pyramid_drop"))):
+        compare(config)
+    assert not (out / "vanilla").exists()
 
 
 def test_what_is_wrong_is_said_before_training(tiny_config, tmp_path):

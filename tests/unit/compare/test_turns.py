@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from llava_pdrop.compare import turns
+from llava_pdrop.compare.rows import VariantRow
 from llava_pdrop.compare.turns import longest_step, saving, saving_of_pairs, take_turns
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train.metrics import StepMeter
+from llava_pdrop.train.metrics import StepMeter, Timing
 from llava_pdrop.train.run import train
 from llava_pdrop.train.trainer import PyramidTrainer
 from tests.messages import says
@@ -70,7 +71,7 @@ def watched(monkeypatch) -> dict[str, list]:
 
 def test_the_schedules_take_turns_on_the_same_batches(run, watched):
     found = take_turns(load_config(run / RUN_FILE), pairs=2, warmup=1)
-    assert len(found.pairs) == 2 and found.steps == (0, 1)
+    assert len(found.pairs) == 2 and found.steps == (0, 1) and 0 < found.predicted < 1
     passes = watched["forward"]
     steps = [passes[i : i + 2] for i in range(0, len(passes), 2)]  # of two micro-batches
     drops = [len(step[0]["drops"]) for step in steps]
@@ -152,8 +153,13 @@ def test_spread():
     assert re.search(says("5 pairs", "quartile"), found.describe())
 
 
+def trained(run: Path, device: str) -> VariantRow:
+    timing = Timing(wall=1.0, cpu=1.0, peak_mib=1.0, device=device, steps=3)
+    return VariantRow("run", load_config(run / RUN_FILE), timing=timing)
+
+
 def test_where_turns_cannot_be_taken_the_runs_speak(run, monkeypatch, capsys):
-    found = saving(run, "cuda", 2.0, 1.0)
+    found = saving(trained(run, "cuda"), 2.0, 1.0)
     assert found.realised == 0.5 and found.quartiles is None and not found.steps
     assert re.search(says("trained on cuda", "cpu"), found.describe())
 
@@ -161,14 +167,14 @@ def test_where_turns_cannot_be_taken_the_runs_speak(run, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nand more")
 
     monkeypatch.setattr(turns, "take_turns", full)
-    found = saving(run, "cpu", 4.0, 3.0)
+    found = saving(trained(run, "cpu"), 4.0, 3.0)
     assert found.realised == 0.25 and "and more" not in found.reason
     assert re.search(says("turns", "CUDA out of memory", "3 GiB"), found.reason)
     assert f"{found.reason}\n" in capsys.readouterr().out
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(turns, "take_turns", lambda config: pytest.fail("two processes"))
-    assert re.search(says("had 1", "now 2"), saving(run, "cpu", 1.0, 0.5).describe())
+    assert re.search(says("had 1", "now 2"), saving(trained(run, "cpu"), 1.0, 0.5).describe())
 
 
 def test_the_longest_step_warms_up():

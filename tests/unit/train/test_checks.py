@@ -256,6 +256,19 @@ def test_a_transformers_that_nobody_tried_is_refused(tiny_config, monkeypatch):
         checked(load_config(tiny_config(), []))
 
 
+def test_a_run_and_its_stage_1_are_checked_once(tiny_config, monkeypatch):
+    looked, check = [], checks.check_arguments
+    monkeypatch.setattr(checks, "check_arguments", lambda config: looked.append(config.name) or check(config))
+    stage1 = tiny_config("stage1")
+    config = load_config(tiny_config("stage2", pretrain=str(stage1)))
+    run = checked(config)
+    assert run.config is config and run.stage1.config.output_dir == load_config(stage1).output_dir
+    assert run.stage1.stage1 is None and not run.finished and len(looked) == 2
+    other = replace(config, name="other", output_dir=config.output_dir + "/other", pyramid_drop=None)
+    assert run.variant(other).config is other and run.variant(other).stage1 is run.stage1
+    assert len(looked) == 2
+
+
 @pytest.mark.parametrize("place", ["file", "file/below/it"])
 def test_a_place_where_nothing_can_be_written_is_said_before_stage_1(tiny_config, tmp_path, place):
     (tmp_path / "file").touch()
