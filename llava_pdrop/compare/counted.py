@@ -13,7 +13,7 @@ from llava_pdrop.compare.rows import VariantRow
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import predicted_reduction
 from llava_pdrop.cost.lora import learning
-from llava_pdrop.cost.nominal import recomputes
+from llava_pdrop.cost.nominal import recomputed_by
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.packing import BatchPlan
@@ -51,9 +51,9 @@ class RunBatches:
 
     def saved_by(self, config: Config) -> float:
         """Share of the operations without drops that the run ``config`` saves on them."""
-        section, schedule = config.train, config.schedule
-        options = (learning(config), recomputes(section.arguments), section.recompute_layers)
-        return predicted_reduction(self.hf, self.batches, schedule, self.geometry, *options)
+        again = recomputed_by(config, self.hf.text_config.num_hidden_layers)
+        options = (config.schedule, self.geometry, learning(config), again)
+        return predicted_reduction(self.hf, self.batches, *options)
 
 
 def with_predictions(rows: Sequence[VariantRow]) -> list[VariantRow]:
