@@ -33,7 +33,7 @@ class UserError(ValueError):
     errors that this package raises on purpose are of this class; any other exception is a bug and keeps its traceback.
 
     ``key``: the config key that it is about, where the code that failed knows it (see `naming`). ``kind``: of a record,
-    the name that `llava_pdrop.doctor.checks.KINDS` has for what is wrong, where that code knows one.
+    the name that `llava_pdrop.doctor.checks.PROBLEM_KINDS` has for what is wrong, where that code knows one.
     """
 
     key: str | None = None

@@ -37,7 +37,7 @@ FASTV = Schedule((2,), (0.5,), "fastv")
 
 
 @dataclass(frozen=True)
-class Case:
+class PrefillCase:
     """One point of the bench: ``batch`` prompts with ``image_tokens`` each between ``text_tokens`` (before, after),
     answered with ``new_tokens``."""
 
@@ -55,7 +55,7 @@ class Prompt:
     features: list[Tensor]
 
     @staticmethod
-    def make(hf: nn.Module, case: Case, pixels: Tensor, seed: int) -> Prompt:
+    def make(hf: nn.Module, case: PrefillCase, pixels: Tensor, seed: int) -> Prompt:
         """Random text around one picture per prompt, which goes through the tower here.
 
         Args:
@@ -87,7 +87,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Run:
+class PrefillRun:
     """One ``generate``: time until the first logits, of which ranking; time from there to the end of the answer.
 
     ``answers`` are the new tokens (B, new) as lists; ``cache_bytes`` what the cache holds at the end, ``peak_bytes``
@@ -127,16 +127,16 @@ def watched(hf: nn.Module, watch: Stopwatch) -> Iterator[None]:
 
 def measure(
     hf: nn.Module,
-    case: Case,
+    case: PrefillCase,
     methods: dict[str, Schedule],
     shape: Shape,
     runs: int,
     seed: int,
     device: torch.device,
-) -> tuple[list[Span], dict[str, list[Run]]]:
+) -> tuple[list[Span], dict[str, list[PrefillRun]]]:
     """Times of the tower, and the counted runs of every method that fits into memory."""
     watch, tower = Stopwatch(device), list[Span]()
-    counted: dict[str, list[Run]] = {method: [] for method in methods}
+    counted: dict[str, list[PrefillRun]] = {method: [] for method in methods}
     tiles = -(-case.image_tokens // shape.geometry.patches)
     side = shape.geometry.tile
     try:
@@ -163,7 +163,7 @@ def measure(
     return tower, counted
 
 
-def generate(hf: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int, device: torch.device) -> Run:
+def generate(hf: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int, device: torch.device) -> PrefillRun:
     """One timed ``generate``; the model is left as it was. An empty schedule is the plain Hugging Face model."""
     watch = Stopwatch(device)
     if schedule.layers:
@@ -177,7 +177,7 @@ def generate(hf: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int,
             watch.stop("decode")
     finally:
         detach(hf)
-    return Run(
+    return PrefillRun(
         **watch.read(("prefill", "ranking", "decode")),
         answers=output.sequences[:, prompt.input_ids.shape[1] :].tolist(),
         cache_bytes=cache_bytes(output.past_key_values),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, WARM_UP, Case, Run, measure
+from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, WARM_UP, PrefillCase, PrefillRun, measure
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
 from llava_pdrop.errors import UserError
@@ -42,7 +42,7 @@ CLOCKS = {
 """Device -> what the times in the JSON of a report are; all are medians with quartiles over the counted runs."""
 
 
-def prefill_flops(config: Any, case: Case, schedule: Schedule, geometry: ImageGeometry) -> float:
+def prefill_flops(config: Any, case: PrefillCase, schedule: Schedule, geometry: ImageGeometry) -> float:
     """Operations of a prefill by the full count of `cost.flops`: the decoder with its text, ranking, and the head on
     the last token of each prompt. Tower and projector are not in it."""
     before, after = case.text_tokens
@@ -62,7 +62,7 @@ def prefill_flops(config: Any, case: Case, schedule: Schedule, geometry: ImageGe
     return flops.total - flops.tower - flops.projector
 
 
-def predicted_cache_bytes(config: Any, case: Case, schedule: Schedule, dtype: torch.dtype) -> int:
+def predicted_cache_bytes(config: Any, case: PrefillCase, schedule: Schedule, dtype: torch.dtype) -> int:
     """Bytes of keys and values at the end of an answer, whose last token is never fed back."""
     text = config.text_config
     others = sum(case.text_tokens) + case.new_tokens - 1
@@ -78,15 +78,15 @@ def spread(values: Sequence[float], factor: float = 1.0) -> dict[str, float]:
 
 def entry(
     config: Any,
-    case: Case,
+    case: PrefillCase,
     method: str,
     schedule: Schedule,
     geometry: ImageGeometry,
     dtype: torch.dtype,
     peak: float,
     tower: Sequence[Span],
-    runs: Sequence[Run] | None,
-    vanilla: Sequence[Run] | None,
+    runs: Sequence[PrefillRun] | None,
+    vanilla: Sequence[PrefillRun] | None,
 ) -> dict[str, Any]:
     """One method at one case, predicted and measured.
 
@@ -213,7 +213,7 @@ def bars(report: dict[str, Any]) -> Any:
     return figure
 
 
-def _cost(runs: Sequence[Run]) -> float:
+def _cost(runs: Sequence[PrefillRun]) -> float:
     return float(np.median([run.prefill.cost for run in runs]))
 
 
@@ -260,7 +260,7 @@ def bench_prefill(
     hf.generation_config.pad_token_id = 0
     dropping = {"PyramidDrop": shape.schedule} if shape.schedule.layers else {}
     methods = {"vanilla": Schedule(), **dropping, "FastV": FASTV}
-    cases = [Case(batch, tokens, TEXT_TOKENS, new_tokens) for tokens in image_tokens for batch in batches]
+    cases = [PrefillCase(batch, tokens, TEXT_TOKENS, new_tokens) for tokens in image_tokens for batch in batches]
     peak, peak_source = peak_flops(device, dtype)
     results: list[dict[str, Any]] = []
     for case in tqdm(cases, desc=f"prefill {name}", unit="case", leave=False):

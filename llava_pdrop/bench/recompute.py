@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llava_pdrop.bench.train_step import MIB, Arm, Trainer
+from llava_pdrop.bench.train_step import MIB, BenchArm, Trainer
 from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.memory import GIB
 from llava_pdrop.cost.plan import RESERVE
@@ -24,11 +24,11 @@ from llava_pdrop.types import PackedBatch
 
 ALL, AUTO = "all", "auto"
 
-AnArm = TypeVar("AnArm", bound=Arm)
+AnArm = TypeVar("AnArm", bound=BenchArm)
 
 
 @dataclass(frozen=True)
-class Setting:
+class RecomputeSetting:
     """What one word of ``--recompute-layers`` asks for: of each arm `ALL`, `AUTO`, or a number of first layers."""
 
     word: str
@@ -40,7 +40,7 @@ class Setting:
         return {ALL: "all recomputed", AUTO: "as memory forces"}.get(self.word, f"{self.word} recomputed")
 
 
-def read_setting(word: str, arms: int, depth: int) -> Setting:
+def read_setting(word: str, arms: int, depth: int) -> RecomputeSetting:
     """``all``, ``auto``, a number, or as many of these as there are arms, with commas: ``14,0``.
 
     Raises:
@@ -62,7 +62,7 @@ def read_setting(word: str, arms: int, depth: int) -> Setting:
             f"--recompute-layers {word}: {len(counts)} numbers for {arms} arms (vanilla and every schedule): give one, "
             f"or {arms}"
         )
-    return Setting(word, tuple(counts if len(counts) == arms else counts * arms))
+    return RecomputeSetting(word, tuple(counts if len(counts) == arms else counts * arms))
 
 
 def room_of(device: torch.device, card: str | None) -> float | None:
@@ -94,7 +94,7 @@ def from_json(run: Mapping[str, Any]) -> Recomputed:
 
 
 def arms_in(
-    trainer: Trainer, arms: Sequence[AnArm], settings: Sequence[Setting], steps: int, card: str | None = None
+    trainer: Trainer, arms: Sequence[AnArm], settings: Sequence[RecomputeSetting], steps: int, card: str | None = None
 ) -> list[AnArm]:
     """``arms`` in every one of ``settings``, by which they are called where there are several; without any as they are.
 
@@ -110,7 +110,7 @@ def arms_in(
 
 
 def arms_with(
-    trainer: Trainer, arms: Sequence[AnArm], setting: Setting, steps: int, card: str | None = None
+    trainer: Trainer, arms: Sequence[AnArm], setting: RecomputeSetting, steps: int, card: str | None = None
 ) -> list[AnArm]:
     """``arms``, each recomputing what ``setting`` asks for in the first ``steps`` batches.
 

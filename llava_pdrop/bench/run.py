@@ -25,7 +25,7 @@ def run_train(args: argparse.Namespace) -> None:
         raise UserError(f"{given} and --recompute-layers contradict each other: leave one of them out")
     from llava_pdrop.bench import recompute, train_report, variants
     from llava_pdrop.bench.shapes import chosen_shape
-    from llava_pdrop.bench.train_step import Arm, Trainer, measure
+    from llava_pdrop.bench.train_step import BenchArm, Trainer, measure
     from llava_pdrop.bench.workload import Workload
     from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
     from llava_pdrop.cost.step_time import CARDS, card_named
@@ -52,7 +52,7 @@ def run_train(args: argparse.Namespace) -> None:
     settings = [
         recompute.read_setting(word, 1 + len(schedules), depth) for word in dict.fromkeys(args.recompute_layers or ())
     ]
-    common = Arm("", recomputed=recomputed, backend=attention, samples=args.samples, kernels=kernels)
+    common = BenchArm("", recomputed=recomputed, backend=attention, samples=args.samples, kernels=kernels)
     arms = variants.arms_of(schedules, common)
     workloads = [Workload(shape, images, args.seed) for images in dict.fromkeys(args.images)]
     trainer = Trainer(shape, device, workloads[0], args.optimizer)

@@ -52,7 +52,7 @@ class Shape:
     Attributes:
         text, vision: fields of the decoder's config, ``model_type`` among them, and of CLIPVisionConfig.
         geometry: how pictures become tiles and tokens.
-        trainable: parts that learn (see `train.optim.PARTS`).
+        trainable: parts that learn (see `train.optim.MODEL_PARTS`).
         samples: samples of a micro-batch.
         schedule: the dropping that is compared with vanilla (empty: none is).
         recomputed: by activation checkpointing.

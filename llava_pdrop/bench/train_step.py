@@ -1,6 +1,6 @@
 """The training bench: one model, whose schedules take turns on the same batches.
 
-Read `measure` first. An `Arm` is one way to do a step; all arms of a measurement alternate, so that whatever the
+Read `measure` first. An `BenchArm` is one way to do a step; all arms of a measurement alternate, so that whatever the
 machine does meanwhile hits them alike.
 """
 
@@ -53,7 +53,7 @@ def full_logits_loss(lm_head: nn.Module, x_TD: Tensor, predict_row: Tensor, labe
 
 
 @dataclass(frozen=True)
-class Arm:
+class BenchArm:
     """One way to do a training step.
 
     Attributes:
@@ -96,7 +96,7 @@ class Measured:
         error: why there are fewer steps than asked for.
     """
 
-    arm: Arm
+    arm: BenchArm
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REGIONS})
     wall: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REGIONS})
     stage_seconds: list[list[float]] = field(default_factory=list)
@@ -180,7 +180,7 @@ class Trainer:
             ) from error
         self.watch = Stopwatch(device)
 
-    def step(self, arm: Arm, batch: PackedBatch) -> tuple[Output, float, dict[str, Span], float]:
+    def step(self, arm: BenchArm, batch: PackedBatch) -> tuple[Output, float, dict[str, Span], float]:
         """One step of ``arm``: output, loss per label token, seconds by region, peak memory in MiB.
 
         Raises:
@@ -206,12 +206,12 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         return output, float(loss.detach()), times, memory.get("peak_cuda_mib", memory["peak_rss_mib"])
 
-    def model_flops(self, arm: Arm, batch: PackedBatch) -> float:
+    def model_flops(self, arm: BenchArm, batch: PackedBatch) -> float:
         """Operations that a step of ``arm`` on ``batch`` cannot do without."""
         shape = self.shape
         return step_flops(self.model.hf.config, batch, arm.schedule, shape.geometry, shape.trainable).total
 
-    def hardware_flops(self, arm: Arm, batch: PackedBatch) -> float:
+    def hardware_flops(self, arm: BenchArm, batch: PackedBatch) -> float:
         """Operations that it does, recomputation and logits without a label included."""
         config, shape = self.model.hf.config, self.shape
         count = step_flops(config, batch, arm.schedule, shape.geometry, shape.trainable, arm.recomputed)
@@ -220,14 +220,14 @@ class Trainer:
             count = replace(count, head=count.head * rows / len(batch.label_positions))
         return count.total
 
-    def predicted_peak_mib(self, arm: Arm, batch: PackedBatch, layouts: Sequence[Layout] | None = None) -> float:
+    def predicted_peak_mib(self, arm: BenchArm, batch: PackedBatch, layouts: Sequence[Layout] | None = None) -> float:
         """The peak that ``llava-pdrop plan`` would predict with this optimizer: label-only logits, eager kernels.
         ``layouts``: of ``batch`` under the arm's schedule, where they are known."""
         options = (self.shape.geometry, self.shape.trainable, arm.recomputed, optimizer.states(self.kind, self.dtype))
         peak = predicted_peak(self.model.hf.config, batch, arm.schedule, *options, layouts=layouts)
         return peak.total / MIB
 
-    def modelled_time(self, arm: Arm, batch: PackedBatch) -> ArmTime | None:
+    def modelled_time(self, arm: BenchArm, batch: PackedBatch) -> ArmTime | None:
         """The model of its time (`cost.step_time`), in bfloat16 on whatever device, with the kernels that it has here;
         None where there is none."""
         config, shape = self.model.hf.config, self.shape
@@ -248,7 +248,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def take(self, arm: Arm) -> None:
+    def take(self, arm: BenchArm) -> None:
         """Sets the model as ``arm`` wants it."""
         model = self.model
         model.schedule, model.backend, model.kernels = arm.schedule, arm.backend, arm.kernels
@@ -261,7 +261,9 @@ class Trainer:
             model.hf.gradient_checkpointing_disable()
 
 
-def measure(trainer: Trainer, arms: Sequence[Arm], steps: int, warmup: int, patient: bool = False) -> list[Measured]:
+def measure(
+    trainer: Trainer, arms: Sequence[BenchArm], steps: int, warmup: int, patient: bool = False
+) -> list[Measured]:
     """``steps`` counted steps of every arm, all arms on the same batches one after the other, the first changing from
     step to step. The first warm-up step takes the longest batch, so that the allocator has seen it.
 
@@ -309,7 +311,7 @@ def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, pa
 
 
 @contextmanager
-def out_of_memory_is_one_line(trainer: Trainer, arm: Arm) -> Iterator[None]:
+def out_of_memory_is_one_line(trainer: Trainer, arm: BenchArm) -> Iterator[None]:
     """Turns CUDA's report into a line that says what to lower.
 
     Raises:

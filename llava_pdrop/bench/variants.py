@@ -11,26 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_pdrop.bench.train_step import Arm, Measured, Trainer, measure
+from llava_pdrop.bench.train_step import BenchArm, Measured, Trainer, measure
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.model import kernels
 from llava_pdrop.model.attention import BACKENDS
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
 
-AnArm = TypeVar("AnArm", bound=Arm)
+AnArm = TypeVar("AnArm", bound=BenchArm)
 
 STEPS, WARMUP = 3, 1
 """Steps of every variant: a comparison, not the headline."""
 
 
 @dataclass(frozen=True)
-class Variant:
+class StepVariant:
     """One alternative of a ``group``. ``change`` makes it of an arm; ``unavailable`` is why it cannot run here."""
 
     group: str
     name: str
-    change: Callable[[Arm], Arm]
+    change: Callable[[BenchArm], BenchArm]
     unavailable: str | None = None
 
 
@@ -38,12 +38,12 @@ class Variant:
 class Compared:
     """A variant with what was measured of it, one entry per arm (none where it is not available)."""
 
-    variant: Variant
+    variant: StepVariant
     results: list[Measured]
 
 
 def compare(
-    trainer: Trainer, arms: Sequence[Arm], steps: int = STEPS, warmup: int = WARMUP
+    trainer: Trainer, arms: Sequence[BenchArm], steps: int = STEPS, warmup: int = WARMUP
 ) -> Iterator[list[Compared]]:
     """Measures all `variants` of ``arms``, group by group; those of a group take turns step by step."""
     depth = trainer.shape.text["num_hidden_layers"]
@@ -57,30 +57,30 @@ def compare(
         yield [Compared(variant, taken.get(variant.name, [])) for variant in members]
 
 
-def variants(samples: int, depth: int, device: torch.device, dtype: torch.dtype) -> list[Variant]:
+def variants(samples: int, depth: int, device: torch.device, dtype: torch.dtype) -> list[StepVariant]:
     """All of them, for ``samples`` in a micro-batch and a decoder of ``depth`` layers. Recomputing its first quarter is
     the selective case: with the paper's schedule these layers have the whole stream."""
     found = [
-        Variant("batch", "packed", _with()),
-        Variant("batch", "padded", _with(prepare=pad)),
-        Variant("logits", "label tokens", _with()),
-        Variant("logits", "every surviving token", _with(full_logits=True)),
+        StepVariant("batch", "packed", _with()),
+        StepVariant("batch", "padded", _with(prepare=pad)),
+        StepVariant("logits", "label tokens", _with()),
+        StepVariant("logits", "every surviving token", _with(full_logits=True)),
     ]
     for backend in BACKENDS[1:]:
-        found.append(Variant("attention", backend, _with(backend=backend), missing(backend, device, dtype)))
+        found.append(StepVariant("attention", backend, _with(backend=backend), missing(backend, device, dtype)))
     found += [
-        Variant("recomputation", "none", _with(recomputed=Recomputed())),
-        Variant("recomputation", "every layer", _with(recomputed=ALL_LAYERS)),
-        Variant("recomputation", "first quarter", _with(recomputed=Recomputed(depth // 4, True))),
+        StepVariant("recomputation", "none", _with(recomputed=Recomputed())),
+        StepVariant("recomputation", "every layer", _with(recomputed=ALL_LAYERS)),
+        StepVariant("recomputation", "first quarter", _with(recomputed=Recomputed(depth // 4, True))),
     ]
     counts = sorted({max(1, samples // 2), samples, 2 * samples})
-    found += [Variant("samples per micro-batch", str(count), _with(samples=count)) for count in counts]
+    found += [StepVariant("samples per micro-batch", str(count), _with(samples=count)) for count in counts]
     for name in kernels.CHOICES[1:]:
-        found.append(Variant("kernels", name, _with(kernels=name), kernels.missing(name, device)))
+        found.append(StepVariant("kernels", name, _with(kernels=name), kernels.missing(name, device)))
     return found
 
 
-def _with(**changes: Any) -> Callable[[Arm], Arm]:
+def _with(**changes: Any) -> Callable[[BenchArm], BenchArm]:
     return lambda arm: replace(arm, **changes)
 
 

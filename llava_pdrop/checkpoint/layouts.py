@@ -13,10 +13,10 @@ from typing import TypeAlias, TypeVar
 
 from llava_pdrop.errors import UserError
 
-Table: TypeAlias = tuple[tuple[str, str], ...]
+NameTable: TypeAlias = tuple[tuple[str, str], ...]
 Value = TypeVar("Value")
 
-ORIGINAL_TO_MEMORY: Table = (
+ORIGINAL_TO_MEMORY: NameTable = (
     (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
     (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower."),
@@ -25,7 +25,7 @@ ORIGINAL_TO_MEMORY: Table = (
 )
 """The original LLaVA layout, which for the decoder is that of a raw LLM as well."""
 
-HF_TO_MEMORY: Table = (
+HF_TO_MEMORY: NameTable = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
@@ -34,12 +34,12 @@ HF_TO_MEMORY: Table = (
 )
 """Hugging Face's LLaVA as any version writes it: 4.x, 5.x, and 5.x after loading a 4.x file."""
 
-TOWER_TO_MEMORY: Table = (
+TOWER_TO_MEMORY: NameTable = (
     (r"^(vision_model\.)?(embeddings|encoder|pre_layrnorm|post_layernorm)\b", r"model.vision_tower.\2"),
 )
 """A CLIP tower, or the whole of CLIP."""
 
-MEMORY_TO_HF: Table = (
+MEMORY_TO_HF: NameTable = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
@@ -54,7 +54,7 @@ CANONICAL = re.compile(
 )
 """What every name made by `MEMORY_TO_HF` begins with."""
 
-MEMORY_TO_ORIGINAL: Table = (
+MEMORY_TO_ORIGINAL: NameTable = (
     (r"^model\.language_model\.", "model."),
     (r"^model\.vision_tower\.(vision_model\.)?", "model.vision_tower.vision_tower.vision_model."),
     (r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
@@ -73,7 +73,7 @@ EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 """The model's two tensors with a row per token."""
 
 
-def rename(tensors: Mapping[str, Value], table: Table = ORIGINAL_TO_MEMORY) -> dict[str, Value]:
+def rename(tensors: Mapping[str, Value], table: NameTable = ORIGINAL_TO_MEMORY) -> dict[str, Value]:
     """Every tensor under its new name; obsolete buffers are left out, names that no entry fits stay.
 
     Raises:
@@ -90,7 +90,7 @@ def rename(tensors: Mapping[str, Value], table: Table = ORIGINAL_TO_MEMORY) -> d
     return renamed
 
 
-def rename_one(name: str, table: Table) -> str:
+def rename_one(name: str, table: NameTable) -> str:
     """``name`` by the first entry of ``table`` that fits it."""
     for pattern, replacement in table:
         new, hits = re.subn(pattern, replacement, name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llava_pdrop.checkpoint.layouts import EMBEDDINGS, Table, in_memory, rename_one
+from llava_pdrop.checkpoint.layouts import EMBEDDINGS, NameTable, in_memory, rename_one
 from llava_pdrop.checkpoint.load import PROJECTOR_FILE
 from llava_pdrop.checkpoint.shards import Stored, beside, open_tensors, read_json, resolve
 from llava_pdrop.errors import MissingFileError, UserError, clip
@@ -103,7 +103,7 @@ def config_directory(directory: Path, base: str | None = None) -> Path:
     return home
 
 
-def merged(base: Mapping[str, Stored], directory: Path, table: Table = ()) -> dict[str, Stored]:
+def merged(base: Mapping[str, Stored], directory: Path, table: NameTable = ()) -> dict[str, Stored]:
     """The weights of ``base`` with the LoRA run in ``directory`` merged in, and its whole tensors (of files beside the
     adapters, or peft's ``modules_to_save``) in place of the base's own of those names.
 
@@ -171,7 +171,7 @@ def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _in_base(name: str, table: Table, base: Mapping[str, Stored]) -> str:
+def _in_base(name: str, table: NameTable, base: Mapping[str, Stored]) -> str:
     """``name`` of a run as ``base`` calls it."""
     (own,) = in_memory({rename_one(name, table): None}, base)
     return own

@@ -20,7 +20,7 @@ from llava_pdrop.checkpoint.layouts import (
     HF_TO_MEMORY,
     ORIGINAL_TO_MEMORY,
     TOWER,
-    Table,
+    NameTable,
     in_memory,
     is_projector,
     rename,
@@ -332,7 +332,7 @@ def _joined(
     ).checked(fresh=True, rows=rows)
 
 
-def _named(directory: Path, table: Table) -> dict[str, Stored]:
+def _named(directory: Path, table: NameTable) -> dict[str, Stored]:
     """The tensors of ``directory`` under names in memory."""
     tensors = open_tensors(directory)
     with reading(directory):

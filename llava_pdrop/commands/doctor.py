@@ -13,7 +13,7 @@ from typing import Any
 from llava_pdrop.commands.arguments import a_path
 from llava_pdrop.errors import UserError
 
-REPORT, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
+DOCTOR_FILE, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,10 +113,10 @@ def run(args: argparse.Namespace) -> None:
     files = shown.write(out, TEXT)
     for name, histograms in drawn.items():
         data[name]["figures"] = {what: p.file for what, p in histograms.items() if out / p.file in files}
-    write_json(out / REPORT, report)
+    write_json(out / DOCTOR_FILE, report)
     shown.show()
     say(report["verdict"])
-    say(f"report: {out / TEXT}, {out / REPORT}, {out / INDEX}")
+    say(f"report: {out / TEXT}, {out / DOCTOR_FILE}, {out / INDEX}")
     if (
         training["nothing_learnt"]
         or training["beyond_positions"]

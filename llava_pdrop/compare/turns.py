@@ -33,7 +33,7 @@ from llava_pdrop.runtime.ranks import engine_for_one_run, number_of_processes
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.arguments import on_cpu, training_arguments
 from llava_pdrop.train.history import FINISHED_FILE
-from llava_pdrop.train.optim import PARTS
+from llava_pdrop.train.optim import MODEL_PARTS
 from llava_pdrop.train.run import build_dataset, build_plan, learning_model
 from llava_pdrop.train.trainer import PyramidTrainer
 
@@ -126,7 +126,7 @@ def take_turns(config: Config, pairs: int = PAIRS, warmup: int = WARMUP) -> Savi
             args,
             dataset,
             Twice(**_fields(plan), order=tuple(order)),
-            dict.fromkeys(PARTS, 0.0),
+            dict.fromkeys(MODEL_PARTS, 0.0),
             skip_bad_samples=config.train.on_bad_sample == "skip",
             max_bad_samples=config.train.max_bad_samples,
         )

@@ -48,7 +48,7 @@ PEAKS = {name: PEAK_TFLOPS[name] * 1e12 for name in ("A100", "H100")}
 
 
 @dataclass(frozen=True)
-class Setting:
+class AdviceSetting:
     """One way to train. ``total``: predicted bytes of a GPU; ``cpu``: bytes of the CPU's memory for each GPU."""
 
     engine: str
@@ -60,7 +60,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Arm:
+class AdviceArm:
     """Training without dropping (``vanilla``) or with it (``dropping``).
 
     Attributes:
@@ -70,8 +70,8 @@ class Arm:
     """
 
     name: str
-    setting: Setting | None
-    least: Setting
+    setting: AdviceSetting | None
+    least: AdviceSetting
     flops: float
 
 
@@ -86,14 +86,14 @@ class Advice:
     told: str
     mfu: float
     length: RunLength
-    arms: list[Arm]
+    arms: list[AdviceArm]
 
     @property
     def room(self) -> float:
         """Bytes of a GPU that the prediction may take."""
         return self.gib * GIB * (1 - RESERVE)
 
-    def seconds(self, arm: Arm, peak: float, samples: float) -> float:
+    def seconds(self, arm: AdviceArm, peak: float, samples: float) -> float:
         """That all GPUs together take for so many samples, if each of them can do ``peak`` operations a second."""
         return samples * arm.flops / (self.gpus * self.mfu * peak)
 
@@ -121,8 +121,8 @@ def advise(config: Config, gpus: int, gib: float, mfu: float = MFU, batch: int |
             f"number of GPUs, or --global-batch {near}"
         )
     names = ["vanilla", "dropping"] if config.schedule.layers else ["vanilla"]
-    found: dict[str, Setting] = {}
-    least: dict[str, Setting] = {}
+    found: dict[str, AdviceSetting] = {}
+    least: dict[str, AdviceSetting] = {}
     for settings in _by_engine(config, gpus, batch // gpus):
         for name in names:
             mine = settings[name]
@@ -133,11 +133,11 @@ def advise(config: Config, gpus: int, gib: float, mfu: float = MFU, batch: int |
                 found[name] = min(fitting, key=lambda setting: (setting.recomputed, -setting.samples))
         if len(found) == len(names):
             break
-    arms = [Arm(name, found.get(name), least[name], _flops(config, name, found.get(name))) for name in names]
+    arms = [AdviceArm(name, found.get(name), least[name], _flops(config, name, found.get(name))) for name in names]
     return Advice(gpus, gib, batch, told, mfu, run_length(config, batch), arms)
 
 
-def with_setting(config: Config, setting: Setting) -> Config:
+def with_setting(config: Config, setting: AdviceSetting) -> Config:
     """``config`` with engine, micro-batch and accumulation of ``setting``; recomputation is told to `plan_memory`."""
     kept = {name: value for name, value in config.train.arguments.items() if name not in SET_BY_ENGINE}
     arguments = {**kept, **ENGINES[setting.engine], "gradient_accumulation_steps": setting.accumulation}
@@ -148,7 +148,7 @@ def with_setting(config: Config, setting: Setting) -> Config:
     )
 
 
-def overrides(config: Config, arm: Arm) -> str:
+def overrides(config: Config, arm: AdviceArm) -> str:
     """The words that make ``config`` the run of ``arm``, to be pasted behind it; empty where nothing fits."""
     setting = arm.setting
     if setting is None:
@@ -169,7 +169,7 @@ def overrides(config: Config, arm: Arm) -> str:
     return " ".join(f"{name}={value}" for name, value in words.items())
 
 
-def what_lacks(advice: Advice, arm: Arm, config: Config) -> str:
+def what_lacks(advice: Advice, arm: AdviceArm, config: Config) -> str:
     """One line for an arm that fits in no way: how much is missing, and what would help."""
     least, lacking = arm.least, arm.least.total - advice.room
     adapters = "" if config.lora or "language_model" not in config.model.trainable else " LoRA (a lora: section),"
@@ -181,15 +181,15 @@ def what_lacks(advice: Advice, arm: Arm, config: Config) -> str:
     )
 
 
-def _by_engine(config: Config, gpus: int, share: int) -> Iterator[dict[str, list[Setting]]]:
+def _by_engine(config: Config, gpus: int, share: int) -> Iterator[dict[str, list[AdviceSetting]]]:
     """For one engine after the other: name of an arm -> all its settings, of a GPU's ``share`` of the global batch."""
     layers = model_of(config).layers
     for engine in ORDER:
         if (engine == "fsdp2" and gpus == 1) or (config.lora and config.lora.bits and engine not in QUANTISED):
             continue  # refused by training
-        found: dict[str, list[Setting]] = {"vanilla": [], "dropping": []}
+        found: dict[str, list[AdviceSetting]] = {"vanilla": [], "dropping": []}
         for samples in (count for count in range(1, share + 1) if share % count == 0):
-            one = Setting(engine, samples, share // samples, 0, 0.0, 0.0)
+            one = AdviceSetting(engine, samples, share // samples, 0, 0.0, 0.0)
             changed = with_setting(config, one)
             states = states_of(changed, gpus)
             cpu = _cpu(changed, gpus)
@@ -205,7 +205,7 @@ def _cpu(config: Config, gpus: int) -> float:
     return cpu_memory(model, config.model.trainable, states_of(config, gpus), adapters)
 
 
-def _flops(config: Config, name: str, setting: Setting | None) -> float:
+def _flops(config: Config, name: str, setting: AdviceSetting | None) -> float:
     if setting is None:
         return 0.0
     step = plan_step(with_setting(config, setting), (setting.recomputed, setting.recomputed))

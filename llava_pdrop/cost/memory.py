@@ -99,7 +99,7 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Block:
+class MemoryBlock:
     """A piece of the step in the order of the forward: bytes it ``held`` from its forward to its backward, the most
     that live of it during its backward (``peak``), how many of its parameters learn, and the bytes of their ``casts``
     that autocast keeps to the end of the forward, besides what is held."""
@@ -219,10 +219,10 @@ def _decoder_blocks(
     trainable: Collection[str],
     recomputed: Collection[int],
     states: States,
-) -> list[Block]:
+) -> list[MemoryBlock]:
     """Embedding, layers, last norm with the head and the loss."""
     hidden, learns, size, stream = text.hidden_size, "language_model" in trainable, states.bytes, states.stream
-    blocks = [Block(0.0, stream * layouts[0].tokens * hidden, counts.embedding * learns)]
+    blocks = [MemoryBlock(0.0, stream * layouts[0].tokens * hidden, counts.embedding * learns)]
     stage, casts = 0, size * counts.layer * states.autocast
     for layer in range(text.num_hidden_layers):
         stage += layer in schedule.layers
@@ -232,13 +232,13 @@ def _decoder_blocks(
         kept, again = kept + casts, layer in recomputed
         source = stream * tokens * hidden if again else 0
         held, peak = (source or kept) + rotary, source + kept + extra + rotary
-        blocks.append(Block(held, peak, counts.layer * learns, casts * again * learns))
+        blocks.append(MemoryBlock(held, peak, counts.layer * learns, casts * again * learns))
     rows, last = len(layouts[0].label_positions), layouts[-1].tokens * hidden
     kept = (FLOAT + stream * learns) * last + size * rows * hidden * learns
     kept += size * hidden * text.vocab_size * states.autocast * bool(counts.head)
     logits = FLOAT * rows * text.vocab_size
     # the loss holds the most with its two gradients, the norm with six float32 tensors of the stream
-    blocks.append(Block(kept + logits, max(kept + 3 * logits, 6 * FLOAT * last), counts.head * learns))
+    blocks.append(MemoryBlock(kept + logits, max(kept + 3 * logits, 6 * FLOAT * last), counts.head * learns))
     return blocks
 
 
@@ -255,13 +255,13 @@ def _layer_bytes(text: Any, tokens: int, learns: bool, states: States) -> tuple[
 
 def _tower_blocks(
     config: Any, counts: Parameters, tiles: int, learns: bool, recompute: bool, states: States
-) -> list[Block]:
+) -> list[MemoryBlock]:
     """Nothing of a frozen tower stays. Of a trained one only the layers below ``vision_feature_layer`` learn."""
     vision, size = config.vision_config, states.bytes
     width, mlp = vision.hidden_size, vision.intermediate_size
     pixels = tiles * 3 * vision.image_size**2
     if not learns:
-        return [Block(FLOAT * pixels, FLOAT * pixels, 0)]
+        return [MemoryBlock(FLOAT * pixels, FLOAT * pixels, 0)]
     tokens = tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
     source = states.stream * tokens * width
     stem = (FLOAT + size) * pixels + source
@@ -270,14 +270,16 @@ def _tower_blocks(
     kept = tokens * (norms + size * (4 * width + 3 * mlp) + FLOAT * (vision.num_attention_heads + 4)) + casts
     extra = tokens * (size * 2 * mlp + states.stream * width)
     held, peak = (source if recompute else kept), kept + extra + source * recompute
-    layer = Block(held, peak, counts.tower_layer, casts * recompute)
+    layer = MemoryBlock(held, peak, counts.tower_layer, casts * recompute)
     norm_behind = 2 * width  # never used, so it does not learn
-    return [Block(stem, stem + 2 * source, counts.tower_stem - norm_behind), *[layer] * used_tower_layers(config)]
+    return [MemoryBlock(stem, stem + 2 * source, counts.tower_stem - norm_behind), *[layer] * used_tower_layers(config)]
 
 
-def _projector_block(config: Any, counts: Parameters, rows: int, trainable: Collection[str], states: States) -> Block:
+def _projector_block(
+    config: Any, counts: Parameters, rows: int, trainable: Collection[str], states: States
+) -> MemoryBlock:
     width, hidden, size = config.vision_config.hidden_size, config.text_config.hidden_size, states.bytes
     learns = "projector" in trainable
     inner = size * rows * hidden * (learns or "vision_tower" in trainable)
     held = inner + size * rows * (width + hidden) * learns
-    return Block(held, held + 2 * states.stream * rows * hidden, counts.projector * learns)
+    return MemoryBlock(held, held + 2 * states.stream * rows * hidden, counts.projector * learns)

@@ -34,7 +34,7 @@ FULL_TEXT_TOKENS = 200
 
 
 @dataclass(frozen=True)
-class Model:
+class NominalModel:
     """The numbers of a config's model: a Hugging Face LLaVA config and the rules for its pictures."""
 
     config: Any
@@ -54,7 +54,7 @@ class Model:
         return sum(schedule.tokens_per_layer(image_tokens, self.layers)) / self.layers
 
 
-def model_of(config: Config) -> Model:
+def model_of(config: Config) -> NominalModel:
     """The model of ``config`` in numbers.
 
     Raises:
@@ -91,7 +91,7 @@ def model_of(config: Config) -> Model:
     kind = LlavaNextConfig if geometry.aspect == "anyres" else LlavaConfig
     tied = bool(getattr(text, "tie_word_embeddings", False))
     whole = kind(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    return Model(whole, geometry)
+    return NominalModel(whole, geometry)
 
 
 def paper_tokens(geometry: ImageGeometry, size: tuple[int, int]) -> int:

@@ -26,7 +26,7 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
 
-PICTURES = ((336, 336), (640, 480), (480, 640), (1280, 720), (1000, 1400), (2000, 500))
+NOMINAL_PICTURES = ((336, 336), (640, 480), (480, 640), (1280, 720), (1000, 1400), (2000, 500))
 """(width, height) of typical pictures: square, photographs, a screenshot, a page, a banner."""
 
 RESERVE = 0.1
@@ -95,7 +95,7 @@ class MemoryRow:
     dropping: Memory
 
 
-def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = PICTURES) -> Plan:
+def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICTURES) -> Plan:
     """Token counts and costs of ``config`` for ``pictures`` (width, height), from config.json numbers alone.
 
     Raises:

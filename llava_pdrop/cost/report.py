@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.advice import PEAKS, Advice, Setting, overrides, what_lacks
+from llava_pdrop.cost.advice import PEAKS, Advice, AdviceSetting, overrides, what_lacks
 from llava_pdrop.cost.flops import StepFlops
 from llava_pdrop.cost.lora import NOT_MODELLED, adapter_parameters
 from llava_pdrop.cost.memory import Memory
@@ -268,7 +268,7 @@ def _advice(config: Config, advice: Advice) -> list[Block]:
     settings = [arm.setting for arm in advice.arms]
     lines = [f"{a.name}: {overrides(config, a) if a.setting else what_lacks(advice, a, config)}" for a in advice.arms]
 
-    def cells(text: Callable[[Setting], str]) -> list[str]:
+    def cells(text: Callable[[AdviceSetting], str]) -> list[str]:
         return [text(setting) if setting else "" for setting in settings]
 
     columns = [

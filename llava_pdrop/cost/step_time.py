@@ -163,7 +163,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """A part of the step: the ``tokens`` that go through it, its forward, and its backward, recomputation included."""
 
     name: str
@@ -192,7 +192,7 @@ def step_parts(
     recomputed: Recomputed = Recomputed(),
     kernels: str = "eager",
     split: Collection[int] = (),
-) -> list[Part]:
+) -> list[StepPart]:
     """Work of forward and backward of one micro-batch in bfloat16: tower, projector, the layers of each stage, all
     rankings, head. Their operations are those of `step_flops`, whose arguments these are.
 
@@ -236,7 +236,7 @@ def _times(products: Collection[Product], layers: int) -> tuple[Product, ...]:
 
 def _stage(
     text: Any, first: int, stop: int, again: int, lengths: list[int], learns: bool, backward: bool, kernels: str
-) -> Part:
+) -> StepPart:
     """Decoder layers ``first`` to ``stop`` - 1, so many of which run ``again`` in backward."""
     tokens, layers, hidden, mlp = sum(lengths), stop - first, text.hidden_size, text.intermediate_size
     queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
@@ -250,12 +250,12 @@ def _stage(
         layers * attention * ATTENTION_BACKWARD,
         layers * moved.backward + again * moved.again,
     )
-    return Part(f"layers {first}-{stop - 1}", tokens, forward, back if backward else Work())
+    return StepPart(f"layers {first}-{stop - 1}", tokens, forward, back if backward else Work())
 
 
 def _drops(
     text: Any, batch: PackedBatch, layouts: list[Layout], schedule: Schedule, backward: bool, kernels: str
-) -> Part:
+) -> StepPart:
     """All rankings and selections."""
     asks = [len(starts) for starts in batch.answer_starts]
     size, hidden, heads, groups = head_size(text), text.hidden_size, text.num_attention_heads, key_value_heads(text)
@@ -270,10 +270,10 @@ def _drops(
             forward += Work((keys, rows), attention=scores)
         forward += Work(bytes=moved.forward)
         back += Work(bytes=moved.backward * backward)
-    return Part("ranking, dropping", layouts[0].tokens, forward, back)
+    return StepPart("ranking, dropping", layouts[0].tokens, forward, back)
 
 
-def _tower(config: Any, tiles: int, learns: bool, again: bool) -> Part:
+def _tower(config: Any, tiles: int, learns: bool, again: bool) -> StepPart:
     vision, layers = config.vision_config, used_tower_layers(config)
     width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     tokens = tiles * (patches + 1)
@@ -283,7 +283,7 @@ def _tower(config: Any, tiles: int, learns: bool, again: bool) -> Part:
     attention, moved = tower_attention(config, tiles), tower_layer_bytes(vision, tokens)
     forward = Work(embedding + _times(products, layers), attention, bytes=layers * moved.forward)
     if not learns:
-        return Part("tower", tokens, forward, Work())
+        return StepPart("tower", tokens, forward, Work())
     back = Work(
         _backward(embedding, weights=True, inputs=False)
         + _times(_backward(products, weights=True), layers)
@@ -292,10 +292,10 @@ def _tower(config: Any, tiles: int, learns: bool, again: bool) -> Part:
         attention * ATTENTION_BACKWARD,
         layers * (moved.backward + moved.again * again),
     )
-    return Part("tower", tokens, forward, back)
+    return StepPart("tower", tokens, forward, back)
 
 
-def _projector(config: Any, rows: int, trainable: Collection[str]) -> Part:
+def _projector(config: Any, rows: int, trainable: Collection[str]) -> StepPart:
     """The gradient goes into the first map's input only where the tower learns."""
     width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
     first, second = (Product(rows, width, hidden),), (Product(rows, hidden, hidden),)
@@ -305,11 +305,11 @@ def _projector(config: Any, rows: int, trainable: Collection[str]) -> Part:
         _backward(first, learns, below) + _backward(second, learns, learns or below),
         bytes=moved.backward * (learns or below),
     )
-    return Part("projector", rows, Work(first + second, bytes=moved.forward), back)
+    return StepPart("projector", rows, Work(first + second, bytes=moved.forward), back)
 
 
-def _head(text: Any, tokens: int, labels: int, learns: bool, backward: bool, kernels: str) -> Part:
+def _head(text: Any, tokens: int, labels: int, learns: bool, backward: bool, kernels: str) -> StepPart:
     norm, loss = norm_bytes(text.hidden_size, tokens, learns, kernels), loss_bytes(text.vocab_size, labels)
     product = (Product(labels, text.hidden_size, text.vocab_size),)
     back = Work(_backward(product, learns), bytes=norm.backward + loss.backward) if backward else Work()
-    return Part("head and loss", tokens, Work(product, bytes=norm.forward + loss.forward), back)
+    return StepPart("head and loss", tokens, Work(product, bytes=norm.forward + loss.forward), back)

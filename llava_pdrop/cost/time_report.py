@@ -11,7 +11,7 @@ from llava_pdrop.cost.elementwise import MODELLED, check_kernels, kernels_of, op
 from llava_pdrop.cost.flops import step_flops
 from llava_pdrop.cost.memory import learning_parameters
 from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by, states_of
-from llava_pdrop.cost.step_time import NOTE, Part, Work, card_named, is_modelled, step_parts
+from llava_pdrop.cost.step_time import NOTE, StepPart, Work, card_named, is_modelled, step_parts
 from llava_pdrop.report.page import Block, Table
 from llava_pdrop.report.units import time_unit
 from llava_pdrop.schedule import Schedule
@@ -27,7 +27,7 @@ class ArmTime:
         model_flops: operations that the samples ask for, without recomputation.
     """
 
-    parts: list[Part]
+    parts: list[StepPart]
     optimizer: float
     model_flops: float
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_pdrop.data.records import Part, Records
+from llava_pdrop.data.records import DataPart, Records
 from llava_pdrop.errors import MissingFileError, UserError
 
 TEXT_FORMATS = (".json", ".jsonl")
-BLOCK = 1 << 22
+BYTES_AT_A_TIME = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ def data_digest(records: Records) -> str:
     return digest.hexdigest()
 
 
-def _part_digest(part: Part) -> bytes:
+def _part_digest(part: DataPart) -> bytes:
     digest = hashlib.sha256(repr(part.template).encode())
     files = part.files()
     if all(file.suffix.lower() in TEXT_FORMATS for file in files):
         for name in files:
             with name.open("rb") as file:
-                while block := file.read(BLOCK):
+                while block := file.read(BYTES_AT_A_TIME):
                     digest.update(block)
     else:
         home = part.path if part.path.is_dir() else part.path.parent

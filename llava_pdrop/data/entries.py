@@ -43,7 +43,7 @@ MEDIA = re.compile(
 MEDIA_FILE = re.compile(rf"[^\n]*\.({'|'.join(sorted(MEDIA_SUFFIXES))})(\?[^\n]*)?", re.I)
 """Names of such files. Under any other key they may be a note, as long as the record shows pictures."""
 
-PICTURES = re.compile(
+PICTURE_KEYS = re.compile(
     r"(images?|imgs?|pictures?|pics?|photos?|(video_?)?frames?|screenshots?)(_?(paths?|files?|file_?names?|urls?))?",
     re.I,
 )
@@ -293,7 +293,7 @@ def _refuse_media(holder: dict[str, Any], place: str, pictures_too: bool) -> Non
         if MEDIA.fullmatch(key):
             reason = f"{where}'{clip(key)}' cannot be shown; only pictures can: remove it, or leave the record out"
             raise Unfit("media", reason)
-        if pictures_too and (place or key not in RECORD_KEYS) and PICTURES.fullmatch(key):
+        if pictures_too and (place or key not in RECORD_KEYS) and PICTURE_KEYS.fullmatch(key):
             raise UserError(f"{where}pictures stand in 'image' or 'images' of the record, not in '{clip(key)}'")
 
 

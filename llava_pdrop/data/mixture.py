@@ -26,7 +26,7 @@ from llava_pdrop.config.places import expanded
 from llava_pdrop.config.values import convert_fields, keys_of, nearest_key
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
-from llava_pdrop.data.records import Part, Records
+from llava_pdrop.data.records import DataPart, Records
 from llava_pdrop.errors import ConfigError, MissingFileError, Problem, UserError, clip, did_you_mean
 
 SUFFIXES = (".yaml", ".yml")
@@ -91,11 +91,11 @@ def read_data(
 
     Raises:
         ConfigError: a mistake in the mixture file, in one line with file and key.
-        MissingFileError, UserError: as `llava_pdrop.data.records.Part.open`.
+        MissingFileError, UserError: as `llava_pdrop.data.records.DataPart.open`.
     """
     path, root = Path(path), None if image_root is None else Path(image_root)
     if not _is_mixture(path):
-        return Records.of(Part.open(path, root, format))
+        return Records.of(DataPart.open(path, root, format))
     if format is not None:
         raise ConfigError(f"{path}: a mixture says for every part what format it has; set data.format=null")
     return _mix(path, _read_mixture(path), root, seed)
@@ -155,7 +155,7 @@ def _mix(file: Path, mixture: MixtureFile, image_root: Path | None, seed: int) -
     parts, chosen, generators = [], [], []
     for number, section in enumerate(mixture.parts):
         root = file.parent / section.image_root if section.image_root is not None else image_root
-        part = Part.open(file.parent / section.path, root, section.format, section.template)
+        part = DataPart.open(file.parent / section.path, root, section.format, section.template)
         generator = np.random.default_rng((seed, number))
         try:
             chosen.append(_limited(section.limit, len(part.entries), generator))

@@ -18,7 +18,7 @@ from llava_pdrop.types import ImageSource, Record
 
 
 @dataclass(frozen=True)
-class Part:
+class DataPart:
     """One data file or directory.
 
     Attributes:
@@ -35,7 +35,7 @@ class Part:
     @staticmethod
     def open(
         path: Path, image_root: Path | None = None, format: str | None = None, template: str | None = None
-    ) -> Part:
+    ) -> DataPart:
         """Opens a data file.
 
         Raises:
@@ -46,7 +46,7 @@ class Part:
         root = image_root or (path if path.is_dir() else path.parent)
         if not root.is_dir():
             raise MissingFileError(f"{root}: no such image folder (for {path}); check the image root")
-        return Part(path, entries, root, template)
+        return DataPart(path, entries, root, template)
 
     def entry(self, row: int) -> Entry:
         """Entry ``row``.
@@ -81,12 +81,12 @@ class Records(Sequence[Record]):
         rows: (N, 2) int32, part and index in it.
     """
 
-    def __init__(self, parts: Sequence[Part], rows: np.ndarray) -> None:
+    def __init__(self, parts: Sequence[DataPart], rows: np.ndarray) -> None:
         self.parts = tuple(parts)
         self.rows = rows
 
     @staticmethod
-    def of(part: Part) -> Records:
+    def of(part: DataPart) -> Records:
         """All records of one part, in their order."""
         rows = np.zeros((len(part.entries), 2), np.int32)
         rows[:, 1] = np.arange(len(rows))
@@ -160,7 +160,7 @@ def read_records(
         MissingFileError: the data file, the image folder or (with ``check``) an image does not exist.
         UserError: unknown format, a broken file or (with ``check``) an invalid record; names file and record.
     """
-    records = Records.of(Part.open(Path(path), None if image_root is None else Path(image_root), format))
+    records = Records.of(DataPart.open(Path(path), None if image_root is None else Path(image_root), format))
     if check:
         _check(records)
     return records

@@ -30,7 +30,7 @@ from llava_pdrop.data.tokens import Unlabelled
 from llava_pdrop.errors import RecordError, Unfit, UserError, clip, line_of
 from llava_pdrop.types import ImageSource, Record
 
-BLOCK = 512
+RECORDS_AT_A_TIME = 512
 """Records that one process takes at a time."""
 
 THREADS = 8
@@ -198,14 +198,14 @@ class Blocks(Dataset[Any]):
         self.todo = np.arange(len(records)) if todo is None else todo
 
     def __len__(self) -> int:
-        return -(-len(self.todo) // BLOCK)
+        return -(-len(self.todo) // RECORDS_AT_A_TIME)
 
     def spread(self, workers: int) -> Iterable[Any]:
         """What was made of all blocks, in order, by so many processes beside this one; 0: by this one."""
         return DataLoader(self, batch_size=None, num_workers=workers, collate_fn=as_it_is)
 
     def __getitem__(self, number: int) -> Any:
-        numbers = self.todo[number * BLOCK : (number + 1) * BLOCK].tolist()
+        numbers = self.todo[number * RECORDS_AT_A_TIME : (number + 1) * RECORDS_AT_A_TIME].tolist()
         examined = [self._examined(index) for index in numbers]
         records = [record for record, _ in examined]
         return self.judge(Block(numbers, records, [keys for _, keys in examined], self._seen(numbers, records)))

@@ -52,7 +52,7 @@ Truncation = Literal["turns", "tokens"]
 
 NOTHING_TO_LEARN = "it has no answer, or only empty ones and such with loss: false or weight: 0: nothing to learn"
 
-BLOCK = 1024
+TEXTS_AT_A_TIME = 1024
 """Records whose texts `Encoder.lengths` tokenises in one call."""
 
 
@@ -139,8 +139,10 @@ class Encoder:
         limit, perhaps without an answer, wrong) goes through `length`.
         """
         result: list[int | RecordError] = []
-        for start in range(0, len(records), BLOCK):
-            result += self._block_lengths(records[start : start + BLOCK], sizes[start : start + BLOCK])
+        for start in range(0, len(records), TEXTS_AT_A_TIME):
+            result += self._block_lengths(
+                records[start : start + TEXTS_AT_A_TIME], sizes[start : start + TEXTS_AT_A_TIME]
+            )
         return result
 
     def _block_lengths(self, records: Sequence[Record], sizes: Sequence[Sequence[Size]]) -> list[int | RecordError]:

@@ -23,33 +23,33 @@ UNKNOWN = -1
 
 
 @dataclass(frozen=True)
-class Kind:
+class ProblemKind:
     """A kind of problem. ``refused``: training does not take such a record."""
 
     summary: str
     refused: bool = True
 
 
-KINDS: dict[str, Kind] = {
-    "format": Kind("not a record"),
-    "media": Kind("shows what is no picture (video, audio)"),
-    "empty_conversation": Kind("a conversation without turns"),
-    "image_markers": Kind("number of <image> markers is not the number of images"),
-    "role_order": Kind("turns out of order"),
-    "template": Kind("a conversation its template cannot write"),
-    "missing_image": Kind("image file missing"),
-    "corrupt_image": Kind("image file not readable"),
-    "no_supervised_token": Kind("nothing to learn"),
-    "no_last_answer": Kind("evaluation only: does not end in an answer, so nothing can be scored"),
-    "image_token": Kind("the tokenizer's image token written out in the text"),
-    "control_token": Kind("a control token written out in the text"),
-    "not_tokenised": Kind("text the tokenizer cannot label"),
-    "too_long": Kind("does not fit data.max_length, not even its first answer"),
-    "over_budget": Kind("longer than data.tokens_per_batch"),
-    "shortened": Kind("longer than data.max_length, shortened by data.truncation", refused=False),
-    "duplicate_id": Kind("id of an earlier record", refused=False),
-    "duplicate_image": Kind("image with the content of another file", refused=False),
-    "non_rgb_image": Kind("image that is not RGB (converted when it is loaded)", refused=False),
+PROBLEM_KINDS: dict[str, ProblemKind] = {
+    "format": ProblemKind("not a record"),
+    "media": ProblemKind("shows what is no picture (video, audio)"),
+    "empty_conversation": ProblemKind("a conversation without turns"),
+    "image_markers": ProblemKind("number of <image> markers is not the number of images"),
+    "role_order": ProblemKind("turns out of order"),
+    "template": ProblemKind("a conversation its template cannot write"),
+    "missing_image": ProblemKind("image file missing"),
+    "corrupt_image": ProblemKind("image file not readable"),
+    "no_supervised_token": ProblemKind("nothing to learn"),
+    "no_last_answer": ProblemKind("evaluation only: does not end in an answer, so nothing can be scored"),
+    "image_token": ProblemKind("the tokenizer's image token written out in the text"),
+    "control_token": ProblemKind("a control token written out in the text"),
+    "not_tokenised": ProblemKind("text the tokenizer cannot label"),
+    "too_long": ProblemKind("does not fit data.max_length, not even its first answer"),
+    "over_budget": ProblemKind("longer than data.tokens_per_batch"),
+    "shortened": ProblemKind("longer than data.max_length, shortened by data.truncation", refused=False),
+    "duplicate_id": ProblemKind("id of an earlier record", refused=False),
+    "duplicate_image": ProblemKind("image with the content of another file", refused=False),
+    "non_rgb_image": ProblemKind("image that is not RGB (converted when it is loaded)", refused=False),
 }
 """Name in reports -> what it means. Their order is that of the reports."""
 
@@ -88,7 +88,11 @@ class Checks:
 
     def refused(self) -> list[str]:
         """The kinds of problem that training refuses; it cuts to the token without asking what is left."""
-        return [k for k, v in KINDS.items() if v.refused and (k, self.truncation) != ("no_supervised_token", "tokens")]
+        return [
+            k
+            for k, v in PROBLEM_KINDS.items()
+            if v.refused and (k, self.truncation) != ("no_supervised_token", "tokens")
+        ]
 
     @cached_property
     def unlimited(self) -> Encoder:

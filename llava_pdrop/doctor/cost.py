@@ -20,7 +20,7 @@ import torch
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import step_flops
-from llava_pdrop.cost.nominal import Model, model_of, recomputed_by
+from llava_pdrop.cost.nominal import NominalModel, model_of, recomputed_by
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor.examine import Findings
@@ -112,7 +112,7 @@ def sampled_batches(config: Config, lengths: Sequence[int]) -> list[list[int]]:
     return [[chosen[i] for i in batch] for batch in plan.micro_batches(0)]
 
 
-def cost_of(config: Config, model: Model, geometry: ImageGeometry, batches: Sequence[Sequence[Sample]]) -> Cost:
+def cost_of(config: Config, model: NominalModel, geometry: ImageGeometry, batches: Sequence[Sequence[Sample]]) -> Cost:
     """The cost of training ``config`` on ``batches`` of samples, whose images need no pixels."""
     packed = [PackedBatch.pack(list(samples)) for samples in batches]
     options = (config.model.trainable, recomputed_by(config, model.layers))

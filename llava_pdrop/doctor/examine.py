@@ -24,7 +24,7 @@ from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import Blocks
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.doctor.checks import KINDS, UNKNOWN, Checks, Found, RecordProblem
+from llava_pdrop.doctor.checks import PROBLEM_KINDS, UNKNOWN, Checks, Found, RecordProblem
 from llava_pdrop.doctor.images import same_content
 from llava_pdrop.train.fit import positions_of
 
@@ -59,7 +59,7 @@ class Findings:
     Attributes:
         checks: what was looked at.
         which: (N,) for every record of an epoch, its number among ``records``.
-        found: (n, kinds) bool, whether a record has a problem of each of `KINDS`.
+        found: (n, kinds) bool, whether a record has a problem of each of `PROBLEM_KINDS`.
         lengths: (n, 2) int32 tokens before and after truncation, or `UNKNOWN`.
         counts: (n,) pictures of every record; ``shown``: (all of these, 2) their (width, height), 0 where unknown.
         problems: of each kind the first ones.
@@ -83,7 +83,7 @@ class Findings:
     @cached_property
     def usable(self) -> np.ndarray:
         """(n,) bool: training takes the record. Where no tokens were counted, as far as one can tell without."""
-        kinds = list(KINDS)
+        kinds = list(PROBLEM_KINDS)
         refused = [kinds.index(kind) for kind in self.checks.refused()]
         return np.asarray(~self.found[:, refused].any(axis=1))
 
@@ -94,7 +94,7 @@ class Findings:
 
     def count(self, kind: str) -> int:
         """Records with such a problem."""
-        return int(self.found[:, list(KINDS).index(kind)].sum())
+        return int(self.found[:, list(PROBLEM_KINDS).index(kind)].sum())
 
 
 def examine(
@@ -147,7 +147,7 @@ class _Total:
     keys: Counter[str] = field(default_factory=Counter)
 
     def add(self, block: Found) -> None:
-        kinds = {kind: number for number, kind in enumerate(KINDS)}
+        kinds = {kind: number for number, kind in enumerate(PROBLEM_KINDS)}
         found = [(problem.index, kinds[problem.kind]) for problem in block.problems]
         self.found.append(np.array(found, dtype=np.int64).reshape(-1, 2))
         for problem in block.problems:
@@ -162,7 +162,7 @@ class _Total:
             np.concatenate([getattr(block, name) for block in self.blocks]) for name in ("places", "names", "shapes")
         )
         modes = [mode for block in self.blocks for mode in block.modes]
-        found = np.zeros((len(records), len(KINDS)), bool)
+        found = np.zeros((len(records), len(PROBLEM_KINDS)), bool)
         found[tuple(np.concatenate(self.found).T)] = True
         _, first, shown = np.unique(names, return_index=True, return_counts=True)
         order = np.argsort(first)
@@ -186,7 +186,7 @@ def _mark_duplicate_ids(findings: Findings, ids: np.ndarray, listed: int) -> Non
     """Every record whose id an earlier one has."""
     _, first, which = np.unique(ids, return_index=True, return_inverse=True)
     again = np.flatnonzero((first[which] != np.arange(len(ids))) & (ids != 0))
-    findings.found[again, list(KINDS).index("duplicate_id")] = True
+    findings.found[again, list(PROBLEM_KINDS).index("duplicate_id")] = True
     for number in again[:listed].tolist():
         record, earlier = findings.records[number], findings.records[int(first[which[number]])]
         _list(
@@ -203,7 +203,7 @@ def _mark_duplicate_images(findings: Findings, workers: int, listed: int, bar: A
     for group in groups:
         owners = [(number, *pictures.places[number].tolist()) for number in group]
         for _, record, _ in owners[1:]:
-            findings.found[record, list(KINDS).index("duplicate_image")] = True
+            findings.found[record, list(PROBLEM_KINDS).index("duplicate_image")] = True
         findings.duplicates += len(group) - 1
         if len(findings.problems.get("duplicate_image", ())) >= listed:
             continue

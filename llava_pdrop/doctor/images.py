@@ -17,7 +17,7 @@ from llava_pdrop.data.survey import as_it_is, in_threads, tried
 from llava_pdrop.errors import QUOTED, Unfit, clip
 from llava_pdrop.types import ImageSource
 
-BLOCK = 256
+PICTURES_AT_A_TIME = 256
 """Pictures whose content one process compares at a time."""
 
 SAMPLE = 4096
@@ -116,10 +116,10 @@ class _Digests(Dataset[np.ndarray]):
         self.records, self.places, self.whole = records, places, whole
 
     def __len__(self) -> int:
-        return -(-len(self.places) // BLOCK)
+        return -(-len(self.places) // PICTURES_AT_A_TIME)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        places = self.places[number * BLOCK : (number + 1) * BLOCK].tolist()
+        places = self.places[number * PICTURES_AT_A_TIME : (number + 1) * PICTURES_AT_A_TIME].tolist()
         sources = [self.records[record].images[place] for record, place in places]
         return np.array(in_threads(lambda source: _digest(source, self.whole), sources), dtype=np.uint64)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_pdrop.doctor.checks import KINDS
+from llava_pdrop.doctor.checks import PROBLEM_KINDS
 from llava_pdrop.doctor.examine import Findings
 from llava_pdrop.doctor.figures import length_histogram, size_histogram
 from llava_pdrop.report.page import Block, Note, Page, Picture, Table
@@ -35,7 +35,7 @@ def describe(findings: Findings, data: str, max_length: int | None) -> dict[str,
             {"path": str(part.path), "template": part.template, "distinct_records": int(count)}
             for part, count in zip(records.parts, np.bincount(records.rows[:, 0], minlength=len(records.parts)))
         ],
-        "problems": {kind: _problems(findings, kind) for kind in KINDS if findings.count(kind)},
+        "problems": {kind: _problems(findings, kind) for kind in PROBLEM_KINDS if findings.count(kind)},
         "unknown_keys": dict(sorted(findings.unknown_keys.items())),
         "images": _images(findings),
         "tokens": _tokens(findings, max_length),
@@ -45,7 +45,7 @@ def describe(findings: Findings, data: str, max_length: int | None) -> dict[str,
 def _problems(findings: Findings, kind: str) -> dict[str, Any]:
     listed = [{key: value for key, value in asdict(p).items() if key != "kind"} for p in findings.problems[kind]]
     return {
-        "summary": KINDS[kind].summary,
+        "summary": PROBLEM_KINDS[kind].summary,
         "refused": kind in findings.checks.refused(),
         "records": findings.count(kind),
         "listed": listed,

@@ -47,7 +47,7 @@ SHIPPED = Path("data/tiny")
 NOISE = 0.3
 """Of the grown matrices, relative to their standard deviation."""
 
-RESULTS_FILE = "learn.json"
+LEARN_FILE = "learn.json"
 
 START_QUESTIONS = 100
 """Questions that are answered before the training."""
@@ -118,7 +118,7 @@ def learn(out: Path, device: str, config: Path, seconds: float, overrides: Seque
             found["arms"][name] = {"error": f"{type(error).__name__}: {error}"}
         release_memory()
         found["seconds"] = time.monotonic() - began
-        write_json(out / RESULTS_FILE, found)
+        write_json(out / LEARN_FILE, found)
     return found
 
 

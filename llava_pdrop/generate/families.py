@@ -67,7 +67,7 @@ def _mrope(decoder: str, picture: str = "an entry of image_grid_thw", **options:
 
 _TILED = "an entry of image_sizes: the whole picture, its tiles and newlines"
 
-FAMILIES: dict[str, Family] = {
+ATTACHABLE: dict[str, Family] = {
     "llava": Family("feature", "an entry of pixel_values", (*LLAMA_LIKE, *OTHERS)),
     "llava_next": Family("feature", _TILED, LLAMA_LIKE),
     "llava_next_video": Family("feature", _TILED, LLAMA_LIKE, clip="feature", since="5.18"),
@@ -109,7 +109,7 @@ HEADERS = ("model_type", "a picture, which has its own budget", "text decoders",
 
 
 def rows() -> list[tuple[str, ...]]:
-    """The table of `FAMILIES`, a row per class, under `HEADERS`."""
+    """The table of `ATTACHABLE`, a row per class, under `HEADERS`."""
     return [
         (
             kind,
@@ -119,7 +119,7 @@ def rows() -> list[tuple[str, ...]]:
             "keep" if family.positions == "keep" else "renumber (default), keep",
             f"from {family.since} on",
         )
-        for kind, family in FAMILIES.items()
+        for kind, family in ATTACHABLE.items()
     ]
 
 
@@ -136,7 +136,7 @@ def family_of(model: nn.Module, decoder: nn.Module, unchecked: bool) -> Family:
     config: Any = model.config
     kind, text = config.model_type, decoder.config.model_type  # type: ignore[union-attr]
     own = any(base.__module__.startswith(f"transformers.models.{kind}.") for base in type(model).__mro__)
-    family = FAMILIES.get(kind) if own else None
+    family = ATTACHABLE.get(kind) if own else None
     if unchecked:
         return family or UNCHECKED
     if family is None:

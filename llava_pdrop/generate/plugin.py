@@ -70,7 +70,7 @@ def attach(
     """Makes a Hugging Face vision-language model drop image tokens by ``schedule``; attaching again replaces.
 
     Args:
-        model: a model of a class in ``families.FAMILIES`` (``llava-pdrop families`` lists them), or PEFT's or
+        model: a model of a class in ``families.ATTACHABLE`` (``llava-pdrop families`` lists them), or PEFT's or
             ``torch.compile``'s wrapper of one; attention ``eager``, ``sdpa``, ``llava_pdrop`` or flash attention.
         schedule: when and how much; default: the one in the model's config (``pyramid_drop``), else none.
         trace: where given, receives one `ForwardStep` per forward.

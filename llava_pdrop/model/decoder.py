@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.kernels import carry, in_force
 from llava_pdrop.model.pyramid_drop import RANKERS, Instruction, keep_index
-from llava_pdrop.model.stream import Stage, StreamPlan
+from llava_pdrop.model.stream import StreamPlan, StreamStage
 from llava_pdrop.schedule import Schedule
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3")
@@ -57,7 +57,7 @@ class Drop:
     surviving positions (K,)."""
 
     layer: int
-    stage: Stage
+    stage: StreamStage
     hidden_TD: Tensor
     score_V: Tensor
     index_K: Tensor
@@ -118,7 +118,7 @@ def _run_layers(
 
 @torch.no_grad()
 def _rank(
-    decoder: nn.Module, index: int, x_TD: Tensor, before_TD: Tensor, rope: Rope, stage: Stage, schedule: Schedule
+    decoder: nn.Module, index: int, x_TD: Tensor, before_TD: Tensor, rope: Rope, stage: StreamStage, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
     """Scores (V,) and surviving positions (K,) of the drop before layer ``index``."""
     ranker = RANKERS[schedule.ranker]

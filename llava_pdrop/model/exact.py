@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2**16
+NORM_BLOCK = 2**16
 """Elements of a block of a norm per thread: its temporaries lie in a core's own cache."""
 
 
@@ -103,5 +103,5 @@ class _Norm(Function):
 
 def _blocks(x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
     """Views (R, D) of contiguous (..., D) that have the rows of ``x``."""
-    rows = max(1, torch.get_num_threads() * BLOCK // x.shape[-1])
+    rows = max(1, torch.get_num_threads() * NORM_BLOCK // x.shape[-1])
     return [tensor.view(-1, tensor.shape[-1]).split(rows) for tensor in (x, *others)]

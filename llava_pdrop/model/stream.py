@@ -109,7 +109,7 @@ def layouts_of(batch: PackedBatch, schedule: Schedule) -> list[Layout]:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StreamStage:
     """One stage on the device: the attention segments, position ids (T,), and unless it is the last stage, which rows
     are the queries (Q,) and which tokens the next drop may take."""
 
@@ -131,7 +131,7 @@ class StreamPlan:
     is (the placeholder may lie outside the vocabulary); where features go in (``image_row``, ``feature_row``); labels
     ``label_L`` (L,) and the tokens before them, in the last stream, that predict them (``predict_row``)."""
 
-    stages: list[Stage]
+    stages: list[StreamStage]
     text_T: Tensor
     image_row: Tensor
     feature_row: Tensor
@@ -184,7 +184,9 @@ class StreamPlan:
                 candidates = Candidates(
                     **{name: sent[f"{name} {stage}"] for name in COLUMNS}, survivors=layouts[stage + 1].tokens
                 )
-            stages.append(Stage(layout, segments, sent[f"position_T {stage}"], sent[f"query_Q {stage}"], candidates))
+            stages.append(
+                StreamStage(layout, segments, sent[f"position_T {stage}"], sent[f"query_Q {stage}"], candidates)
+            )
         return StreamPlan(stages, **{name: sent[name] for name in once})
 
 

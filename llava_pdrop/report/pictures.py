@@ -46,7 +46,7 @@ STYLE: dict[str, Any] = {
 COLOURS = {"vanilla": "#6B7C8F", "pyramid_drop": "#E2703A"}
 """Run -> colour, in all pictures."""
 
-CHOICES = ("MPLBACKEND", "MATPLOTLIBRC")
+BACKEND_VARIABLES = ("MPLBACKEND", "MATPLOTLIBRC")
 """Environment variables by which somebody says how matplotlib is to show pictures. These here are only written."""
 
 
@@ -81,7 +81,7 @@ def save_picture(file: Path, draw: Callable[[], Any], **options: Any) -> bool:
 
 def _imported() -> Any:
     """Matplotlib, without what the environment asks of it."""
-    kept = {name: os.environ.pop(name) for name in CHOICES if name in os.environ}
+    kept = {name: os.environ.pop(name) for name in BACKEND_VARIABLES if name in os.environ}
     try:
         return importlib.import_module("matplotlib")
     finally:

@@ -30,7 +30,7 @@ DEAD_AFTER = 60.0
 ENDING = 3.0
 """Seconds for which a process of this machine is waited for that may just be ending."""
 
-EXIT_CODE = 88
+TAKEN_OVER_EXIT = 88
 """Of a run that was taken for dead (it was suspended), and another has its ``output_dir`` by now."""
 
 _held: set[str] = set()
@@ -188,7 +188,7 @@ def _keep(file: Path, me: Owner, over: threading.Event) -> None:
                 where = _in_use("", file, found[0]) if found else f"{file.parent} may have been used by another run"
                 line = f"error: {where.removeprefix(': ')}; this one was silent for too long"
                 print(f"{line} (suspended?) and ends without saving", file=sys.stderr, flush=True)
-                os._exit(EXIT_CODE)
+                os._exit(TAKEN_OVER_EXIT)
             beat = time.time()
         except OSError:  # a disk that is full or away for a while
             continue

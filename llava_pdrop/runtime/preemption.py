@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-EXIT_CODE = 85
+PREEMPTED_EXIT = 85
 """Of a run that was told to stop and saved: start the same command again and it goes on. (torchrun ends with 1 whatever
 its workers end with, so the same is written to `NOTE_FILE`.)"""
 
@@ -31,10 +31,10 @@ def outlive_signals(worker: int) -> None:
 
 
 class Preempted(SystemExit):
-    """The run was told to stop and has saved. Ends the program with `EXIT_CODE`."""
+    """The run was told to stop and has saved. Ends the program with `PREEMPTED_EXIT`."""
 
     def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(PREEMPTED_EXIT)
 
 
 class Preemption(TrainerCallback):

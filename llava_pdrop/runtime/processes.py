@@ -22,7 +22,7 @@ STARTED_BY = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """Environment variables that these programs, torchrun and DeepSpeed's, set for the ranks they start."""
 
 SECONDS_BETWEEN_LOOKS = 0.5
-EXIT_CODE = 87
+ORPHANED_EXIT = 87
 """Of a rank whose launcher is gone."""
 
 _watching = threading.Lock()
@@ -103,7 +103,7 @@ def end_with_launcher() -> None:
         rank = os.environ.get("RANK", "0")
         line = f"[rank {rank}] error: its launcher (process {process}) is gone, so it ends without saving; start the "
         print(f"{line}same command again: it goes on from the newest checkpoint", file=sys.stderr, flush=True)
-        os._exit(EXIT_CODE)
+        os._exit(ORPHANED_EXIT)
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 

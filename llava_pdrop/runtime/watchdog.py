@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 DIRECTORY, ALARM = ".heartbeat", "alarm"
-EXIT_CODE = 86
+STUCK_EXIT = 86
 """Of a process that ends because some rank is stuck."""
 
 SHARE_OF_TIMEOUT = 0.9
@@ -159,7 +159,7 @@ class Watchdog:
             with suppress(OSError):
                 (self.directory / ALARM).touch()
             self._wait_for({place.rank for place in after} - silent_ranks(before, after))
-        os._exit(EXIT_CODE)
+        os._exit(STUCK_EXIT)
 
     def _listen(self) -> tuple[list[Place], list[Place]]:
         """The places of the other ranks at two times, between which every one has written or patience has ended."""

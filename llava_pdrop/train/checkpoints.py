@@ -25,7 +25,7 @@ from llava_pdrop.errors import UserError
 MANIFEST = "manifest.json"
 STAGING = ".partial"
 THREADS = 8
-BLOCK = 2**24
+BYTES_AT_A_TIME = 2**24
 """Bytes read at a time."""
 
 GIB = 2**30
@@ -175,7 +175,7 @@ def _flushed_hash(file: Path) -> str:
 def _hash(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as source:
-        while block := source.read(BLOCK):
+        while block := source.read(BYTES_AT_A_TIME):
             digest.update(block)
     return digest.hexdigest()
 

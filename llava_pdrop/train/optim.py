@@ -16,7 +16,7 @@ from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.model.vlm import MODULE
 from llava_pdrop.report.page import Table
 
-PARTS: dict[str, tuple[str, ...]] = {
+MODEL_PARTS: dict[str, tuple[str, ...]] = {
     "language_model": ("model.language_model.", "lm_head."),
     "projector": ("model.multi_modal_projector.", "model.image_newline"),
     "vision_tower": ("model.vision_tower.",),
@@ -36,10 +36,10 @@ def part_of(name: str) -> str:
     One that belongs to none would silently never be trained: it fails.
     """
     plain = WRAPPERS.sub("", name).removeprefix(f"{MODULE}.")
-    for part, prefixes in PARTS.items():
+    for part, prefixes in MODEL_PARTS.items():
         if plain.startswith(prefixes):
             return part
-    raise AssertionError(f"parameter {name} belongs to none of the parts {list(PARTS)}")
+    raise AssertionError(f"parameter {name} belongs to none of the parts {list(MODEL_PARTS)}")
 
 
 def freeze(model: nn.Module, trainable: Collection[str]) -> None:
@@ -54,9 +54,9 @@ def freeze(model: nn.Module, trainable: Collection[str]) -> None:
     Raises:
         UserError: an unknown part, or none.
     """
-    unknown = sorted(set(trainable) - set(PARTS))
+    unknown = sorted(set(trainable) - set(MODEL_PARTS))
     if unknown or not trainable:
-        raise UserError(f"model.trainable must name some of {list(PARTS)}, got {list(trainable)}")
+        raise UserError(f"model.trainable must name some of {list(MODEL_PARTS)}, got {list(trainable)}")
     used = used_tower_layers(model.hf.config)
     adapted = any(ADAPTER.search(name) for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
@@ -88,7 +88,7 @@ def parameter_groups(
             members[part_of(name), name in decayed].append(parameter)
     return [
         {"params": members[part, decay], "lr": learning_rates[part], "weight_decay": weight_decay if decay else 0.0}
-        for part in PARTS
+        for part in MODEL_PARTS
         for decay in (True, False)
         if members[part, decay]
     ]
@@ -96,9 +96,9 @@ def parameter_groups(
 
 def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> Table:
     """Parameters and trainable parameters of every part, for the start of a run."""
-    total: dict[str, int] = dict.fromkeys(PARTS, 0)
+    total: dict[str, int] = dict.fromkeys(MODEL_PARTS, 0)
     learning = dict(total)
-    labels = {part: part for part in PARTS}
+    labels = {part: part for part in MODEL_PARTS}
     for name, parameter in model.named_parameters():
         if ADAPTER.search(name):
             labels[part_of(name)] = f"{part_of(name)} (LoRA)"
@@ -109,6 +109,6 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> Ta
         ("part", [*labels.values(), "all"]),
         ("parameters", [f"{count:,}" for count in (*total.values(), sum(total.values()))]),
         ("trainable", [f"{count:,}" for count in (*learning.values(), sum(learning.values()))]),
-        ("learning rate", [*(f"{learning_rates[part]:g}" if learning[part] else "frozen" for part in PARTS), ""]),
+        ("learning rate", [*(f"{learning_rates[part]:g}" if learning[part] else "frozen" for part in MODEL_PARTS), ""]),
     ]
     return Table.of_columns(columns, "What learns")

@@ -15,7 +15,7 @@ from llava_pdrop.report.units import column, digits, time_text, time_unit
 from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, stages, steps_of
 
-TRAINING_FILE, PICTURE_FILE = "training.md", "training.png"
+TRAINING_FILE, TRAINING_PICTURE = "training.md", "training.png"
 
 TITLES = {
     "tower": ("vision tower, forward", "#3E5C76"),
@@ -32,7 +32,7 @@ TITLES = {
 
 def forget_report(directory: Path) -> None:
     """Removes the report of an earlier, shorter run in ``directory``."""
-    for name in (TRAINING_FILE, PICTURE_FILE):
+    for name in (TRAINING_FILE, TRAINING_PICTURE):
         with suppress(OSError):
             (directory / name).unlink()
 
@@ -79,7 +79,7 @@ def _page(rows: Sequence[dict[str, Any]], name: str, directory: Path) -> Page:
     return Page(
         f"Training of {name}",
         [
-            Picture(PICTURE_FILE, "loss, throughput, tokens, time", lambda: figure_of(rows)),
+            Picture(TRAINING_PICTURE, "loss, throughput, tokens, time", lambda: figure_of(rows)),
             Table(("", ""), _facts(rows, directory)),
             Table(stage_head, [(str(number), *cells) for number, cells in enumerate(counts)]),
             *_times(time_split(rows)),

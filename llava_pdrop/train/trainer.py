@@ -69,7 +69,7 @@ class PyramidTrainer(SavingTrainer):
 
     Args:
         plan: micro-batches of every rank; its world size and accumulation must be those of ``args``.
-        learning_rates: part of the model (see `optim.PARTS`) -> peak learning rate.
+        learning_rates: part of the model (see `optim.MODEL_PARTS`) -> peak learning rate.
         processor: Hugging Face processor saved with every checkpoint.
         config_yaml: resolved configuration, saved with every checkpoint.
         skip_bad_samples: whether up to ``max_bad_samples`` samples that cannot be loaded are replaced

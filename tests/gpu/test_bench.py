@@ -10,9 +10,9 @@ import torch
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import variants
-from llava_pdrop.bench.prefill import TEXT_TOKENS, Case, Prompt, generate
+from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillCase, Prompt, generate
 from llava_pdrop.bench.shapes import make_model, shape_named
-from llava_pdrop.bench.train_step import MIB, Arm, Trainer, measure
+from llava_pdrop.bench.train_step import MIB, BenchArm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.runtime.clock import REGIONS, parts_of
@@ -32,8 +32,8 @@ HALF_BILLION = replace(
 )  # fmt: skip
 
 
-def arms(**options) -> list[Arm]:
-    return variants.arms_of({"PyramidDrop": HALF_BILLION.schedule}, Arm("", **options))
+def arms(**options) -> list[BenchArm]:
+    return variants.arms_of({"PyramidDrop": HALF_BILLION.schedule}, BenchArm("", **options))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sharded", "none"])
@@ -78,7 +78,7 @@ def test_dropping_in_a_prefill_does_not_synchronise():
     device, shape = device_named("cuda"), shape_named("tiny")
     hf = make_model(shape, device, torch.float32).hf.eval()
     hf.set_attn_implementation("sdpa")
-    case = Case(2, 50, TEXT_TOKENS, 3)
+    case = PrefillCase(2, 50, TEXT_TOKENS, 3)
     prompt = Prompt.make(hf, case, torch.randn(4, 3, 84, 84, device=device), seed=0)
     generate(hf, prompt, shape.schedule, 3, device)
     layers = hf.model.language_model.layers

@@ -28,7 +28,7 @@ NEW = 4
 TOLERANCE = 2e-5  # of any logit
 CLEAR = 2e-4  # prompts whose kept and dropped tokens score closer than this say nothing: others are drawn
 SLIDING = ("mistral_window", "qwen2_window", "cohere2", "gemma2", "gpt_oss")
-TABLE = {name: families.FAMILIES["llava" if name == "pixtral" else name] for name in FAMILIES}
+TABLE = {name: families.ATTACHABLE["llava" if name == "pixtral" else name] for name in FAMILIES}
 NAMES = [name for name in FAMILIES if not is_older(TABLE[name].since)]
 WITH_CLIPS = [name for name in NAMES if FAMILIES[name].clip]
 ALL = [

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_pdrop.config.load import load_config
-from llava_pdrop.runtime.preemption import EXIT_CODE, NOTE_FILE
+from llava_pdrop.runtime.preemption import NOTE_FILE, PREEMPTED_EXIT
 from llava_pdrop.runtime.watchdog import DIRECTORY
 from llava_pdrop.train.checkpoints import step_of, what_is_torn
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
@@ -98,7 +98,7 @@ def test_a_signal_saves_after_the_step_and_ends_with_its_own_code(make_run, kind
     whole, cut = make_run("whole", ranks), make_run("cut", ranks, save_strategy="no", dataloader_num_workers=workers)
     run_ranks(whole, ranks=ranks)
     ended = run_ranks(cut, ranks=ranks, fault=Fault(kind, 5, rank=ranks - 1))
-    assert ended.codes == [EXIT_CODE] * ranks, ended.texts
+    assert ended.codes == [PREEMPTED_EXIT] * ranks, ended.texts
     assert re.search(says("saved", "step 5"), ended.texts[0])
     output = output_of(cut)
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-5"]

@@ -20,7 +20,7 @@ from llava_pdrop.bench.gpu.remedies import RemedyArm, RemedyTrainer, try_remedie
 from llava_pdrop.bench.gpu.runner import TRACES
 from llava_pdrop.bench.recompute import ALL, AUTO, arms_with, read_setting
 from llava_pdrop.bench.shapes import shape_named
-from llava_pdrop.bench.train_step import Arm, Trainer
+from llava_pdrop.bench.train_step import BenchArm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.types import PackedBatch
 
@@ -65,7 +65,7 @@ def run(check: Check) -> None:
     try_remedies(check, trainer, [replace(arm, forced=least) for arm, least in zip(arms, forced)])
 
 
-def synchronisations(trainer: Trainer, arm: Arm, batch: PackedBatch) -> list[str]:
+def synchronisations(trainer: Trainer, arm: BenchArm, batch: PackedBatch) -> list[str]:
     """Where a forward and backward pass of ``arm`` makes the host wait for the device: ``file:line message`` of each.
     Empty on a CPU, which has nothing to wait for."""
     trainer.take(arm)
@@ -87,7 +87,7 @@ def synchronisations(trainer: Trainer, arm: Arm, batch: PackedBatch) -> list[str
     return [f"{Path(w.filename).name}:{w.lineno} {str(w.message).splitlines()[0][:100]}" for w in waits]
 
 
-def profiled(check: Check, trainer: Trainer, arm: Arm, batch: PackedBatch) -> dict[str, Any]:
+def profiled(check: Check, trainer: Trainer, arm: BenchArm, batch: PackedBatch) -> dict[str, Any]:
     """One step under the profiler: milliseconds by kind of kernel, the share of the time in which the device was busy,
     and the longest gaps between kernels with what came after them. The whole table goes into the logs."""
     cuda = trainer.device.type == "cuda"
@@ -109,7 +109,7 @@ def profiled(check: Check, trainer: Trainer, arm: Arm, batch: PackedBatch) -> di
     return {"kinds_ms": by_kind((name, (end - start) / 1e3) for start, end, name in spans), **busy(spans)}
 
 
-def _keep_trace(check: Check, taken: profile, arm: Arm) -> None:
+def _keep_trace(check: Check, taken: profile, arm: BenchArm) -> None:
     """The whole trace, for a viewer."""
     plain = check.log(f"-{KEYS[arm.name]}.trace.partial")
     taken.export_chrome_trace(str(plain))

@@ -12,7 +12,7 @@ from typing import Any
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava_pdrop.bench.gpu.check import Check
-from llava_pdrop.bench.train_step import Arm, Measured, Trainer, measure
+from llava_pdrop.bench.train_step import BenchArm, Measured, Trainer, measure
 from llava_pdrop.model.kernels import missing, resolve
 from llava_pdrop.model.vlm import Output, PyramidLlava
 from llava_pdrop.runtime.clock import Span
@@ -26,7 +26,7 @@ ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class RemedyArm(Arm):
+class RemedyArm(BenchArm):
     """An arm with a ``switch``, a context in which its steps run; ``forced``: the same arm recomputing only what memory
     forces."""
 
@@ -37,7 +37,7 @@ class RemedyArm(Arm):
 class RemedyTrainer(Trainer):
     """A `Trainer` that throws the switch of an arm for the time of a step."""
 
-    def step(self, arm: Arm, batch: PackedBatch) -> tuple[Output, float, dict[str, Span], float]:
+    def step(self, arm: BenchArm, batch: PackedBatch) -> tuple[Output, float, dict[str, Span], float]:
         """See `Trainer.step`."""
         with arm.switch(self.model) if isinstance(arm, RemedyArm) else nullcontext():
             return super().step(arm, batch)
@@ -82,14 +82,14 @@ REMEDIES: dict[str, Remedy] = {
 """By name. The first is the step as it is."""
 
 
-def try_remedies(check: Check, trainer: RemedyTrainer, arms: Sequence[Arm]) -> None:
+def try_remedies(check: Check, trainer: RemedyTrainer, arms: Sequence[BenchArm]) -> None:
     """Measures all remedies that can run here, taking turns step by step, and reports after every round, so that a time
     limit costs precision and not the answer. One that fails in its first step is reported and left out."""
     depth = trainer.shape.text["num_hidden_layers"]
     arms = [replace(arm, kernels=resolve(arm.kernels, trainer.device)) for arm in arms]
     check.put(kernels=arms[0].kernels)
     check.note(f"kernels as they are: {arms[0].kernels}")
-    changed: dict[str, list[Arm]] = {}
+    changed: dict[str, list[BenchArm]] = {}
     found: dict[str, Any] = {}
     for name, remedy in REMEDIES.items():
         if remedy.cuda and check.rehearsal:

@@ -22,7 +22,7 @@ from llava_pdrop.bench.gpu.stages import STAGES, ends
 from llava_pdrop.report.environment import COMMAND, check_out
 from llava_pdrop.report.page import write_json
 
-SUMMARY, REPORT, ARCHIVE = "summary.txt", "gpu_check.json", "gpu_check.tar.gz"
+SUMMARY, GPU_CHECK_FILE, ARCHIVE = "summary.txt", "gpu_check.json", "gpu_check.tar.gz"
 
 GRACE = 15.0
 """Seconds that a stage may go on after its time (in one long call of a library, say) before its process is ended."""
@@ -170,9 +170,9 @@ def _records(work: Path) -> dict[str, dict[str, Any]]:
 
 def _pack(work: Path, out: Path) -> list[Path]:
     """Writes the results so far."""
-    write_json(work / REPORT, {"bench": "gpu_check", "stages": _records(work)})
+    write_json(work / GPU_CHECK_FILE, {"bench": "gpu_check", "stages": _records(work)})
     (work / SUMMARY).touch()
-    for name in (SUMMARY, REPORT):
+    for name in (SUMMARY, GPU_CHECK_FILE):
         (out / name).write_text((work / name).read_text(encoding="utf-8"), encoding="utf-8")
     archive, partial = out / ARCHIVE, out / f"{ARCHIVE}.partial"
     for with_traces in (True, False):
@@ -183,7 +183,7 @@ def _pack(work: Path, out: Path) -> list[Path]:
         if partial.stat().st_size <= MOST_BYTES:
             break
     os.replace(partial, archive)
-    return [out / SUMMARY, out / REPORT, archive]
+    return [out / SUMMARY, out / GPU_CHECK_FILE, archive]
 
 
 def _is_for_us(path: Path) -> bool:

@@ -16,7 +16,7 @@ from llava_pdrop.data.readers.pictures import MEDIA_SUFFIXES, FileSlice
 from llava_pdrop.data.readers.text import parse_json
 from llava_pdrop.errors import RecordError, UserError, clip
 
-PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+PICTURE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 """Suffixes of pictures; members with other suffixes than these, ``json`` and `MEDIA_SUFFIXES` are left alone."""
 
 TOGETHER = "all members of a record must stand together in one tar, text and pictures"
@@ -143,8 +143,12 @@ def _records(shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, Members
             for key, group in groupby(_members(tar, shard), key=lambda member: member[0]):
                 members = [(suffix, offset, size) for _, suffix, offset, size in group if _is_ours(suffix)]
                 text = next(((offset, size) for suffix, offset, size in members if suffix.lower() == "json"), None)
-                pictures = [member for member in members if _kind(member[0]) in PICTURES]
-                odd = [member for member in members if _kind(member[0]) not in PICTURES and member[0].lower() != "json"]
+                pictures = [member for member in members if _kind(member[0]) in PICTURE_SUFFIXES]
+                odd = [
+                    member
+                    for member in members
+                    if _kind(member[0]) not in PICTURE_SUFFIXES and member[0].lower() != "json"
+                ]
                 if not members:
                     continue
                 own: dict[str, str] = {}
@@ -176,13 +180,13 @@ def _kind(suffix: str) -> str:
 
 
 def _is_ours(suffix: str) -> bool:
-    return _kind(suffix) in PICTURES or _kind(suffix) in MEDIA_SUFFIXES or _kind(suffix) == "json"
+    return _kind(suffix) in PICTURE_SUFFIXES or _kind(suffix) in MEDIA_SUFFIXES or _kind(suffix) == "json"
 
 
 def _place(suffix: str) -> str:
     """What only one member of a record can be: its text, or the picture with a number or name."""
     head, _, kind = suffix.lower().rpartition(".")
-    return f"{int(head) if head.isdecimal() else head} picture" if kind in PICTURES else suffix.lower()
+    return f"{int(head) if head.isdecimal() else head} picture" if kind in PICTURE_SUFFIXES else suffix.lower()
 
 
 def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[tuple[str, str, int, int]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from llava_pdrop.errors import RecordError, UserError, clip
 
-BLOCK = 1 << 22
+BYTES_AT_A_TIME = 1 << 22
 """Bytes read at a time when a JSON list is taken apart."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -217,7 +217,7 @@ class _Text:
 
     def more(self) -> bool:
         """Reads another block behind what is not yet used; False at the end of the file."""
-        block = self._file.read(BLOCK)
+        block = self._file.read(BYTES_AT_A_TIME)
         try:
             self.buffer = self.buffer[self.at :] + self._decode(block, final=not block)
         except UnicodeDecodeError as error:

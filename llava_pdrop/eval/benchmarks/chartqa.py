@@ -11,7 +11,7 @@ from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, grader, means
 from llava_pdrop.eval.rules.text import alternatives, from_sheet, relaxed
 
-PARTS = {"human": "test_human", "augmented": "test_augmented"}
+HALVES = {"human": "test_human", "augmented": "test_augmented"}
 
 
 def as_read(answer: str) -> str:
@@ -31,7 +31,7 @@ def grade_lmms(question: Question, answer: str) -> Grade:
 def total_lmms(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
     """All questions, those that people wrote, and those made by machine."""
     found = [means(questions, grades, scale=1, overall="relaxed_overall")]
-    for name, part in PARTS.items():
+    for name, part in HALVES.items():
         own = np.array([question.facts["part"] == part for question in questions])
         found.append(means(questions, grades, scale=1, overall=f"relaxed_{name}_split", only=own))
     return lambda weights: {name: number for numbers in found for name, number in numbers(weights).items()}

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_pdrop.bench import prefill as bench
 from llava_pdrop.bench import shapes
-from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, Case, Prompt, generate, measure
+from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, PrefillCase, Prompt, generate, measure
 from llava_pdrop.bench.prefill_report import bench_prefill, predicted_cache_bytes, prefill_flops, spread
 from llava_pdrop.bench.run import run_prefill
 from llava_pdrop.bench.shapes import make_model, shape_named
@@ -53,8 +53,8 @@ def report():
     return bench_prefill("test", SHAPE, CPU, [1, 2], [20, 36], new_tokens=NEW, runs=2, attention="sdpa")
 
 
-def make_prompt(hf, batch: int = 2, image_tokens: int = 50) -> tuple[Case, Prompt]:
-    case = Case(batch, image_tokens, TEXT_TOKENS, NEW)
+def make_prompt(hf, batch: int = 2, image_tokens: int = 50) -> tuple[PrefillCase, Prompt]:
+    case = PrefillCase(batch, image_tokens, TEXT_TOKENS, NEW)
     pixels = torch.randn(batch * 2, 3, 84, 84, generator=torch.Generator().manual_seed(1))
     return case, Prompt.make(hf, case, pixels, seed=0)
 
@@ -216,7 +216,7 @@ def test_dropping_neither_reads_from_the_device_nor_sends_to_it(hf, monkeypatch)
 
 @pytest.mark.parametrize("victim", ["vanilla", "PyramidDrop"])
 def test_a_method_that_runs_out_of_memory_leaves_the_others(hf, monkeypatch, victim):
-    case, own = Case(1, 20, TEXT_TOKENS, NEW), bench.generate
+    case, own = PrefillCase(1, 20, TEXT_TOKENS, NEW), bench.generate
 
     def tight(hf, prompt, schedule, *rest):
         if schedule == METHODS[victim]:

@@ -11,7 +11,7 @@ import torch
 from llava_pdrop.bench import variants
 from llava_pdrop.bench.recompute import RESERVE, arms_in, arms_with, read_setting
 from llava_pdrop.bench.shapes import shape_named
-from llava_pdrop.bench.train_step import Arm, Trainer
+from llava_pdrop.bench.train_step import BenchArm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
@@ -34,8 +34,8 @@ def planning(name: str, kind: str = "sharded", **changes) -> Trainer:
     return trainer
 
 
-def arms_of(trainer: Trainer) -> list[Arm]:
-    return variants.arms_of({"PyramidDrop": trainer.shape.schedule}, Arm("", recomputed=ALL_LAYERS))
+def arms_of(trainer: Trainer) -> list[BenchArm]:
+    return variants.arms_of({"PyramidDrop": trainer.shape.schedule}, BenchArm("", recomputed=ALL_LAYERS))
 
 
 def chosen(trainer: Trainer, word: str, card: str | None = None) -> list[tuple[bool, int | None, bool]]:
@@ -54,14 +54,14 @@ def test_memory_forces_vanilla_to_recompute_more_than_dropping() -> None:
     room, batch = 0.9 * 80 * GIB, trainer.workload.batch(0, CPU)
 
     def peak(layers: int, tower: bool) -> float:
-        arm = Arm("", recomputed=Recomputed(layers, tower))
+        arm = BenchArm("", recomputed=Recomputed(layers, tower))
         return trainer.predicted_peak_mib(arm, batch) * 2**20
 
     assert peak(vanilla[1], True) <= room < peak(vanilla[1] - 1, True)
     least = next(layers for layers in range(33) if peak(layers, False) <= room)
     assert least > vanilla[1]
     flops = [
-        trainer.hardware_flops(Arm("", recomputed=Recomputed(layers, tower)), batch)
+        trainer.hardware_flops(BenchArm("", recomputed=Recomputed(layers, tower)), batch)
         for layers, tower in ((vanilla[1], True), (least, False))
     ]
     assert flops[0] < flops[1], "what was taken is the faster one"
@@ -86,7 +86,8 @@ def test_all_and_numbers_leave_the_tower_alone_unless_memory_forces_it(monkeypat
     assert chosen(trainer, "14,0") == [(True, 14, False), (False, 0, False)], "on a CPU nothing says what fits"
     batch = trainer.workload.batch(0, CPU)
     whole, kept = (
-        trainer.predicted_peak_mib(Arm("", recomputed=Recomputed(None, tower)), batch) / 1024 for tower in (True, False)
+        trainer.predicted_peak_mib(BenchArm("", recomputed=Recomputed(None, tower)), batch) / 1024
+        for tower in (True, False)
     )
     assert whole < kept
     between = dataclasses.replace(CARDS["H100"], gib=(whole + kept) / 2 / (1 - RESERVE))

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import shapes
 from llava_pdrop.bench.shapes import DECODERS, NAMED, chosen_shape, shape_named, shape_of
-from llava_pdrop.bench.train_step import Arm, Trainer
+from llava_pdrop.bench.train_step import BenchArm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_config, make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
@@ -196,7 +196,7 @@ def test_every_decoder_does_a_step(kind: str, more: dict, tmp_path: Path) -> Non
     assert decoder.config.model_type == kind and len(decoder.layers) == 4
     assert getattr(decoder.config, "sliding_window", None) == more.get("sliding_window")
     assert (head.weight is decoder.embed_tokens.weight) == ("tie_word_embeddings" in more)
-    output, loss, *_ = trainer.step(Arm("", shape.schedule), trainer.workload.batch(0, CPU))
+    output, loss, *_ = trainer.step(BenchArm("", shape.schedule), trainer.workload.batch(0, CPU))
     assert 4 < loss < 8  # ln(384 rows of the vocabulary) = 5.95
     full, half, quarter = output.image_tokens
     assert full > half > quarter > 0

@@ -10,7 +10,7 @@ import torch
 
 from llava_pdrop.bench import train_step, variants
 from llava_pdrop.bench.shapes import shape_named
-from llava_pdrop.bench.train_step import Arm, Trainer, measure
+from llava_pdrop.bench.train_step import BenchArm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, predicted_reduction
 from llava_pdrop.model import kernels, vlm
@@ -29,7 +29,7 @@ SMALL = dataclasses.replace(
 )
 """The tiny shape, narrower."""
 MIXED = dataclasses.replace(SMALL, picture=None, text_tokens=None, max_length=400)
-DROPPING = Arm("PyramidDrop", SMALL.schedule)
+DROPPING = BenchArm("PyramidDrop", SMALL.schedule)
 
 
 def trainer_of(shape=SMALL, optimizer: str = "none", seed: int = 0) -> Trainer:
@@ -40,12 +40,14 @@ def test_arms_take_turns_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) ->
     seen: list[tuple[str, str]] = []
     original = Trainer.step
 
-    def spy(self: Trainer, arm: Arm, batch: PackedBatch):
+    def spy(self: Trainer, arm: BenchArm, batch: PackedBatch):
         seen.append((arm.name, batch.sample_ids[0]))
         return original(self, arm, batch)
 
     monkeypatch.setattr(Trainer, "step", spy)
-    results = measure(trainer_of(), [Arm("vanilla"), DROPPING, Arm("late", Schedule((6,), (0.5,)))], steps=4, warmup=2)
+    results = measure(
+        trainer_of(), [BenchArm("vanilla"), DROPPING, BenchArm("late", Schedule((6,), (0.5,)))], steps=4, warmup=2
+    )
     assert [len(result.losses) for result in results] == [4, 4, 4]
     per_batch = [seen[place : place + 3] for place in range(0, len(seen), 3)]
     assert len(per_batch) == 6
@@ -57,7 +59,7 @@ def test_arms_take_turns_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_schedule_of_every_arm_is_the_one_that_runs() -> None:
-    vanilla, dropping = measure(trainer_of(), [Arm("vanilla"), DROPPING], steps=2, warmup=0)
+    vanilla, dropping = measure(trainer_of(), [BenchArm("vanilla"), DROPPING], steps=2, warmup=0)
     assert vanilla.image_tokens == [[540]] * 2
     assert dropping.image_tokens == [[540, 270, 135, 66]] * 2  # 3 pictures of 180
     assert dropping.stage_tokens[0] == [660, 390, 255, 186]
@@ -66,7 +68,7 @@ def test_the_schedule_of_every_arm_is_the_one_that_runs() -> None:
 
 def test_the_predicted_reduction_is_that_of_the_operation_count() -> None:
     trainer = trainer_of(MIXED)
-    arms = [Arm("vanilla", recomputed=ALL_LAYERS), Arm("PyramidDrop", SMALL.schedule, recomputed=ALL_LAYERS)]
+    arms = [BenchArm("vanilla", recomputed=ALL_LAYERS), BenchArm("PyramidDrop", SMALL.schedule, recomputed=ALL_LAYERS)]
     vanilla, dropping = measure(trainer, arms, steps=3, warmup=1)
     batches = [trainer.workload.batch(number, CPU) for number in range(3)]
     expected = predicted_reduction(
@@ -78,7 +80,7 @@ def test_the_predicted_reduction_is_that_of_the_operation_count() -> None:
 
 def test_every_region_is_measured_and_they_nest() -> None:
     trainer = trainer_of(optimizer="adamw")
-    vanilla, dropping = measure(trainer, [Arm("vanilla"), DROPPING], steps=2, warmup=1)
+    vanilla, dropping = measure(trainer, [BenchArm("vanilla"), DROPPING], steps=2, warmup=1)
     assert vanilla.wall["ranking"] == [0.0, 0.0]
     for name in REGIONS:
         assert all(taken > 0 for taken in dropping.wall[name]), name
@@ -91,7 +93,7 @@ def test_every_region_is_measured_and_they_nest() -> None:
 
 
 def test_the_stages_of_the_decoder_lie_in_it_between_the_rankings() -> None:
-    vanilla, dropping = measure(trainer_of(), [Arm("vanilla"), DROPPING], steps=2, warmup=1)
+    vanilla, dropping = measure(trainer_of(), [BenchArm("vanilla"), DROPPING], steps=2, warmup=1)
     assert [len(stages) for stages in vanilla.stage_seconds] == [1, 1]
     for step in range(2):
         stages = dropping.stage_seconds[step]
@@ -110,7 +112,7 @@ def test_the_marks_are_taken_away_again() -> None:
 def test_what_is_recomputed_in_the_backward_is_no_stage_of_the_forward() -> None:
     """Of a stage of one layer both its hooks run again there."""
     trainer = trainer_of()
-    arm = Arm("one layer", Schedule((1, 2), (0.5, 0.25)), recomputed=ALL_LAYERS)
+    arm = BenchArm("one layer", Schedule((1, 2), (0.5, 0.25)), recomputed=ALL_LAYERS)
     seen: list[str] = []
     start = trainer.watch.start
     trainer.watch.start = lambda name: (seen.append(name), start(name))[1]  # type: ignore[method-assign]
@@ -131,7 +133,7 @@ def test_the_longest_batch_warms_up() -> None:
 @pytest.mark.parametrize("change", [dict(prepare=variants.pad), dict(full_logits=True)])
 def test_padding_and_full_logits_leave_the_loss_as_it_is(schedule: Schedule, change: dict) -> None:
     trainer = trainer_of(MIXED, seed=2)
-    plain = Arm("plain", schedule)
+    plain = BenchArm("plain", schedule)
     results = measure(trainer, [plain, dataclasses.replace(plain, **change)], steps=3, warmup=0)
     assert results[1].losses == pytest.approx(results[0].losses, rel=1e-5)
 
@@ -148,7 +150,7 @@ def test_a_padded_batch_is_as_long_as_its_longest_sample() -> None:
 
 def test_padding_is_work_but_neither_tokens_nor_model_operations() -> None:
     trainer = trainer_of(MIXED, seed=2)
-    plain = Arm("plain")
+    plain = BenchArm("plain")
     packed, padded = measure(trainer, [plain, dataclasses.replace(plain, prepare=variants.pad)], steps=2, warmup=0)
     assert padded.stage_tokens[1][0] > packed.stage_tokens[1][0]
     assert padded.tokens == packed.tokens and padded.model_flops == packed.model_flops
@@ -157,7 +159,7 @@ def test_padding_is_work_but_neither_tokens_nor_model_operations() -> None:
 
 def test_full_logits_are_counted_where_they_are_made() -> None:
     trainer, batch = trainer_of(MIXED), Workload(MIXED).batch(0, CPU)
-    plain = Arm("plain", SMALL.schedule)
+    plain = BenchArm("plain", SMALL.schedule)
     full = dataclasses.replace(plain, full_logits=True)
     output, *_ = trainer.step(full, batch)
     more = output.tokens[-1] - len(batch.label_positions)
@@ -178,7 +180,9 @@ def test_arms_with_eager_and_fused_kernels_take_turns(monkeypatch: pytest.Monkey
     for name in ("auto", "torch", "eager", "torch"):
         runs.clear()
         losses.append(
-            trainer.step(Arm("any", SMALL.schedule, ALL_LAYERS if recompute else Recomputed(), kernels=name), batch)[1]
+            trainer.step(
+                BenchArm("any", SMALL.schedule, ALL_LAYERS if recompute else Recomputed(), kernels=name), batch
+            )[1]
         )
         counted.append(len(runs))
     kernels._kernels.cache_clear()
@@ -192,7 +196,7 @@ def test_the_model_of_its_time_has_the_kernels_of_the_arm(monkeypatch: pytest.Mo
     trainer, batch = trainer_of(), Workload(SMALL).batch(0, CPU)
 
     def parts(name: str) -> list:
-        time = trainer.modelled_time(Arm("any", SMALL.schedule, kernels=name), batch)
+        time = trainer.modelled_time(BenchArm("any", SMALL.schedule, kernels=name), batch)
         assert time is not None
         return time.parts
 
@@ -216,7 +220,7 @@ def test_no_step_leaves_tensors_that_only_the_collector_would_free(recompute: bo
         counts = []
         for number in range(4):
             trainer.step(
-                Arm("any", SMALL.schedule, ALL_LAYERS if recompute else Recomputed()),
+                BenchArm("any", SMALL.schedule, ALL_LAYERS if recompute else Recomputed()),
                 trainer.workload.batch(number, CPU),
             )
             counts.append(tensors())
@@ -225,9 +229,9 @@ def test_no_step_leaves_tensors_that_only_the_collector_would_free(recompute: bo
 
 def test_the_predicted_peak_is_that_of_the_arm() -> None:
     trainer, batch = trainer_of(optimizer="adamw"), Workload(SMALL).batch(0, CPU)
-    vanilla = trainer.predicted_peak_mib(Arm("vanilla"), batch)
+    vanilla = trainer.predicted_peak_mib(BenchArm("vanilla"), batch)
     assert trainer.predicted_peak_mib(DROPPING, batch) < vanilla
-    assert trainer.predicted_peak_mib(Arm("vanilla", recomputed=ALL_LAYERS), batch) < vanilla
+    assert trainer.predicted_peak_mib(BenchArm("vanilla", recomputed=ALL_LAYERS), batch) < vanilla
     weights = sum(parameter.nbytes for parameter in trainer.model.parameters()) / train_step.MIB
     assert vanilla > 3 * weights
 
@@ -237,13 +241,13 @@ def test_recomputation_is_taken_arm_by_arm() -> None:
     layers = trainer.model.hf.model.language_model.layers
     batch = trainer.workload.batch(0, CPU)
     for recomputed, expected in ((ALL_LAYERS, 8), (Recomputed(2, True), 2), (Recomputed(), 0), (ALL_LAYERS, 8)):
-        trainer.step(Arm("any", recomputed=recomputed), batch)
+        trainer.step(BenchArm("any", recomputed=recomputed), batch)
         assert sum(layer.gradient_checkpointing for layer in layers) == expected
 
 
 def test_every_variant_is_measured_or_says_why_not() -> None:
     trainer = trainer_of()
-    arms = variants.arms_of({"PyramidDrop": SMALL.schedule}, Arm(""))
+    arms = variants.arms_of({"PyramidDrop": SMALL.schedule}, BenchArm(""))
     compared = [entry for group in variants.compare(trainer, arms, steps=1, warmup=0) for entry in group]
     assert {entry.variant.group for entry in compared} == {
         "batch", "logits", "attention", "recomputation", "samples per micro-batch", "kernels",
@@ -262,13 +266,13 @@ def test_every_variant_is_measured_or_says_why_not() -> None:
 def test_out_of_memory_is_one_line_or_leaves_the_arm_out(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Trainer.step
 
-    def short_of_memory(self: Trainer, arm: Arm, batch: PackedBatch):
+    def short_of_memory(self: Trainer, arm: BenchArm, batch: PackedBatch):
         if arm.name == "large":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
         return original(self, arm, batch)
 
     monkeypatch.setattr(Trainer, "step", short_of_memory)
-    arms = [Arm("vanilla"), Arm("large", SMALL.schedule)]
+    arms = [BenchArm("vanilla"), BenchArm("large", SMALL.schedule)]
     with pytest.raises(ValueError, match=says("out of memory", "cpu", "large", "--samples", "--recompute")):
         measure(trainer_of(), arms, steps=1, warmup=0)
     named = [dataclasses.replace(arm, setting="0 recomputed") for arm in arms]
@@ -280,15 +284,15 @@ def test_out_of_memory_is_one_line_or_leaves_the_arm_out(monkeypatch: pytest.Mon
 
 
 def test_a_programming_error_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Trainer, arm: Arm, batch: PackedBatch):
+    def broken(self: Trainer, arm: BenchArm, batch: PackedBatch):
         raise ValueError("broken")
 
     monkeypatch.setattr(Trainer, "step", broken)
     with pytest.raises(ValueError, match="broken"):
-        measure(trainer_of(), [Arm("vanilla")], steps=1, warmup=0, patient=True)
+        measure(trainer_of(), [BenchArm("vanilla")], steps=1, warmup=0, patient=True)
 
 
 def test_typical_seconds_follow_the_operations_and_not_an_interruption() -> None:
-    result = train_step.Measured(Arm("any"), hardware_flops=[10.0, 20.0, 40.0])
+    result = train_step.Measured(BenchArm("any"), hardware_flops=[10.0, 20.0, 40.0])
     result.seconds["step"] = [1.0, 2.0, 90.0]
     assert result.typical_seconds == pytest.approx(7.0)

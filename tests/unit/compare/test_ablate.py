@@ -21,7 +21,7 @@ from llava_pdrop.compare.rows import table
 from llava_pdrop.compare.variants import load_ablation
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.runtime.preemption import EXIT_CODE
+from llava_pdrop.runtime.preemption import PREEMPTED_EXIT
 from llava_pdrop.train.trainer import PyramidTrainer
 from tests.benchmark_sets import write_pope
 from tests.messages import meant, says
@@ -213,7 +213,7 @@ def test_a_whole_ablation_interrupted_once(
             main(["ablate", str(file), *words])
     printed = capsys.readouterr().out
     assert "variant 2 of 3: lambda_04" in printed and "variant 3" not in printed and "finished before" not in printed
-    assert end.value.code == EXIT_CODE and not (tmp_path / "ab" / "ablation.md").exists()
+    assert end.value.code == PREEMPTED_EXIT and not (tmp_path / "ab" / "ablation.md").exists()
 
     assert main(["ablate", str(file), *words]) == 0
     printed = capsys.readouterr().out

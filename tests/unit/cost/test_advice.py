@@ -12,7 +12,7 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.commands.plan import gpus_of
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.advice import ORDER, Advice, Arm, Setting, advise, overrides, with_setting
+from llava_pdrop.cost.advice import ORDER, Advice, AdviceArm, AdviceSetting, advise, overrides, with_setting
 from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.memory import GIB, Parameters
 from llava_pdrop.cost.nominal import model_of, recomputed_by, samples_of, states_of
@@ -42,14 +42,14 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def total(config: Config, arm: Arm, setting: Setting, gpus: int, recomputed: int) -> float:
+def total(config: Config, arm: AdviceArm, setting: AdviceSetting, gpus: int, recomputed: int) -> float:
     """Bytes of a GPU by way of what `plan` predicts for any config."""
     changed = with_setting(config, setting)
     (row,) = plan_memory(changed, [recomputed], states_of(changed, gpus))
     return (row.vanilla if arm.name == "vanilla" else row.dropping).total
 
 
-def chosen(advice: Advice, name: str) -> Setting:
+def chosen(advice: Advice, name: str) -> AdviceSetting:
     (arm,) = (arm for arm in advice.arms if arm.name == name)
     assert arm.setting is not None
     return arm.setting
@@ -67,14 +67,14 @@ def test_the_advice_fits_and_one_step_less_does_not(gpus, gib):
         assert setting.total == total(config, arm, setting, gpus, setting.recomputed) <= room
         share = 128 // gpus
         for samples in (n for n in (1, 2, 4, 8, 16) if setting.recomputed and share % n == 0):
-            other = Setting(setting.engine, samples, share // samples, 0, 0, 0)
+            other = AdviceSetting(setting.engine, samples, share // samples, 0, 0, 0)
             assert total(config, arm, other, gpus, setting.recomputed - 1) > room, samples
         for more in (n for n in (2, 4, 8, 16, 32, 64, 128) if n > setting.samples and share % n == 0):
-            larger = Setting(setting.engine, more, share // more, 0, 0, 0)
+            larger = AdviceSetting(setting.engine, more, share // more, 0, 0, 0)
             assert total(config, arm, larger, gpus, setting.recomputed) > room
         for engine in ORDER[: ORDER.index(setting.engine)]:  # the most frugal way of every preferred engine
             if engine != "fsdp2" or gpus > 1:
-                one = Setting(engine, 1, share, 0, 0, 0)
+                one = AdviceSetting(engine, 1, share, 0, 0, 0)
                 assert total(config, arm, one, gpus, 32) > room, engine
 
 
@@ -120,7 +120,7 @@ def test_a_small_shape_by_hand():
     assert setting.samples * setting.accumulation == 32
     assert row.vanilla.weights + row.vanilla.optimizer == 4 * frozen + 12 * learning
     least = min(
-        total(config, advice.arms[0], Setting("ddp", n, 32 // n, 0, 0, 0), 2, count)
+        total(config, advice.arms[0], AdviceSetting("ddp", n, 32 // n, 0, 0, 0), 2, count)
         for n in (1, 2, 4, 8, 16, 32)
         for count in (0, 1, 2)
     )

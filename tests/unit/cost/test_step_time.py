@@ -13,14 +13,14 @@ from llava_pdrop.config.load import load_config
 from llava_pdrop.cost.elementwise import optimizer_bytes
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, stage_flops, step_flops
 from llava_pdrop.cost.memory import Parameters
-from llava_pdrop.cost.nominal import Model, model_of, nominal_batch
+from llava_pdrop.cost.nominal import NominalModel, model_of, nominal_batch
 from llava_pdrop.cost.step_time import (
     BANDWIDTH_SHARE,
     CARDS,
     MATRIX_SHARE,
     Card,
-    Part,
     Product,
+    StepPart,
     Work,
     card_named,
     is_modelled,
@@ -42,14 +42,14 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def case(name: str) -> tuple[Model, PackedBatch, Schedule, tuple[str, ...]]:
+def case(name: str) -> tuple[NominalModel, PackedBatch, Schedule, tuple[str, ...]]:
     file, overrides = CASES[name]
     config = load_config(file, overrides)
     model = model_of(config)
     return model, nominal_batch(model.geometry, config), config.schedule, config.model.trainable
 
 
-def whole(parts: list[Part]) -> Work:
+def whole(parts: list[StepPart]) -> Work:
     return sum((part.whole for part in parts), Work())
 
 

@@ -24,7 +24,7 @@ from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor import checks as doctor_checks
 from llava_pdrop.doctor import images as doctor_images
-from llava_pdrop.doctor.checks import KINDS, Checks
+from llava_pdrop.doctor.checks import PROBLEM_KINDS, Checks
 from llava_pdrop.doctor.examine import Findings, examine
 from llava_pdrop.doctor.images import SAMPLE, look, same_content
 from llava_pdrop.doctor.report import describe
@@ -109,17 +109,17 @@ def check(encoder: Encoder) -> Callable[..., Findings]:
 def test_every_kind_of_problem(write, check, kind):
     path = write(GOOD, BAD[kind])
     found = check(path)
-    assert {k: found.count(k) for k in KINDS if found.count(k)} == {kind: 1}
+    assert {k: found.count(k) for k in PROBLEM_KINDS if found.count(k)} == {kind: 1}
     (problem,) = found.problems[kind]
     assert problem.index == 1 and problem.origin == f"{path}[1]" and problem.kind == kind and problem.reason
-    assert found.clean.tolist() == ([0] if KINDS[kind].refused else [0, 1])
+    assert found.clean.tolist() == ([0] if PROBLEM_KINDS[kind].refused else [0, 1])
     with_file = {"missing_image": "none.png", "corrupt_image": "broken.png", "duplicate_image": "copy.png"}
     with_file["non_rgb_image"] = "grey.png"
     assert problem.file == (str(path.parent / with_file[kind]) if kind in with_file else None)
 
 
 def test_every_kind_is_tested_here_or_below():
-    assert set(KINDS) - set(BAD) == {"template", "over_budget", "no_last_answer"}
+    assert set(PROBLEM_KINDS) - set(BAD) == {"template", "over_budget", "no_last_answer"}
 
 
 def test_a_conversation_the_template_cannot_write(write, check):
@@ -179,7 +179,7 @@ def test_turns_of_the_wrong_form(write, check, turns):
 def test_without_tokens_the_structure_is_checked(write, check):
     found = check(write(GOOD, *BAD.values()), encoder=None)
     by_tokens = {"image_token", "control_token", "too_long", "shortened"}
-    assert {kind for kind in KINDS if found.count(kind)} == set(BAD) - by_tokens
+    assert {kind for kind in PROBLEM_KINDS if found.count(kind)} == set(BAD) - by_tokens
     assert (found.lengths == doctor_checks.UNKNOWN).all()
 
 
@@ -291,8 +291,10 @@ def test_unknown_keys_are_counted(write, check):
 def test_report(write, check, encoder):
     report = describe(check(write(GOOD, *BAD.values())), "d.json", encoder.max_length)
     assert json.loads(json.dumps(report)) == report
-    assert report["records"] == 1 + len(BAD) and report["usable"] == 1 + len(BAD) - sum(KINDS[k].refused for k in BAD)
-    assert list(report["problems"]) == [kind for kind in KINDS if kind in BAD]
+    assert report["records"] == 1 + len(BAD) and report["usable"] == 1 + len(BAD) - sum(
+        PROBLEM_KINDS[k].refused for k in BAD
+    )
+    assert list(report["problems"]) == [kind for kind in PROBLEM_KINDS if kind in BAD]
     assert set(report["problems"]["too_long"]["listed"][0]) == {"index", "origin", "id", "reason", "file"}
     images = report["images"]
     assert images["distinct"] == 5 and images["readable"] == 3 and images["modes"] == {"RGB": 2, "L": 1}

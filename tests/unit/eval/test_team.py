@@ -17,7 +17,7 @@ from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import EVALUATION_FILE, PREDICTIONS_FILE, evaluate_config
 from llava_pdrop.eval.team import ALONE, Team, team_of
 from llava_pdrop.runtime.ranks import environment_kept
-from llava_pdrop.runtime.watchdog import DIRECTORY, EXIT_CODE
+from llava_pdrop.runtime.watchdog import DIRECTORY, STUCK_EXIT
 from llava_pdrop.train.run import train
 from tests.faults.processes import Fault, run_ranks
 from tests.messages import says
@@ -129,6 +129,6 @@ def test_a_stuck_rank_is_named(tiny_config):
     file = tiny_config(pyramid_drop=DROP, train=train_section, eval=EVAL)
     train(load_config(file))
     ended = run_ranks(file, ranks=2, command="eval", fault=Fault("sleep_answering", 1, rank=1), limit=300)
-    assert ended.codes == [EXIT_CODE, EXIT_CODE], ended.texts
+    assert ended.codes == [STUCK_EXIT, STUCK_EXIT], ended.texts
     assert re.search(says("gathering", "rank 1 (", "round 1", "arrived"), ended.texts[0])
     assert "in prompt_sample" in ended.texts[1]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from llava_pdrop.__main__ import main
-from llava_pdrop.generate.families import FAMILIES, HEADERS, rows
+from llava_pdrop.generate.families import ATTACHABLE, HEADERS, rows
 from llava_pdrop.generate.pictures import UNITS
 from llava_pdrop.report.page import Table
-from tests.families import FAMILIES as TRIED
+from tests.families import ATTACHABLE as TRIED
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,20 +26,20 @@ def test_the_documents_hold_the_table():
     """Otherwise: ``llava-pdrop families --markdown``."""
     assert block("llava_pdrop/generate/README.md") == Table(HEADERS, rows(), left=len(HEADERS)).markdown()
     named = re.findall(r"`(\w+)`", block("README.md"))
-    assert named == [*FAMILIES]
+    assert named == [*ATTACHABLE]
 
 
 @pytest.mark.parametrize("words", [[], ["--markdown"]], ids=["table", "markdown"])
 def test_the_command_prints_every_class(words, capsys):
     assert main(["families", *words]) == 0
     printed = capsys.readouterr().out
-    assert all(re.search(rf"^\W*{kind}\s", printed, re.MULTILINE) for kind in FAMILIES)
+    assert all(re.search(rf"^\W*{kind}\s", printed, re.MULTILINE) for kind in ATTACHABLE)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTACHABLE)
 def test_what_the_table_says_is_tried(kind):
     """Every class with every text decoder, by tests/parity/test_families.py."""
-    family, tried = FAMILIES[kind], TRIED[kind]
+    family, tried = ATTACHABLE[kind], TRIED[kind]
     decoders = {name.removesuffix("_window") for name in tried.decoders}
     assert decoders == {*family.decoders} or (decoders == {"own"} and len(family.decoders) == 1)
     assert tried.flat is (family.positions == "renumber")
@@ -47,4 +47,4 @@ def test_what_the_table_says_is_tried(kind):
 
 
 def test_nothing_is_tried_that_the_table_does_not_say():
-    assert {*TRIED} - {"pixtral"} == {*FAMILIES}
+    assert {*TRIED} - {"pixtral"} == {*ATTACHABLE}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llava_pdrop.generate.families import FAMILIES
+from llava_pdrop.generate.families import ATTACHABLE
 from llava_pdrop.generate.pictures import Shown, pictures_of
 from tests.messages import says
 
@@ -28,7 +28,7 @@ def numbers(*rows: list[int]) -> list[list[int]]:
     longest = max(map(len, rows))
     ids, real = (np.array([[filler] * (longest - len(row)) + each for row, each in zip(rows, lines)])
                  for filler, lines in ((0, rows), (False, [[True] * len(row) for row in rows])))  # fmt: skip
-    found = pictures_of(ids, real, FAMILIES["smolvlm"], IMAGE, None, Shown())
+    found = pictures_of(ids, real, ATTACHABLE["smolvlm"], IMAGE, None, Shown())
     return [row[row >= 0].tolist() for row in found]
 
 

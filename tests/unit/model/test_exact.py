@@ -81,7 +81,7 @@ def test_a_norm(dtype, shape, monkeypatch):
         return torch.func.functional_call(norm, {"weight": weight}, stream)
 
     expected = results(partial(behind, own), inputs)
-    for block in (exact.BLOCK, 16 * shape[-1]):
+    for block in (exact.NORM_BLOCK, 16 * shape[-1]):
         monkeypatch.setattr(exact, "BLOCK", block)
         ours = results(partial(behind, lambda stream, weight: exact.rms_norm(stream, weight, 1e-5)), inputs)
         assert_same_bits(ours, expected)

@@ -16,7 +16,7 @@ from llava_pdrop.report import pictures
 from llava_pdrop.report.pictures import save_picture, subplots
 from llava_pdrop.train import report
 from llava_pdrop.train.history import FINISHED_FILE
-from llava_pdrop.train.report import PICTURE_FILE, TRAINING_FILE
+from llava_pdrop.train.report import TRAINING_FILE, TRAINING_PICTURE
 from llava_pdrop.train.run import train
 from tests.messages import says
 
@@ -76,18 +76,21 @@ def test_a_run_is_finished_before_anything_is_drawn(tiny_config, monkeypatch, ca
     monkeypatch.setattr(*((pictures, "_imported") if broken == "matplotlib" else (report, broken)), fail)
     train(config)
     said = [record.getMessage() for record in caplog.records if "no font" in record.getMessage()]
-    assert not (output / PICTURE_FILE).exists()
+    assert not (output / TRAINING_PICTURE).exists()
     if broken == "time_split":  # the text needs it too
         assert not said
         lines = [line for line in capsys.readouterr().out.splitlines() if "no font" in line]
         assert len(lines) == 1 and re.search(says(str(output / TRAINING_FILE), "complete"), lines[0])
         assert not (output / TRAINING_FILE).exists()
     else:
-        assert len(said) == 1 and re.search(says(PICTURE_FILE, "RuntimeError"), said[0])
-        assert PICTURE_FILE not in (output / TRAINING_FILE).read_text(encoding="utf-8")
+        assert len(said) == 1 and re.search(says(TRAINING_PICTURE, "RuntimeError"), said[0])
+        assert TRAINING_PICTURE not in (output / TRAINING_FILE).read_text(encoding="utf-8")
     weights = (output / "model.safetensors").stat().st_mtime_ns
     monkeypatch.undo()
     (output / TRAINING_FILE).unlink(missing_ok=True)
     train(config)  # nothing is trained again; the report is written
     assert (output / "model.safetensors").stat().st_mtime_ns == weights
-    assert PICTURE_FILE in (output / TRAINING_FILE).read_text(encoding="utf-8") and (output / PICTURE_FILE).is_file()
+    assert (
+        TRAINING_PICTURE in (output / TRAINING_FILE).read_text(encoding="utf-8")
+        and (output / TRAINING_PICTURE).is_file()
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llava_pdrop.config.load import load_config
-from llava_pdrop.runtime.watchdog import ALARM, DIRECTORY, EXIT_CODE, NAMED, Place, Watchdog, diagnose
+from llava_pdrop.runtime.watchdog import ALARM, DIRECTORY, NAMED, STUCK_EXIT, Place, Watchdog, diagnose
 from tests.faults.processes import Fault, run_ranks
 from tests.messages import says
 
@@ -83,7 +83,7 @@ def test_a_single_process_that_hangs_shows_where_and_ends(tmp_path):
             stuck_here()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == EXIT_CODE
+    assert done.returncode == STUCK_EXIT
     assert re.search(r"\[rank 0\] error: " + says("1 s", "fetching", "this process"), done.stderr)
     assert "in stuck_here" in done.stderr
 
@@ -146,7 +146,7 @@ def test_an_alarm_ends_a_rank_that_fails_because_of_it(tmp_path):
             raise RuntimeError("connection closed by peer")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == EXIT_CODE
+    assert done.returncode == STUCK_EXIT
     assert re.search(says("at place 2", "rank 1", "place 0", "arrived"), done.stderr)
     assert "RuntimeError: connection closed by peer" in done.stderr and "Traceback" not in done.stderr
 
@@ -158,7 +158,7 @@ def test_a_sleeping_rank_ends_the_run_with_its_name(tiny_config, stuck):
     config = tiny_config(train=train)
     ended = run_ranks(config, ranks=2, fault=Fault("sleep", 3, rank=stuck), limit=300)
     waiting = 1 - stuck
-    assert ended.codes == [EXIT_CODE, EXIT_CODE], ended.texts
+    assert ended.codes == [STUCK_EXIT, STUCK_EXIT], ended.texts
     who_is_where = says("counting", "labels", f"rank {stuck} (", "fetching", "step 3", "arrived")
     assert re.search(rf"\[rank {waiting}\] error: " + who_is_where, ended.texts[waiting])
     assert "in get_batch_samples" in ended.texts[stuck]  # the stack of the rank that is stuck
@@ -173,7 +173,7 @@ def test_a_sleeping_rank_ends_the_run_with_its_name(tiny_config, stuck):
 def test_a_rank_that_is_stuck_before_or_after_the_training_is_named_too(tiny_config, kind, stuck, place):
     train = {"max_steps": 1, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "ddp_timeout": 15}
     ended = run_ranks(tiny_config(train=train), ranks=2, fault=Fault(kind, 1, rank=stuck), limit=300)
-    assert ended.codes == [EXIT_CODE, EXIT_CODE], ended.texts
+    assert ended.codes == [STUCK_EXIT, STUCK_EXIT], ended.texts
     (line,) = [line for line in ended.texts[1 - stuck].splitlines() if f"[rank {1 - stuck}] error: " in line]
     assert re.search(says(f"rank {stuck} (", f"), {place}", "arrived"), line)
     assert "in train_watched" in ended.texts[stuck]  # the stack of the rank that is stuck

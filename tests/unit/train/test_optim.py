@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, Qwen3Config
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vlm import PyramidLlava
-from llava_pdrop.train.optim import PARTS, freeze, parameter_groups, part_of, trainable_table
+from llava_pdrop.train.optim import MODEL_PARTS, freeze, parameter_groups, part_of, trainable_table
 from llava_pdrop.types import ImageInput, PackedBatch, Sample
 
 RATES = {"language_model": 1e-5, "projector": 2e-5, "vision_tower": 2e-6}
@@ -33,7 +33,7 @@ def model(kind: str = "llava", decoder: type = LlamaConfig) -> PyramidLlava:
 
 @pytest.mark.parametrize("kind", GEOMETRIES)
 @pytest.mark.parametrize("decoder", [LlamaConfig, Qwen3Config])
-@pytest.mark.parametrize("trainable", [("projector",), ("projector", "language_model"), tuple(PARTS)])
+@pytest.mark.parametrize("trainable", [("projector",), ("projector", "language_model"), tuple(MODEL_PARTS)])
 def test_groups_hold_every_trainable_parameter_once(kind, decoder, trainable):
     net = model(kind, decoder)
     freeze(net, trainable)
@@ -55,7 +55,7 @@ def test_groups_hold_every_trainable_parameter_once(kind, decoder, trainable):
 @pytest.mark.parametrize("kind", GEOMETRIES)
 def test_every_trainable_parameter_of_a_whole_model_gets_a_gradient(kind):
     net = model(kind)
-    freeze(net, tuple(PARTS))
+    freeze(net, tuple(MODEL_PARTS))
     size = (40, 24)
     count, tiles = net.geometry.num_tokens(size), net.geometry.num_tiles(size)
     labels = torch.full((count + 3,), -100)
@@ -70,7 +70,7 @@ def test_every_trainable_parameter_of_a_whole_model_gets_a_gradient(kind):
 
 
 def test_parts_cover_the_model_and_unknown_names_are_refused():
-    assert {part_of(name) for name, _ in model("llava_next").named_parameters()} == set(PARTS)
+    assert {part_of(name) for name, _ in model("llava_next").named_parameters()} == set(MODEL_PARTS)
     assert part_of("module.host.model.image_newline") == "projector"
     assert part_of("host.model.language_model.layers.0._fsdp_wrapped_module.mlp.up_proj.weight") == "language_model"
     with pytest.raises(AssertionError, match="belongs to none"):

@@ -12,7 +12,7 @@ from llava_pdrop.config.load import load_config
 from llava_pdrop.runtime.clock import TIME_PARTS
 from llava_pdrop.train import report
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
-from llava_pdrop.train.report import PICTURE_FILE, TITLES, TRAINING_FILE, time_split, write_report
+from llava_pdrop.train.report import TITLES, TRAINING_FILE, TRAINING_PICTURE, time_split, write_report
 from llava_pdrop.train.run import train
 
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
@@ -30,7 +30,7 @@ def test_a_run_leaves_a_report_of_what_it_measured(tiny_config):
     text = (output / TRAINING_FILE).read_text()
     assert "| steps | 3 |" in text and "| 3 | " in text and "ranking and dropping" in text
     assert "MFU" not in text  # a CPU has no published peak
-    assert Image.open(output / PICTURE_FILE).width > 500
+    assert Image.open(output / TRAINING_PICTURE).width > 500
 
 
 def test_what_was_not_measured_is_not_in_the_report(tmp_path):
@@ -58,7 +58,7 @@ def test_samples_count_the_same_in_every_row(tmp_path):
 def test_a_run_of_one_step_has_a_picture(tmp_path):
     text = write_report_of(tmp_path, [{**ROW, "step": 1}]).read_text()
     assert "| steps | 1 |" in text and "2.0000 and 2.0000" in text
-    loss = np.asarray(Image.open(tmp_path / PICTURE_FILE).convert("L"))[60:430, 100:700]
+    loss = np.asarray(Image.open(tmp_path / TRAINING_PICTURE).convert("L"))[60:430, 100:700]
     assert (loss < 100).sum() > 20  # the dark dot of the only loss
 
 

@@ -39,19 +39,19 @@ def test_a_synchronisation_is_reported_with_its_place(monkeypatch: pytest.Monkey
     import warnings
 
     from llava_pdrop.bench.shapes import shape_named
-    from llava_pdrop.bench.train_step import Arm, Trainer
+    from llava_pdrop.bench.train_step import BenchArm, Trainer
     from llava_pdrop.bench.workload import Workload
 
     shape = shape_named("tiny")
     trainer = Trainer(shape, CPU, Workload(shape), "none")
     batch = trainer.workload.batch(0, CPU, 1)
-    assert inside.synchronisations(trainer, Arm("vanilla"), batch) == []
+    assert inside.synchronisations(trainer, BenchArm("vanilla"), batch) == []
     monkeypatch.setattr(
         trainer.model.hf.lm_head, "forward",
         lambda x, real=trainer.model.hf.lm_head.forward: (
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1), real(x)
         )[1],
     )  # fmt: skip
-    (place,) = inside.synchronisations(trainer, Arm("vanilla"), batch)
+    (place,) = inside.synchronisations(trainer, BenchArm("vanilla"), batch)
     assert place.startswith("test_inside.py:") and place.endswith("called a synchronizing CUDA operation")
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
