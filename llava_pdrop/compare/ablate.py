@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from llava_pdrop.cost.plan import make_plan, plan_step
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import evaluate_config, respondent_of
 from llava_pdrop.eval.measure import measure_config
-from llava_pdrop.eval.score import Score, as_json
+from llava_pdrop.eval.score import Score
 from llava_pdrop.eval.team import team_of
 from llava_pdrop.report.console import say
 from llava_pdrop.report.environment import environment
@@ -178,7 +178,4 @@ def _facts(row: VariantRow, words: Sequence[str]) -> dict[str, Any]:
         "image_tokens": [stage.image_tokens for stage in row.plan.stages],
         "average_tokens": row.plan.average_tokens,
         "tflop_paper_formula": row.plan.paper.dropping,
-        "evaluation": row.evaluation,
-        "benchmarks": [as_json(score) for score in row.scores],
-        "paper": asdict(row.paper) if row.paper else None,
     }

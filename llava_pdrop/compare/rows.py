@@ -14,7 +14,7 @@ from llava_pdrop.cost.plan import Plan, make_plan
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import EVALUATION_FILE
-from llava_pdrop.eval.score import Score, paired
+from llava_pdrop.eval.score import Score, as_json, paired
 from llava_pdrop.eval.scores import markdown
 from llava_pdrop.report.page import Note, Table
 from llava_pdrop.report.units import column, text_of
@@ -140,6 +140,9 @@ class VariantRow:
             "predicted": self.predicted,
             "realised": self.realised,
             "saving": asdict(self.saving) if self.saving else None,
+            "evaluation": self.evaluation,
+            "paper": asdict(self.paper) if self.paper else None,
+            "benchmarks": [as_json(score) for score in self.scores],
         }
 
 
@@ -229,24 +232,27 @@ def table(rows: Sequence[VariantRow], title: str) -> Table:
 
 def legend(rows: Sequence[VariantRow]) -> str:
     """What the columns of the table mean, as far as it has them."""
-    trained = [row for row in rows if row.timing]
+    planned, trained = any(row.plan for row in rows), [row for row in rows if row.timing]
     found = next((row.evaluation for row in rows if row.evaluation), {})
-    texts = [
+    texts = {
         "Image tokens are of a picture that fills every tile; *average* is their mean over the decoder's layers; TFLOP "
-        "is their cost by the paper's formula (arXiv 2410.17247, section 3.3)." * any(row.plan for row in rows),
+        "is their cost by the paper's formula (arXiv 2410.17247, section 3.3).": planned,
+        "Image tokens are means over the held-out questions.": not planned and bool(found),
         "*Predicted* is what the matrix products and attention of the run's own batches save: text, tower, ranking and "
-        "backward included; the factor behind *realised* is realised over predicted."
-        * any(row.predicted is not None for row in trained),
-        *dict.fromkeys(row.saving.describe() for row in rows if row.saving),
-        "Seconds per step are medians without warm-up, fetching data left out; CPU seconds are the time all cores were "
-        "busy." * bool(trained),
-        "Device hours are processes times training time, stage 1 included where its directory was found."
-        * any(row.hours for row in rows),
+        "backward included; the factor behind *realised* is realised over predicted.": any(
+            row.predicted is not None for row in trained
+        ),
+        **{row.saving.describe(): True for row in rows if row.saving},
+        "Times of a step are medians without warm-up, fetching data left out; CPU time is the time all cores were "
+        "busy.": bool(trained),
+        "Device hours are processes times training time, stage 1 included where its directory was found.": any(
+            row.hours for row in rows
+        ),
         f"Accuracy is measured by generation on {found.get('questions', 'the')} held-out questions "
-        f"(`{found.get('scorer')}`); chance is what answering at random from the distribution of the "
-        "gold answers would reach (the sum of their squared shares)." * bool(found),
-    ]
-    return " ".join(filter(None, texts))
+        f"(`{found.get('scorer')}`); chance is what answering at random from the distribution of the gold answers "
+        "would reach (the sum of their squared shares).": bool(found),
+    }
+    return " ".join(text for text, holds in texts.items() if holds)
 
 
 def below_the_table(rows: Sequence[VariantRow]) -> list[Note]:
