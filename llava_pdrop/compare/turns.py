@@ -73,7 +73,7 @@ def saving(row: VariantRow, before: float, after: float) -> Saving:
     """
     directory = Path(row.config.output_dir)
     config = load_config(directory / RUN_FILE)
-    reason = why_no_turns(directory, row.device, "cpu" if on_cpu(config) else "cuda")
+    reason = why_no_turns(directory, row.device, "cpu" if on_cpu(config.train.arguments) else "cuda")
     if reason is None:
         say(f"timing: vanilla and PyramidDrop take turns, up to {PAIRS} steps each")
         try:
@@ -125,7 +125,7 @@ def take_turns(config: Config, pairs: int = PAIRS, warmup: int = WARMUP) -> Savi
             model,
             args,
             dataset,
-            Twice(**_fields(plan), order=tuple(order)),
+            Twice(**vars(plan), order=tuple(order)),
             dict.fromkeys(MODEL_PARTS, 0.0),
             skip_bad_samples=config.train.on_bad_sample == "skip",
             max_bad_samples=config.train.max_bad_samples,
@@ -195,7 +195,3 @@ class Turns(TrainerCallback):
         arm = (pair + place) % 2
         self.model.schedule = self.schedules[arm]
         self.taken[arm].append(state.global_step)
-
-
-def _fields(plan: BatchPlan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in BatchPlan.__dataclass_fields__}

@@ -31,6 +31,7 @@ from llava_pdrop.report.page import write_json
 from llava_pdrop.report.units import time_text
 from llava_pdrop.runtime.device import autocast_dtype
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
+from llava_pdrop.train.arguments import on_cpu
 
 PREDICTIONS_FILE, EVALUATION_FILE = "predictions.jsonl", "evaluation.json"
 
@@ -254,7 +255,7 @@ class AnswerSettings:
     def of(cls, config: Config) -> AnswerSettings:
         """What ``config`` says."""
         given, section = config.train.arguments, config.eval
-        device = torch.device("cpu" if given.get("use_cpu") or not torch.cuda.is_available() else "cuda")
+        device = torch.device("cpu" if on_cpu(given) else "cuda")
         dtype = autocast_dtype(device, bool(given.get("bf16")), bool(given.get("fp16")))
         asked = (section.batch_size, section.max_new_tokens, section.limit)
         return cls(device, dtype, *asked, config.seed, section.scorer)

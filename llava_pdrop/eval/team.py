@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
@@ -17,6 +16,7 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, first_line
 from llava_pdrop.runtime.ranks import from_every_rank, number_of_processes
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
+from llava_pdrop.train.arguments import on_cpu
 
 T = TypeVar("T")
 
@@ -69,11 +69,11 @@ def team_of(config: Config, directory: Path) -> Iterator[Team]:
         yield ALONE
         return
     asked = config.train.arguments
-    on_cpu = bool(asked.get("use_cpu")) or not torch.cuda.is_available()
+    cpu = on_cpu(asked)
     seconds = asked.get("ddp_timeout", TrainingArguments.ddp_timeout)
-    backend = asked.get("ddp_backend") or ("gloo" if on_cpu else "nccl")
+    backend = asked.get("ddp_backend") or ("gloo" if cpu else "nccl")
     try:
-        state = PartialState(cpu=on_cpu, backend=backend, timeout=timedelta(seconds=seconds))
+        state = PartialState(cpu=cpu, backend=backend, timeout=timedelta(seconds=seconds))
     except ValueError as error:
         raise ConfigError(
             f"{config.file}: WORLD_SIZE={number_of_processes()}, but the other processes cannot be found: "

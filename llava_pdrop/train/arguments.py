@@ -9,6 +9,7 @@ import netrc
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -77,7 +78,7 @@ def given_arguments(config: Config) -> dict[str, Any]:
         "per_device_train_batch_size": config.data.samples_per_batch or 1,
         "remove_unused_columns": False,
     }
-    if arguments.get("bf16") and on_cpu(config) and not has_fast_bfloat16(torch.device("cpu")):
+    if arguments.get("bf16") and on_cpu(arguments) and not has_fast_bfloat16(torch.device("cpu")):
         arguments["bf16"] = False
     return arguments
 
@@ -96,9 +97,9 @@ def tried_arguments(config: Config) -> TriedArguments:
         raise ConfigError(f"{config.file}: train: {first_line(error)}") from error
 
 
-def on_cpu(config: Config) -> bool:
-    """Whether the run trains on the CPU."""
-    return bool(config.train.arguments.get("use_cpu")) or not torch.cuda.is_available()
+def on_cpu(arguments: Mapping[str, Any]) -> bool:
+    """Whether a run with these training ``arguments`` takes place on the CPU, its evaluation too."""
+    return bool(arguments.get("use_cpu")) or not torch.cuda.is_available()
 
 
 def training_arguments(config: Config) -> TrainingArguments:
@@ -111,7 +112,7 @@ def training_arguments(config: Config) -> TrainingArguments:
         )
     try:
         if arguments.get("deepspeed"):
-            prepare_deepspeed(on_cpu(config))
+            prepare_deepspeed(on_cpu(arguments))
         args = Arguments(**arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{config.file}: train: {first_line(error)}") from error

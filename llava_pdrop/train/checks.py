@@ -38,6 +38,7 @@ from llava_pdrop.train.arguments import (
     LIBRARY_ERRORS,
     NOT_TRIED,
     TriedArguments,
+    on_cpu,
     recomputes_activations,
     tried_arguments,
 )
@@ -130,7 +131,7 @@ def check_bits(config: Config) -> None:
     if config.lora is None or config.lora.bits is None:
         return
     line = f"{config.file}: lora.bits: {config.lora.bits}-bit weights need"
-    if config.train.arguments.get("use_cpu") or not torch.cuda.is_available():
+    if on_cpu(config.train.arguments):
         raise ConfigError(f"{line} a CUDA GPU, and this run has none: lora.bits=null trains plain LoRA")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"{line} bitsandbytes, which is not installed: pip install bitsandbytes, or lora.bits=null")
