@@ -10,8 +10,8 @@ from typing import Any
 from llava_pdrop.checkpoint.shards import read_json
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config, PaperRow
-from llava_pdrop.cost.plan import Plan, make_plan
-from llava_pdrop.errors import ConfigError, UserError
+from llava_pdrop.cost.plan import Plan
+from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import EVALUATION_FILE
 from llava_pdrop.eval.score import Score, as_json, paired
@@ -163,12 +163,8 @@ def finished_run(directory: Path) -> VariantRow:
         stage1 = [Path(config.model.projector).parent] if config.model.projector else []
         runs = [read_json(file) for place in (directory, *stage1) if (file := place / FINISHED_FILE).is_file()]
         hours = sum(run["seconds"] * run["processes"] for run in runs) / SECONDS_PER_HOUR
-    try:
-        plan = make_plan(config, ())
-    except UserError:  # the sizes of the model are not known on this machine
-        plan = None
     evaluation = read_json(scores) if scores.is_file() else None
-    return VariantRow(config.name, config, plan, timing, hours, evaluation, paper=config.paper)
+    return VariantRow(config.name, config, None, timing, hours, evaluation, paper=config.paper)
 
 
 def with_savings(rows: Sequence[VariantRow], saving: Callable[[VariantRow, float, float], Saving]) -> list[VariantRow]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llava_pdrop.compare import figures
 from llava_pdrop.compare.rows import Saving, VariantRow, below_the_table, finished_run, legend, table, with_savings
-from llava_pdrop.errors import ConfigError
+from llava_pdrop.cost.plan import make_plan
+from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.report.console import say
 from llava_pdrop.report.page import Note, Page, Picture
 
@@ -27,8 +29,8 @@ def compare_runs(directories: Sequence[str | Path], out: Path = Path("checkpoint
     places = [Path(directory).resolve() for directory in directories]
     if twice := next((given for given, place in zip(directories, places) if places.count(place) > 1), None):
         raise ConfigError(f"{twice} is named twice: name every run once")
-    found = [finished_run(Path(directory)) for directory in directories]
-    rows = with_savings(found, one_after_the_other)
+    rows = [planned(finished_run(Path(directory))) for directory in directories]
+    rows = with_savings(rows, one_after_the_other)
     saved = any(share is not None for row in rows for share in (row.realised, row.saved_in_paper))
     picture = [Picture(RUNS_PICTURE, "tokens, time saved, accuracy", lambda: figures.variants(rows))] * saved
     title = "Runs, and what the paper reports"
@@ -37,6 +39,14 @@ def compare_runs(directories: Sequence[str | Path], out: Path = Path("checkpoint
     file, *_ = page.write(out, RUNS_FILE)
     say(f"report: {file}")
     return file
+
+
+def planned(row: VariantRow) -> VariantRow:
+    """``row`` with its plan, if the sizes of its model are known on this machine."""
+    try:
+        return replace(row, plan=make_plan(row.config, ()))
+    except UserError:
+        return row
 
 
 def one_after_the_other(row: VariantRow, before: float, after: float) -> Saving:
