@@ -112,12 +112,14 @@ class Checks:
 class Found(NamedTuple):
     """What was found in n records with m pictures.
 
-    ``ids``: (n,) uint64 hashes, 0 for a record without id. ``lengths``: (n, 2) int32 tokens before and after
-    truncation, or `UNKNOWN`. ``places``: (m, 2) int64, record and number of the picture in it. ``names``: (m,) uint64
-    hashes of what the pictures are called. ``shapes``: (m, 3) int64 width, height (0 where unknown) and bytes (-1 where
-    unreadable). ``keys``: unknown key -> records that have it.
+    ``found``: (n, kinds) bool, whether a record has a problem of each of `KINDS`. ``ids``: (n,) uint64 hashes, 0 for a
+    record without id. ``lengths``: (n, 2) int32 tokens before and after truncation, or `UNKNOWN`. ``places``: (m, 2)
+    int64, record and number of the picture in it. ``names``: (m,) uint64 hashes of what the pictures are called.
+    ``shapes``: (m, 3) int64 width, height (0 where unknown) and bytes (-1 where unreadable). ``keys``: unknown key ->
+    records that have it.
     """
 
+    found: np.ndarray
     ids: np.ndarray
     lengths: np.ndarray
     places: np.ndarray
@@ -155,15 +157,18 @@ class _Judgement:
         for place, record in self.valid.items():
             if record.id != record.origin:
                 ids[place] = hash64(record.id)
-        self.problems.sort(key=lambda problem: problem.index)
+        found, kinds = np.zeros((len(block.numbers), len(KINDS)), bool), list(KINDS)
+        for problem in self.problems:
+            found[block.numbers.index(problem.index), kinds.index(problem.kind)] = True
         return Found(
+            found=found,
             ids=ids,
             lengths=lengths,
             places=np.array([(index, n) for index, n, _, _ in shown], dtype=np.int64).reshape(-1, 2),
             names=np.array([hash64(str(image)) for *_, image in shown], dtype=np.uint64),
             shapes=np.array([(*(seen.size or (0, 0)), seen.bytes) for _, _, seen, _ in shown], np.int64).reshape(-1, 3),
             modes=[seen.mode for _, _, seen, _ in shown],
-            problems=self.problems,
+            problems=sorted(self.problems, key=lambda problem: problem.index),
             keys=Counter(key for keys in block.unread for key in keys),
         )
 

@@ -46,6 +46,14 @@ class Pictures:
     modes: list[str]
     shown: np.ndarray
 
+    @staticmethod
+    def of(places: np.ndarray, names: np.ndarray, shapes: np.ndarray, modes: list[str]) -> Pictures:
+        """The distinct ones of all that are shown, as `Found` describes them."""
+        _, first, shown = np.unique(names, return_index=True, return_counts=True)
+        order = np.argsort(first)
+        first = first[order]
+        return Pictures(places[first], shapes[first, :2], shapes[first, 2], [modes[i] for i in first], shown[order])
+
     @property
     def readable(self) -> np.ndarray:
         """(m,) bool."""
@@ -109,18 +117,40 @@ def examine(
     """
     first, which = _distinct(records.rows)
     distinct = records.take(first)
-    total = _Total(listed)
     off = None if progress is None else not progress
+    blocks: list[Found] = []
+    problems: dict[str, list[RecordProblem]] = defaultdict(list)
+    keys: Counter[str] = Counter()
     with tqdm(total=len(distinct), desc="checking records", unit=" records", unit_scale=True, disable=off) as bar:
-        for found in Blocks(distinct, checks.look, checks.judge).spread(workers):
-            total.add(found)
-            bar.update(len(found.ids))
-    findings = total.findings(distinct, checks, which)
-    _mark_duplicate_ids(findings, np.concatenate(total.ids), listed)
+        for block in Blocks(distinct, checks.look, checks.judge).spread(workers):
+            for problem in block.problems:
+                if len(problems[problem.kind]) < listed:
+                    problems[problem.kind].append(problem)
+            keys += block.keys
+            blocks.append(block._replace(problems=[], keys=Counter()))
+            bar.update(len(block.ids))
+
+    def together(name: str) -> np.ndarray:
+        return np.concatenate([getattr(block, name) for block in blocks])
+
+    places, shapes = together("places"), together("shapes")
+    findings = Findings(
+        records=distinct,
+        checks=checks,
+        which=which,
+        found=together("found"),
+        lengths=together("lengths"),
+        counts=np.bincount(places[:, 0], minlength=len(distinct)),
+        shown=shapes[:, :2],
+        pictures=Pictures.of(places, together("names"), shapes, [mode for block in blocks for mode in block.modes]),
+        problems=dict(problems),
+        unknown_keys=keys,
+    )
+    _mark_duplicate_ids(findings, together("ids"), listed)
     with tqdm(desc="comparing images", unit=" files", unit_scale=True, disable=off) as bar:
         _mark_duplicate_images(findings, workers, listed, bar)
-    for kind, problems in findings.problems.items():  # so far they count distinct records
-        own = [replace(problem, index=int(first[problem.index])) for problem in problems]
+    for kind, found in findings.problems.items():  # so far they count distinct records
+        own = [replace(problem, index=int(first[problem.index])) for problem in found]
         findings.problems[kind] = sorted(own, key=lambda problem: problem.index)
     return findings
 
@@ -133,53 +163,6 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return first[order], rank[which]
-
-
-@dataclass
-class _Total:
-    """Adds blocks up."""
-
-    listed: int
-    ids: list[np.ndarray] = field(default_factory=list)
-    blocks: list[Found] = field(default_factory=list)
-    problems: dict[str, list[RecordProblem]] = field(default_factory=lambda: defaultdict(list))
-    found: list[np.ndarray] = field(default_factory=list)
-    keys: Counter[str] = field(default_factory=Counter)
-
-    def add(self, block: Found) -> None:
-        kinds = {kind: number for number, kind in enumerate(PROBLEM_KINDS)}
-        found = [(problem.index, kinds[problem.kind]) for problem in block.problems]
-        self.found.append(np.array(found, dtype=np.int64).reshape(-1, 2))
-        for problem in block.problems:
-            if len(self.problems[problem.kind]) < self.listed:
-                self.problems[problem.kind].append(problem)
-        self.keys += block.keys
-        self.ids.append(block.ids)
-        self.blocks.append(block._replace(problems=[], keys=Counter()))
-
-    def findings(self, records: Records, checks: Checks, which: np.ndarray) -> Findings:
-        places, names, shapes = (
-            np.concatenate([getattr(block, name) for block in self.blocks]) for name in ("places", "names", "shapes")
-        )
-        modes = [mode for block in self.blocks for mode in block.modes]
-        found = np.zeros((len(records), len(PROBLEM_KINDS)), bool)
-        found[tuple(np.concatenate(self.found).T)] = True
-        _, first, shown = np.unique(names, return_index=True, return_counts=True)
-        order = np.argsort(first)
-        first, shown = first[order], shown[order]
-        pictures = Pictures(places[first], shapes[first, :2], shapes[first, 2], [modes[i] for i in first], shown)
-        return Findings(
-            records=records,
-            checks=checks,
-            which=which,
-            found=found,
-            lengths=np.concatenate([block.lengths for block in self.blocks]),
-            counts=np.bincount(places[:, 0], minlength=len(records)),
-            shown=shapes[:, :2],
-            pictures=pictures,
-            problems=dict(self.problems),
-            unknown_keys=self.keys,
-        )
 
 
 def _mark_duplicate_ids(findings: Findings, ids: np.ndarray, listed: int) -> None:
