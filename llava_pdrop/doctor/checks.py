@@ -157,7 +157,7 @@ class _Judgement:
         for place, record in self.valid.items():
             if record.id != record.origin:
                 ids[place] = hash64(record.id)
-        found, kinds = np.zeros((len(block.numbers), len(KINDS)), bool), list(KINDS)
+        found, kinds = np.zeros((len(block.numbers), len(PROBLEM_KINDS)), bool), list(PROBLEM_KINDS)
         for problem in self.problems:
             found[block.numbers.index(problem.index), kinds.index(problem.kind)] = True
         return Found(
