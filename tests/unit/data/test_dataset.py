@@ -120,7 +120,7 @@ def data_file(tmp_path, picture):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_unusable_records_are_left_out_and_listed(make_dataset, data_file, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(survey, "BLOCK", 2)
+    monkeypatch.setattr(survey, "RECORDS_AT_A_TIME", 2)
     monkeypatch.setattr(survey, "LARGE", 1)
     dataset = make_dataset(read_data(data_file), workers=workers)
     report = tmp_path / "out" / "skipped.jsonl"

@@ -189,7 +189,7 @@ AWKWARD = ["\u00e9t\u00e9 \U0001f408", 'brackets ]}[{ "quoted" \\ and \\" more',
 @pytest.mark.parametrize("style", [{}, {"ensure_ascii": False, "indent": 1}, {"separators": (",", ":")}])
 def test_records_are_found_in_any_json(tmp_path, monkeypatch, block, style):
     """Block by block: no object, escape or letter of several bytes is torn apart."""
-    monkeypatch.setattr(text, "BLOCK", block)
+    monkeypatch.setattr(text, "BYTES_AT_A_TIME", block)
     texts = AWKWARD[:-1] if style.get("ensure_ascii") is False else AWKWARD  # a lone surrogate has no UTF-8
     entries = [{"id": i, "conversations": [{"from": "human", "value": value}]} for i, value in enumerate(texts)]
     content = json.dumps(entries, **style)

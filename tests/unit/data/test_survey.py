@@ -31,7 +31,7 @@ def records(tmp_path: Path):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.process)])
 def test_every_record_is_handed_on_or_why_it_is_none(records, monkeypatch, workers):
-    monkeypatch.setattr(survey, "BLOCK", 3)
+    monkeypatch.setattr(survey, "RECORDS_AT_A_TIME", 3)
     first, second = Blocks(records, len_of_name, as_seen).spread(workers)
     assert (first.numbers, second.numbers) == ([0, 1, 2], [3])
     assert [type(record) for record in first.records] == [Record, RecordError, Record]

@@ -226,7 +226,7 @@ def test_cutting_to_the_token_refuses_no_record(write, check, encoder):
 def test_workers_and_blocks_change_nothing(write, check, monkeypatch):
     path = write(*[{**GOOD, "id": f"g{i}"} for i in range(5)], *BAD.values(), GOOD)
     alone = describe(check(path), "data", LIMIT)
-    monkeypatch.setattr(survey, "BLOCK", 3)
+    monkeypatch.setattr(survey, "RECORDS_AT_A_TIME", 3)
     for workers in (1, 2):
         assert describe(check(path, workers), "data", LIMIT) == alone
 

@@ -82,7 +82,7 @@ def test_a_norm(dtype, shape, monkeypatch):
 
     expected = results(partial(behind, own), inputs)
     for block in (exact.NORM_BLOCK, 16 * shape[-1]):
-        monkeypatch.setattr(exact, "BLOCK", block)
+        monkeypatch.setattr(exact, "NORM_BLOCK", block)
         ours = results(partial(behind, lambda stream, weight: exact.rms_norm(stream, weight, 1e-5)), inputs)
         assert_same_bits(ours, expected)
 
