@@ -11,7 +11,7 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.generate.families import ATTACHABLE, HEADERS, rows
 from llava_pdrop.generate.pictures import UNITS
 from llava_pdrop.report.page import Table
-from tests.families import ATTACHABLE as TRIED
+from tests.families import FAMILIES as TRIED
 
 ROOT = Path(__file__).parents[3]
 
