@@ -156,6 +156,7 @@ def save_projector(hf: nn.Module, directory: Path, state_dict: Mapping[str, Tens
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / PROJECTOR_FILE
     save_file({name: tensor.contiguous().cpu() for name, tensor in wanted.items()}, file)
+    file.chmod(0o644)  # safetensors leaves it to its owner alone
     return file
 
 

@@ -112,9 +112,9 @@ class Checks:
 class Found(NamedTuple):
     """What was found in n records with m pictures.
 
-    ``found``: (n, kinds) bool, whether a record has a problem of each of `PROBLEM_KINDS`. ``ids``: (n,) uint64 hashes, 0 for a
-    record without id. ``lengths``: (n, 2) int32 tokens before and after truncation, or `UNKNOWN`. ``places``: (m, 2)
-    int64, record and number of the picture in it. ``names``: (m,) uint64 hashes of what the pictures are called.
+    ``found``: (n, kinds) bool, whether a record has a problem of each of `PROBLEM_KINDS`. ``ids``: (n,) uint64 hashes,
+    0 for a record without id. ``lengths``: (n, 2) int32 tokens before and after truncation, or `UNKNOWN`. ``places``:
+    (m, 2) int64, record and number of the picture in it. ``names``: (m,) uint64 hashes of what pictures are called.
     ``shapes``: (m, 3) int64 width, height (0 where unknown) and bytes (-1 where unreadable). ``keys``: unknown key ->
     records that have it.
     """

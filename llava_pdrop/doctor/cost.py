@@ -20,6 +20,7 @@ import torch
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import step_flops
+from llava_pdrop.cost.lora import adapter_flops, learning
 from llava_pdrop.cost.nominal import NominalModel, model_of, recomputed_by
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.data.tokens import Encoder
@@ -115,10 +116,12 @@ def sampled_batches(config: Config, lengths: Sequence[int]) -> list[list[int]]:
 def cost_of(config: Config, model: NominalModel, geometry: ImageGeometry, batches: Sequence[Sequence[Sample]]) -> Cost:
     """The cost of training ``config`` on ``batches`` of samples, whose images need no pixels."""
     packed = [PackedBatch.pack(list(samples)) for samples in batches]
-    options = (config.model.trainable, recomputed_by(config, model.layers))
+    learns, again = learning(config), recomputed_by(config, model.layers)
 
     def operations(schedule: Schedule) -> float:
-        return sum(step_flops(model.config, batch, schedule, geometry, *options).total for batch in packed)
+        whole = [step_flops(model.config, batch, schedule, geometry, learns, again).total for batch in packed]
+        text, adapters = model.config.text_config, config.lora
+        return sum(whole) + sum(adapter_flops(text, adapters, batch, schedule, again.layers) for batch in packed)
 
     vanilla, dropping = operations(Schedule()), operations(config.schedule.check(model.layers))
     records = sum(len(batch.seq_lens) for batch in packed)

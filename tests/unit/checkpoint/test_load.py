@@ -220,7 +220,9 @@ def test_projector_files_go_in_and_out(hf, tmp_path):
     before = parts.hf.model.multi_modal_projector.linear_1.weight.clone()
     load_projector(parts.hf, tmp_path / "mm_projector.bin")
     assert torch.equal(parts.hf.model.multi_modal_projector.linear_1.weight, before + 1)
-    again = open_tensors(save_projector(parts.hf, tmp_path))
+    file = save_projector(parts.hf, tmp_path)
+    assert file.stat().st_mode & 0o777 == 0o644, "others can read it, as all other weights"
+    again = open_tensors(file)
     assert torch.equal(again["model.multi_modal_projector.linear_1.weight"].read(), before + 1)
 
 

@@ -67,6 +67,18 @@ def test_a_good_data_set(tiny_config, tmp_path, capsys):
     assert re.search(says("would start", "every record"), capsys.readouterr().out)
 
 
+def test_adapters_cost_less_than_training_the_decoder(tiny_config, tmp_path):
+    """LoRA: no gradients of the decoder's own matrices, and two small products beside each."""
+    file, costs = tiny_config(pyramid_drop=DROPS), []
+    for number, words in enumerate(([], ["lora.r=2"])):
+        assert doctor(file, *words, "--out", tmp_path / str(number)) == 0
+        report = json.loads((tmp_path / str(number) / "doctor.json").read_text())
+        costs.append(report["cost"]["step"]["tflop_per_record"])
+    whole, adapted = costs
+    assert 0.5 * whole["vanilla"] < adapted["vanilla"] < 0.9 * whole["vanilla"]
+    assert adapted["dropping"] < 0.9 * whole["dropping"]
+
+
 def test_a_spoilt_one(tiny_config, spoilt, tmp_path, capsys):
     file = tiny_config()
     assert doctor(file, f"data.train={spoilt}", "--out", tmp_path / "report") == 1
