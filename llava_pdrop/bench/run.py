@@ -97,11 +97,7 @@ def read_schedules(files: Sequence[Path], layers: int) -> dict[str, Schedule]:
 
 
 def _schedule_of(file: Path) -> Schedule:
-    """The schedule that a YAML file is, or that its section ``pyramid_drop`` is.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """The schedule that a YAML file is, or that its section ``pyramid_drop`` is."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console, JustifyMethod
@@ -36,9 +36,7 @@ def paragraph(text: str) -> None:
         say(text)
 
 
-def grid(
-    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: int, sections: Collection[int] = ()
-) -> None:
+def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
     """Prints a table, as `report.page.Table` describes it, behind an empty line; into a file at a width that cuts
     nothing."""
     console().print(f"\n{title}" if title else "", style="bold", markup=False, highlight=False)
@@ -47,8 +45,6 @@ def grid(
         names = place < left and max((len(row[place]) for row in rows), default=0) <= LONGEST_NAME
         justify: JustifyMethod = "left" if place < left else "right"
         shown.add_column(escape(name), justify=justify, overflow="fold", no_wrap=names)
-    for place, row in enumerate(rows):
-        if place in sections:
-            shown.add_section()
+    for row in rows:
         shown.add_row(*map(escape, row))
     console().print(shown)

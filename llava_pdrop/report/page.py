@@ -15,14 +15,12 @@ from llava_pdrop.report.pictures import save_picture
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. The first ``left`` columns are words and aligned so, those behind them numbers; ``sections`` are
-    the rows with a line above them on the screen."""
+    """Cells as text. The first ``left`` columns are words and aligned so, those behind them numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
     left: int = 1
-    sections: frozenset[int] = frozenset()
 
     @classmethod
     def of_columns(cls, columns: Iterable[tuple[str, Sequence[str]]], title: str = "", left: int = 1) -> Table:
@@ -33,11 +31,14 @@ class Table:
     def markdown(self) -> str:
         """The table, ending with a newline."""
         ruler = ["---" if place < self.left else "---:" for place in range(len(self.head))]
-        return "".join("| " + " | ".join(line) + " |\n" for line in (self.head, ruler, *self.rows))
+        return "".join(
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n"
+            for line in (self.head, ruler, *self.rows)
+        )
 
     def show(self) -> None:
         """Prints the table."""
-        grid(self.title, self.head, self.rows, self.left, self.sections)
+        grid(self.title, self.head, self.rows, self.left)
 
 
 @dataclass(frozen=True)

@@ -227,9 +227,6 @@ def check_steps(config: Config, checkpoint: str, steps: int) -> None:
 def _check_processes(checkpoint: Path, config: Config, say: Callable[[str], None]) -> bool:
     """Whether this run shares a step's micro-batches out to another number of processes than the one that wrote
     ``checkpoint``, which is possible where their number stays the same and nothing was sharded.
-
-    Raises:
-        UserError: it cannot go on with this number of processes.
     """
     manifest = read_manifest(checkpoint) or {}
     before = manifest["world_size"], manifest["gradient_accumulation"]

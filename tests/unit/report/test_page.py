@@ -22,6 +22,10 @@ def test_markdown_aligns_numbers_to_the_right() -> None:
     assert Table(["a", "b"], [], left=2).markdown() == "| a | b |\n| --- | --- |\n"
 
 
+def test_a_stroke_in_a_cell_is_no_end_of_it() -> None:
+    assert Table(["a", "b"], [["x|y", "1"]]).markdown().splitlines()[-1] == r"| x\|y | 1 |"
+
+
 def test_columns_of_which_nothing_is_known_are_left_out() -> None:
     table = Table.of_columns([("run", ["a", "b"]), ("score", ["", ""]), ("seconds", ["1", ""])])
     assert (list(table.head), [list(row) for row in table.rows]) == (["run", "seconds"], [["a", "1"], ["b", ""]])
@@ -29,7 +33,7 @@ def test_columns_of_which_nothing_is_known_are_left_out() -> None:
 
 def test_a_table_in_a_log_file_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     wide = "x" * 140
-    Table(["name", "value"], [[wide, "1"], ["[red]y", "234"]], "Title", sections=frozenset({1})).show()
+    Table(["name", "value"], [[wide, "1"], ["[red]y", "234"]], "Title").show()
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert any(wide in line and line.endswith("  1") for line in lines)
     assert any("[red]y" in line and line.endswith("234") for line in lines)
