@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +92,13 @@ def test_paths_in_backticks_exist(file: Path) -> None:
     assert not missing
 
 
+def ignored_by_git(path: Path) -> bool:
+    """False as well where there is no git or no repository: an archive has only what was committed."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return False
+    return subprocess.run(["git", "check-ignore", "-q", str(path)], cwd=ROOT, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("file", DOCUMENTS, ids=in_words)
 def test_links_lead_somewhere(file: Path) -> None:
     for match in LINK.finditer(file.read_text(encoding="utf-8")):
@@ -98,6 +107,7 @@ def test_links_lead_somewhere(file: Path) -> None:
         path, _, section = match[1].partition("#")
         target = file.parent / path if path else file
         assert target.exists(), f"{match[0]}: there is no {path}"
+        assert not ignored_by_git(target), f"{match[0]}: git ignores {path}, so a clone does not have it"
         assert not section or section in anchors(target), f"{match[0]}: no such section"
 
 
