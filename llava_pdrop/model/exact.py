@@ -1,4 +1,4 @@
-"""Norms and rotary embedding on a CPU in fewer passes over the stream, to the last bit Hugging Face's.
+"""Norms, residual sums and rotary embedding on a CPU in fewer passes over the stream, to the last bit Hugging Face's.
 
 There a pass costs what it reads and writes, and a new tensor of some MB the pages that the system has to clear. Every
 rounding is the one that the separate operations make: no multiplication is fused with an addition, and sums are made
@@ -7,6 +7,7 @@ in their order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,50 +59,54 @@ class _Rotation(Function):
         return out, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Hugging Face's ``LlamaRMSNorm``: (..., D), (D,) -> (..., D). In float32 block by block; elsewhere its casts are
-    roundings of their own, so there the operations stay separate."""
-    if x.dtype == torch.float32 and x.is_contiguous():
-        norm: Tensor = _Norm.apply(x, x, weight, epsilon)
-        return norm
-    in_float32 = x.to(torch.float32)
-    in_float32 = in_float32 * torch.rsqrt(in_float32.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * in_float32.to(x.dtype)
+def sum_and_norm(stream: Tensor, added: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The residual stream (..., D) float32, contiguous, with what a layer adds to it (None: nothing) -> their sum, and
+    of it Hugging Face's ``LlamaRMSNorm`` with weight (D,)."""
+    total, normed = _SumAndNorm.apply(stream, added, weight, epsilon)
+    return total, normed
 
 
-class _Norm(Function):
-    """It is given x twice, and gives the gradients of x in the product and of x in the mean apart: autograd adds the
-    one and then the other to what the residual stream brings, as it does behind the separate operations."""
+class _SumAndNorm(Function):
+    """Block by block, so that a norm reads and its gradient is added while the block lies in the cache. The gradient
+    of the sum is that of the stream behind, plus that of the product, plus that of the mean: the order in which
+    autograd adds them behind the separate operations."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
-        for x_RD, out_RD, scale_R1 in zip(*_blocks(x, out, scale)):
-            torch.rsqrt(x_RD.pow(2).mean(-1, keepdim=True) + epsilon, out=scale_R1)
-            torch.mul(x_RD, scale_R1, out=out_RD)
+    def forward(
+        ctx: Any, stream: Tensor, added: Tensor | None, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        total = stream if added is None else torch.empty_like(stream)
+        out, scale = torch.empty_like(stream), stream.new_empty(*stream.shape[:-1], 1)
+        others = () if added is None else (stream, added.contiguous())
+        for total_RD, out_RD, scale_R1, *summands in _blocks(total, out, scale, *others):
+            if summands:
+                torch.add(*summands, out=total_RD)
+            torch.rsqrt(total_RD.pow(2).mean(-1, keepdim=True) + epsilon, out=scale_R1)
+            torch.mul(total_RD, scale_R1, out=out_RD)
             torch.mul(weight, out_RD, out=out_RD)
-        ctx.save_for_backward(x, scale, weight)
-        return out
+        ctx.save_for_backward(total, scale, weight)
+        return total, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, behind: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, scale, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        in_product, in_mean, of_weight = (torch.empty_like(x) for _ in range(3))
-        blocks = _blocks(x, grad, scale, in_product, in_mean, of_weight)
-        for x_RD, grad_RD, scale_R1, in_product_RD, in_mean_RD, of_weight_RD in zip(*blocks):
+        _, is_added, learns, _ = ctx.needs_input_grad
+        of_x, of_weight = torch.empty_like(x), torch.empty_like(x)
+        blocks = _blocks(x, behind.contiguous(), grad.contiguous(), scale, of_x, of_weight)
+        for x_RD, behind_RD, grad_RD, scale_R1, of_x_RD, of_weight_RD in blocks:
+            in_product_RD = torch.mul(grad_RD, weight)
+            of_scale_R1 = torch.mul(in_product_RD, x_RD, out=of_weight_RD).sum(-1, keepdim=True)
+            of_mean_R1 = -0.5 * of_scale_R1 * scale_R1.pow(3) / x.shape[-1]
+            in_product_RD *= scale_R1
+            torch.add(behind_RD, in_product_RD, out=of_x_RD)
+            of_x_RD += torch.mul(x_RD, 2 * of_mean_R1, out=in_product_RD)
             torch.mul(x_RD, scale_R1, out=of_weight_RD)
             of_weight_RD *= grad_RD
-            torch.mul(grad_RD, weight, out=in_product_RD)
-            of_scale_R1 = torch.mul(in_product_RD, x_RD, out=in_mean_RD).sum(-1, keepdim=True)
-            in_product_RD *= scale_R1
-            of_mean_R1 = -0.5 * of_scale_R1 * scale_R1.pow(3) / x.shape[-1]
-            torch.mul(x_RD, 2 * of_mean_R1, out=in_mean_RD)
-        return in_product, in_mean, of_weight.sum_to_size(weight.shape), None
+        return of_x, of_x if is_added else None, of_weight.sum_to_size(weight.shape) if learns else None, None
 
 
-def _blocks(x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views (R, D) of contiguous (..., D) that have the rows of ``x``."""
     rows = max(1, torch.get_num_threads() * NORM_BLOCK // x.shape[-1])
-    return [tensor.view(-1, tensor.shape[-1]).split(rows) for tensor in (x, *others)]
+    return zip(*(tensor.view(-1, tensor.shape[-1]).split(rows) for tensor in (x, *others)))

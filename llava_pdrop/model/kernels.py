@@ -23,14 +23,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.model import exact
 
 CHOICES = ("auto", "eager", "torch", "liger")
-"""``eager``: Hugging Face's own, on a CPU norms and rotary embedding in fewer passes (`exact.py`: no bit differs).
-``torch``: `F.rms_norm`; on CUDA the rotary embedding and the gated product compiled too. ``liger``: `F.rms_norm` and,
-of the package liger-kernel, those two (CUDA only). ``auto``: see `AUTO`."""
+"""``eager``: Hugging Face's own, on a CPU norms, sums and rotary embedding in fewer passes (`exact.py`: no bit
+differs). ``torch``: `F.rms_norm`; on CUDA the rotary embedding and the gated product compiled too. ``liger``:
+`F.rms_norm` and, of the package liger-kernel, those two (CUDA only). ``auto``: see `AUTO`."""
 
 AUTO = {"cuda": "torch"}
 """Type of device -> what ``auto`` comes to; ``eager`` on all others. Where ``torch`` lacks a compiler it is ``eager``
@@ -52,11 +53,13 @@ class Kernels:
         norm: (x (..., D), weight (D,), epsilon) -> (..., D) in the dtype of both.
         rotary: as ``apply_rotary_pos_emb``: (1, H, T, E), (1, G, T, E), cos and sin (1, T, E) -> the first two.
         product: gate and up, both (..., F) -> ``silu(gate) * up``.
+        sum_and_norm: see `exact.sum_and_norm`; for streams in float32, in place of ``norm``.
     """
 
     norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
     rotary: Callable[..., tuple[Tensor, Tensor]] | None = None
     product: Callable[[Tensor, Tensor], Tensor] | None = None
+    sum_and_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]] | None = None
 
 
 class _OfThisThread(threading.local):
@@ -179,7 +182,9 @@ def _kernels(name: str, device: str, model_type: str) -> Kernels | None:
     if device == "cpu":
         if model_type == "qwen3":  # its norms of queries and keys sum gradients in the order of their layout
             return Kernels(rms_norm) if name == "torch" else None
-        return Kernels(rms_norm if name == "torch" else exact.rms_norm, exact.rotate_both)
+        if name == "torch":
+            return Kernels(rms_norm, rotary=exact.rotate_both)
+        return Kernels(sum_and_norm=exact.sum_and_norm, rotary=exact.rotate_both)
     if name == "eager":
         return None
     if device != "cuda":
@@ -218,8 +223,9 @@ def gated_product(gate: Tensor, up: Tensor) -> Tensor:
 def _install(model_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """Lets norms, MLPs and the rotary embedding of a family ask, once per process; returns its own embedding."""
     prefix, module = FAMILIES[model_type], import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    norm, mlp, rotary = getattr(module, f"{prefix}RMSNorm"), getattr(module, f"{prefix}MLP"), "apply_rotary_pos_emb"
-    own = getattr(module, rotary)
+    layer, norm, mlp = (getattr(module, f"{prefix}{part}") for part in ("DecoderLayer", "RMSNorm", "MLP"))
+    own, rotary = module.apply_rotary_pos_emb, "apply_rotary_pos_emb"
+    _replace_layer_forward(layer, norm)
     norm.forward, mlp.forward = _asking_norm(norm.forward), _asking_mlp(mlp.forward)
     setattr(module, rotary, _asking_rotary(own))
     return own
@@ -230,13 +236,45 @@ def _in_force() -> Kernels | None:
     return None if torch.compiler.is_compiling() else _now.kernels
 
 
-def _asking_norm(own: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """Input and weight of two dtypes (norms in float32 around LoRA in bfloat16) stay Hugging Face's: `F.rms_norm` has
-    no fused kernel for them, and warns."""
+def _replace_layer_forward(layer: Any, norm: Any) -> None:
+    """Newer releases of transformers (5.23) put the recomputation of a layer around the forward of its class: ours goes
+    inside, and theirs around it once more."""
+    own = layer.forward
+    if own.__code__.co_name != "forward_with_checkpointing":
+        layer.forward = _asking_layer(own, norm)
+        return
+    layer.forward = _asking_layer(own.__wrapped__, norm)
+    GradientCheckpointingLayer.__init_subclass__.__func__(layer)  # type: ignore[attr-defined]
+
+
+def _asking_layer(own: Callable[..., Tensor], norm: Any) -> Callable[..., Tensor]:
+    """Sums of the stream go with the norms behind them, which are called as modules. Norms that something has wrapped,
+    and streams that are not in float32, stay Hugging Face's."""
 
     @wraps(own)
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
         kernels = _in_force()
+        norms = self.input_layernorm, self.post_attention_layernorm
+        plain = all(type(module) is norm and module.weight.dtype == torch.float32 for module in norms)
+        fits = plain and hidden_states.dtype == torch.float32 and not args
+        if kernels is None or kernels.sum_and_norm is None or not fits:
+            return own(self, hidden_states, *args, **named)
+        stream, normed = norms[0](hidden_states.contiguous(), None)
+        stream, normed = norms[1](stream, self.self_attn(hidden_states=normed, **named)[0])
+        return stream + self.mlp(normed)
+
+    return forward
+
+
+def _asking_norm(own: Callable[[Any, Tensor], Tensor]) -> Callable[..., Any]:
+    """Input and weight of two dtypes (norms in float32 around LoRA in bfloat16) stay Hugging Face's: `F.rms_norm` has
+    no fused kernel for them, and warns. Our forward of a layer gives ``added`` too, and gets the sum and its norm."""
+
+    @wraps(own)
+    def forward(self: Any, hidden_states: Tensor, *added: Any) -> Any:
+        kernels = _in_force()
+        if added and kernels is not None and kernels.sum_and_norm is not None:
+            return kernels.sum_and_norm(hidden_states, added[0], self.weight, self.variance_epsilon)
         if kernels is None or kernels.norm is None or hidden_states.dtype != self.weight.dtype:
             return own(self, hidden_states)
         return kernels.norm(hidden_states, self.weight, self.variance_epsilon)

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from llava_pdrop.model import exact, kernels
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.types import PackedBatch
-from tests.tiny import DECODERS, PYRAMID, make_tiny_hf, mixed_samples
+from tests.tiny import DECODERS, LAYERS, PYRAMID, make_tiny_hf, mixed_samples
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -61,30 +61,45 @@ def test_the_rotary_embedding_of_two_dtypes():
     assert_same_bits(results(partial(exact.rotate_both, cos=cos, sin=sin), (q, k)), own)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_sum", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 32), (1, 300, 32), (301, 48), (1, 130, 512)])
-def test_a_norm(dtype, shape, monkeypatch):
-    """Behind a residual stream, whose gradient comes first and whose sum depends on what is added when; in one block
-    and in several."""
+def test_a_sum_and_its_norm(shape, with_sum, monkeypatch):
+    """In a stream that goes on, in whose gradient it counts what is added when; in one block and in several."""
     torch.manual_seed(0)
     norm = LlamaRMSNorm(shape[-1], 1e-5)
     torch.nn.init.normal_(norm.weight)
-    norm = norm.to(dtype)
 
-    def behind(function, x, weight, first):
-        stream = x * first
-        return stream + function(stream, weight) * 3
+    def behind(function, x, weight, first, *added):
+        total, normed = function(x * first, added[0] * 2 if added else None, weight)
+        return total + normed * 3
 
-    inputs = [torch.randn(shape).to(dtype), norm.weight.data, torch.randn(shape).to(dtype)]
+    inputs = [torch.randn(shape), norm.weight.data, *(torch.randn(shape) for _ in range(1 + with_sum))]
 
-    def own(stream, weight):
-        return torch.func.functional_call(norm, {"weight": weight}, stream)
+    def own(stream, added, weight):
+        total = stream if added is None else stream + added
+        return total, torch.func.functional_call(norm, {"weight": weight}, total)
 
     expected = results(partial(behind, own), inputs)
     for block in (exact.NORM_BLOCK, 16 * shape[-1]):
         monkeypatch.setattr(exact, "NORM_BLOCK", block)
-        ours = results(partial(behind, lambda stream, weight: exact.rms_norm(stream, weight, 1e-5)), inputs)
+        ours = results(partial(behind, partial(exact.sum_and_norm, epsilon=1e-5)), inputs)
         assert_same_bits(ours, expected)
+
+
+def test_what_is_added_may_be_of_less_precision():
+    """As autocast gives it; and what does not learn has no gradient."""
+    torch.manual_seed(0)
+    stream, added, weight = torch.randn(40, 32, requires_grad=True), torch.randn(40, 32).bfloat16(), torch.rand(32)
+    added.requires_grad_()
+    total, normed = exact.sum_and_norm(stream, added, weight, 1e-5)
+    separate = stream + added
+    assert_same_bits(
+        [total, normed], [separate, torch.nn.functional.rms_norm(separate, (32,), None, 1e-5) * 1.0 * weight]
+    )
+    (total * 2 + normed).sum().backward()
+    assert (
+        added.grad.dtype == torch.bfloat16 and torch.equal(added.grad, stream.grad.bfloat16()) and weight.grad is None
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,7 +116,12 @@ def test_a_step_of_every_family(decoder, dtype, monkeypatch):
         loss.backward()
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    ours, again = step(), step(recompute=True)
+    sums = []
+    monkeypatch.setattr(exact, "_blocks", lambda *tensors, of=exact._blocks: sums.append(1) or of(*tensors))
+    ours = step()
+    # Two norms of every layer, forward and backward: but in half precision, and beside norms of the head (qwen3).
+    assert len(sums) == (0 if dtype != torch.float32 or decoder == "qwen3" else 4 * LAYERS)
+    again = step(recompute=True)
     used = []
     monkeypatch.setattr(kernels, "_kernels", lambda *names: used.append(names))
     own = step()
