@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from llava_pdrop.checkpoint.export import save_llava_hf, save_original
 from llava_pdrop.checkpoint.lora import is_lora
 from llava_pdrop.checkpoint.open import Source, open_llava
-from llava_pdrop.checkpoint.shards import read_json, resolve
+from llava_pdrop.checkpoint.shards import resolve
 from llava_pdrop.config.load import runs_in
 from llava_pdrop.errors import MissingFileError, UserError
+from llava_pdrop.files import read_json
 
 
 def convert(

@@ -16,10 +16,11 @@ from llava_pdrop.checkpoint.load import cut_rows
 from llava_pdrop.checkpoint.old_tokenizers import write_original_tokenizer
 from llava_pdrop.checkpoint.open import Source, beside
 from llava_pdrop.checkpoint.original import SECTION, dtype_of, original_config
-from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, write_json, write_shards
+from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, write_shards
 from llava_pdrop.checkpoint.tower import TOWER_FOLDER, is_that_tower, opens_in_transformers_4, write_tower
 from llava_pdrop.checkpoint.vocabulary import original_rows
 from llava_pdrop.errors import UserError
+from llava_pdrop.files import write_json
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 """The tower of all published LLaVA-1.5 and LLaVA-NeXT models, assumed where a checkpoint of its shape names none."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from llava_pdrop.checkpoint.shards import read_json, write_json
 from llava_pdrop.errors import UserError
+from llava_pdrop.files import read_json, write_json
 
 ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 SENTENCEPIECE = "tokenizer.model"

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from llava_pdrop.checkpoint.layouts import EMBEDDINGS, NameTable, in_memory, rename_one
 from llava_pdrop.checkpoint.load import PROJECTOR_FILE
-from llava_pdrop.checkpoint.shards import Stored, beside, open_tensors, read_json, resolve
+from llava_pdrop.checkpoint.shards import Stored, beside, open_tensors, resolve
 from llava_pdrop.errors import MissingFileError, UserError, clip
+from llava_pdrop.files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")

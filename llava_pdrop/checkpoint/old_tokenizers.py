@@ -7,7 +7,6 @@ a ``tokenizer.json``, and in that of today old readers trip over the pairs in ``
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from llava_pdrop.checkpoint.hf_files import SENTENCEPIECE, complete_tokenizer
-from llava_pdrop.checkpoint.shards import read_json, write_json
 from llava_pdrop.checkpoint.vocabulary import PAD_TOKEN
 from llava_pdrop.errors import UserError
+from llava_pdrop.files import read_json, write_json
 from llava_pdrop.types import IMAGE_MARKER
 
 SLOW, FAST = "LlamaTokenizer", "PreTrainedTokenizerFast"
@@ -88,7 +87,7 @@ def write_original_tokenizer(tokenizer: Any, directory: Path, text_config: Any) 
         (directory / SENTENCEPIECE).unlink()
         write_json(directory / "tokenizer_config.json", fields)
     old = for_tokenizers_0_15(content, f"{tokenizer.name_or_path}: tokenizer.json")
-    file.write_text(json.dumps(old, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_json(file, old)
     if content["model"].get("ignore_merges"):
         return [
             "tokenizer.json: tokenizers 0.15 has no ignore_merges, so that some words are other tokens there: use the "

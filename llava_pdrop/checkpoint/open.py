@@ -35,11 +35,12 @@ from llava_pdrop.checkpoint.original import (
     text_config_of,
     written_schedule,
 )
-from llava_pdrop.checkpoint.shards import Stored, beside, open_tensors, read_json, resolve, weight_files
+from llava_pdrop.checkpoint.shards import Stored, beside, open_tensors, resolve, weight_files
 from llava_pdrop.checkpoint.tower import TOWER_FOLDER, open_tower
 from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_specials
 from llava_pdrop.config.places import absolute
 from llava_pdrop.errors import MissingFileError, UserError, naming
+from llava_pdrop.files import read_json
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import load_image_processor, used_tower_layers
 from llava_pdrop.model.vlm import geometry_of

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_pdrop.errors import MissingFileError, UserError
+from llava_pdrop.files import read_json, write_json
 
 SHARD_SIZE = "5GB"
 WEIGHT_FILES = (("model", "safetensors"), ("pytorch_model", "bin"))
@@ -234,25 +233,3 @@ def remove_weights(directory: Path) -> None:
         for pattern in (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json"):
             for file in directory.glob(pattern):
                 file.unlink()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from ``file``.
-
-    Raises:
-        MissingFileError: no such file. UserError: it is not a JSON object.
-    """
-    if not file.is_file():
-        raise MissingFileError(f"{file}: no such file")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not a JSON file ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds no JSON object")
-    return value
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """``value`` as indented JSON."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

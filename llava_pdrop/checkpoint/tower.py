@@ -16,8 +16,9 @@ from llava_pdrop.checkpoint.hf_files import reading, write_image_processor
 from llava_pdrop.checkpoint.layouts import TEXT_HALF, TOWER, TOWER_TO_MEMORY, rename
 from llava_pdrop.checkpoint.load import check_shapes
 from llava_pdrop.checkpoint.original import dtype_of
-from llava_pdrop.checkpoint.shards import Stored, open_tensors, read_json, resolve, write_json, write_shards
+from llava_pdrop.checkpoint.shards import Stored, open_tensors, resolve, write_shards
 from llava_pdrop.errors import UserError
+from llava_pdrop.files import read_json, write_json
 
 TOWER_FOLDER = "vision_tower"
 """Folder of an original checkpoint of ours with a tower that the original code cannot open where it lies."""

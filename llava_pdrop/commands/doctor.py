@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.doctor.cost import predict
     from llava_pdrop.doctor.examine import examine_set, verdict, what_training_does
     from llava_pdrop.doctor.report import describe, page, pictures
+    from llava_pdrop.files import write_json
     from llava_pdrop.report.console import say
-    from llava_pdrop.report.page import write_json
     from llava_pdrop.train.fit import check_templates, shows_before_a_label
 
     path = Path(args.config)

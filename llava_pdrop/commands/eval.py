@@ -71,10 +71,10 @@ def _foreign(directory: Path, overrides: list[str]) -> Any:
     from llava_pdrop.checkpoint.hf_files import reading
     from llava_pdrop.checkpoint.lora import config_directory
     from llava_pdrop.checkpoint.original import original_schedule
-    from llava_pdrop.checkpoint.shards import read_json
     from llava_pdrop.config.load import RUN_FILE, config_of
     from llava_pdrop.errors import ConfigError
     from llava_pdrop.eval.respondent import CHAT, chat_template_in, is_ours, template_of
+    from llava_pdrop.files import read_json
 
     names = {word.split("=", 1)[0] for word in overrides}
     if not names & {"data.eval", "benchmarks", "eval.benchmarks"}:

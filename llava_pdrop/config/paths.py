@@ -6,7 +6,6 @@ Also reads the few numbers of the model parts (`part_configs`) that validation a
 from __future__ import annotations
 
 import importlib.util
-import json
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 from llava_pdrop.config.places import is_hub_id
 from llava_pdrop.config.schema import Config, ModelSection
-from llava_pdrop.errors import ConfigError, did_you_mean
+from llava_pdrop.errors import ConfigError, UserError, did_you_mean
+from llava_pdrop.files import read_json
 
 
 def check_paths(config: Config) -> None:
@@ -147,12 +147,9 @@ def _config_json(entry: str) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, got {type(content).__name__}")
-    return content
+        return read_json(path)
+    except UserError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_name(file: str, key: str, name: str, known: Iterable[str]) -> None:

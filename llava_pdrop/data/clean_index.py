@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from llava_pdrop.data.records import DataPart, Records
 from llava_pdrop.errors import MissingFileError, UserError
+from llava_pdrop.files import write_json
 
 TEXT_FORMATS = (".json", ".jsonl")
 BYTES_AT_A_TIME = 1 << 22
@@ -40,7 +40,6 @@ class CleanIndex:
 
     def write(self, path: Path) -> None:
         """Writes it as JSON, in one move."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "data": self.data,
             "digest": self.digest,
@@ -48,9 +47,7 @@ class CleanIndex:
             "usable": len(self.indices),
             "indices": self.indices.tolist(),
         }
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, content, indent=None)
 
     @staticmethod
     def read(path: Path) -> CleanIndex:

@@ -10,7 +10,6 @@ picture replaced by one of another size is not noticed; the batch plan then coun
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
@@ -28,6 +27,7 @@ from llava_pdrop.data.images import image_size
 from llava_pdrop.data.records import Records
 from llava_pdrop.data.tokens import Unlabelled
 from llava_pdrop.errors import RecordError, Unfit, UserError, clip, line_of
+from llava_pdrop.files import replacing, write_lines
 from llava_pdrop.types import ImageSource, Record
 
 RECORDS_AT_A_TIME = 512
@@ -89,11 +89,8 @@ class Survey:
 
     def write_report(self, path: Path) -> None:
         """Writes the unusable records as JSON lines: ``index``, ``origin``, ``id``, ``reason``."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            for index, problem in sorted(self.problems.items()):
-                entry = {"index": index, "origin": problem.origin, "id": problem.id, "reason": problem.reason}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        found = sorted(self.problems.items())
+        write_lines(path, ({"index": i, "origin": p.origin, "id": p.id, "reason": p.reason} for i, p in found))
 
 
 @dataclass(frozen=True)
@@ -315,12 +312,9 @@ def _save(files: tuple[Path, Path], after: Cached, known: ImageSizes | None, fou
         },
     ]
     try:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
         for file, arrays in zip(files, contents):
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            with temporary.open("wb") as output:
+            with replacing(file) as aside, aside.open("wb") as output:
                 np.savez(output, allow_pickle=False, **arrays)
-            os.replace(temporary, file)
     except OSError as error:  # counted is counted: without the cache it is done again the next time
         directory, reason = files[0].parent, error.strerror or error
         log.warning(

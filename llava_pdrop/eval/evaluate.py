@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from llava_pdrop.eval.questions import Question, llava_json
 from llava_pdrop.eval.respondent import CHAT, LlavaRespondent, Respondent, is_ours, open_respondent
 from llava_pdrop.eval.scoring import SCORERS, normalise
 from llava_pdrop.eval.team import ALONE, Team, team_of
+from llava_pdrop.files import write_json, write_lines
 from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.report.console import say
-from llava_pdrop.report.page import write_json
 from llava_pdrop.report.units import time_text
 from llava_pdrop.runtime.device import autocast_dtype
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
@@ -82,14 +82,7 @@ class Result:
 
     def write(self, directory: Path, name: str = PREDICTIONS_FILE) -> Path:
         """One line per prediction."""
-        directory.mkdir(parents=True, exist_ok=True)
-        file = directory / name
-        file.write_text(
-            "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self.predictions),
-            encoding="utf-8",
-            errors="backslashreplace",  # half a character in the name of a record
-        )
-        return file
+        return write_lines(directory / name, self.predictions)
 
 
 def evaluate(

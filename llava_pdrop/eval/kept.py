@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from llava_pdrop.checkpoint.shards import resolve
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.questions import Question
+from llava_pdrop.files import write_json, write_text
 
 HOME = "benchmarks"
 """Directory of all answers, below that of the run."""
@@ -89,20 +89,14 @@ class Kept:
     def finish(self, questions: Sequence[Question], answers: Sequence[Answer], model: str) -> None:
         """Puts all answers into one file, beside what they depend on."""
         lines = [_line(question, answer, model) for question, answer in zip(questions, answers)]
-        self._write(ANSWERS, "".join(lines))
-        self._write(FACTS, _json(self.facts))
+        write_text(self.directory / ANSWERS, "".join(lines))
+        write_json(self.directory / FACTS, self.facts)
         for part in self.directory.glob("answers-*.part.jsonl"):
             part.unlink()
 
     def score(self, score: Any) -> None:
         """Writes what the answers are worth."""
-        self._write(SCORE, _json(score))
-
-    def _write(self, name: str, text: str) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        aside = self.directory / f"{name}.{os.getpid()}.new"  # of this process: another one may do the same
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(aside, self.directory / name)
+        write_json(self.directory / SCORE, score)
 
 
 def model_facts(directory: Path) -> dict[str, Any]:
@@ -155,10 +149,6 @@ def _parsed(line: dict[str, Any]) -> Answer | None:
     texts = (answer.id, answer.text, "" if answer.problem is None else answer.problem)
     whole = all(isinstance(text, str) for text in texts) and all(type(count) is int for count in answer.image_tokens)
     return answer if whole and type(answer.seconds) in (int, float) else None
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def _end_last_line(file: Path) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from llava_pdrop.checkpoint.build import Parts
 from llava_pdrop.checkpoint.hf_files import reading
 from llava_pdrop.checkpoint.lora import is_lora
-from llava_pdrop.checkpoint.shards import read_json
 from llava_pdrop.data.conversation import TEMPLATES, Piece, Template
 from llava_pdrop.data.images import image_size, load_image, preprocess
 from llava_pdrop.data.labels import encode_pieces, expand_slots, refuse_halves
@@ -26,6 +25,7 @@ from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import UserError, clip, first_line
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.sharing import shared_features
+from llava_pdrop.files import read_json
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IMAGE_MARKER, ImageInput, Sample
 

@@ -3,12 +3,12 @@ beside the numbers as JSON."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_pdrop.files import write_json, write_text
 from llava_pdrop.report.console import grid, paragraph, say
 from llava_pdrop.report.pictures import save_picture
 
@@ -98,7 +98,7 @@ class Page:
             if isinstance(block, Picture) and save_picture(directory / block.file, block.draw, facecolor="white"):
                 files.append(directory / block.file)
         text = f"# {self.title}\n\n{markdown_of(self.blocks, {file.name for file in files})}"
-        files[0].write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character in a record's name
+        write_text(files[0], text)
         return files
 
 
@@ -118,14 +118,6 @@ def markdown_of(blocks: Iterable[Block], pictures: Collection[str] = ()) -> str:
             case _:
                 text.append(f"{block}\n")
     return "\n".join(text)
-
-
-def write_json(file: Path, value: Any, indent: int | None = 1) -> Path:
-    """Writes ``value`` for programs; returns ``file``. Without ``indent`` it is one line."""
-    separators = (",", ":") if indent is None else None
-    text = json.dumps(plain(value), indent=indent, separators=separators, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # as JSON escapes half a character
-    return file
 
 
 def plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
+
+from llava_pdrop.files import write_json
 
 PREEMPTED_EXIT = 85
 """Of a run that was told to stop and saved: start the same command again and it goes on. (torchrun ends with 1 whatever
@@ -77,4 +78,4 @@ class Preemption(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.agreed and state.is_world_process_zero and state.global_step < state.max_steps:
             note = {"step": state.global_step, "signal": self.received or "another rank's"}
-            self.note.write_text(json.dumps(note) + "\n", encoding="utf-8")
+            write_json(self.note, note, indent=None)

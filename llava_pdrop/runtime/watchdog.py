@@ -14,7 +14,6 @@ waits while it loads the model and counts tokens, the training and its saves.
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import shutil
 import socket
@@ -23,8 +22,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from llava_pdrop.files import read_json, write_json
 
 DIRECTORY, ALARM = ".heartbeat", "alarm"
 STUCK_EXIT = 86
@@ -186,10 +187,8 @@ class Watchdog:
         if self.ranks == 1:
             return
         self._beat += 1
-        aside = self._file().with_suffix(".partial")
         try:
-            aside.write_text(json.dumps(asdict(replace(self._place, beat=self._beat))), encoding="utf-8")
-            os.replace(aside, self._file())
+            write_json(self._file(), replace(self._place, beat=self._beat), indent=None)
         except OSError as error:  # a full disk must not end the thread that watches
             if not self._write_failed:
                 print(f"[rank {self._place.rank}] heartbeat not written: {error}", file=sys.stderr)
@@ -201,7 +200,7 @@ class Watchdog:
         for rank in range(self.ranks):
             with suppress(OSError, ValueError):  # it is being replaced, on a file system that lets one see it
                 if rank != self._place.rank and self._file(rank).stat().st_mtime >= self._began:
-                    places.append(Place(**json.loads(self._file(rank).read_text(encoding="utf-8"))))
+                    places.append(Place(**read_json(self._file(rank))))
         return places
 
     def _alarm(self) -> bool:

@@ -11,7 +11,6 @@ Hashing reads every byte once after writing and once before resuming: sha256 is 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.errors import UserError
+from llava_pdrop.files import read_json, write_json
+from llava_pdrop.report.units import GIB
 
 MANIFEST = "manifest.json"
 STAGING = ".partial"
@@ -28,7 +29,6 @@ THREADS = 8
 BYTES_AT_A_TIME = 2**24
 """Bytes read at a time."""
 
-GIB = 2**30
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -49,9 +49,7 @@ def commit(staged: Path, target: Path, facts: Mapping[str, Any]) -> None:
         path.relative_to(staged).as_posix(): {"size": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, hashes)
     }
-    manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({**facts, "files": entries}, indent=1) + "\n", encoding="utf-8")
-    _flush(manifest)
+    _flush(write_json(staged / MANIFEST, {**facts, "files": entries}))
     replaced = staged.with_name(f"replaced-{target.name}")
     if target.exists():  # torn, or of a run that went another way from an earlier checkpoint
         target.rename(replaced)
@@ -63,10 +61,10 @@ def commit(staged: Path, target: Path, facts: Mapping[str, Any]) -> None:
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint, or None where there is none that can be read."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(checkpoint / MANIFEST)
+    except (OSError, UserError):
         return None
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+    return manifest if "files" in manifest else None
 
 
 def what_is_torn(checkpoint: Path, content: bool = True) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from llava_pdrop.config.places import MODELS, PATHS, absolute, is_hub_id, mapped
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.mixture import data_files
 from llava_pdrop.errors import ConfigError, UserError
+from llava_pdrop.files import read_json, write_json
 from llava_pdrop.runtime.ranks import number_of_processes
 from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE
 from llava_pdrop.train.checkpoints import STAGING, all_checkpoints, newest_whole, read_manifest, what_is_torn
@@ -157,19 +157,16 @@ def mark_finished(config: Config, stamp: str, facts: Mapping[str, Any]) -> None:
     facts = {"digest": stamp, "paths": "apart", "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
     facts |= surroundings()
     file = Path(config.output_dir) / FINISHED_FILE
-    aside = file.with_suffix(".partial")
     with writing(file):
-        aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, file)
+        write_json(file, facts)
 
 
 def _finished(output: Path) -> dict[str, Any] | None:
     """What `mark_finished` noted in ``output``; None where it did not, or not to the end (a full disk)."""
     try:
-        facts: dict[str, Any] = json.loads((output / FINISHED_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return read_json(output / FINISHED_FILE)
+    except UserError:
         return None
-    return facts
 
 
 def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> str | None:
@@ -215,7 +212,7 @@ def checkpoint_to_resume(config: Config, say: Callable[[str], None] = print) -> 
 def check_steps(config: Config, checkpoint: str, steps: int) -> None:
     """Raises `UserError` if ``checkpoint`` is from behind the ``steps`` of this run, which would be called finished
     with the weights of a longer one."""
-    done = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    done = read_json(Path(checkpoint) / "trainer_state.json")["global_step"]
     if done > steps:
         raise UserError(
             f"{config.file}: train.max_steps, train.num_train_epochs: this run has {steps:,} steps, and {checkpoint} "

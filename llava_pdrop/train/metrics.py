@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from llava_pdrop.errors import UserError
+from llava_pdrop.files import write_lines
 from llava_pdrop.model.vlm import Output
 from llava_pdrop.runtime.clock import TIME_PARTS, Mark, StepClock
 from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
@@ -142,11 +142,8 @@ class MetricsFile(TrainerCallback):
             return
         old = read_metrics(self.file) if state.global_step and self.file.is_file() else []
         kept = [row for row in old if row["step"] <= state.global_step and "loss" in row]
-        aside = self.file.with_suffix(".partial")  # a run that is killed here must not lose what it had
-        with writing(self.file):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(aside, self.file)
+        with writing(self.file):  # in one move: a run that is killed here must not lose what it had
+            write_lines(self.file, kept)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:

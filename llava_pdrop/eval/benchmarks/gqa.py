@@ -8,10 +8,11 @@ from pathlib import Path
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import all_asked, read_asked, read_json, with_keys
-from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
+from llava_pdrop.eval.benchmarks.uploads import all_answered
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.gqa import ALSO, grade, prediction
 from llava_pdrop.eval.rules.grades import means
+from llava_pdrop.files import write_json
 
 
 def read(directory: Path, llava: bool) -> list[Question]:
@@ -38,7 +39,7 @@ def upload(questions: Sequence[Question], answers: Sequence[str | None], directo
         {"questionId": question.id, "prediction": prediction(answer)}
         for question, answer in zip(questions, all_answered(questions, answers))
     ]
-    return write_json(rows, directory / name / "testdev_balanced_predictions.json")
+    return write_json(directory / name / "testdev_balanced_predictions.json", rows, indent=None)
 
 
 GQA = Benchmark(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import read_asked
-from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
+from llava_pdrop.eval.benchmarks.uploads import all_answered
 from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.files import write_json
 
 
 def read(directory: Path, llava: bool) -> list[Question]:
@@ -32,7 +33,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
 def upload(questions: Sequence[Question], answers: Sequence[str | None], directory: Path, name: str) -> Path:
     """``results/NAME.json``: v1_ID -> answer (``convert_mmvet_for_eval.py``)."""
     found = {f"v1_{question.id}": answer for question, answer in zip(questions, all_answered(questions, answers))}
-    return write_json(found, directory / "results" / f"{name}.json")
+    return write_json(directory / "results" / f"{name}.json", found, indent=None)
 
 
 MMVET = Benchmark(

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.questions import Question
-
-
-def write_json(content: Any, file: Path) -> Path:
-    """``file``, which holds ``content``."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return file
 
 
 def write_sheet(rows: Sequence[Mapping[str, str | None]], file: Path) -> Path:

@@ -9,10 +9,11 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import answers_by_picture, ask_people, is_there, read_asked, read_json
 from llava_pdrop.eval.benchmarks.prompts import short
-from llava_pdrop.eval.benchmarks.uploads import all_answered, write_json
+from llava_pdrop.eval.benchmarks.uploads import all_answered
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.grades import Rule, exact_match, means
 from llava_pdrop.eval.rules.vqa import by_form, by_vlmevalkit, eval_ai
+from llava_pdrop.files import write_json
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -62,7 +63,7 @@ def upload(questions: Sequence[Question], answers: Sequence[str | None], directo
         {"image": question.facts["image"], "answer": eval_ai(answer)}
         for question, answer in zip(questions, all_answered(questions, answers))
     ]
-    return write_json(rows, directory / "answers_upload" / f"{name}.json")
+    return write_json(directory / "answers_upload" / f"{name}.json", rows, indent=None)
 
 
 VIZWIZ = Benchmark(

@@ -9,10 +9,10 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import ask_vqa, is_there, names_of, read_asked, vqa_labels, vqa_questions
 from llava_pdrop.eval.benchmarks.prompts import short
-from llava_pdrop.eval.benchmarks.uploads import write_json
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.vqa import eval_ai
 from llava_pdrop.eval.rules.vqav2 import ALSO, grade, total
+from llava_pdrop.files import write_json
 
 TEST = "llava_vqav2_mscoco_test-dev2015"
 WHOLE_TEST = "llava_vqav2_mscoco_test2015.jsonl"
@@ -56,7 +56,7 @@ def upload(questions: Sequence[Question], answers: Sequence[str | None], directo
         ids = names_of(file.parent / WHOLE_TEST)
     given = {question.id: eval_ai(answer) for question, answer in zip(questions, answers) if answer is not None}
     rows = [{"question_id": id, "answer": given.get(str(id), "")} for id in ids]
-    return write_json(rows, directory / "answers_upload" / file.stem / f"{name}.json")
+    return write_json(directory / "answers_upload" / file.stem / f"{name}.json", rows, indent=None)
 
 
 COCO = "cocodataset.org"

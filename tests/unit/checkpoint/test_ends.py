@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from llava_pdrop.checkpoint.convert import convert
 from llava_pdrop.checkpoint.ends import ids_of, one_or_all, settle_ends
 from llava_pdrop.checkpoint.open import open_llava
-from llava_pdrop.checkpoint.shards import read_json
+from llava_pdrop.files import read_json
 from tests.messages import says
 from tests.unit.checkpoint.layout_files import TOKENIZER, original, with_tokenizer, write
 

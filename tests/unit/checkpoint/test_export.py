@@ -19,9 +19,10 @@ from llava_pdrop.checkpoint.export import save_llava_hf, save_original, tower_na
 from llava_pdrop.checkpoint.layouts import MEMORY_TO_HF, rename
 from llava_pdrop.checkpoint.load import save_pretrained
 from llava_pdrop.checkpoint.open import open_llava
-from llava_pdrop.checkpoint.shards import open_tensors, read_json
+from llava_pdrop.checkpoint.shards import open_tensors
 from llava_pdrop.config.load import load_config
 from llava_pdrop.data.chat import jinja_of
+from llava_pdrop.files import read_json
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.run import train

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from llava_pdrop.checkpoint.old_tokenizers import KNOWN, PROBE, for_tokenizers_0_15, write_original_tokenizer
-from llava_pdrop.checkpoint.shards import read_json
 from llava_pdrop.checkpoint.vocabulary import add_special_tokens
+from llava_pdrop.files import read_json
 from tests.messages import says
 from tests.unit.checkpoint.layout_files import MODELS, TOKENIZER
 

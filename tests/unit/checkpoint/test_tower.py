@@ -12,8 +12,9 @@ import torch
 from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.checkpoint.convert import convert
 from llava_pdrop.checkpoint.load import save_pretrained
-from llava_pdrop.checkpoint.shards import open_tensors, read_json
+from llava_pdrop.checkpoint.shards import open_tensors
 from llava_pdrop.checkpoint.tower import open_tower, opens_in_transformers_4
+from llava_pdrop.files import read_json
 from tests.unit.checkpoint.layout_files import TOWER, write_file
 
 TRANSFORMERS_4 = re.compile(

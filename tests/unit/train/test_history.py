@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_pdrop import files
 from llava_pdrop.config.load import load_config, to_yaml
 from llava_pdrop.train import history
 from llava_pdrop.train.history import FINISHED_FILE, digest, is_finished, mark_finished, why_outdated
@@ -30,7 +31,7 @@ def test_a_mark_is_there_whole_or_not_at_all(tiny_config, monkeypatch):
     config = load_config(tiny_config())
     output = Path(config.output_dir)
     output.mkdir(parents=True)
-    monkeypatch.setattr(history.os, "replace", lambda *files: pytest.fail("killed here"))
+    monkeypatch.setattr(files.os, "replace", lambda *names: pytest.fail("killed here"))
     with pytest.raises(pytest.fail.Exception):
         mark_finished(config, digest(config), {})
     assert not (output / FINISHED_FILE).exists()
