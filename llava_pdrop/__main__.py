@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib import import_module
 from typing import Any
 
 from llava_pdrop.errors import UserError, is_about_a_file, line_of
 from llava_pdrop.runtime.processes import end_with_launcher
+from llava_pdrop.world import number_of_processes, rank
 
 EPILOG = """\
 CONFIG is a YAML file (configs/README.md lists every key); section.key=value changes one key of it, e.g.
@@ -42,9 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if args.debug or not (isinstance(error, UserError) or is_about_a_file(error)):
             raise
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # what is wrong may be wrong on one rank only
-        rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""
-        print(f"{rank}error: {line_of(error)}", file=sys.stderr)
+        here = f"[rank {rank()}] " if number_of_processes() > 1 else ""  # what is wrong may be so on one rank only
+        print(f"{here}error: {line_of(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -29,13 +29,14 @@ from llava_pdrop.report.console import say
 from llava_pdrop.runtime.clock import no_garbage_collection, quartiles
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
-from llava_pdrop.runtime.ranks import engine_for_one_run, number_of_processes
+from llava_pdrop.runtime.ranks import engine_for_one_run
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.arguments import on_cpu, training_arguments
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.optim import MODEL_PARTS
 from llava_pdrop.train.run import build_dataset, build_plan, learning_model
 from llava_pdrop.train.trainer import PyramidTrainer
+from llava_pdrop.world import number_of_processes
 
 PAIRS, WARMUP = 10, 2
 """Steps of each schedule that are counted, and those before them that are not."""

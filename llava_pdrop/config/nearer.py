@@ -7,10 +7,11 @@ Nearer is a file than what it inherits, and the command line than all files. Wit
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from llava_pdrop.world import is_first
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,6 @@ def _name(layers: Layers, number: int) -> str:
 def _say(winner: str, loser: str, where: str) -> None:
     """Once a program, however often the config is read, on its first rank."""
     line = f"{winner} wins over {loser} ({where}), which has no effect"
-    if line not in _said and os.environ.get("RANK", "0") == "0":
+    if line not in _said and is_first():
         log.warning("%s", line)
     _said.add(line)

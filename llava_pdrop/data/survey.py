@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from llava_pdrop.data.tokens import Unlabelled
 from llava_pdrop.errors import RecordError, Unfit, UserError, clip, line_of
 from llava_pdrop.files import replacing, write_lines
 from llava_pdrop.types import ImageSource, Record
+from llava_pdrop.world import is_first
 
 RECORDS_AT_A_TIME = 512
 """Records that one process takes at a time."""
@@ -137,7 +137,7 @@ def survey(
     problems: dict[int, RecordError] = {}
     found: dict[int, list[Size]] = {}
     blocks = Blocks(records, sized, _Count(measure), todo, known)
-    quiet = len(todo) < LARGE or os.environ.get("RANK", "0") != "0"
+    quiet = len(todo) < LARGE or not is_first()
     with tqdm(total=len(todo), desc="counting tokens", unit=" records", unit_scale=True, disable=quiet) as bar:
         for results in blocks.spread(workers if len(todo) >= LARGE else 0):
             for index, result, sizes, unread in results:

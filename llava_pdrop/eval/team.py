@@ -14,9 +14,10 @@ from transformers import TrainingArguments
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, first_line
-from llava_pdrop.runtime.ranks import from_every_rank, number_of_processes
+from llava_pdrop.runtime.ranks import from_every_rank
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.arguments import on_cpu
+from llava_pdrop.world import number_of_processes
 
 T = TypeVar("T")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
+
+from llava_pdrop.world import is_first
 
 LOG_WIDTH = 160
 """Columns where the output is no terminal (a log file), which has no width of its own."""
@@ -19,7 +20,7 @@ LONGEST_NAME = 14
 
 def console() -> Console:
     """A console on today's standard output. Of several ranks the first one alone prints."""
-    shown = Console(quiet=os.environ.get("RANK", "0") != "0")
+    shown = Console(quiet=not is_first())
     return shown if shown.is_terminal else Console(quiet=shown.quiet, width=LOG_WIDTH)
 
 

@@ -13,6 +13,8 @@ import threading
 import time
 from pathlib import Path
 
+from llava_pdrop.world import rank
+
 PROC = Path("/proc")
 
 LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch")
@@ -100,8 +102,7 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == parent and (since is None or _still(process, since)):
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        rank = os.environ.get("RANK", "0")
-        line = f"[rank {rank}] error: its launcher (process {process}) is gone, so it ends without saving; start the "
+        line = f"[rank {rank()}] error: its launcher (process {process}) is gone, so it ends without saving; start the "
         print(f"{line}same command again: it goes on from the newest checkpoint", file=sys.stderr, flush=True)
         os._exit(ORPHANED_EXIT)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import distributed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from llava_pdrop.world import environment_kept
 
 T = TypeVar("T")
 
@@ -64,24 +65,3 @@ def engine_for_one_run() -> Iterator[None]:
             yield
         finally:
             unset_hf_deepspeed_config()
-
-
-@contextmanager
-def environment_kept(beginnings: tuple[str, ...] = ("",)) -> Iterator[None]:
-    """Takes back what is changed meanwhile in the environment variables that begin so (default: in all)."""
-
-    def variables() -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if name.startswith(beginnings)}
-
-    before = variables()
-    try:
-        yield
-    finally:
-        for name in variables().keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
-
-
-def number_of_processes() -> int:
-    """Processes of this run, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -23,7 +23,7 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.nominal import recomputes
 from llava_pdrop.errors import ConfigError, first_line
 from llava_pdrop.runtime.device import has_fast_bfloat16, peak_flops
-from llava_pdrop.runtime.ranks import environment_kept, number_of_processes
+from llava_pdrop.world import environment_kept, number_of_processes
 
 DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
 """Training arguments where a config says nothing: a line of metrics per step, no outside service, and a loss that is

@@ -33,7 +33,6 @@ from llava_pdrop.data.readers import READERS
 from llava_pdrop.errors import ConfigError, UserError, did_you_mean, first_line, line_of
 from llava_pdrop.model.attention import check_transformers
 from llava_pdrop.model.decoder import COVERED, check_decoder
-from llava_pdrop.runtime.ranks import number_of_processes
 from llava_pdrop.train.arguments import (
     LIBRARY_ERRORS,
     NOT_TRIED,
@@ -43,6 +42,7 @@ from llava_pdrop.train.arguments import (
     tried_arguments,
 )
 from llava_pdrop.train.history import FINISHED_FILE
+from llava_pdrop.world import number_of_processes
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.data.mixture import data_files
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.files import read_json, write_json
-from llava_pdrop.runtime.ranks import number_of_processes
 from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE
 from llava_pdrop.train.checkpoints import STAGING, all_checkpoints, newest_whole, read_manifest, what_is_torn
 from llava_pdrop.train.metrics import writing
+from llava_pdrop.world import number_of_processes
 
 FINISHED_FILE = "run.json"
 

@@ -50,6 +50,7 @@ from llava_pdrop.train.history import (
 from llava_pdrop.train.optim import freeze, trainable_table
 from llava_pdrop.train.report import TRAINING_FILE, forget_report, leave_report
 from llava_pdrop.train.trainer import PyramidTrainer
+from llava_pdrop.world import is_first, is_first_here
 
 SKIPPED_FILE = "skipped.jsonl"
 """In ``output_dir``: the records that ``data.on_invalid: skip`` left out, and why."""
@@ -86,7 +87,7 @@ def train_checked(run: Checked, callbacks: Sequence[TrainerCallback] = ()) -> Pa
     output, stamp = Path(config.output_dir), digest(config)
     if is_finished(config, stamp):
         say(f"{config.name}: finished before with the same settings{made_elsewhere(config)}, using {output}")
-        if os.environ.get("RANK", "0") == "0" and not (output / TRAINING_FILE).is_file():
+        if is_first() and not (output / TRAINING_FILE).is_file():
             leave_report(output, config.name, say)
         return output
     outdated = why_outdated(config)
@@ -292,7 +293,7 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
     if section.on_invalid == "stop":
         dataset.lengths()  # reports the first record that cannot be used
     else:
-        report = Path(config.output_dir) / SKIPPED_FILE if os.environ.get("RANK", "0") == "0" else None
+        report = Path(config.output_dir) / SKIPPED_FILE if is_first() else None
         usable = dataset.without_unusable(section.max_invalid, report)
         if len(usable) < len(dataset):
             left_out = len(dataset) - len(usable)
@@ -327,7 +328,7 @@ def prepare_data(config: Config) -> None:
     missing = [file for file in wanted if not file.exists()]
     if config.data.prepare is None or (config.data.prepare in _prepared and not missing):
         return
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not is_first_here():
         while not all(file.exists() for file in missing):
             time.sleep(1)
         return

@@ -22,7 +22,7 @@ TOP_LEVEL = {
 MADE_BY_RUNNING = {"checkpoints", "build", "dist", "runs", "wandb", "__pycache__"}
 
 PARTS = (
-    "errors", "files", "types", "geometry", "schedule",
+    "errors", "files", "world", "types", "geometry", "schedule",
     "report", "model", "config", "generate", "checkpoint", "runtime", "data", "cost", "train", "eval", "doctor",
     "bench", "compare", "serve", "commands",
 )  # fmt: skip

@@ -16,9 +16,9 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import EVALUATION_FILE, PREDICTIONS_FILE, evaluate_config
 from llava_pdrop.eval.team import ALONE, Team, team_of
-from llava_pdrop.runtime.ranks import environment_kept
 from llava_pdrop.runtime.watchdog import DIRECTORY, STUCK_EXIT
 from llava_pdrop.train.run import train
+from llava_pdrop.world import environment_kept
 from tests.faults.processes import Fault, run_ranks
 from tests.messages import says
 
