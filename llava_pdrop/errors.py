@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -154,3 +154,18 @@ def did_you_mean(name: str, valid: Iterable[Any], cutoff: float = 0.5) -> str:
     near = [entry for entry in names if len(name) > 2 and entry.startswith(name)]
     near = near or difflib.get_close_matches(name, names, 1, cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_name(key: str, name: str, known: Collection[str], file: str = "") -> None:
+    """Raises at a ``name`` that is none of ``known``.
+
+    Args:
+        key: where it was given.
+        file: the config that gives it, once that is known.
+
+    Raises:
+        Problem: without ``file``. ConfigError: with it.
+    """
+    if name not in known:
+        line = f"{key} cannot be {name!r}: choose one of {', '.join(known)}{did_you_mean(name, known, cutoff=0.3)}"
+        raise ConfigError(f"{file}: {line}") if file else Problem(key, line)

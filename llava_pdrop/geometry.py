@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, check_name
 
 ASPECTS, MERGES, ROUNDINGS = ("pad", "anyres"), ("flat", "spatial", "spatial_unpad"), ("original", "hf")
 
@@ -62,8 +62,7 @@ class ImageGeometry:
 
     def __post_init__(self) -> None:
         for name, known in (("aspect", ASPECTS), ("merge", MERGES), ("rounding", ROUNDINGS)):
-            if getattr(self, name) not in known:
-                raise UserError(f"unknown image {name} {getattr(self, name)!r}: choose one of {list(known)}")
+            check_name(f"image {name}", getattr(self, name), known)
         if self.tile % self.patch:
             raise UserError(f"a tile of {self.tile} pixels is not a whole number of {self.patch}-pixel patches")
         if self.aspect == "anyres" and not self.pinpoints:

@@ -47,10 +47,9 @@ def run(args: argparse.Namespace) -> None:
         SystemExit: with status 1, after the report is written, if training would refuse a record.
     """
     from llava_pdrop.config.load import RUN_FILE, load_config
-    from llava_pdrop.config.paths import check_name
     from llava_pdrop.cost.nominal import geometry_of_config, make_encoder
     from llava_pdrop.data.clean_index import CleanIndex
-    from llava_pdrop.data.conversation import TEMPLATES
+    from llava_pdrop.data.conversation import template_of
     from llava_pdrop.data.mixture import read_data
     from llava_pdrop.data.records import read_records
     from llava_pdrop.doctor.cost import predict
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
     path = Path(args.config)
     config = load_config(path / RUN_FILE if path.is_dir() else path, args.overrides)
-    check_name(config.file, "model.template", config.model.template, TEMPLATES)
+    template_of(config)
     out = Path(args.out) if args.out else Path(config.output_dir) / "doctor"
     encoder = None if args.no_tokens else make_encoder(config, args.tokenizer)
     geometry = encoder.geometry if encoder else geometry_of_config(config, needed=False)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_pdrop.config.places import is_hub_id
 from llava_pdrop.config.schema import Config, ModelSection
-from llava_pdrop.errors import ConfigError, UserError, did_you_mean
+from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.files import read_json
 
 
@@ -150,12 +150,3 @@ def _config_json(entry: str) -> dict[str, Any] | None:
         return read_json(path)
     except UserError as error:
         raise ConfigError(str(error)) from None
-
-
-def check_name(file: str, key: str, name: str, known: Iterable[str]) -> None:
-    """Raises `ConfigError` if ``name``, the value of ``key`` in the config ``file``, is none of ``known``."""
-    known = sorted(known)
-    if name not in known:
-        raise ConfigError(
-            f"{file}: unknown {key} {name!r}: choose one of {known}{did_you_mean(name, known, cutoff=0.3)}"
-        )

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from llava_pdrop.config.values import at_least, build_schedule, convert
-from llava_pdrop.errors import ConfigError, Problem, UserError, did_you_mean
+from llava_pdrop.errors import ConfigError, Problem, UserError, check_name
 from llava_pdrop.schedule import Schedule
 
 
@@ -333,12 +333,7 @@ class Config:
     def _check_one(schedule: Schedule, key: str, num_layers: int | None) -> Schedule:
         from llava_pdrop.model.pyramid_drop import RANKERS  # imports torch: only when a config is really loaded
 
-        if schedule.ranker not in RANKERS:
-            raise Problem(
-                f"{key}.ranker",
-                f"unknown {key}.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}"
-                + did_you_mean(schedule.ranker, RANKERS),
-            )
+        check_name(f"{key}.ranker", schedule.ranker, RANKERS)
         try:
             return schedule if num_layers is None else schedule.check(num_layers)
         except UserError as error:

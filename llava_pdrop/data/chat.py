@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.marks import end_ids, fitting, split_marks
-from llava_pdrop.errors import UserError, did_you_mean
+from llava_pdrop.errors import UserError, check_name
 from llava_pdrop.types import IMAGE_MARKER
 
 PROBE = "which words are these"
@@ -183,9 +183,7 @@ def give_chat(tokenizer: Any, generation: Any, asked: str | None, known: str | N
     name = asked or known
     if name is None:
         return f"chat template: none{dropped}, as nothing says which it was trained with: choose one with --template"
-    if name not in TEMPLATES:
-        near = did_you_mean(name, TEMPLATES)
-        raise UserError(f"--template {name}: there is no such template{near}; choose one of {', '.join(TEMPLATES)}")
+    check_name("--template", name, TEMPLATES)
     split, _ = split_marks(TEMPLATES[name], tokenizer)
     if split and asked:
         able = ", ".join(fitting(tokenizer)) or "a plain one (qa)"

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from llava_pdrop.errors import Unfit
-from llava_pdrop.types import IMAGE_MARKER, Turn
+from llava_pdrop.config.schema import Config
+from llava_pdrop.errors import Unfit, check_name
+from llava_pdrop.types import IMAGE_MARKER, Record, Turn
 
 
 @dataclass(frozen=True)
@@ -330,3 +331,25 @@ TEMPLATES |= {  # the other names LLaVA has for them
     "mistral_direct": TEMPLATES["chatml_direct"],
     "chatml": TEMPLATES["mpt"],
 }
+
+
+def template_of(config: Config) -> Template:
+    """The template that ``model.template`` names.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    check_name("model.template", config.model.template, TEMPLATES, config.file)
+    return TEMPLATES[config.model.template]
+
+
+def template_for(record: Record, template: Template) -> Template:
+    """The template that a record is written in: the one that it names, else ``template``, that of the run.
+
+    Raises:
+        Problem: it names one that there is not.
+    """
+    if record.template is None:
+        return template
+    check_name("template", record.template, TEMPLATES)
+    return TEMPLATES[record.template]

@@ -27,7 +27,7 @@ from llava_pdrop.config.values import convert_fields, keys_of, nearest_key
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.data.records import DataPart, Records
-from llava_pdrop.errors import ConfigError, MissingFileError, Problem, UserError, clip, did_you_mean
+from llava_pdrop.errors import ConfigError, MissingFileError, Problem, UserError, check_name, clip
 
 SUFFIXES = (".yaml", ".yml")
 """A data file with one of these is a mixture."""
@@ -49,10 +49,8 @@ class PartSection:
 
     def __post_init__(self) -> None:
         for key, known in (("format", READERS), ("template", TEMPLATES)):
-            value = getattr(self, key)
-            if value is not None and value not in known:
-                hint = did_you_mean(value, known)
-                raise Problem(key, f"{key} cannot be {value!r}: choose one of {', '.join(known)}{hint}")
+            if (value := getattr(self, key)) is not None:
+                check_name(key, value, known)
         if self.limit is not None and not LIMIT.fullmatch(self.limit):
             raise Problem("limit", f"limit cannot be {self.limit!r}: write first:N, last:N or random:N, N may be 10%")
         for key in ("repeat", "weight"):

@@ -31,7 +31,7 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llava_pdrop.data.conversation import TEMPLATES, Piece, Round, Template
+from llava_pdrop.data.conversation import Piece, Round, Template, template_for
 from llava_pdrop.data.labels import (
     IMAGE_SLOT,
     SURROGATE,
@@ -187,12 +187,7 @@ class Encoder:
         return text.split(IMAGE_MARKER)
 
     def _template(self, record: Record) -> Template:
-        template = self.template
-        if record.template is not None:
-            if record.template not in TEMPLATES:
-                raise UserError(f"unknown template '{record.template}'; known are {', '.join(TEMPLATES)}")
-            template = TEMPLATES[record.template]
-        return template.with_system(record.system)
+        return template_for(record, self.template).with_system(record.system)
 
     def _rounds(self, template: Template, record: Record, sizes: Sequence[Size]) -> list[Round]:
         rounds = template.rounds(record.turns)

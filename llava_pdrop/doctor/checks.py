@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_pdrop.data.conversation import TEMPLATES, Template
+from llava_pdrop.data.conversation import Template, template_for
 from llava_pdrop.data.labels import refuse_halves
 from llava_pdrop.data.survey import Block
 from llava_pdrop.data.tokens import NOTHING_TO_LEARN, Encoder, Truncation, Unlabelled
@@ -229,8 +229,8 @@ class _Judgement:
 def structure(record: Record, template: Template) -> tuple[str, str] | None:
     """What is wrong with the turns of a record, as (kind, reason), so far as no tokenizer is needed to tell; None:
     nothing. ``template`` is the run's."""
-    template = template if record.template is None else TEMPLATES[record.template]
     try:
+        template = template_for(record, template)
         for turn in record.turns:
             refuse_halves(turn.text)
         rounds = template.with_system(record.system).rounds(record.turns)

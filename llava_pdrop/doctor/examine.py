@@ -20,7 +20,7 @@ from tqdm import tqdm
 from llava_pdrop.config.paths import number as number_in
 from llava_pdrop.config.paths import part_configs
 from llava_pdrop.config.schema import Config
-from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.conversation import template_of
 from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import Blocks
 from llava_pdrop.data.tokens import Encoder
@@ -210,8 +210,7 @@ def examine_set(
     budget = config.data.tokens_per_batch
     if name == "eval" and encoder is not None:
         encoder, budget = replace(encoder, max_length=None), None
-    template = TEMPLATES[config.model.template]
-    checks = Checks(template, encoder, config.data.truncation, args.decode, budget, scored=name == "eval")
+    checks = Checks(template_of(config), encoder, config.data.truncation, args.decode, budget, scored=name == "eval")
     return examine(records, checks, workers, args.listed)
 
 

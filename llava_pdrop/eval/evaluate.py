@@ -16,10 +16,9 @@ import torch
 from llava_pdrop.checkpoint.build import Parts, build_parts, require_tokenizer
 from llava_pdrop.checkpoint.lora import config_directory, is_lora
 from llava_pdrop.config.load import RUN_FILE
-from llava_pdrop.config.paths import check_name
 from llava_pdrop.config.schema import Config
-from llava_pdrop.data.conversation import TEMPLATES
-from llava_pdrop.errors import ConfigError, UserError
+from llava_pdrop.data.conversation import template_of
+from llava_pdrop.errors import ConfigError, UserError, check_name
 from llava_pdrop.eval.answering import Answer, answer_all
 from llava_pdrop.eval.questions import Question, llava_json
 from llava_pdrop.eval.respondent import CHAT, LlavaRespondent, Respondent, is_ours, open_respondent
@@ -104,8 +103,7 @@ def evaluate(
     """
     if not questions:
         raise UserError("there are no questions to evaluate")
-    if scorer not in SCORERS:
-        raise UserError(f"unknown eval.scorer {scorer!r}: choose one of {sorted(SCORERS)}")
+    check_name("eval.scorer", scorer, SCORERS)
     steps: list[ForwardStep] = []
     found = answer_all(respondent, questions, schedule, steps=steps if trace else None, **options)
     score = SCORERS[scorer]
@@ -137,7 +135,7 @@ def chance_of(golds: Sequence[str]) -> float:
 
 def check_scorer(config: Config) -> None:
     """Raises `ConfigError` if ``eval.scorer`` is unknown."""
-    check_name(config.file, "eval.scorer", config.eval.scorer, SCORERS)
+    check_name("eval.scorer", config.eval.scorer, SCORERS, config.file)
 
 
 def evaluate_config(config: Config) -> Result:
@@ -292,10 +290,7 @@ def respondent_of(parts: Parts, config: Config) -> LlavaRespondent:
     Raises:
         ConfigError: there is no such template.
     """
-    name = config.model.template
-    if name != CHAT:
-        check_name(config.file, "model.template", name, TEMPLATES)
-    return LlavaRespondent(parts, None if name == CHAT else TEMPLATES[name])
+    return LlavaRespondent(parts, None if config.model.template == CHAT else template_of(config))
 
 
 def respondent_in(directory: Path, config: Config) -> Respondent:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, check_name
 from llava_pdrop.generate.cache import cache_in, check_implementation
 from llava_pdrop.generate.families import Family, family_of, resolved
 from llava_pdrop.generate.forward import Call
@@ -117,8 +117,7 @@ class _Plugin:
         base = getattr(model, "base_model", model)
         self.base, self.decoder = base, _decoder_of(model, base)
         self.family: Family = family_of(model, self.decoder, unchecked)
-        if schedule.ranker not in RANKERS:
-            raise UserError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
+        check_name("pyramid_drop.ranker", schedule.ranker, RANKERS)
         self.given = schedule
         self.schedule = resolved(schedule.check(len(self.decoder.layers)), self.family, model)
         config: Any = model.config

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, check_name
 
 NAME = "llava_pdrop"
 """Value of ``attn_implementation`` that selects this entry."""
@@ -46,8 +46,7 @@ def check_backend(backend: str) -> None:
     Raises:
         UserError: an unknown backend, or one whose package or device is not there.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"unknown model.attention {backend!r}: choose one of {list(BACKENDS)}")
+    check_name("model.attention", backend, BACKENDS)
     if backend in ("auto", "sdpa"):
         return
     if backend == "flash_attn" and find_spec("flash_attn") is None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, check_name
 from llava_pdrop.model import exact
 
 CHOICES = ("auto", "eager", "torch", "liger")
@@ -75,8 +75,7 @@ def check_kernels(choice: str) -> None:
     Raises:
         UserError: an unknown choice, or one whose package or device is not there.
     """
-    if choice not in CHOICES:
-        raise UserError(f"unknown model.kernels {choice!r}: choose one of {list(CHOICES)}")
+    check_name("model.kernels", choice, CHOICES)
     if choice == "liger":
         resolve(choice, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, check_name
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model import attention
 from llava_pdrop.model.decoder import Drop, check_decoder, run_decoder
@@ -83,8 +83,7 @@ class PyramidLlava(nn.Module):
             raise UserError(
                 f"train.recompute_layers must be from 0 to {depth}, the decoder's depth: {recompute_layers}"
             )
-        if schedule.ranker not in RANKERS:
-            raise UserError(f"unknown pyramid_drop.ranker {schedule.ranker!r}: choose one of {sorted(RANKERS)}")
+        check_name("pyramid_drop.ranker", schedule.ranker, RANKERS)
         attention.check_transformers()
         attention.check_backend(backend)
         check_kernels(kernels)

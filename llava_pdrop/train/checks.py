@@ -26,11 +26,11 @@ from transformers.models.llama import modeling_llama
 from transformers.utils import is_torch_tf32_available
 
 from llava_pdrop.config.load import load_config
-from llava_pdrop.config.paths import check_name, check_paths, number, part_configs, pretrain_words
+from llava_pdrop.config.paths import check_paths, number, part_configs, pretrain_words
 from llava_pdrop.config.schema import Config
-from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.conversation import template_of
 from llava_pdrop.data.readers import READERS
-from llava_pdrop.errors import ConfigError, UserError, did_you_mean, first_line, line_of
+from llava_pdrop.errors import ConfigError, UserError, check_name, first_line, line_of
 from llava_pdrop.model.attention import check_transformers
 from llava_pdrop.model.decoder import COVERED, check_decoder
 from llava_pdrop.train.arguments import (
@@ -79,9 +79,9 @@ def checked(config: Config) -> Checked:
         raise ConfigError(f"{config.file}: {error}") from None
     check_paths(config)
     check_decoder_type(config)
-    check_name(config.file, "model.template", config.model.template, TEMPLATES)
+    template_of(config)
     if config.data.format is not None:
-        check_name(config.file, "data.format", config.data.format, READERS)
+        check_name("data.format", config.data.format, READERS, config.file)
     check_bits(config)
     check_reporting(config)
     finished = holds_a_run(config.output_dir)
@@ -144,8 +144,7 @@ def check_reporting(config: Config) -> None:
         key = f"{config.file}: train.report_to:"
         if service in ("all", "none"):
             continue
-        if service not in INTEGRATION_TO_CALLBACK:
-            raise ConfigError(f"{key} unknown service {service!r}{did_you_mean(service, INTEGRATION_TO_CALLBACK)}")
+        check_name("train.report_to", service, INTEGRATION_TO_CALLBACK, config.file)
         if service in ("wandb", "tensorboard"):
             if importlib.util.find_spec(service) is None:
                 raise ConfigError(
@@ -279,11 +278,9 @@ def check_engine(config: Config) -> None:
             "train.use_cpu=true makes one run of them"
         )
     check_tf32(config)
-    compiler, known = given.get("torch_compile_backend"), [name.lower() for name in DynamoBackend.list()]
-    if compiler is not None and str(compiler).lower() not in known:
-        raise ConfigError(
-            f"{line}.torch_compile_backend cannot be {compiler!r}: choose one of {known}{did_you_mean(compiler, known)}"
-        )
+    if (compiler := given.get("torch_compile_backend")) is not None:
+        known = [name.lower() for name in DynamoBackend.list()]
+        check_name("train.torch_compile_backend", str(compiler).lower(), known, config.file)
     if not given.get("fsdp"):
         return
     if given.get("deepspeed"):

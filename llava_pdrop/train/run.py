@@ -18,7 +18,7 @@ from llava_pdrop.checkpoint.load import PROJECTOR_FILE
 from llava_pdrop.config.load import to_yaml
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.clean_index import CleanIndex
-from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.conversation import template_of
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan
@@ -278,7 +278,7 @@ def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
     dataset = ConversationDataset(
         records,
         Encoder(
-            TEMPLATES[name],
+            template_of(config),
             parts.tokenizer,
             parts.hf.config.image_token_id,
             parts.geometry,
