@@ -23,6 +23,7 @@ from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.nominal import full_picture, model_of, recomputed_by, samples_of
 from llava_pdrop.errors import ConfigError, UserError, did_you_mean
 from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
 
@@ -160,9 +161,6 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
 
 # Which shape a bench measures: a named one, or that of a run's config, without its weights and data.
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-"""model_type of the decoders that are measured: those that `model.decoder` runs."""
-
 
 def chosen_shape(shape: str | None, words: Sequence[str], cuda: bool) -> tuple[str, Shape]:
     """(name, shape) that a bench is asked for: by ``--shape``, or by ``words``, which are CONFIG (a YAML file, or the
@@ -199,7 +197,7 @@ def shape_of(config: Config) -> Shape:
     model = model_of(config)
     text, vision = model.config.text_config, model.config.vision_config
     for part, kind, known in (
-        ("decoder", text.model_type, DECODERS),
+        ("decoder", text.model_type, COVERED),
         ("vision tower", vision.model_type, ("clip_vision_model",)),
     ):
         if kind not in known:

@@ -16,9 +16,10 @@ from torch import nn
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.attention import OLDEST, is_older
+from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.schedule import Schedule
 
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA_LIKE = COVERED
 """Text decoders proved in every class that takes any of them."""
 
 OTHERS = (

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from llava_pdrop.errors import UserError
-from llava_pdrop.model.kernels import carry, in_force
+from llava_pdrop.model.kernels import FAMILIES, carry, in_force
 from llava_pdrop.model.pyramid_drop import RANKERS, Instruction, keep_index
 from llava_pdrop.model.stream import StreamPlan, StreamStage
 from llava_pdrop.schedule import Schedule
 
-COVERED = ("llama", "mistral", "qwen2", "qwen3")
+COVERED = tuple(FAMILIES)
 """Decoders (``model_type``) that tests/parity proves this forward on: logits, gradients, rankings."""
 
 

@@ -38,7 +38,7 @@ AUTO = {"cuda": "torch"}
 too. (By a model of the kernels' bytes: no GPU has measured it yet.)"""
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-"""``model_type`` of a decoder -> how the names of its classes in transformers begin."""
+"""Of the decoders that can be trained: ``model_type`` -> how the names of its classes in transformers begin."""
 
 COMPILER: dict[str, Any] = {"dynamic": True, "fullgraph": True}
 """Of `torch.compile`: the number of tokens is a symbol from the start, so that streams of all lengths share a

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import shapes
-from llava_pdrop.bench.shapes import DECODERS, NAMED, chosen_shape, shape_named, shape_of
+from llava_pdrop.bench.shapes import NAMED, chosen_shape, shape_named, shape_of
 from llava_pdrop.bench.train_step import BenchArm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_config, make_hf_model
@@ -21,6 +21,7 @@ from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.cost.nominal import model_of, nominal_batch
 from llava_pdrop.geometry import PAPER_PINPOINTS_5_TILES, PINPOINTS_9_TILES, ImageGeometry
+from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.schedule import Schedule
 from tests.messages import meant, says
 
@@ -204,7 +205,7 @@ def test_every_decoder_does_a_step(kind: str, more: dict, tmp_path: Path) -> Non
 
 def test_every_decoder_that_is_measured_is_tested() -> None:
     (mark,) = [m for m in test_every_decoder_does_a_step.pytestmark if m.name == "parametrize"]
-    assert {kind for kind, _ in mark.args[1]} == set(DECODERS)
+    assert {kind for kind, _ in mark.args[1]} == set(COVERED)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from transformers.models.llama import modeling_llama
 from llava_pdrop.config.schema import LoraSection
 from llava_pdrop.generate.plugin import attach
 from llava_pdrop.model import kernels
-from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.model.kernels import Kernels, check_kernels, in_force, resolve
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.train.adapters import attach_adapters
@@ -76,10 +75,6 @@ def assert_same(one: dict, other: dict, **tolerance) -> None:
 
 
 BITS = {"atol": 0, "rtol": 0}
-
-
-def test_the_families_are_those_that_are_trained():
-    assert set(kernels.FAMILIES) == set(COVERED)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
