@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.data.mixture import read_data
     from llava_pdrop.data.records import read_records
     from llava_pdrop.doctor.cost import predict
-    from llava_pdrop.doctor.examine import examine_set, verdict, what_training_does
+    from llava_pdrop.doctor.examine import examine_set, training_start, verdict
     from llava_pdrop.doctor.report import describe, page, pictures
     from llava_pdrop.files import write_json
     from llava_pdrop.report.console import say
-    from llava_pdrop.train.fit import check_templates, shows_before_a_label
+    from llava_pdrop.train.fit import check_templates
 
     path = Path(args.config)
     config = load_config(path / RUN_FILE if path.is_dir() else path, args.overrides)
@@ -86,22 +86,20 @@ def run(args: argparse.Namespace) -> None:
         for line in check_templates(config, sets["train"], encoder.tokenizer):
             say(line)
     out.mkdir(parents=True, exist_ok=True)
-    found = {name: examine_set(config, name, records, encoder, args, workers) for name, records in sets.items()}
+    found = {
+        name: examine_set(config, name, records, encoder, args.decode, workers, args.listed)
+        for name, records in sets.items()
+    }
     limits = {"train": section.max_length, "eval": None}
     data = {name: describe(findings, getattr(section, name), limits[name]) for name, findings in found.items()}
     CleanIndex.of(section.train, sets["train"], found["train"].clean).write(out / INDEX)
 
-    def shows() -> bool:
-        if encoder is None or not data["train"]["images"]["records_with_images"]:
-            return bool(data["train"]["images"]["records_with_images"])
-        return any(shows_before_a_label(encoder, sets["train"][index]) for index in found["train"].clean.tolist())
-
-    training = what_training_does(config, data["train"], shows)
+    training = training_start(config, found["train"])
     measured = Path(args.measured) if args.measured else None
     report: dict[str, Any] = {
         "name": config.name,
         "config": config.file,
-        "verdict": verdict(data, training, args.no_tokens, out / INDEX),
+        "verdict": verdict(training, found, out / INDEX),
         "training": training,
         "clean_index": INDEX,
         "data": data,
@@ -116,9 +114,5 @@ def run(args: argparse.Namespace) -> None:
     shown.show()
     say(report["verdict"])
     say(f"report: {out / TEXT}, {out / DOCTOR_FILE}, {out / INDEX}")
-    if (
-        training["nothing_learnt"]
-        or training["beyond_positions"]
-        or any(entry["usable"] < entry["records"] for entry in data.values())
-    ):
+    if not training.would_use_every_record or any(entry["usable"] < entry["records"] for entry in data.values()):
         raise SystemExit(1)

@@ -15,7 +15,7 @@ import llava_pdrop.geometry
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import load_image, preprocess
 from llava_pdrop.data.records import Records
-from llava_pdrop.data.survey import Survey, survey
+from llava_pdrop.data.survey import Survey, may_be_left_out, survey
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import MissingFileError, UserError, clip
 from llava_pdrop.types import ImageInput, PackedBatch, Record, Sample
@@ -87,7 +87,7 @@ class ConversationDataset(Dataset[Sample]):
         found = self.survey
         if report is not None:
             found.write_report(report)
-        if len(found.problems) > most * len(self):
+        if not may_be_left_out(len(found.problems), len(self), most):
             listed = f", all of them listed in {report}" if report is not None else ""
             raise UserError(
                 f"{len(found.problems):,} of {len(self):,} records cannot be used{listed}; no more than a share of "

@@ -93,6 +93,11 @@ class Survey:
         write_lines(path, ({"index": i, "origin": p.origin, "id": p.id, "reason": p.reason} for i, p in found))
 
 
+def may_be_left_out(unusable: int, records: int, most: float) -> bool:
+    """Whether so many of all ``records`` are no larger share than ``most`` (``data.max_invalid``)."""
+    return unusable <= most * records
+
+
 @dataclass(frozen=True)
 class ImageSizes:
     """(width, height) of all pictures: those of record i are ``sizes[ends[i - 1] : ends[i]]``; a record whose pictures

@@ -5,9 +5,8 @@ Kept per record are a few numbers, of its pictures a few more; texts and picture
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +21,11 @@ from llava_pdrop.config.paths import part_configs
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.conversation import template_of
 from llava_pdrop.data.records import Records
-from llava_pdrop.data.survey import Blocks
+from llava_pdrop.data.survey import Blocks, may_be_left_out
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor.checks import PROBLEM_KINDS, UNKNOWN, Checks, Found, RecordProblem
 from llava_pdrop.doctor.images import same_content
-from llava_pdrop.train.fit import positions_of
+from llava_pdrop.train.fit import beyond_positions, nothing_learnt
 
 LISTED = 1000
 """Problems of one kind that are kept with their words; all are counted."""
@@ -100,9 +99,13 @@ class Findings:
         """Indices of the usable records of an epoch, ascending."""
         return np.flatnonzero(self.usable[self.which])
 
+    def has(self, kind: str) -> np.ndarray:
+        """(n,) bool: the record has such a problem. Can be written to."""
+        return self.found[:, list(PROBLEM_KINDS).index(kind)]
+
     def count(self, kind: str) -> int:
         """Records with such a problem."""
-        return int(self.found[:, list(PROBLEM_KINDS).index(kind)].sum())
+        return int(self.has(kind).sum())
 
 
 def examine(
@@ -169,7 +172,7 @@ def _mark_duplicate_ids(findings: Findings, ids: np.ndarray, listed: int) -> Non
     """Every record whose id an earlier one has."""
     _, first, which = np.unique(ids, return_index=True, return_inverse=True)
     again = np.flatnonzero((first[which] != np.arange(len(ids))) & (ids != 0))
-    findings.found[again, list(PROBLEM_KINDS).index("duplicate_id")] = True
+    findings.has("duplicate_id")[again] = True
     for number in again[:listed].tolist():
         record, earlier = findings.records[number], findings.records[int(first[which[number]])]
         _list(
@@ -186,7 +189,7 @@ def _mark_duplicate_images(findings: Findings, workers: int, listed: int, bar: A
     for group in groups:
         owners = [(number, *pictures.places[number].tolist()) for number in group]
         for _, record, _ in owners[1:]:
-            findings.found[record, list(PROBLEM_KINDS).index("duplicate_image")] = True
+            findings.has("duplicate_image")[record] = True
         findings.duplicates += len(group) - 1
         if len(findings.problems.get("duplicate_image", ())) >= listed:
             continue
@@ -203,87 +206,79 @@ def _list(findings: Findings, problem: RecordProblem) -> None:
 
 
 def examine_set(
-    config: Config, name: str, records: Any, encoder: Encoder | None, args: argparse.Namespace, workers: int
+    config: Config, name: str, records: Records, encoder: Encoder | None, decode: bool, workers: int, listed: int
 ) -> Findings:
-    """Evaluation never shortens, so its data have no limit, and it needs the answer to the last question."""
-
-    budget = config.data.tokens_per_batch
-    if name == "eval" and encoder is not None:
+    """`examine` of ``data.NAME``. Evaluation never shortens, so its data have no limit, and it needs the answer to the
+    last question."""
+    budget, scored = config.data.tokens_per_batch, name == "eval"
+    if scored and encoder is not None:
         encoder, budget = replace(encoder, max_length=None), None
-    checks = Checks(template_of(config), encoder, config.data.truncation, args.decode, budget, scored=name == "eval")
-    return examine(records, checks, workers, args.listed)
+    checks = Checks(template_of(config), encoder, config.data.truncation, decode, budget, scored)
+    return examine(records, checks, workers, listed)
 
 
-def what_training_does(config: Config, train: dict[str, Any], shows: Callable[[], bool]) -> dict[str, Any]:
-    """What training would do with ``data.train``. It skips what is over the budget of a micro-batch in no case.
-    ``shows``: looks for a record with a picture in front of what is trained on."""
-    left_out = train["records"] - train["usable"]
-    share = left_out / train["records"]
-    skips = config.data.on_invalid == "skip" and share <= config.data.max_invalid and train["usable"] > 0
-    skips = skips and "over_budget" not in train["problems"]
-    nothing, beyond = nothing_learnt(config, train, shows), beyond_positions(config, train)
-    refused = nothing is not None or beyond is not None
-    return {
-        "on_invalid": config.data.on_invalid,
-        "max_invalid": config.data.max_invalid,
-        "refused_records": left_out,
-        "refused_share": share,
-        "would_start": (not left_out or skips) and not refused,
-        "would_use_every_record": not left_out and not refused,
-        "nothing_learnt": nothing,
-        "beyond_positions": beyond,
-    }
+@dataclass(frozen=True)
+class TrainingStart:
+    """What training would do with ``data.train``. ``nothing_learnt`` and ``beyond_positions``: why it would not start
+    though all records can be used."""
+
+    on_invalid: str
+    max_invalid: float
+    refused_records: int
+    refused_share: float
+    would_start: bool
+    would_use_every_record: bool
+    nothing_learnt: str | None
+    beyond_positions: str | None
 
 
-def nothing_learnt(config: Config, train: dict[str, Any], shows: Callable[[], bool]) -> str | None:
-    """Why no record teaches anything, though each can be used (as `llava_pdrop.train.fit` finds out)."""
-    empty = train["problems"].get("no_supervised_token", {}).get("records", 0)
-    if config.data.truncation == "tokens" and empty == train["distinct_records"]:
-        return "no record has a label left: raise data.max_length, or data.truncation=turns"
-    if "language_model" not in config.model.trainable and not shows():
-        return (
-            "model.trainable learns from pictures only, and no record shows one before what it trains on: add "
-            "language_model, or pictures"
-        )
-    return None
-
-
-def beyond_positions(config: Config, train: dict[str, Any]) -> str | None:
-    """Why training refuses records that are longer than the decoder has positions (as `llava_pdrop.train.fit` does);
-    None where it does not, or where the decoder's config is not on this machine."""
-    language = part_configs(config.model)[0]
-    longest = ((train["tokens"] or {}).get("after_truncation") or {}).get("max")
-    if language is None or longest is None or config.model.beyond_positions == "allow":
-        return None
-    rope = {name: language.get(name) for name in ("rope_parameters", "rope_scaling")}
-    limit = positions_of(
-        SimpleNamespace(max_position_embeddings=number_in(language, "max_position_embeddings"), **rope)
-    )
-    if limit is None or longest <= limit:
-        return None
-    return (
-        f"the longest record has {longest:,} tokens, and the decoder {limit:,} positions: data.max_length={limit}, or "
-        "model.beyond_positions=allow"
+def training_start(config: Config, found: Findings) -> TrainingStart:
+    """What training ``config`` would do with its data, asked of what training itself asks (`llava_pdrop.train.fit`). It
+    skips what is over the budget of a micro-batch in no case."""
+    section, total, used = config.data, len(found.which), found.which[found.clean]
+    left_out = total - len(used)
+    skips = section.on_invalid == "skip" and may_be_left_out(left_out, total, section.max_invalid)
+    skips = skips and len(used) > 0 and not found.count("over_budget")
+    unlabelled = found.has("no_supervised_token")
+    nothing = beyond = None
+    if len(used):
+        pictured = np.flatnonzero(found.usable & ~unlabelled & (found.counts > 0)).tolist()
+        shown = (found.records[number] for number in pictured)
+        nothing = nothing_learnt(config, len(used), int(unlabelled[used].sum()), shown, found.checks.encoder)
+    if (language := part_configs(config.model)[0]) is not None:
+        text = SimpleNamespace(**language | {"max_position_embeddings": number_in(language, "max_position_embeddings")})
+        beyond = beyond_positions(config, text, found.lengths[used, 1], found.records.take(used))
+    fits = nothing is None and beyond is None
+    return TrainingStart(
+        section.on_invalid,
+        section.max_invalid,
+        left_out,
+        left_out / total,
+        would_start=fits and (not left_out or skips),
+        would_use_every_record=fits and not left_out,
+        nothing_learnt=nothing,
+        beyond_positions=beyond,
     )
 
 
-def verdict(data: dict[str, Any], training: dict[str, Any], no_tokens: bool, index: Path) -> str:
-    known = " (tokens were not counted, so records may still be too long)" if no_tokens else ""
-    train, lines = data["train"], []
-    if (reason := training["nothing_learnt"] or training["beyond_positions"]) is not None:
-        lines.append(f"Training would not start: {reason}.")
-    elif training["would_use_every_record"]:
-        lines.append(f"Training would start and use every record{known}.")
+def verdict(training: TrainingStart, found: Mapping[str, Findings], index: Path) -> str:
+    """All in one line; ``found`` of ``data.train``, and of ``data.eval`` where it was looked at."""
+    train = found["train"]
+    known = "" if train.checks.encoder else " (tokens were not counted, so records may still be too long)"
+    if (reason := training.nothing_learnt or training.beyond_positions) is not None:
+        lines = [f"Training would not start: {reason}."]
+    elif training.would_use_every_record:
+        lines = [f"Training would start and use every record{known}."]
     else:
-        setting = f"data.on_invalid: {training['on_invalid']}"
-        if training["on_invalid"] == "skip":
-            setting += f", data.max_invalid: {training['max_invalid']:g}"
-        starts = "would start without them" if training["would_start"] else "would not start"
-        rest = f"; data.index={index} trains on the other {train['usable']:,}" if train["usable"] else ""
-        lines.append(
-            f"{training['refused_records']:,} of {train['records']:,} records cannot be used{known}. "
+        setting = f"data.on_invalid: {training.on_invalid}"
+        if training.on_invalid == "skip":
+            setting += f", data.max_invalid: {training.max_invalid:g}"
+        starts = "would start without them" if training.would_start else "would not start"
+        rest = f"; data.index={index} trains on the other {len(train.clean):,}" if len(train.clean) else ""
+        lines = [
+            f"{training.refused_records:,} of {len(train.which):,} records cannot be used{known}. "
             f"Training ({setting}) {starts}{rest}."
-        )
-    if "eval" in data and (left_out := data["eval"]["records"] - data["eval"]["usable"]):
-        lines.append(f"{left_out:,} of {data['eval']['records']:,} records of data.eval cannot be used.")
+        ]
+    if "eval" in found and (left_out := len(found["eval"].which) - len(found["eval"].clean)):
+        lines.append(f"{left_out:,} of {len(found['eval'].which):,} records of data.eval cannot be used.")
     return " ".join(lines)

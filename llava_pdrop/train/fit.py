@@ -5,6 +5,7 @@ error. All is compared before the first step."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,8 +76,7 @@ def check_learning(config: Config, dataset: ConversationDataset) -> list[str]:
         lines for the user on records that teach nothing.
 
     Raises:
-        ConfigError: no record teaches anything: none has a label, or those that have one show no picture to the parts
-            that learn from pictures.
+        ConfigError: there are none, or none teaches anything (`nothing_learnt`).
     """
     found, total = dataset.survey, len(dataset)
     if not total:
@@ -84,27 +84,44 @@ def check_learning(config: Config, dataset: ConversationDataset) -> list[str]:
             f"{config.file}: none of the records of {config.data.train} can be used (data.on_invalid: skip)"
             ": mend them, llava-pdrop doctor lists why"
         )
-    cut = f"data.max_length={config.data.max_length} (data.truncation=tokens)"
     empty = len(found.unlabelled)
-    if empty == total:
-        raise ConfigError(
-            f"{config.file}: none of the {total:,} records has a label left: its answers are missing, empty or not "
-            f"trained on (loss: false), or lie behind the cut at {cut}: raise it, or data.truncation=turns"
-        )
-    learning = set(config.model.trainable)
-    labelled = np.ones(total, bool)
-    labelled[found.unlabelled] = False
-    shown = (dataset.records[index] for index in np.flatnonzero(labelled & (found.images > 0)).tolist())
-    if learning <= SEE_PICTURES and not any(shows_before_a_label(dataset.encoder, record) for record in shown):
-        raise ConfigError(
-            f"{config.file}: model.trainable: {', '.join(sorted(learning))} learn from pictures only, and none of the "
-            f"{total:,} records of {config.data.train} shows one before what it trains on: add language_model, or data "
-            "with pictures"
-        )
+    pictured = np.setdiff1d(np.flatnonzero(found.images), found.unlabelled).tolist()
+    reason = nothing_learnt(config, total, empty, (dataset.records[i] for i in pictured), dataset.encoder)
+    if reason is not None:
+        raise ConfigError(f"{config.file}: {reason}")
     if empty > FEW * total:
         share = f"{empty:,} of {total:,} records ({empty / total:.1%})"
-        return [f"{share} have no label: none at all, or only behind the cut at {cut}"]
+        return [f"{share} have no label: none at all, or only behind the cut at {_cut(config)}"]
     return []
+
+
+def nothing_learnt(
+    config: Config, total: int, unlabelled: int, pictured: Iterable[Record], encoder: Encoder | None
+) -> str | None:
+    """Why no record of a run teaches anything, though each can be used; None where one does.
+
+    Args:
+        total: records that are used, ``unlabelled`` of them without a label.
+        pictured: those that have pictures and a label.
+        encoder: None: nobody can tell whether a picture stands in front of the label, so it is taken to.
+    """
+    if unlabelled == total:
+        return (
+            f"none of the {total:,} records has a label left: its answers are missing, empty or not trained on (loss: "
+            f"false), or lie behind the cut at {_cut(config)}: raise it, or data.truncation=turns"
+        )
+    learning = set(config.model.trainable)
+    if learning <= SEE_PICTURES and not any(encoder is None or shows_before_a_label(encoder, r) for r in pictured):
+        return (
+            f"model.trainable: {', '.join(sorted(learning))} learn from pictures only, and none of the {total:,} "
+            f"records of {config.data.train} shows one before what it trains on: add language_model, or data with "
+            "pictures"
+        )
+    return None
+
+
+def _cut(config: Config) -> str:
+    return f"data.max_length={config.data.max_length} (data.truncation=tokens)"
 
 
 def shows_before_a_label(encoder: Encoder, record: Record) -> bool:
@@ -134,12 +151,21 @@ def positions_of(text_config: Any) -> int | None:
 
 
 def check_positions(config: Config, text_config: Any, dataset: ConversationDataset) -> None:
-    """Raises `ConfigError` if a sample is longer than the decoder has positions. Dropping does not help: the first
-    layers have all tokens."""
-    limit, lengths = positions_of(text_config), np.asarray(dataset.lengths())
+    """Raises `ConfigError` if a sample is longer than the decoder has positions (`beyond_positions`)."""
+    reason = beyond_positions(config, text_config, np.asarray(dataset.lengths()), dataset.records)
+    if reason is not None:
+        raise ConfigError(f"{config.file}: {reason}")
+
+
+def beyond_positions(
+    config: Config, text_config: Any, lengths: np.ndarray, records: Sequence[Record] | Records
+) -> str | None:
+    """Why ``records`` of these ``lengths`` (N,) are too long for the decoder, which dropping does not help: its first
+    layers have all tokens. None where they are not, or ``model.beyond_positions`` allows it, which is then said."""
+    limit = positions_of(text_config)
     if limit is None or not len(lengths) or lengths.max() <= limit:
-        return
-    longest = dataset.records[int(lengths.argmax())]
+        return None
+    longest = records[int(lengths.argmax())]
     line = (
         f"{int((lengths > limit).sum()):,} of {len(lengths):,} records are longer than "
         f"the {limit:,} positions of the decoder, the longest, {longest.origin} (id {longest.id}), has "
@@ -147,10 +173,10 @@ def check_positions(config: Config, text_config: Any, dataset: ConversationDatas
     )
     if config.model.beyond_positions == "allow":
         log.warning("%s: %s: model.beyond_positions allows it", config.name, line)
-        return
-    raise ConfigError(
-        f"{config.file}: data.max_length: {line}: data.max_length={limit} cuts what can be cut, data.on_invalid=skip "
-        "leaves the rest out; or scale the rotary embeddings (rope_parameters in the decoder's config.json), or "
+        return None
+    return (
+        f"data.max_length: {line}: data.max_length={limit} cuts what can be cut, data.on_invalid=skip leaves the rest "
+        "out; or scale the rotary embeddings (rope_parameters in the decoder's config.json), or "
         "model.beyond_positions=allow"
     )
 

@@ -128,6 +128,22 @@ def test_a_run_without_a_label_is_refused(tiny_config, capsys):
     assert status.value.code == 1 and "would not start" in capsys.readouterr().out
 
 
+def test_the_doctor_and_training_agree_where_one_record_is_left_out_and_no_other_teaches(
+    tiny_config, tiny_files, tmp_path, capsys
+):
+    records = json.loads((tiny_files / "data/train.json").read_text())
+    records[0]["image"] = "gone.png"
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    words = [f"data.train={tmp_path / 'd.json'}", "data.truncation=tokens", "data.max_length=17"]
+    words += ["data.on_invalid=skip", "data.max_invalid=0.5", f"data.image_root={tiny_files / 'data/images'}"]
+    with pytest.raises(ConfigError, match=says("11 records", "label", "data.max_length=17")):
+        build(tiny_config(), *words)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["doctor", str(tiny_config()), *words, "--workers", "0"])
+    assert re.search(says("would not start", "11 records", "label", "data.max_length=17"), capsys.readouterr().out)
+
+
 def test_answers_that_are_not_trained_on_are_not_said_to_be_cut(tiny_config, tmp_path):
     turns = [{"from": "human", "value": "Yes?"}, {"from": "gpt", "value": "Yes", "loss": False}]
     (tmp_path / "d.json").write_text(json.dumps([{"conversations": turns}]))
