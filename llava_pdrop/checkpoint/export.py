@@ -52,7 +52,16 @@ def usual_template(config: Any) -> str | None:
     section = getattr(config, SECTION, None) or {}
     if "tune_mm_mlp_adapter" not in section or section["vocab_size"] != 32000:
         return None
-    return {"llama": "v1", "mistral": "mistral_instruct"}.get(config.text_config.model_type)
+    return template_on(config.text_config.model_type, section["vocab_size"])
+
+
+def template_on(decoder: str, rows: int) -> str | None:
+    """The conversation template of the published LLaVAs on a ``decoder`` (its ``model_type``) with so many rows."""
+    return "llama_3" if decoder == "llama" and rows >= LLAMA_3_ROWS else BY_DECODER.get(decoder)
+
+
+BY_DECODER = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "qwen_2", "qwen": "qwen_2", "mpt": "mpt"}
+LLAMA_3_ROWS = 128_000  # words of its vocabulary; Llama 1 and 2 and Vicuna have 32,000
 
 
 def save_original(

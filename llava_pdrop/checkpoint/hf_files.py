@@ -38,6 +38,19 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: {kind}{' '.join(str(error).removeprefix(f'{file.name}: ').split())}") from None
 
 
+def chat_template_in(directory: Path) -> str | None:
+    """The chat template that a checkpoint brings along, None where it has none."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            found = read_json(directory / name).get("chat_template")
+            if isinstance(found, str):
+                return found
+    return None
+
+
 def write_config(config: Any, directory: Path, dtype: torch.dtype) -> None:
     """Writes ``config.json`` of a Hugging Face LLaVA under the field names of all versions."""
     fields = json.loads(config.to_json_string())

@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_pdrop.checkpoint import lora
 from llava_pdrop.checkpoint.ends import GENERATION_CONFIG, settle_ends
-from llava_pdrop.checkpoint.hf_files import reading
+from llava_pdrop.checkpoint.hf_files import chat_template_in, reading
 from llava_pdrop.checkpoint.hf_models import make_config, meta_hf_model
 from llava_pdrop.checkpoint.layouts import (
     HF_TO_MEMORY,
@@ -48,9 +48,6 @@ from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IMAGE_MARKER
 
 PROJECTOR_ONLY = "mm_projector.bin"
-PROCESSOR_CHAT = "chat_template.json"
-"""The chat template of a processor as transformers 4 wrote it, on the hub beside another one of the tokenizer; it is
-the one that knows of pictures."""
 
 
 @dataclass(frozen=True)
@@ -346,9 +343,7 @@ def _tokenizer(directory: Path, text: Any | None = None) -> Any | None:
         return None
     with reading(directory / "tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(directory, **({} if text is None else {"config": text}))
-    file = directory / PROCESSOR_CHAT
-    if file.is_file() and not (directory / "chat_template.jinja").is_file():  # which both have, and comes first
-        tokenizer.chat_template = read_json(file).get("chat_template", tokenizer.chat_template)
+    tokenizer.chat_template = chat_template_in(directory) or tokenizer.chat_template
     return tokenizer
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from llava_pdrop.checkpoint.ends import ids_of, one_or_all
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.marks import end_ids, fitting, split_marks
 from llava_pdrop.errors import UserError, check_name
@@ -200,7 +201,5 @@ def give_chat(tokenizer: Any, generation: Any, asked: str | None, known: str | N
 def add_ends(generation: Any, name: str, tokenizer: Any) -> None:
     """Puts the tokens that end an answer in the template ``name`` among those at which ``generate`` stops; the base may
     know others only."""
-    before = generation.eos_token_id
-    ids = [] if before is None else list(before) if isinstance(before, list | tuple) else [before]
-    ids += [token for token in end_ids(TEMPLATES[name], tokenizer) if token not in ids]
-    generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    ids = [*ids_of(generation.eos_token_id), *end_ids(TEMPLATES[name], tokenizer)]
+    generation.eos_token_id = one_or_all(list(dict.fromkeys(ids)))

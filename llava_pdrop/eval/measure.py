@@ -18,8 +18,9 @@ from llava_pdrop.eval.benchmarks.files import ROOT
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, AnswerSettings, finished, respondent_in
 from llava_pdrop.eval.kept import HOME, Kept, model_facts, questions_digest
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.respondent import Respondent, is_ours
+from llava_pdrop.eval.respondent import Respondent
 from llava_pdrop.eval.score import Score, as_json, beside_paper, paired, score_of, unit_of
+from llava_pdrop.eval.subject import is_ours
 from llava_pdrop.eval.team import Team, team_of
 from llava_pdrop.report.console import say
 from llava_pdrop.schedule import Schedule

@@ -15,9 +15,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from llava_pdrop.checkpoint.build import Parts
+from llava_pdrop.checkpoint.ends import ids_of
 from llava_pdrop.checkpoint.hf_files import reading
 from llava_pdrop.checkpoint.lora import is_lora
-from llava_pdrop.data.conversation import TEMPLATES, Piece, Template
+from llava_pdrop.data.conversation import Piece, Template
 from llava_pdrop.data.images import image_size, load_image, preprocess
 from llava_pdrop.data.labels import encode_pieces, expand_slots, refuse_halves
 from llava_pdrop.data.marks import end_ids
@@ -25,12 +26,8 @@ from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import UserError, clip, first_line
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.sharing import shared_features
-from llava_pdrop.files import read_json
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IMAGE_MARKER, ImageInput, Sample
-
-CHAT = "chat"
-"""Instead of the name of a template: the chat template that the checkpoint brings along. For evaluation only."""
 
 PIXELS_PER_TOKEN = 28 * 28
 """Where only a processor knows a picture's tokens: enough to tell long prompts from short ones."""
@@ -246,14 +243,6 @@ class ProcessorRespondent:
         return nullcontext()
 
 
-def is_ours(directory: Path) -> bool:
-    """Whether it is a LLaVA with CLIP's tower, or its layout is the original code's: all others go by a processor."""
-    fields = read_json(directory / "config.json")
-    tower = (fields.get("vision_config") or {}).get("model_type", "clip_vision_model")
-    whole = fields.get("model_type") not in ("llava", "llava_next") or tower not in ("clip_vision_model", "clip")
-    return "mm_vision_tower" in fields or not whole
-
-
 def open_respondent(directory: Path) -> ProcessorRespondent:
     """A model that is no LLaVA of ours, with its own processor.
 
@@ -297,48 +286,6 @@ def open_respondent(directory: Path) -> ProcessorRespondent:
     return ProcessorRespondent(hf, processor, Schedule.from_dict(section) if section else None)
 
 
-def chat_template_in(directory: Path) -> str | None:
-    """The chat template that a checkpoint brings along, None where it has none."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            found = read_json(directory / name).get("chat_template")
-            if isinstance(found, str):
-                return found
-    return None
-
-
-def template_of(directory: Path, fields: dict[str, Any], chat: str | None) -> str:
-    """How a LLaVA that was not trained here is asked: its own chat template, else what LLaVAs on its decoder are.
-
-    Args:
-        fields: of its ``config.json``.
-        chat: its chat template, where it has one.
-
-    Raises:
-        UserError: neither is known.
-    """
-    if chat is not None and "image" in chat:
-        return CHAT
-    text = fields.get("text_config") or fields
-    kind = str(text.get("model_type", "")).removeprefix("llava_")
-    rows = int(text.get("vocab_size") or 0)
-    if kind in ("llama", "") and (rows or "_name_or_path" in text):
-        return "llama_3" if rows >= LLAMA_3_ROWS else "v1"
-    if kind in BY_DECODER:
-        return BY_DECODER[kind]
-    raise UserError(
-        f"{directory}: neither a chat template that places pictures nor its model_type {kind!r} says how it is asked: "
-        f"give model.template, one of {', '.join(TEMPLATES)}"
-    )
-
-
-BY_DECODER = {"mistral": "mistral_instruct", "qwen2": "qwen_2", "qwen": "qwen_2", "mpt": "mpt"}
-LLAMA_3_ROWS = 128_000  # words of its vocabulary; Llama 1 and 2 and Vicuna have 32,000
-
-
 def _check_chat(processor: Any, directory: Path) -> None:
     """Raises `UserError` unless the chat template writes the words of a question once, and more where a picture is
     shown. One for texts alone writes the list of both as Python prints it, or leaves the picture out."""
@@ -366,10 +313,8 @@ def _words(tokenizer: Any, question: Question, text: str) -> int:
 
 
 def _ends(hf: Any, tokenizer: Any, own: Sequence[int]) -> list[int]:
-    known = getattr(hf.generation_config, "eos_token_id", None)
-    known = [] if known is None else list(known) if isinstance(known, list | tuple) else [known]
-    ids = [*own, *known, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
-    return list(dict.fromkeys(ids))
+    known = ids_of(getattr(hf.generation_config, "eos_token_id", None))
+    return list(dict.fromkeys([*own, *known, *ids_of(tokenizer.eos_token_id)]))
 
 
 def _rendered(renderer: Any, question: Question, marker: str | None) -> str:

@@ -19,8 +19,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.checkpoint.convert import convert
-from llava_pdrop.commands.eval import _foreign
-from llava_pdrop.eval.respondent import CHAT
+from llava_pdrop.eval.subject import CHAT, foreign_config
 from tests.messages import says
 from tests.unit.checkpoint.layout_files import original, with_tokenizer, write
 
@@ -171,12 +170,12 @@ def test_a_chat_template_is_found_beside_the_adapters_or_their_base(base, tmp_pa
     tokenizer.chat_template = None
     tokenizer.save_pretrained(run)
     assert build_parts(str(run)).tokenizer.chat_template == chat
-    assert _foreign(run, ["benchmarks=pope"]).model.template == CHAT
+    assert foreign_config(run, ["benchmarks=pope"]).model.template == CHAT
     (home / "chat_template.jinja").unlink()
-    assert _foreign(run, ["benchmarks=pope"]).model.template != CHAT
+    assert foreign_config(run, ["benchmarks=pope"]).model.template != CHAT
     (run / "chat_template.jinja").write_text(chat)
     assert build_parts(str(run)).tokenizer.chat_template == chat
-    assert _foreign(run, ["benchmarks=pope"]).model.template == CHAT
+    assert foreign_config(run, ["benchmarks=pope"]).model.template == CHAT
 
 
 def test_what_peft_really_makes_of_dora_is_refused(base, tmp_path):

@@ -19,15 +19,8 @@ from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.answering import answer_all
 from llava_pdrop.eval.questions import ask, llava_json
-from llava_pdrop.eval.respondent import (
-    CHAT,
-    LlavaRespondent,
-    ProcessorRespondent,
-    chat_template_in,
-    is_ours,
-    open_respondent,
-    template_of,
-)
+from llava_pdrop.eval.respondent import LlavaRespondent, ProcessorRespondent, open_respondent
+from llava_pdrop.eval.subject import is_ours
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.run import train
 from tests.messages import says
@@ -71,36 +64,6 @@ def test_a_chat_template_that_places_no_picture_is_refused(parts, picture, monke
     monkeypatch.setattr(parts.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(UserError, match=says("question one", "model.template")):
         LlavaRespondent(parts, None).prepare(ask("one", "What?", [picture], "q", "x"))
-
-
-@pytest.mark.parametrize(
-    ("fields", "chat", "name"),
-    [
-        ({"text_config": {"model_type": "llama", "vocab_size": 32064}}, None, "v1"),
-        ({"text_config": {"model_type": "llama", "vocab_size": 128320}}, None, "llama_3"),
-        ({"text_config": {"model_type": "mistral", "vocab_size": 32064}}, None, "mistral_instruct"),
-        ({"text_config": {"model_type": "qwen2", "vocab_size": 151936}}, None, "qwen_2"),
-        ({"model_type": "llava_llama", "vocab_size": 32000}, None, "v1"),
-        ({"model_type": "llava_mistral", "vocab_size": 32000}, None, "mistral_instruct"),
-        ({"text_config": {"model_type": "mistral"}}, "{% if c.type == 'image' %}<image>{% endif %}", CHAT),
-        ({"text_config": {"model_type": "mistral"}}, "{{ m.content }}", "mistral_instruct"),
-    ],
-)
-def test_how_a_checkpoint_from_elsewhere_is_asked(tmp_path, fields, chat, name):
-    assert template_of(tmp_path, fields, chat) == name
-
-
-def test_a_decoder_that_nobody_knows_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=says("'granite'", "model.template", "v1")):
-        template_of(tmp_path, {"text_config": {"model_type": "granite"}}, None)
-
-
-def test_where_a_chat_template_stands(tmp_path):
-    assert chat_template_in(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "t"}))
-    assert chat_template_in(tmp_path) == "t"
-    (tmp_path / "chat_template.jinja").write_text("own")
-    assert chat_template_in(tmp_path) == "own"
 
 
 def test_eval_asks_as_the_checkpoint_says_and_shows_it(tiny_config, tmp_path, capsys):
