@@ -7,20 +7,17 @@ import string
 
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.tables import MOST_TOKENS, read_choices, wanted
-from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice, total_choice
-from llava_pdrop.eval.rules.grades import Grade, Rule, exact_match, grader
+from llava_pdrop.eval.rules.grades import Rule, by_word, exact_match
 
 LEADING_LETTER = re.compile(r"\s*([A-Z])\.")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-@grader
-def grade_lmms(question: Question, answer: str) -> Grade:
+def words(answer: str) -> str:
     """lmms-eval: the letter in front of a full stop, else the whole answer, but for case and punctuation."""
     found = LEADING_LETTER.match(answer)
-    text = (found[1] if found else answer).strip().lower().translate(NO_PUNCTUATION)
-    return Grade(float(text == question.gold.lower()), text)
+    return (found[1] if found else answer).strip().lower().translate(NO_PUNCTUATION)
 
 
 AI2D = Benchmark(
@@ -36,11 +33,5 @@ AI2D = Benchmark(
     headline="Overall",
     factor=100,
     max_new_tokens=MOST_TOKENS,
-    also={
-        "lmms_eval": Rule(
-            "lmms-eval lmms_eval/tasks/ai2d/utils.py",
-            grade_lmms,
-            exact_match,
-        )
-    },
+    also={"lmms_eval": Rule("lmms-eval lmms_eval/tasks/ai2d/utils.py", by_word(words), exact_match)},
 )

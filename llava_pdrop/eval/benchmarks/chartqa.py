@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_pdrop.eval.benchmarks.tables import short_answers
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, grader, means
+from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, grader, joined, means
 from llava_pdrop.eval.rules.text import alternatives, from_sheet, relaxed
 
 HALVES = {"human": "test_human", "augmented": "test_augmented"}
@@ -34,7 +34,7 @@ def total_lmms(questions: Sequence[Question], grades: Sequence[Grade]) -> Statis
     for name, part in HALVES.items():
         own = np.array([question.facts["part"] == part for question in questions])
         found.append(means(questions, grades, scale=1, overall=f"relaxed_{name}_split", only=own))
-    return lambda weights: {name: number for numbers in found for name, number in numbers(weights).items()}
+    return joined(*found)
 
 
 CHARTQA = short_answers(

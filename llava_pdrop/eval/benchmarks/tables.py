@@ -115,7 +115,7 @@ def short_answers(
         split=next(iter(tables.values())),
         read=lambda directory, llava: read_answers_of(directory, tables, by),
         grade=grade,
-        total=lambda questions, grades: means(questions, grades, "part" if by else ()),
+        total=lambda questions, grades: means(questions, grades, ["part"] if by else ()),
         headline="Overall",
         max_new_tokens=MOST_TOKENS,
         also=also or {},

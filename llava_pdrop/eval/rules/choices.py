@@ -77,4 +77,4 @@ def grade_choice(question: Question, answer: str) -> Grade:
 
 def total_choice(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
     """Share of right answers, of all and by category."""
-    return means(questions, grades, "category", scale=1)
+    return means(questions, grades, ["category"], scale=1)

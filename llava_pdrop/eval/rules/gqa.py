@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.rules.grades import Grade, Rule, exact_match, grader, means
+from llava_pdrop.eval.rules.grades import Grade, Rule, by_text, exact_match, grader, means
 from llava_pdrop.eval.rules.text import from_sheet, same
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -16,17 +16,12 @@ def prediction(answer: str) -> str:
     return answer.rstrip(".").lower()
 
 
-@grader
-def grade(question: Question, answer: str) -> Grade:
-    text = prediction(answer)
-    return Grade(float(text == question.gold), text)
+grade = by_text(prediction)
 
 
-@grader
-def grade_lmms(question: Question, answer: str) -> Grade:
+def words(text: str) -> str:
     """lmms-eval: but for case, outer blanks and punctuation."""
-    text, gold = (words.strip().lower().translate(NO_PUNCTUATION) for words in (answer, question.gold))
-    return Grade(float(text == gold), text)
+    return text.strip().lower().translate(NO_PUNCTUATION)
 
 
 @grader
@@ -36,7 +31,7 @@ def grade_vlmevalkit(question: Question, answer: str) -> Grade:
 
 
 ALSO = {
-    "lmms_eval": Rule("lmms-eval lmms_eval/api/metrics.py exact_match", grade_lmms, exact_match),
+    "lmms_eval": Rule("lmms-eval lmms_eval/api/metrics.py exact_match", by_text(words, words), exact_match),
     "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)", grade_vlmevalkit, means),
 }
 """Other rules for the same answers."""

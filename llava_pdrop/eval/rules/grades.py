@@ -1,7 +1,6 @@
 """What an answer is worth, and the numbers that are made of the worth of all.
 
-Where only a server knows the right answers, its questions say so (``facts["known"]`` is False). The value of every
-answer is NaN then, and `Statistic` is empty: there is no score to print.
+Where only a server knows the right answers, its questions say so (``facts["known"]`` is False), and no rule is asked.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from llava_pdrop.eval.questions import Question
 
 Statistic = Callable[[np.ndarray], dict[str, float]]
 """Weights (questions,) -> named numbers. Ones give the official ones; a draw of an interval counts some questions twice
-and others not at all. Empty where the right answers are not known."""
+and others not at all."""
 
 
 @dataclass(frozen=True)
 class Grade:
     """What an answer is worth, in [0, 1], and what the rule read in it (an option, a word, the normalised text).
 
-    ``value`` is NaN where the right answer is not known; ``answered`` is False for an answer that was never given,
-    which is wrong under every rule.
+    ``answered`` is False for an answer that was never given, which is wrong under every rule.
     """
 
     value: float
@@ -51,38 +49,28 @@ def known(questions: Sequence[Question]) -> bool:
 
 
 def grader(rule: Callable[[Question, str], Grade]) -> Grader:
-    """A rule for given answers as one for all: none that was never given is right, and none is judged where the right
-    answer is not known."""
+    """A rule for given answers as one for all: none that was never given is right."""
 
     @wraps(rule)
     def grade(question: Question, answer: str | None) -> Grade:
-        if not question.facts.get("known", True):
-            return Grade(float("nan"), answered=answer is not None)
         return Grade(0.0, answered=False) if answer is None else rule(question, answer)
 
     return grade
 
 
+def by_text(read: Callable[[str], str], gold: Callable[[str], str] = str) -> Grader:
+    """The rule that what is ``read`` in an answer is what ``gold`` makes of the right one."""
+    return grader(lambda question, answer: Grade(float((text := read(answer)) == gold(question.gold)), text))
+
+
 def by_word(said: Callable[[str], str]) -> Grader:
     """The rule that what is ``said`` in an answer is the right one, in either case."""
-
-    @grader
-    def grade(question: Question, answer: str) -> Grade:
-        word = said(answer)
-        return Grade(float(word.lower() == question.gold.lower()), word)
-
-    return grade
+    return grader(lambda question, answer: Grade(float((w := said(answer)).lower() == question.gold.lower()), w))
 
 
 def values_of(grades: Sequence[Grade]) -> np.ndarray:
     """Values (questions,) float64."""
     return np.array([grade.value for grade in grades], dtype=np.float64)
-
-
-def mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """Weighted mean; 0 where nothing is drawn."""
-    total = weights.sum()
-    return float(values @ weights / total) if total else 0.0
 
 
 def grouped(values: np.ndarray, names: Sequence[str], scale: float = 1.0) -> Statistic:
@@ -102,34 +90,26 @@ def grouped(values: np.ndarray, names: Sequence[str], scale: float = 1.0) -> Sta
     return statistic
 
 
+def joined(*parts: Statistic) -> Statistic:
+    """The numbers of all ``parts``."""
+    return lambda weights: {name: value for part in parts for name, value in part(weights).items()}
+
+
 def means(
     questions: Sequence[Question],
     grades: Sequence[Grade],
-    by: str | Sequence[str] = (),
+    by: Sequence[str] = (),
     scale: float = 100.0,
     overall: str = "Overall",
     only: np.ndarray | None = None,
-    prefix: str = "",
 ) -> Statistic:
     """``overall``, the mean value times ``scale``, and that of every value of the facts ``by`` under its name.
-
-    ``only``: a mask (questions,) of those that count; ``prefix`` stands in front of every name. Empty where the right
-    answers are not known.
-    """
-    values = values_of(grades)
-    if np.isnan(values).any():
-        return lambda weights: {}
+    ``only``: a mask (questions,) of those that count."""
     rows = np.arange(len(questions)) if only is None else np.flatnonzero(only)
-    kept = values[rows]
-    parts = [grouped(kept, [f"{prefix}{overall}"] * len(rows), scale)]
-    for fact in [by] if isinstance(by, str) else by:
-        parts.append(grouped(kept, [f"{prefix}{questions[row].facts[fact]}" for row in rows.tolist()], scale))
-
-    def statistic(weights: np.ndarray) -> dict[str, float]:
-        own = weights[rows]
-        return {name: value for part in parts for name, value in part(own).items()}
-
-    return statistic
+    values, asked = values_of(grades)[rows], [questions[row] for row in rows.tolist()]
+    names = [[overall] * len(asked), *([str(question.facts[fact]) for question in asked] for fact in by)]
+    parts = joined(*(grouped(values, own, scale) for own in names))
+    return lambda weights: parts(weights[rows])
 
 
 def exact_match(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:

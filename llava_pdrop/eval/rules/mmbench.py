@@ -24,8 +24,6 @@ def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
     """Three ways to count, each of all, by ability and by category: ``circular`` (every rotation right), ``vanilla_0``
     (unrotated rows alone), ``vanilla_all`` (every row alone)."""
     values = values_of(grades)
-    if np.isnan(values).any():
-        return lambda weights: {}
     units: dict[str, list[int]] = {}
     for row, question in enumerate(questions):
         units.setdefault(question.unit, []).append(row)

@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice
-from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, grader, means
+from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, Total, by_text, by_word, joined, means
 
 LETTERS = "ABCDE"
 ANSWER_IS = re.compile("The answer is ([A-Z]).")
@@ -27,18 +27,13 @@ def parsed(answer: str) -> str:
     return found[0] if len(found) == 1 else FAILED
 
 
-@grader
-def grade(question: Question, answer: str) -> Grade:
-    letter = parsed(answer)
-    return Grade(float(letter == question.gold), letter)
+grade = by_text(parsed)
 
 
-@grader
-def grade_lmms(question: Question, answer: str) -> Grade:
-    """lmms-eval: the letter in either case, or a capital in front of a full stop."""
+def letter_of(answer: str) -> str:
+    """lmms-eval: the letter, or a capital in front of a full stop."""
     text = answer.strip()
-    letter = text[0] if len(text) >= 2 and text[0] in string.ascii_uppercase and text[1] == "." else text
-    return Grade(float(letter.lower() == question.gold.lower()), letter)
+    return text[0] if len(text) >= 2 and text[0] in string.ascii_uppercase and text[1] == "." else text
 
 
 def pictured(questions: Sequence[Question], grades: Sequence[Grade]) -> np.ndarray:
@@ -49,17 +44,18 @@ def pictured(questions: Sequence[Question], grades: Sequence[Grade]) -> np.ndarr
 
 def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
     """Share of right answers of all, and of those with a picture."""
-    of_all = means(questions, grades, overall="accuracy")
     of_pictures = means(questions, grades, overall="img_accuracy", only=pictured(questions, grades))
-    return lambda weights: of_all(weights) | of_pictures(weights)
+    return joined(means(questions, grades, overall="accuracy"), of_pictures)
 
 
-def total_of_pictures(name: str, by: Sequence[str] = ()):
+def total_of_pictures(name: str, by: Sequence[str] = ()) -> Total:
     return lambda questions, grades: means(questions, grades, by, 1, name, pictured(questions, grades))
 
 
 ALSO = {
-    "lmms_eval": Rule("lmms-eval lmms_eval/tasks/scienceqa/utils.py", grade_lmms, total_of_pictures("exact_match")),
+    "lmms_eval": Rule(
+        "lmms-eval lmms_eval/tasks/scienceqa/utils.py", by_word(letter_of), total_of_pictures("exact_match")
+    ),
     "vlmevalkit": Rule(CHOICE_RULE, grade_choice, total_of_pictures("Overall", ["category"])),
 }
 """Other rules for the same answers."""

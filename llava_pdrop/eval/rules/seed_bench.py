@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice
-from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, Total, grader, means
+from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, Total, by_text, by_word, joined, means
 
-
-@grader
-def grade(question: Question, answer: str) -> Grade:
-    """LLaVA: the answer is the letter, and nothing else."""
-    return Grade(float(answer == question.gold), answer)
-
-
-@grader
-def grade_lmms(question: Question, answer: str) -> Grade:
-    """lmms-eval: the first character, in either case."""
-    letter = answer.strip()[:1]
-    return Grade(float(letter.lower() == question.gold.lower()), letter)
+grade = by_text(str)
+"""LLaVA: the answer is the letter, and nothing else."""
 
 
 def parts(names: dict[str, str], scale: float, by: Sequence[str] = ()) -> Total:
     """``names``: image, video and all -> what their numbers are called; ``by``: facts whose groups are counted too."""
 
     def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
-        found: list[Callable[[np.ndarray], dict[str, float]]] = []
+        found: list[Statistic] = []
         for kind, name in names.items():
             own = np.array([kind in ("all", question.facts["kind"]) for question in questions])
             if own.any():
                 found.append(means(questions, grades, by if kind == [*names][-1] else (), scale, name, own))
-        return lambda weights: {name: value for part in found for name, value in part(weights).items()}
+        return joined(*found)
 
     return total
 
@@ -41,7 +31,7 @@ def parts(names: dict[str, str], scale: float, by: Sequence[str] = ()) -> Total:
 ALSO = {
     "lmms_eval": Rule(
         "lmms-eval lmms_eval/tasks/seedbench/utils.py",
-        grade_lmms,
+        by_word(lambda answer: answer.strip()[:1]),
         parts({"image": "seed_image", "video": "seed_video", "all": "seed_all"}, 1),
     ),
     "vlmevalkit": Rule(CHOICE_RULE, grade_choice, parts({"image": "Overall"}, 1, ["category"])),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, exact_match, grader, known, means
+from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, exact_match, grader, grouped, joined, means, values_of
 from llava_pdrop.eval.rules.vqa import by_form, eval_ai, official, official_accuracy
 
 
@@ -23,15 +23,10 @@ def grade_official(question: Question, answer: str) -> Grade:
 
 def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
     """Percent of all, by type of question and by type of answer."""
-    of_all = means(questions, grades, overall="overall")
-    if not known(questions):
-        return of_all
-    parts = [of_all]
+    values, parts = values_of(grades), [means(questions, grades, overall="overall")]
     for fact, name in (("question_type", "perQuestionType"), ("answer_type", "perAnswerType")):
-        parts.append(means(questions, grades, fact, prefix=f"{name}/", overall=""))
-    return lambda weights: {
-        name: value for part in parts for name, value in part(weights).items() if not name.endswith("/")
-    }
+        parts.append(grouped(values, [f"{name}/{question.facts[fact]}" for question in questions], 100))
+    return joined(*parts)
 
 
 ALSO = {

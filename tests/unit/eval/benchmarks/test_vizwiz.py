@@ -9,6 +9,7 @@ import pytest
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.vizwiz import UNANSWERABLE, VIZWIZ
 from llava_pdrop.eval.rules.grades import known
+from llava_pdrop.eval.score import statistics_of
 from tests.messages import says
 from tests.unit.eval.benchmarks.made import SHORT, ask_of, numbers, write_json, write_lines
 
@@ -47,7 +48,7 @@ def test_val_where_the_tests_answers_are_not_there(made) -> None:
 
 def test_the_file_of_the_server(made) -> None:
     questions = VIZWIZ.read(made, True)
-    assert numbers(VIZWIZ, questions, ["yes", "no"]) == {}
+    assert statistics_of(VIZWIZ, questions, ["yes", "no"]) == {}
     file = VIZWIZ.upload(questions, ["A Cat.", ""], made / "out", "own")
     assert file == made / "out" / "answers_upload" / "own.json"
     assert json.loads(file.read_text(encoding="utf-8")) == [

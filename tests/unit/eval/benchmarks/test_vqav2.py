@@ -9,6 +9,7 @@ import pytest
 from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.eval.benchmarks.vqav2 import TEST, VAL, VAL_LABELS, VQAV2, WHOLE_TEST
 from llava_pdrop.eval.rules.grades import known
+from llava_pdrop.eval.score import statistics_of
 from tests.messages import says
 from tests.unit.eval.benchmarks.made import SHORT, ask_of, numbers, write_json, write_lines
 
@@ -65,7 +66,7 @@ def test_val_where_the_tests_answers_are_not_there(test_dev) -> None:
 def test_what_only_the_server_knows(test_dev) -> None:
     questions = VQAV2.read(test_dev, True)
     assert not known(questions) and VQAV2.is_of_the_paper(questions)
-    assert numbers(VQAV2, questions, ["yes", "two"]) == {}
+    assert statistics_of(VQAV2, questions, ["yes", "two"]) == {}
     file = VQAV2.upload(questions, ["Yes.", None], test_dev / "out", "own")
     assert file == test_dev / "out" / "answers_upload" / TEST / "own.json"
     assert json.loads(file.read_text(encoding="utf-8")) == [
