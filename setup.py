@@ -12,7 +12,10 @@ EXTRAS = {
     "train": ["deepspeed>=0.18", "wandb", "tensorboard"],
     "flash": ["flash-attn>=2.7"],
     "liger": ["liger_kernel>=0.8"],  # Triton kernels for model.kernels=liger, CUDA only
-    "data": ["easy-vqa==1.0"],  # a small third-party VQA set, no dependencies
+    "data": [
+        "easy-vqa==1.0",  # a small third-party VQA set, no dependencies
+        "scikit-learn>=1.6",  # its scans of digits stand on the pages of data/prepare/forms.py
+    ],
     "test": [
         "pytest>=8,!=9.2.0",  # with 9.2.0, xdist 3.8 does not keep groups of tests together
         "pytest-xdist>=3",
@@ -51,7 +54,6 @@ setup(
         "datasets>=4",
         "openpyxl>=3.1",  # the sheet that MMBench's server takes
         "peft>=0.18",
-        "scikit-learn>=1.6",
         "matplotlib>=3.9",
         "rich>=13",
         "tqdm>=4.66",
