@@ -69,7 +69,6 @@ def save_original(
     directory: Path,
     dtype: torch.dtype | None = None,
     vision_tower: str | None = None,
-    shard_size: str = SHARD_SIZE,
     home: Path | None = None,
 ) -> list[str]:
     """Writes ``source`` as the original LLaVA code, on transformers 4.37, reads it: without the rows and tokens that
@@ -108,7 +107,7 @@ def save_original(
         trained,
         dtype_of(tensors),
     )
-    write_shards(directory, rename(tensors, MEMORY_TO_ORIGINAL), shard_size)
+    write_shards(directory, rename(tensors, MEMORY_TO_ORIGINAL))
     write_json(directory / "config.json", config)
     ends = source.generation.eos_token_id  # of a run also those of its template, which no config.json has
     ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llava_pdrop.checkpoint.hf_files import write_config, write_processor
 from llava_pdrop.checkpoint.layouts import CANONICAL, EMBEDDINGS, MEMORY_TO_HF, is_projector, rename
-from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, open_tensors, write_shards
+from llava_pdrop.checkpoint.shards import Stored, open_tensors, write_shards
 from llava_pdrop.checkpoint.zero3 import gathered, overwrite, own_tensors, whole_shape
 from llava_pdrop.errors import UserError
 
@@ -179,11 +179,7 @@ def load_projector(hf: nn.Module, file: Path) -> None:
 
 
 def save_pretrained(
-    hf: nn.Module,
-    processor: Any,
-    directory: Path,
-    state_dict: Mapping[str, Tensor] | None = None,
-    shard_size: str = SHARD_SIZE,
+    hf: nn.Module, processor: Any, directory: Path, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
     """Writes an ordinary Hugging Face LLaVA directory: weights under the names of the hub's llava-hf checkpoints
     (`layouts.MEMORY_TO_HF`, whatever names this transformers version has in memory), config (with ``pyramid_drop``
@@ -202,7 +198,7 @@ def save_pretrained(
     foreign = sorted(name for name in renamed if not CANONICAL.match(name))
     if foreign:
         raise UserError(f"{directory}: not written, because these are no keys of a LLaVA: {', '.join(foreign)}")
-    write_shards(directory, {name: Stored.of(tensor.detach()) for name, tensor in renamed.items()}, shard_size)
+    write_shards(directory, {name: Stored.of(tensor.detach()) for name, tensor in renamed.items()})
     write_config(hf.config, directory, hf.dtype)
     hf.generation_config.save_pretrained(directory)
     if processor is not None:

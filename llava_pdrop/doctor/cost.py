@@ -76,12 +76,9 @@ class Cost:
     dropping: float
     reduction: float
 
-    def hours(self, rate: Rate, records: int = 1000) -> tuple[float, float]:
-        """Of (vanilla, dropping) for so many records."""
-        return (
-            records * self.vanilla / rate.vanilla / 3600,
-            records * self.dropping / rate.dropping / 3600,
-        )
+    def hours(self, rate: Rate) -> tuple[float, float]:
+        """Of (vanilla, dropping) for 1,000 records."""
+        return 1000 * self.vanilla / rate.vanilla / 3600, 1000 * self.dropping / rate.dropping / 3600
 
 
 def stage_tokens(sizes: np.ndarray, times: np.ndarray, geometry: ImageGeometry, schedule: Schedule) -> StageTokens:

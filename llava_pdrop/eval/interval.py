@@ -17,21 +17,19 @@ Number = Callable[[np.ndarray], float]
 """Weights (questions,) -> a score."""
 
 
-def draws_of(units: Sequence[str], numbers: Sequence[Number], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Scores (draws, numbers) of as many units drawn with replacement, the same ones for all ``numbers``: differences
-    between two columns are then those of one set of questions.
+def draws_of(units: Sequence[str], number: Number) -> np.ndarray:
+    """Scores (`DRAWS`,) of as many units drawn with replacement; the same units in every call, so that the differences
+    between two columns are those of one set of questions.
 
     Args:
         units: name of the unit of every question.
     """
     names = {name: place for place, name in enumerate(dict.fromkeys(units))}
     unit_of = np.array([names[name] for name in units])
-    random = np.random.default_rng(seed)
-    found = np.empty((draws, len(numbers)))
-    for draw in range(draws):
+    random, found = np.random.default_rng(0), np.empty(DRAWS)
+    for draw in range(DRAWS):
         times = np.bincount(random.integers(0, len(names), len(names)), minlength=len(names))
-        weights = times[unit_of].astype(np.float64)
-        found[draw] = [number(weights) for number in numbers]
+        found[draw] = number(times[unit_of].astype(np.float64))
     return found
 
 

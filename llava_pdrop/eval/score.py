@@ -115,7 +115,7 @@ def interval_of(
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """Draws (draws,) of the benchmark's number as the paper prints it, and its 95 % interval."""
     units = [unit_of(question) for question in questions]
-    draws = draws_of(units, [lambda weights: benchmark.factor * statistic(weights)[benchmark.headline]])[:, 0]
+    draws = draws_of(units, lambda weights: benchmark.factor * statistic(weights)[benchmark.headline])
     return draws, interval(draws, len(set(units)), benchmark.best)
 
 

@@ -62,8 +62,8 @@ def _behind_deepstack(config: Any) -> int:
     return max(1, len(config.vision_config.deepstack_visual_indexes))
 
 
-def _mrope(decoder: str, picture: str = "an entry of image_grid_thw", **options: Any) -> Family:
-    return Family("feature", picture, (decoder,), clip="feature", positions="keep", **options)
+def _mrope(decoder: str, **options: Any) -> Family:
+    return Family("feature", "an entry of image_grid_thw", (decoder,), clip="feature", positions="keep", **options)
 
 
 _TILED = "an entry of image_sizes: the whole picture, its tiles and newlines"

@@ -98,8 +98,8 @@ def known_gpu(name: str) -> str | None:
     return max(found, key=len) if found else None
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype, size: int, seconds: float = MATMUL_SECONDS) -> float:
-    """Operations a second of a (size, size) x (size, size) product: the fastest of as many as fit into ``seconds``.
+def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Operations a second of a (size, size) x (size, size) product: the fastest of those of `MATMUL_SECONDS`.
 
     On the CPU a second is one of the processor's time shared out to the threads, as the bench counts its steps there,
     so the rate is that of one thread and comparable on a machine that others use too."""
@@ -112,7 +112,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int, seconds: f
         left @ right
         _synchronize(device)
         if stop is None:  # the first product warms up and is not counted
-            stop = time.perf_counter() + seconds
+            stop = time.perf_counter() + MATMUL_SECONDS
             continue
         best = min(best, clock() - start)
     return 2 * size**3 / best
