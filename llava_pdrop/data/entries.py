@@ -313,11 +313,7 @@ def _refuse_media_files(entry: dict[str, Any], turns: Sequence[dict[str, Any]], 
 
 
 def _source(value: Any, root: Path) -> ImageSource:
-    """Names become paths below ``root``; what a reader has made a source already stays.
-
-    Raises:
-        UserError: neither a name nor a picture.
-    """
+    """Names become paths below ``root``; what a reader has made a source already stays."""
     if hasattr(value, "open"):
         return value
     found = type(value).__name__ if value != "" else "an empty text"

@@ -132,11 +132,7 @@ Members = list[tuple[str, int, int]]
 
 def _records(shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, Members, Members]]:
     """(key, (offset, size) of its JSON, (suffix, offset, size) of its pictures, and of what else asks for a word: a
-    film, a sound, a JSON whose name has a dot too much) of every record of a shard.
-
-    Raises:
-        UserError: no (uncompressed) tar, cut short or broken, or the same name or key twice: which is meant?
-    """
+    film, a sound, a JSON whose name has a dot too much) of every record of a shard."""
     seen: set[str] = set()
     try:
         with tarfile.open(shard, "r:") as tar:
