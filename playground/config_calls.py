@@ -1,4 +1,4 @@
-"""How often a command hands its configuration on: Python calls with a `Config`, a section of one, or a `Checked` run
+"""How often a command hands its configuration on: Python calls with a `Config`, a section of one, or a `CheckedRun` run
 among their arguments. A config that is checked once and handed down as what was checked is handed on less often than
 one that every room checks anew, so this number is to fall.
 
@@ -32,11 +32,11 @@ from llava_pdrop.config.schema import (
     ModelSection,
     TrainSection,
 )
-from llava_pdrop.train.checks import Checked
+from llava_pdrop.train.checks import CheckedRun
 from llava_pdrop.train.run import train
 
 SECTIONS = (ModelSection, DataSection, TrainSection, LoraSection, EvalSection, CompareSection)
-KINDS = (Config, Checked, AblationFile, *SECTIONS)
+KINDS = (Config, CheckedRun, AblationFile, *SECTIONS)
 COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
     "train": (load_config, train),
     "compare": (load_config, compare),

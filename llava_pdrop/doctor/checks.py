@@ -67,7 +67,7 @@ class RecordProblem:
 
 
 @dataclass(frozen=True)
-class Checks:
+class RecordChecks:
     """What is looked at.
 
     Attributes:
@@ -134,7 +134,7 @@ class Found(NamedTuple):
 class _Judgement:
     """The checks of one block."""
 
-    checks: Checks
+    checks: RecordChecks
     block: Block
     problems: list[RecordProblem] = field(default_factory=list)
     valid: dict[int, Record] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from llava_pdrop.data.conversation import template_of
 from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import Blocks, may_be_left_out
 from llava_pdrop.data.tokens import Encoder
-from llava_pdrop.doctor.checks import PROBLEM_KINDS, UNKNOWN, Checks, Found, RecordProblem
+from llava_pdrop.doctor.checks import PROBLEM_KINDS, UNKNOWN, Found, RecordChecks, RecordProblem
 from llava_pdrop.doctor.images import same_content
 from llava_pdrop.train.fit import beyond_positions, nothing_learnt
 
@@ -75,7 +75,7 @@ class Findings:
     """
 
     records: Records
-    checks: Checks
+    checks: RecordChecks
     which: np.ndarray
     found: np.ndarray
     lengths: np.ndarray
@@ -109,7 +109,7 @@ class Findings:
 
 
 def examine(
-    records: Records, checks: Checks, workers: int = 0, listed: int = LISTED, progress: bool | None = None
+    records: Records, checks: RecordChecks, workers: int = 0, listed: int = LISTED, progress: bool | None = None
 ) -> Findings:
     """Goes through all ``records`` and all their pictures.
 
@@ -213,7 +213,7 @@ def examine_set(
     budget, scored = config.data.tokens_per_batch, name == "eval"
     if scored and encoder is not None:
         encoder, budget = replace(encoder, max_length=None), None
-    checks = Checks(template_of(config), encoder, config.data.truncation, decode, budget, scored)
+    checks = RecordChecks(template_of(config), encoder, config.data.truncation, decode, budget, scored)
     return examine(records, checks, workers, listed)
 
 

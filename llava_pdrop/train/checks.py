@@ -46,16 +46,16 @@ from llava_pdrop.world import number_of_processes
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedRun:
     """A run in which nothing was found wrong, as far as that can be seen before data and model are read; and its stage
     1. ``finished``: ``output_dir`` holds a finished run, which is used as it is wherever it was made, so that neither
     the directory nor the training arguments were looked at."""
 
     config: Config
-    stage1: Checked | None = None
+    stage1: CheckedRun | None = None
     finished: bool = False
 
-    def variant(self, config: Config) -> Checked:
+    def variant(self, config: Config) -> CheckedRun:
         """The run ``config``, which differs in name, place and schedule only: its drops are those of this run, or none.
 
         Raises:
@@ -67,7 +67,7 @@ class Checked:
         return replace(self, config=config, finished=finished or self.finished)
 
 
-def checked(config: Config) -> Checked:
+def checked(config: Config) -> CheckedRun:
     """Checks names, paths and training arguments of ``config`` and of its stage 1, once for all that is done with it.
 
     Raises:
@@ -89,7 +89,7 @@ def checked(config: Config) -> Checked:
         check_output(config)
         check_arguments(config)
     first = stage1_config(config)
-    return Checked(config, None if first is None else checked(first), finished)
+    return CheckedRun(config, None if first is None else checked(first), finished)
 
 
 def holds_a_run(directory: str) -> bool:

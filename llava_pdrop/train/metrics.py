@@ -140,8 +140,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        old = read_metrics(self.file) if state.global_step and self.file.is_file() else []
-        kept = [row for row in old if row["step"] <= state.global_step and "loss" in row]
+        old = step_rows(self.file) if state.global_step else []
+        kept = [row for row in old if row["step"] <= state.global_step]
         with writing(self.file):  # in one move: a run that is killed here must not lose what it had
             write_lines(self.file, kept)
 
@@ -180,6 +180,11 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def step_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl`` that are about steps; none where the file is gone."""
+    return [row for row in read_metrics(file) if "loss" in row] if file.is_file() else []
+
+
 def steps_of(rows: Sequence[dict[str, Any]]) -> list[int]:
     """How many steps each of all log lines of a run is the mean of: those since the line before
     (``train.logging_steps``, and at the end what is left)."""
@@ -211,7 +216,7 @@ def timing_of(file: Path) -> Timing | None:
     """Medians of a ``metrics.jsonl``; a fifth of the steps, at most 10, count as warm-up, and with them the steps that
     share a log line with one of them (``train.logging_steps``), if others are left. None where no step was logged or
     the file is gone."""
-    rows = [row for row in read_metrics(file) if "loss" in row] if file.is_file() else []
+    rows = step_rows(file)
     if not rows:
         return None
     steps = rows[-1]["step"]

@@ -13,7 +13,7 @@ from llava_pdrop.report.page import Page, Picture, Table
 from llava_pdrop.report.pictures import subplots
 from llava_pdrop.report.units import column, digits, time_text, time_unit
 from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE
-from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, stages, steps_of
+from llava_pdrop.train.metrics import METRICS_FILE, stages, step_rows, steps_of
 
 TRAINING_FILE, TRAINING_PICTURE = "training.md", "training.png"
 
@@ -48,8 +48,7 @@ def leave_report(directory: Path, name: str, say: Callable[[str], None]) -> None
 
 def write_report(directory: Path, name: str) -> Path | None:
     """Writes both files from the metrics in ``directory``; None where these have no step."""
-    metrics = directory / METRICS_FILE
-    rows = [row for row in read_metrics(metrics) if "loss" in row] if metrics.is_file() else []
+    rows = step_rows(directory / METRICS_FILE)
     return _page(rows, name, directory).write(directory, TRAINING_FILE)[0] if rows else None
 
 

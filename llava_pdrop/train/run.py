@@ -35,7 +35,7 @@ from llava_pdrop.runtime.ranks import by_first_rank, engine_for_one_run
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
 from llava_pdrop.train.adapters import adapt
 from llava_pdrop.train.arguments import endless_warmup, learning_rates, total_steps, training_arguments
-from llava_pdrop.train.checks import Checked, check_arguments, checked
+from llava_pdrop.train.checks import CheckedRun, check_arguments, checked
 from llava_pdrop.train.fit import check_learning, check_positions, check_templates, make_servable, warn_of_rates
 from llava_pdrop.train.history import (
     check_steps,
@@ -74,7 +74,7 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     return train_checked(run, callbacks)
 
 
-def train_checked(run: Checked, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+def train_checked(run: CheckedRun, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """`train` of a run that was checked and whose data are there."""
     end_with_launcher()
     config = run.config

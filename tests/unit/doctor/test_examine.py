@@ -24,7 +24,7 @@ from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor import checks as doctor_checks
 from llava_pdrop.doctor import images as doctor_images
-from llava_pdrop.doctor.checks import PROBLEM_KINDS, Checks
+from llava_pdrop.doctor.checks import PROBLEM_KINDS, RecordChecks
 from llava_pdrop.doctor.examine import Findings, examine
 from llava_pdrop.doctor.images import SAMPLE, look, same_content
 from llava_pdrop.doctor.report import describe
@@ -99,7 +99,7 @@ def encoder(tokenizer, image_token_id) -> Encoder:
 @pytest.fixture
 def check(encoder: Encoder) -> Callable[..., Findings]:
     def check(path: Path, workers: int = 0, listed: int = 1000, **options: Any) -> Findings:
-        checks = Checks(encoder.template, **{"encoder": encoder, **options})
+        checks = RecordChecks(encoder.template, **{"encoder": encoder, **options})
         return examine(read_data(path), checks, workers, listed, progress=False)
 
     return check
@@ -125,7 +125,7 @@ def test_every_kind_is_tested_here_or_below():
 def test_a_conversation_the_template_cannot_write(write, check):
     found = check(write(GOOD, {"id": "t", "conversations": talk("What?", "a cat")}), encoder=None)
     assert found.clean.tolist() == [0, 1]
-    plain = examine(found.records, Checks(TEMPLATES["plain"]), progress=False)
+    plain = examine(found.records, RecordChecks(TEMPLATES["plain"]), progress=False)
     assert plain.count("template") == 1 and plain.clean.tolist() == [0]
 
 
