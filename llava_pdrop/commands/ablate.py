@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     ablation = load_ablation(args.config, args.overrides)
     from llava_pdrop.compare.ablate import ABLATION_FILE, RESULTS_FILE, ablate, page_of, plan
     from llava_pdrop.compare.rows import table
-    from llava_pdrop.eval.scores import refuse_unread
+    from llava_pdrop.eval.score_table import refuse_unread
     from llava_pdrop.report.console import say
 
     rows = plan(ablation)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.errors import ConfigError
     from llava_pdrop.eval.evaluate import evaluate_config
     from llava_pdrop.eval.measure import measure_config
-    from llava_pdrop.eval.scores import refuse_unread
+    from llava_pdrop.eval.score_table import refuse_unread
     from llava_pdrop.eval.subject import subject_config
 
     config = subject_config(Path(args.config), args.overrides)

@@ -22,7 +22,7 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, respondent_of
 from llava_pdrop.eval.score import as_json, paired
-from llava_pdrop.eval.scores import refuse_unread, show
+from llava_pdrop.eval.score_table import refuse_unread, show
 from llava_pdrop.eval.team import team_of
 from llava_pdrop.report.console import say
 from llava_pdrop.report.environment import environment

@@ -15,7 +15,7 @@ from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import EVALUATION_FILE
 from llava_pdrop.eval.score import Score, as_json, paired
-from llava_pdrop.eval.scores import markdown
+from llava_pdrop.eval.score_table import markdown
 from llava_pdrop.report.page import Note, Table
 from llava_pdrop.report.units import column, text_of
 from llava_pdrop.schedule import Schedule

@@ -188,7 +188,7 @@ class EvalSection:
     limit: int | None = None
     """Evaluate only the first N questions, of each benchmark too; null: all."""
     scorer: str = "exact_match"
-    """A key of ``SCORERS`` in ``llava_pdrop/eval/scoring.py``, for ``data.eval``."""
+    """A key of ``SCORERS`` in ``llava_pdrop/eval/scorers.py``, for ``data.eval``."""
     benchmarks: tuple[str, ...] = ()
     """Benchmarks to measure: names that ``llava-pdrop benchmarks`` lists, or ``paper``: those that the paper reports.
     On the command line ``benchmarks=mme,pope``."""

@@ -22,7 +22,7 @@ from llava_pdrop.errors import ConfigError, UserError, check_name
 from llava_pdrop.eval.answering import Answer, answer_all
 from llava_pdrop.eval.questions import Question, llava_json
 from llava_pdrop.eval.respondent import LlavaRespondent, Respondent, open_respondent
-from llava_pdrop.eval.scoring import SCORERS, normalise
+from llava_pdrop.eval.scorers import SCORERS, normalise
 from llava_pdrop.eval.subject import CHAT, is_ours
 from llava_pdrop.eval.team import ALONE, Team, team_of
 from llava_pdrop.files import write_json, write_lines

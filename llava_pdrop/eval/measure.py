@@ -10,7 +10,7 @@ from typing import Any
 from llava_pdrop.checkpoint.lora import config_directory
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, UserError, did_you_mean
-from llava_pdrop.eval import scores as table
+from llava_pdrop.eval import score_table as table
 from llava_pdrop.eval.answering import answer_all
 from llava_pdrop.eval.benchmarks import BENCHMARKS, BY_NAME
 from llava_pdrop.eval.benchmarks.base import Benchmark

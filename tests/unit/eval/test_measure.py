@@ -19,7 +19,7 @@ from llava_pdrop.eval.measure import _Asked, chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.rules.grades import Grade, means
 from llava_pdrop.eval.score import beside_paper, paired, score_of
-from llava_pdrop.eval.scores import blocks, markdown, refuse_unread
+from llava_pdrop.eval.score_table import blocks, markdown, refuse_unread
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava_pdrop.eval.scoring import SCORERS, normalise
+from llava_pdrop.eval.scorers import SCORERS, normalise
 
 
 @pytest.mark.parametrize(
