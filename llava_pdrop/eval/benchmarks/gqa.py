@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import all_asked, read_asked, read_json, with_keys
 from llava_pdrop.eval.benchmarks.uploads import all_answered
 from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.gqa import ALSO, grade, prediction
-from llava_pdrop.eval.rules.grades import means
+from llava_pdrop.eval.rules.grades import Grade, Rule, by_text, exact_match, grader, means
+from llava_pdrop.eval.rules.text import from_sheet, same
 from llava_pdrop.files import write_json
+
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def read(directory: Path, llava: bool) -> list[Question]:
@@ -40,6 +43,35 @@ def upload(questions: Sequence[Question], answers: Sequence[str | None], directo
         for question, answer in zip(questions, all_answered(questions, answers))
     ]
     return write_json(directory / name / "testdev_balanced_predictions.json", rows, indent=None)
+
+
+# Rules of its score.
+
+
+def prediction(answer: str) -> str:
+    """As LLaVA hands it to GQA's own code: no full stops at the end, small letters; blanks stay."""
+    return answer.rstrip(".").lower()
+
+
+grade = by_text(prediction)
+
+
+def words(text: str) -> str:
+    """lmms-eval: but for case, outer blanks and punctuation."""
+    return text.strip().lower().translate(NO_PUNCTUATION)
+
+
+@grader
+def grade_vlmevalkit(question: Question, answer: str) -> Grade:
+    text = from_sheet(answer)
+    return Grade(float(same(text, from_sheet(question.gold))), text)
+
+
+ALSO = {
+    "lmms_eval": Rule("lmms-eval lmms_eval/api/metrics.py exact_match", by_text(words, words), exact_match),
+    "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)", grade_vlmevalkit, means),
+}
+"""Other rules for the same answers."""
 
 
 GQA = Benchmark(

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.files import cell, find_table, pictures_of_table, read_table
@@ -16,13 +18,23 @@ from llava_pdrop.eval.benchmarks.tables import check_whole, wanted
 from llava_pdrop.eval.benchmarks.uploads import write_sheet
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice, options_of
-from llava_pdrop.eval.rules.mmbench import ABILITIES, ROTATION, total
+from llava_pdrop.eval.rules.grades import Grade, Statistic, grouped, values_of
 
 ELSEWHERE = ("mmbench", ".")
 """LLaVA's docs/Evaluation.md puts the Chinese table into the directory of the English one."""
 
 COLUMNS = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
 """Of the server's sheet."""
+
+ROTATION = 1_000_000
+ABILITIES = {
+    "coarse_perception": "CP",
+    "finegrained_perception (instance-level)": "FP-S",
+    "finegrained_perception (cross-instance)": "FP-C",
+    "logic_reasoning": "LR",
+    "relation_reasoning": "RR",
+    "attribute_reasoning": "AR",
+}
 
 
 def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
@@ -61,6 +73,36 @@ def upload(questions: Sequence[Question], answers: Sequence[str | None], directo
     """``answers_upload/TABLE/NAME.xlsx`` as the server takes it (``convert_mmbench_for_submission.py``)."""
     rows = [question.facts["columns"] | {"prediction": answer or None} for question, answer in zip(questions, answers)]
     return write_sheet(rows, directory / "answers_upload" / questions[0].facts["table"] / f"{name}.xlsx")
+
+
+# Rules of its score.
+
+
+def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
+    """Three ways to count, each of all, by ability and by category: ``circular`` (every rotation right), ``vanilla_0``
+    (unrotated rows alone), ``vanilla_all`` (every row alone)."""
+    values = values_of(grades)
+    units: dict[str, list[int]] = {}
+    for row, question in enumerate(questions):
+        units.setdefault(question.unit, []).append(row)
+    indices = np.array([int(question.id) for question in questions])
+    plain = np.flatnonzero(indices < ROTATION)
+    circular = np.array([values[units[questions[row].unit]].min() for row in plain.tolist()])
+    low = np.flatnonzero(indices <= ROTATION)  # VLMEvalKit counts a rotation of index 0 among them
+    parts = []
+    for name, rows, own in (
+        ("circular", plain, circular),
+        ("vanilla_0", low, values[low]),
+        ("vanilla_all", np.arange(len(values)), values),
+    ):
+        parts.append((rows, grouped(own, [f"{name}/Overall"] * len(rows))))
+        for fact in ("ability", "category"):
+            parts.append((rows, grouped(own, [f"{name}/{questions[row].facts[fact]}" for row in rows.tolist()])))
+
+    def statistic(weights: np.ndarray) -> dict[str, float]:
+        return {name: value for rows, part in parts for name, value in part(weights[rows]).items()}
+
+    return statistic
 
 
 def row(name: str, title: str, aliases: tuple[str, ...], tables: Sequence[str], last: str) -> Benchmark:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from llava_pdrop.errors import UserError, clip
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import all_asked, entries, read_asked, read_json, unique, with_keys
 from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.seed_bench import ALSO, grade, parts
+from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice
+from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, Total, by_text, by_word, joined, means
 from llava_pdrop.eval.rules.text import MISSING
 
 KEYS = ("question_id", "question_type_id", "data_type", "answer", "choice_a", "choice_b", "choice_c", "choice_d")
@@ -56,6 +60,38 @@ def read(directory: Path, llava: bool) -> list[Question]:
         )
     all_asked(len(rows), len(known), file, labels)
     return questions
+
+
+# Rules of its score.
+
+
+grade = by_text(str)
+"""LLaVA: the answer is the letter, and nothing else."""
+
+
+def parts(names: dict[str, str], scale: float, by: Sequence[str] = ()) -> Total:
+    """``names``: image, video and all -> what their numbers are called; ``by``: facts whose groups are counted too."""
+
+    def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
+        found: list[Statistic] = []
+        for kind, name in names.items():
+            own = np.array([kind in ("all", question.facts["kind"]) for question in questions])
+            if own.any():
+                found.append(means(questions, grades, by if kind == [*names][-1] else (), scale, name, own))
+        return joined(*found)
+
+    return total
+
+
+ALSO = {
+    "lmms_eval": Rule(
+        "lmms-eval lmms_eval/tasks/seedbench/utils.py",
+        by_word(lambda answer: answer.strip()[:1]),
+        parts({"image": "seed_image", "video": "seed_video", "all": "seed_all"}, 1),
+    ),
+    "vlmevalkit": Rule(CHOICE_RULE, grade_choice, parts({"image": "Overall"}, 1, ["category"])),
+}
+"""Other rules for the same answers."""
 
 
 SEED_BENCH = Benchmark(

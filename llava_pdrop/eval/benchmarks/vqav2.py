@@ -10,8 +10,8 @@ from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import ask_vqa, is_there, names_of, read_asked, vqa_labels, vqa_questions
 from llava_pdrop.eval.benchmarks.prompts import short
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.rules.vqa import eval_ai
-from llava_pdrop.eval.rules.vqav2 import ALSO, grade, total
+from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, exact_match, grader, grouped, joined, means, values_of
+from llava_pdrop.eval.rules.vqa import by_form, eval_ai, official, official_accuracy
 from llava_pdrop.files import write_json
 
 TEST = "llava_vqav2_mscoco_test-dev2015"
@@ -57,6 +57,36 @@ def upload(questions: Sequence[Question], answers: Sequence[str | None], directo
     given = {question.id: eval_ai(answer) for question, answer in zip(questions, answers) if answer is not None}
     rows = [{"question_id": id, "answer": given.get(str(id), "")} for id in ids]
     return write_json(directory / "answers_upload" / file.stem / f"{name}.json", rows, indent=None)
+
+
+# Rules of its score.
+
+
+@grader
+def grade(question: Question, answer: str) -> Grade:
+    """What the server makes of the file that LLaVA writes."""
+    text = eval_ai(answer)
+    return Grade(official_accuracy(text, question.facts["answers"])[0], text)
+
+
+@grader
+def grade_official(question: Question, answer: str) -> Grade:
+    return Grade(*official_accuracy(answer, question.facts["answers"]))
+
+
+def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
+    """Percent of all, by type of question and by type of answer."""
+    values, parts = values_of(grades), [means(questions, grades, overall="overall")]
+    for fact, name in (("question_type", "perQuestionType"), ("answer_type", "perAnswerType")):
+        parts.append(grouped(values, [f"{name}/{question.facts[fact]}" for question in questions], 100))
+    return joined(*parts)
+
+
+ALSO = {
+    "vqa_official": Rule("GT-Vision-Lab/VQA vqaEval.py", grade_official, total),
+    "lmms_eval": Rule("lmms-eval lmms_eval/tasks/vqav2/utils.py", by_form(official), exact_match),
+}
+"""Other rules for the same answers."""
 
 
 COCO = "cocodataset.org"

@@ -1,4 +1,4 @@
-"""ScienceQA: what is among the pictures."""
+"""ScienceQA: how a letter must stand, and what is among the pictures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import pytest
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.prompts import LETTER
-from llava_pdrop.eval.benchmarks.scienceqa import SCIENCEQA
+from llava_pdrop.eval.benchmarks.scienceqa import SCIENCEQA, parsed
 from tests.messages import says
 from tests.unit.eval.benchmarks.made import numbers, write_json
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("B", "B"), ("B. ", "B"), ("B. cat", "B"), ("B.", "FAILED"), ("b", "FAILED"), (" B", "FAILED"), ("F", "FAILED"),
+     ("F. cat", "FAILED"), ("AB", "FAILED"), ("", "FAILED"), ("The answer is B.", "B"), ("The answer is Bx", "B"),
+     ("The answer is B", "FAILED"), ("The answer is B\n", "FAILED"), ("The answer is Q.", "Q"),
+     ("The answer is B. The answer is B.", "FAILED"), ("the answer is B.", "FAILED"), ("A. The answer is B.", "A")],
+)  # fmt: skip
+def test_the_letter_that_llava_reads(answer, letter) -> None:
+    assert parsed(answer) == letter
 
 
 def row(id: str, text: str, image: str | None = None) -> dict:
