@@ -27,7 +27,7 @@ import os, sys
 from pathlib import Path
 from llava_pdrop.bench.train_report import step_bars
 from llava_pdrop.compare import ablate, figures, runs
-from llava_pdrop.doctor.figures import length_histogram
+from llava_pdrop.doctor.report import length_histogram
 from llava_pdrop.report.pictures import save_picture
 from llava_pdrop.train.report import figure_of
 import numpy as np
