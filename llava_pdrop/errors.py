@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -146,6 +146,11 @@ def clip(value: object, most: int = QUOTED) -> str:
     left_out = f"... ({len(text):,} characters) ..."
     head = (most - len(left_out)) * 2 // 3
     return text[:head] + left_out + text[head + len(left_out) - most :]
+
+
+def listed(problems: Mapping[str, Sequence[str]]) -> str:
+    """``kind: name, name; other kind: name``, without the kinds that have no names."""
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
 
 
 def did_you_mean(name: str, valid: Iterable[Any], cutoff: float = 0.5) -> str:

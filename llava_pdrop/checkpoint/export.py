@@ -15,7 +15,7 @@ from llava_pdrop.checkpoint.layouts import EMBEDDINGS, MEMORY_TO_HF, MEMORY_TO_O
 from llava_pdrop.checkpoint.load import cut_rows
 from llava_pdrop.checkpoint.old_tokenizers import write_original_tokenizer
 from llava_pdrop.checkpoint.open import Source, beside
-from llava_pdrop.checkpoint.original import SECTION, dtype_of, original_config
+from llava_pdrop.checkpoint.original import carried_by, dtype_of, original_config
 from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, write_shards
 from llava_pdrop.checkpoint.tower import TOWER_FOLDER, is_that_tower, opens_in_transformers_4, write_tower
 from llava_pdrop.checkpoint.vocabulary import original_rows
@@ -49,7 +49,7 @@ def usual_template(config: Any) -> str | None:
     """The conversation template of the published models of this kind, as no original config names one: LLaVA-1.5,
     LLaVA-NeXT-Vicuna and what was trained like them (32000 tokens of LLaMA) talk by ``v1``, LLaVA-NeXT-Mistral by
     ``mistral_instruct``. None for any other, and for what was no original LLaVA."""
-    section = getattr(config, SECTION, None) or {}
+    section = carried_by(config)
     if "tune_mm_mlp_adapter" not in section or section["vocab_size"] != 32000:
         return None
     return template_on(config.text_config.model_type, section["vocab_size"])
@@ -93,7 +93,7 @@ def save_original(
     vision, lies_at = source.config.vision_config, beside(Path(source.origin), tower)
     rows = original_rows(source.config, source.tokenizer)
     tensors = _prepared(source, cut_rows(source.tensors, rows), dtype)
-    recorded = (getattr(source.config, SECTION, None) or {}).get("unfreeze_mm_vision_tower")
+    recorded = carried_by(source.config).get("unfreeze_mm_vision_tower")
     trained = bool(recorded) or not is_that_tower(tensors, lies_at)
     if not opens_in_transformers_4(lies_at, vision.image_size):
         write_tower(tensors, vision, source.image_processor, directory / TOWER_FOLDER)
@@ -126,7 +126,7 @@ def _prepared(source: Source, tensors: Mapping[str, Stored], dtype: torch.dtype 
 
 def tower_name(config: Any) -> str | None:
     """The CLIP directory or hub id that a model's tower comes from, None if nothing says so."""
-    recorded = (getattr(config, SECTION, None) or {}).get("mm_vision_tower")
+    recorded = carried_by(config).get("mm_vision_tower")
     vision = config.vision_config
     shape = (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size)
     return recorded or (CLIP_L_336 if shape == (1024, 24, 336, 14) else None)

@@ -19,7 +19,7 @@ from llava_pdrop.checkpoint.hf_files import write_config, write_processor
 from llava_pdrop.checkpoint.layouts import CANONICAL, EMBEDDINGS, MEMORY_TO_HF, is_projector, rename
 from llava_pdrop.checkpoint.shards import Stored, open_tensors, write_shards
 from llava_pdrop.checkpoint.zero3 import gathered, overwrite, own_tensors, whole_shape
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, listed
 
 PROJECTOR_FILE = "projector.safetensors"
 
@@ -100,13 +100,8 @@ def check_shapes(
     )
     missing = sorted(wanted.keys() - found.keys() - set(optional))
     unexpected = sorted(found.keys() - wanted.keys())
-    problems = [
-        f"{kind}: {', '.join(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{sentence}; " + "; ".join(problems))
+    if problems := listed({"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}):
+        raise UserError(f"{sentence}; {problems}")
 
 
 def tied(module: nn.Module) -> dict[str, str]:

@@ -151,6 +151,11 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "vocab_size": config["vocab_size"]}
 
 
+def carried_by(config: Any) -> dict[str, Any]:
+    """That section of a Hugging Face config; empty where it has none."""
+    return getattr(config, SECTION, None) or {}
+
+
 def original_config(
     config: Any, geometry: ImageGeometry, schedule: Schedule | None, rows: int, tower: str, trained: bool, dtype: Any
 ) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def original_config(
         "freeze_mm_mlp_adapter": False,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        **(getattr(config, SECTION, None) or {}),
+        **carried_by(config),
         **({"mm_patch_merge_type": geometry.merge} if anyres else {}),
         "architectures": [architecture],
         "model_type": kind,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llava_pdrop.errors import MissingFileError, UserError
+from llava_pdrop.errors import MissingFileError, UserError, listed
 from llava_pdrop.files import read_json, write_json
 
 SHARD_SIZE = "5GB"
@@ -165,13 +165,8 @@ def _check_index(index: Path, place: Mapping[str, str]) -> None:
     table = _weight_map(index)
     lacking = sorted(f"{name} ({file})" for name, file in table.items() if place.get(name) != file)
     surplus = sorted(f"{name} ({file})" for name, file in place.items() if name not in table)
-    problems = [
-        f"{kind}: {', '.join(names)}"
-        for kind, names in (("missing from the shard it names", lacking), ("in a shard but not in it", surplus))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{index}: does not fit its shards; " + "; ".join(problems))
+    if problems := listed({"missing from the shard it names": lacking, "in a shard but not in it": surplus}):
+        raise UserError(f"{index}: does not fit its shards; {problems}")
 
 
 def _open_safetensors(file: Path) -> dict[str, Stored]:

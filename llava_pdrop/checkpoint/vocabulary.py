@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AddedToken
 
+from llava_pdrop.checkpoint.original import carried_by
 from llava_pdrop.errors import UserError
 from llava_pdrop.types import IMAGE_MARKER
 
@@ -60,7 +61,7 @@ def original_rows(config: Any, tokenizer: Any | None) -> int:
     rounded-up number of tokens.
     """
     rows, first = config.text_config.vocab_size, config.image_token_id
-    recorded = (getattr(config, "original_llava", None) or {}).get("vocab_size")
+    recorded = carried_by(config).get("vocab_size")
     if recorded is not None:
         return recorded
     tokens = first + 2 if tokenizer is None else len(tokenizer)
