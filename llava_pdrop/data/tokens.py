@@ -44,7 +44,7 @@ from llava_pdrop.data.labels import (
     token_counts,
 )
 from llava_pdrop.data.marks import control_tokens
-from llava_pdrop.errors import RecordError, Unfit, UserError
+from llava_pdrop.errors import RecordError, Unfit, UserError, check_name
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER, ImageInput, Record, Sample
 
@@ -87,8 +87,7 @@ class Encoder:
     truncation: Truncation = "turns"
 
     def __post_init__(self) -> None:
-        if self.truncation not in get_args(Truncation):
-            raise UserError(f"unknown truncation '{self.truncation}'; known are {', '.join(get_args(Truncation))}")
+        check_name("truncation", self.truncation, get_args(Truncation))
 
     def train(self, record: Record, images: Sequence[ImageInput]) -> Sample:
         """A record tokenised for training; ``images`` are the record's, in order.
