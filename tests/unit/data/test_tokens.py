@@ -303,7 +303,7 @@ def test_bad_records_are_named(tokenizer, image_token_id, record, images, messag
 
 
 def test_unknown_truncation(tokenizer, image_token_id):
-    with pytest.raises(ValueError, match=says("truncation 'words'", "turns", "tokens")):
+    with pytest.raises(ValueError, match=says("truncation", "'words'", "turns", "tokens")):
         Encoder(QA, tokenizer, image_token_id, PAD, 10, "words")
 
 
