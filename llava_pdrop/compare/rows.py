@@ -17,7 +17,7 @@ from llava_pdrop.eval.evaluate import EVALUATION_FILE
 from llava_pdrop.eval.score import Score, as_json, paired
 from llava_pdrop.eval.score_table import markdown
 from llava_pdrop.report.page import Note, Table
-from llava_pdrop.report.units import column, text_of
+from llava_pdrop.report.units import column, saved, text_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, Timing, timing_of
@@ -51,7 +51,7 @@ class Saving:
     @classmethod
     def one_after_the_other(cls, before: float, after: float, reason: str) -> Saving:
         """By two times that were not measured in turns, for this ``reason``."""
-        return cls(1 - after / before, reason=reason)
+        return cls(saved(before, after), reason=reason)
 
     def describe(self) -> str:
         """A sentence for the report: which of the two it is."""

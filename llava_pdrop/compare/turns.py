@@ -26,6 +26,7 @@ from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.errors import UserError, first_line
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.report.console import say
+from llava_pdrop.report.units import saved
 from llava_pdrop.runtime.clock import no_garbage_collection, quartiles
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
@@ -60,7 +61,7 @@ def saving_of_pairs(
     vanilla: Sequence[float], dropping: Sequence[float], steps: Sequence[int], on_cpu: bool = True
 ) -> Saving:
     """What pairs of steps on the same batches, ``vanilla`` and ``dropping`` seconds, have saved."""
-    pairs = [1 - after / before for before, after in zip(vanilla, dropping, strict=True)]
+    pairs = [saved(before, after) for before, after in zip(vanilla, dropping, strict=True)]
     first, median, third = quartiles(pairs)
     return Saving(median, (first, third), tuple(pairs), tuple(steps), on_cpu)
 

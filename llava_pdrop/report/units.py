@@ -1,4 +1,4 @@
-"""Numbers as a person would write them."""
+"""Numbers as a person would write them, and the share that one of them is less than another."""
 
 from __future__ import annotations
 
@@ -76,3 +76,8 @@ def digits(value: float | None, count: int = 3) -> str:
 def text_of(value: float | None, style: str) -> str:
     """``value`` for a cell of a table, by a format specification; nothing for None."""
     return "" if value is None else format(value, style)
+
+
+def saved(before: float, after: float) -> float:
+    """Share of ``before`` that is saved where ``after`` is enough: 0.25 of 4 and 3, less than 0 where it takes more."""
+    return 1 - after / before

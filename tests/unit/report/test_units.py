@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava_pdrop.report.units import MEMORY, Unit, column, digits, text_of, time_text, time_unit
+from llava_pdrop.report.units import MEMORY, Unit, column, digits, saved, text_of, time_text, time_unit
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,7 @@ def test_quartiles_stand_behind_their_median() -> None:
 def test_no_value_is_no_text() -> None:
     assert digits(None) == ""
     assert (text_of(None, ".1%"), text_of(0.0, ".1%")) == ("", "0.0%")
+
+
+def test_what_is_saved_is_a_share_of_what_it_took_before() -> None:
+    assert saved(4.0, 3.0) == 0.25 and saved(2.0, 2.0) == 0 and saved(2.0, 3.0) == -0.5
