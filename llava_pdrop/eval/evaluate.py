@@ -156,8 +156,16 @@ def evaluate_config(config: Config) -> Result:
     with team_of(config, directory) as team:
         respondent = respondent_in(directory, config)
         result = answer(AnswerSettings.of(config), respondent, questions, config.schedule, config.name, team)
-    if not team.first:
-        return result
+    if team.first:
+        leave(config, directory, respondent, questions, result)
+    return result
+
+
+def leave(
+    config: Config, directory: Path, respondent: Respondent, questions: Sequence[Question], result: Result
+) -> dict[str, Any]:
+    """Writes and prints what the finished run of ``config``, in ``directory``, has answered; returns what is in its
+    ``evaluation.json``."""
     asked = {
         "data": os.path.abspath(str(config.data.eval)),
         "scorer": config.eval.scorer,
@@ -166,8 +174,8 @@ def evaluate_config(config: Config) -> Result:
         "schedule": config.schedule.to_dict(),
     }
     _keep_others(directory, asked)
-    file = result.write(directory)
-    write_json(directory / EVALUATION_FILE, asked | result.facts())
+    file, found = result.write(directory), asked | result.facts()
+    write_json(directory / EVALUATION_FILE, found)
     tokens = " -> ".join(f"{count:g}" for count in result.image_tokens)
     say(f"{config.name}: asks {respondent.text(questions[0])!r}")
     say(
@@ -175,7 +183,7 @@ def evaluate_config(config: Config) -> Result:
         f"questions, image tokens {tokens} ({used_schedule(config.schedule, respondent.schedule)}), "
         f"{time_text(result.seconds)}; answers in {file}"
     )
-    return result
+    return found
 
 
 def finished(config: Config) -> Path:

@@ -86,7 +86,10 @@ def columns_of(config: Config, own: str, layers: int) -> dict[str, Schedule]:
         ConfigError: a name that is neither ``vanilla`` nor in ``compare.training_free``, or a schedule that cannot be,
             or has the name of another column.
     """
-    found, known = {own: config.schedule}, {"vanilla": Schedule()} | config.training_free(layers)
+    found = {own: config.schedule}
+    if not config.eval.training_free:
+        return found
+    known = {"vanilla": Schedule()} | config.training_free(layers)
     if known["vanilla"].layers:
         raise ConfigError(f"{config.file}: compare.training_free.vanilla: drops: give it another name")
     for name in config.eval.training_free:
@@ -208,13 +211,23 @@ def measure_config(config: Config) -> list[Score]:
     """
     directory = finished(config)
     loaded = load_benchmarks(config, is_ours(config_directory(directory)))
-    own = DROPPING if config.schedule.layers else VANILLA
     with team_of(config, directory) as team:
-        respondent = respondent_in(directory, config)
-        layers = respondent.hf.config.get_text_config().num_hidden_layers
-        columns = columns_of(config, own, layers)
-        paper = {own: config.paper.scores} if config.paper else {}
-        found = measure(AnswerSettings.of(config), respondent, loaded, columns, directory, team, paper)
+        return measure_run(config, directory, respondent_in(directory, config), loaded, team)
+
+
+def measure_run(
+    config: Config,
+    directory: Path,
+    respondent: Respondent,
+    loaded: Mapping[Benchmark, Sequence[Question]],
+    team: Team,
+    others: Mapping[str, Schedule] | None = None,
+) -> list[Score]:
+    """`measure` of the finished run of ``config`` in ``directory``, with ``others`` (column -> schedule) too."""
+    own = DROPPING if config.schedule.layers else VANILLA
+    columns = {**columns_of(config, own, respondent.hf.config.get_text_config().num_hidden_layers), **(others or {})}
+    paper = {own: config.paper.scores} if config.paper else {}
+    found = measure(AnswerSettings.of(config), respondent, loaded, columns, directory, team, paper)
     if team.first:
         file = table.write(found, directory, f"{config.name}: benchmarks")
         table.show(found, f"{config.name}: benchmarks")
