@@ -19,19 +19,10 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.compare.variants import load_ablation
 
     ablation = load_ablation(args.config, args.overrides)
-    from llava_pdrop.compare.ablate import ABLATION_FILE, RESULTS_FILE, ablate, page_of, plan
+    from llava_pdrop.compare.ablate import ablate, plan
     from llava_pdrop.compare.rows import table
-    from llava_pdrop.eval.score_table import refuse_unread
-    from llava_pdrop.report.console import say
 
     rows = plan(ablation)
     table(rows, f"{ablation.name}: by operation count").show()
-    if args.plan:
-        return
-    measured = ablate(ablation, rows)
-    if measured is not None:
-        page = page_of(ablation, measured)
-        page.show()
-        file, *_ = page.write(ablation.output_dir, ABLATION_FILE, RESULTS_FILE)
-        say(f"report: {file}")
-        refuse_unread([score for row in measured for score in row.scores], rows[0].config.eval.max_unread)
+    if not args.plan:
+        ablate(ablation, rows)

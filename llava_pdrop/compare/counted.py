@@ -57,11 +57,11 @@ class RunBatches:
 
 
 def with_predictions(rows: Sequence[VariantRow]) -> list[VariantRow]:
-    """Adds to every finished run with drops what is saved of the operations of its batches: of those in the steps that
+    """Adds to every trained row with drops what is saved of the operations of its batches: of those in the steps that
     were timed, else of those in its first steps. Runs with the same data, one after the other, read them once."""
     asked, found, completed = None, None, []
     for row in rows:
-        if row.schedule.layers:
+        if row.schedule.layers and row.timing:
             predicted, config = row.saving.predicted if row.saving else None, row.config
             if predicted is None:
                 alike = replace(config, name="", output_dir="", pyramid_drop=None, pretrain=None, paper=None)

@@ -69,7 +69,7 @@ def variants(rows: Sequence[VariantRow]) -> Any:
     marks: Marks = {"the paper, GPU hours": ("o", [_percent(row.saved_in_paper) for row in rows])}
     if measured:
         marks |= {"predicted": ("|", [_percent(row.predicted) for row in rows])}
-    of = "an answer" if any(row.answer_seconds for row in rows) else "a training step"
+    of = "an answer" if any(row.answer_seconds and not row.timing for row in rows) else "a training step"
     title = f"{'time' if measured else 'operations'} of {of} saved"
     tokens = [row.plan.average_tokens if row.plan else None for row in rows]
     accuracy = [_percent(row.accuracy) for row in rows]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.checkpoint.shards import read_json
+from llava_pdrop.compare.survivors import Example
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config, PaperRow
 from llava_pdrop.cost.plan import Plan
@@ -15,9 +16,11 @@ from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import EVALUATION_FILE
 from llava_pdrop.eval.score import Score, as_json, paired
-from llava_pdrop.eval.score_table import markdown
-from llava_pdrop.report.page import Note, Table
-from llava_pdrop.report.units import column, saved, text_of
+from llava_pdrop.eval.score_table import blocks as benchmark_blocks
+from llava_pdrop.eval.score_table import refuse_unread
+from llava_pdrop.report.console import say
+from llava_pdrop.report.page import Block, Note, Page, Picture, Table
+from llava_pdrop.report.units import column, text_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, Timing, timing_of
@@ -47,11 +50,6 @@ class Saving:
     on_cpu: bool = True
     predicted: float | None = None
     reason: str | None = None
-
-    @classmethod
-    def one_after_the_other(cls, before: float, after: float, reason: str) -> Saving:
-        """By two times that were not measured in turns, for this ``reason``."""
-        return cls(saved(before, after), reason=reason)
 
     def describe(self) -> str:
         """A sentence for the report: which of the two it is."""
@@ -84,6 +82,7 @@ class VariantRow:
         saving: the same share of the time, of a step or of an answer.
         paper: what it reports for the run.
         scores: of ``eval.benchmarks``.
+        examples: which image tokens survive, on held-out pictures.
     """
 
     name: str
@@ -98,6 +97,7 @@ class VariantRow:
     saving: Saving | None = None
     paper: PaperRow | None = None
     scores: tuple[Score, ...] = ()
+    examples: tuple[Example, ...] = ()
 
     @property
     def schedule(self) -> Schedule:
@@ -157,38 +157,20 @@ def finished_run(directory: Path) -> VariantRow:
             inside = sorted(str(file.parent) for file in directory.glob(f"*/{FINISHED_FILE}"))
             hint = f": name one of {', '.join(inside)}" if inside else ""
             raise ConfigError(f"{directory} is no finished run, it has no {name}{hint}")
-    config, timing = load_config(directory / RUN_FILE), timing_of(directory / METRICS_FILE)
-    hours, scores = None, directory / EVALUATION_FILE
-    if timing is not None and timing.device == "cuda":
-        stage1 = [Path(config.model.projector).parent] if config.model.projector else []
+    config, scores = load_config(directory / RUN_FILE), directory / EVALUATION_FILE
+    evaluation = read_json(scores) if scores.is_file() else None
+    return with_times(VariantRow(config.name, config, evaluation=evaluation, paper=config.paper), directory)
+
+
+def with_times(row: VariantRow, directory: Path) -> VariantRow:
+    """The row of the finished run in ``directory`` with what its training took."""
+    timing, hours = timing_of(directory / METRICS_FILE), None
+    if timing is not None and timing.device == "cuda" and (directory / FINISHED_FILE).is_file():
+        projector = load_config(directory / RUN_FILE).model.projector  # of the stage 1 that it started from
+        stage1 = [Path(projector).parent] if projector else []
         runs = [read_json(file) for place in (directory, *stage1) if (file := place / FINISHED_FILE).is_file()]
         hours = sum(run["seconds"] * run["processes"] for run in runs) / SECONDS_PER_HOUR
-    evaluation = read_json(scores) if scores.is_file() else None
-    return VariantRow(config.name, config, None, timing, hours, evaluation, paper=config.paper)
-
-
-def with_savings(rows: Sequence[VariantRow], saving: Callable[[VariantRow, float, float], Saving]) -> list[VariantRow]:
-    """Adds to every row with drops what they save of the time of the row without, of the same model and measured alike.
-
-    Args:
-        saving: makes it of the row and the seconds, without and with drops.
-    """
-    vanilla = {_alike(row): row.seconds for row in rows if not row.schedule.layers}
-
-    def completed(row: VariantRow) -> VariantRow:
-        before = vanilla.get(_alike(row))
-        if not row.schedule.layers or before is None or row.seconds is None:
-            return row
-        return replace(row, saving=saving(row, before, row.seconds))
-
-    return [completed(row) for row in rows]
-
-
-def _alike(row: VariantRow) -> tuple[Any, ...]:
-    """What two rows must have in common for their times to be compared."""
-    model, data = row.config.model, row.config.data
-    parts = (model.path or model.language_model, model.vision_tower, model.aspect, model.pinpoints, model.trainable)
-    return (row.timing is None, *parts, str(row.config.lora), data.samples_per_batch, data.tokens_per_batch)
+    return replace(row, timing=timing, hours=hours)
 
 
 def table(rows: Sequence[VariantRow], title: str) -> Table:
@@ -247,19 +229,48 @@ def legend(rows: Sequence[VariantRow]) -> str:
         f"Accuracy is measured by generation on {found.get('questions', 'the')} held-out questions "
         f"(`{found.get('scorer')}`); chance is what answering at random from the distribution of the gold answers "
         "would reach (the sum of their squared shares).": bool(found),
+        "A row `a + b` is the model of row `a` with the schedule `b` at inference only.": any(
+            " + " in row.name for row in rows
+        ),
+        f"Nothing was trained: one model, `{rows[0].config.model.path}`, answered all questions with each schedule. "
+        "Seconds are of a whole answer, reading the picture included; *predicted* counts the operations of reading a "
+        "full picture and 200 text tokens.": not trained and any(row.answer_seconds for row in rows),
     }
     return " ".join(text for text, holds in texts.items() if holds)
 
 
-def below_the_table(rows: Sequence[VariantRow]) -> list[Note]:
-    """What the paper's scores are, and the benchmarks in full."""
-    notes = [
-        Note(f"The paper's {row.paper.table} for {row.name}: {', '.join(f'{k} {v:g}' for k, v in scores.items())}.")
+def publish(
+    rows: Sequence[VariantRow],
+    title: str,
+    out: Path,
+    files: Sequence[str],
+    pictures: Sequence[Picture],
+    more: Sequence[Block] = (),
+    facts: Any = None,
+) -> Path:
+    """Prints the table and writes the page into ``out``; returns its path.
+
+    Args:
+        files: name of the page, and of the JSON file with the ``facts`` where there are any.
+        pictures: below the table.
+        more: what stands at the end.
+
+    Raises:
+        SystemExit: with status 1, after all is written, where too many pictures of a benchmark cannot be read.
+    """
+    scores = [score for row in rows for score in row.scores]
+    blocks: list[Block] = [table(rows, "Variants"), Note(legend(rows)), *pictures]
+    blocks += [
+        Note(f"The paper's {row.paper.table} for {row.name}: {', '.join(f'{k} {v:g}' for k, v in reported.items())}.")
         for row in rows
-        if row.paper and (scores := row.paper.scores)
+        if row.paper and (reported := row.paper.scores)
     ]
-    measured = paired([score for row in rows for score in row.scores])
-    return [*notes, *([Note(markdown(measured, "Benchmarks"))] if measured else [])]
+    page = Page(title, [*blocks, *(benchmark_blocks(paired(scores), "Benchmarks") if scores else ()), *more], facts)
+    page.show()
+    file, *_ = page.write(out, *files)
+    say(f"report: {file}")
+    refuse_unread(scores, rows[0].config.eval.max_unread)
+    return file
 
 
 def _image_tokens(row: VariantRow) -> str:

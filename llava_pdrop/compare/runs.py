@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_pdrop.compare import figures
-from llava_pdrop.compare.rows import Saving, VariantRow, below_the_table, finished_run, legend, table, with_savings
+from llava_pdrop.compare.rows import VariantRow, finished_run, publish
+from llava_pdrop.compare.turns import with_savings
 from llava_pdrop.cost.plan import make_plan
 from llava_pdrop.errors import ConfigError, UserError
-from llava_pdrop.report.console import say
-from llava_pdrop.report.page import Note, Page, Picture
+from llava_pdrop.report.page import Picture
 
 RUNS_FILE, RUNS_PICTURE = "runs.md", "runs.png"
 
@@ -29,16 +29,10 @@ def compare_runs(directories: Sequence[str | Path], out: Path = Path("checkpoint
     places = [Path(directory).resolve() for directory in directories]
     if twice := next((given for given, place in zip(directories, places) if places.count(place) > 1), None):
         raise ConfigError(f"{twice} is named twice: name every run once")
-    rows = [planned(finished_run(Path(directory))) for directory in directories]
-    rows = with_savings(rows, one_after_the_other)
-    saved = any(share is not None for row in rows for share in (row.realised, row.saved_in_paper))
-    picture = [Picture(RUNS_PICTURE, "tokens, time saved, accuracy", lambda: figures.variants(rows))] * saved
-    title = "Runs, and what the paper reports"
-    page = Page("Finished runs", [table(rows, title), Note(legend(rows)), *picture, *below_the_table(rows)])
-    page.show()
-    file, *_ = page.write(out, RUNS_FILE)
-    say(f"report: {file}")
-    return file
+    rows = with_savings([planned(finished_run(Path(directory))) for directory in directories], in_turns=False)
+    known = any(share is not None for row in rows for share in (row.realised, row.saved_in_paper))
+    picture = [Picture(RUNS_PICTURE, "tokens, time saved, accuracy", lambda: figures.variants(rows))] * known
+    return publish(rows, "Finished runs, and what the paper reports", out, [RUNS_FILE], picture)
 
 
 def planned(row: VariantRow) -> VariantRow:
@@ -47,8 +41,3 @@ def planned(row: VariantRow) -> VariantRow:
         return replace(row, plan=make_plan(row.config, ()))
     except UserError:
         return row
-
-
-def one_after_the_other(row: VariantRow, before: float, after: float) -> Saving:
-    """What ``row`` saves by the seconds of its own median step, ``after``, and of the vanilla run's, ``before``."""
-    return Saving.one_after_the_other(before, after, "the median steps of finished runs of the same model")

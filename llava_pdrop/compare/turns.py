@@ -66,13 +66,38 @@ def saving_of_pairs(
     return Saving(median, (first, third), tuple(pairs), tuple(steps), on_cpu)
 
 
-def saving(row: VariantRow, before: float, after: float) -> Saving:
-    """What the steps of a finished run save: timed by turns where that can be, else by what the runs took.
+def with_savings(rows: Sequence[VariantRow], in_turns: bool = True) -> list[VariantRow]:
+    """Adds to every row with drops what they save of the time of the row without, of the same model and measured alike.
+    ``in_turns``: see `saving`."""
+    vanilla = {_alike(row): row.seconds for row in rows if not row.schedule.layers}
+
+    def completed(row: VariantRow) -> VariantRow:
+        before = vanilla.get(_alike(row))
+        if not row.schedule.layers or before is None or row.seconds is None:
+            return row
+        return replace(row, saving=saving(row, before, row.seconds, in_turns))
+
+    return [completed(row) for row in rows]
+
+
+def _alike(row: VariantRow) -> tuple[Any, ...]:
+    """What two rows must have in common for their times to be compared."""
+    model, data = row.config.model, row.config.data
+    parts = (model.path or model.language_model, model.vision_tower, model.aspect, model.pinpoints, model.trainable)
+    return (row.timing is None, *parts, str(row.config.lora), data.samples_per_batch, data.tokens_per_batch)
+
+
+def saving(row: VariantRow, before: float, after: float, in_turns: bool = True) -> Saving:
+    """What ``row`` saves of an answer, or of a training step: timed by turns where that can be, else by these seconds,
+    without drops and with them.
 
     Args:
-        row: of the run with dropping.
-        before, after: seconds of the median step, without and with dropping, of the runs.
+        in_turns: whether turns may be taken; they take the time of some steps.
     """
+    if row.timing is None:
+        return Saving(saved(before, after), reason="the mean time of an answer")
+    if not in_turns:
+        return Saving(saved(before, after), reason="the median steps of finished runs of the same model")
     directory = Path(row.config.output_dir)
     config = load_config(directory / RUN_FILE)
     reason = why_no_turns(directory, row.device, "cpu" if on_cpu(config.train.arguments) else "cuda")
@@ -85,7 +110,7 @@ def saving(row: VariantRow, before: float, after: float) -> Saving:
         finally:
             release_memory()
     say(f"the realised saving is that of the two runs, one after the other: {reason}")
-    return Saving.one_after_the_other(before, after, reason)
+    return Saving(saved(before, after), reason=reason)
 
 
 def why_no_turns(directory: Path, device: str, here: str) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_pdrop.eval.kept import HOME
 from llava_pdrop.eval.score import Score, as_json
 from llava_pdrop.report.console import say
-from llava_pdrop.report.page import Block, Note, Page, Table, markdown_of
+from llava_pdrop.report.page import Block, Note, Page, Table
 from llava_pdrop.report.units import column, text_of
 
 TABLE, RESULTS = "scores.md", "scores.json"
@@ -54,11 +54,6 @@ def show(scores: Sequence[Score], title: str) -> None:
 def write(scores: Sequence[Score], directory: Path, title: str) -> Path:
     """Writes the table below ``directory`` and returns its path."""
     return Page(title, blocks(scores), [as_json(score) for score in scores]).write(directory / HOME, TABLE, RESULTS)[0]
-
-
-def markdown(scores: Sequence[Score], title: str) -> str:
-    """The same as a part of another report."""
-    return markdown_of(blocks(scores, title))
 
 
 def refuse_unread(scores: Sequence[Score], allowed: float) -> None:

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_pdrop.__main__ import main
-from llava_pdrop.compare.ablate import missing_lines, plan
+from llava_pdrop.compare.ablate import plan
 from llava_pdrop.compare.rows import table
+from llava_pdrop.compare.study import missing_lines
 from llava_pdrop.compare.variants import load_ablation
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
@@ -279,8 +280,11 @@ def test_one_checkpoint_with_every_schedule(write, tmp_path: Path, tiny_files: P
 
 
 def test_what_the_table_will_lack_is_said(write) -> None:
-    assert missing_lines(load_ablation(write(variants=LAMBDAS))) == []
-    lines = missing_lines(load_ablation(write(grid={"seed": [1]}), ["data.eval=null"]))
+    def lines_of(*overrides: str, **content: object) -> list[str]:
+        return missing_lines([variant.config for variant in load_ablation(write(**content), overrides).variants])
+
+    assert lines_of(variants=LAMBDAS) == []
+    lines = lines_of("data.eval=null", grid={"seed": [1]})
     assert len(lines) == 2
     assert re.search(says("without drops", "no realised"), lines[0])
     assert re.search(says("data.eval", "null", "no accuracy"), lines[1])

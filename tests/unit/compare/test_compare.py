@@ -28,8 +28,9 @@ FREE = {
 @pytest.fixture
 def finished(tiny_config, tiny_files, tmp_path, capsys):
     pictures = sorted((tiny_files / "data/images").glob("*.png"))[:2]
-    words = ["benchmarks=pope", f"eval.root={write_pope(tmp_path / 'sets', pictures)}"]
-    config = load_config(tiny_config("job", pyramid_drop=DROP, compare={"training_free": FREE}), words)
+    words = ["benchmarks=paper", f"eval.root={write_pope(tmp_path / 'sets', pictures)}"]
+    paper = {"table": "Table 1", "scores": {"POPE": 80.0}}  # of PyramidDrop, and the only one for both runs to measure
+    config = load_config(tiny_config("job", pyramid_drop=DROP, compare={"training_free": FREE}, paper=paper), words)
     file = compare(config)
     return file, capsys.readouterr().out
 
@@ -55,6 +56,7 @@ def test_the_whole_job(finished):
     measured = results["benchmarks"]
     assert {row["column"] for row in measured} == set(names) | {"pyramid_drop"} and len(measured) == 5
     assert [row["against"] is None for row in measured] == [True, False, False, False, False]
+    assert [row["paper"] for row in measured if row["column"] != "pyramid_drop"] == [None] * 4
     assert "## Benchmarks" in text and "| POPE | vanilla + fastv |" in text and "POPE" in printed
 
     saving = rows["pyramid_drop"]["saving"]
@@ -68,7 +70,13 @@ def test_the_whole_job(finished):
     low, high = (f"{100 * share:.1f}" for share in saving["quartiles"])
     assert f"| {saving['realised']:.1%} ({low} to {high}; {ratio:.2f}x) |" in text
     assert rows["vanilla + random"]["timing"] is None
+    schedules = [rows[name]["schedule"] for name in names[1:]]
+    assert [schedule["layers"] for schedule in schedules] == [[1, 2, 3], [1, 2, 3], [1], [1, 2, 3]]
+    assert schedules[0] == schedules[1] and [schedule["ranker"] for schedule in schedules[2:]] == ["fastv", "random"]
 
+    for name in ("vanilla", "pyramid_drop"):  # as an evaluation of each would leave it
+        evaluation = json.loads((file.parent / name / "evaluation.json").read_text())
+        assert evaluation.items() <= rows[name].items() and (file.parent / name / "predictions.jsonl").is_file()
     for picture in ("loss.png", "step_time.png", "tokens.png"):
         assert f"({picture})" in text
         with Image.open(file.parent / picture) as image:
@@ -139,10 +147,10 @@ def test_without_vanilla_and_without_questions(tiny_config, tiny_files, capsys):
     assert re.search(says("compare.vanilla", "false", "data.eval", "null", "no accuracy"), printed)
     text = file.read_text()
     head = next(line for line in text.splitlines() if line.startswith("| variant |"))
-    assert not any(word in head for word in ("accuracy", "chance", "saved", "answer"))
+    assert not any(word in head for word in ("accuracy", "chance", "realised", "answer"))
     assert "| pyramid_drop | 1, 2, 3 |" in text and "tokens.png" not in text and "| vanilla |" not in text
     (row,) = json.loads((file.parent / "results.json").read_text())["rows"]
-    assert row["predicted"] is None and row["realised"] is None and row["timing"]["steps"] == 3
+    assert 0 < row["predicted"] < 1 and row["realised"] is None and row["timing"]["steps"] == 3
 
 
 def test_where_a_run_cannot_lie_is_said_before_the_other_one_is_trained(tiny_config):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from llava_pdrop.__main__ import main
-from llava_pdrop.compare.rows import VariantRow, finished_run, table, with_savings
-from llava_pdrop.compare.runs import compare_runs, one_after_the_other, planned
+from llava_pdrop.compare.rows import VariantRow, finished_run, table
+from llava_pdrop.compare.runs import compare_runs, planned
+from llava_pdrop.compare.turns import with_savings
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
 from tests.messages import says
 
@@ -40,7 +41,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def rows_of(*runs: Path) -> list[VariantRow]:
-    return with_savings([planned(finished_run(run)) for run in runs], one_after_the_other)
+    return with_savings([planned(finished_run(run)) for run in runs], in_turns=False)
 
 
 def cells(runs: list[Path]) -> list[dict[str, str]]:

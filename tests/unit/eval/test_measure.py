@@ -19,7 +19,8 @@ from llava_pdrop.eval.measure import _Asked, chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.rules.grades import Grade, means
 from llava_pdrop.eval.score import beside_paper, paired, score_of
-from llava_pdrop.eval.score_table import blocks, markdown, refuse_unread
+from llava_pdrop.eval.score_table import blocks, refuse_unread
+from llava_pdrop.report.page import markdown_of
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 
@@ -158,7 +159,7 @@ def test_the_share_that_a_refusal_names_is_enough(capsys, unread, questions):
 def test_what_only_a_server_knows_has_no_score():
     found = score_of(replace(TOY, total=None), QUESTIONS, answers(2), "vanilla", Schedule(), "p")
     assert found.value is None and row_of(found)["score"] == "server"
-    assert "server" in markdown(paired([found, found]), "Benchmarks")
+    assert "server" in markdown_of(blocks(paired([found, found])))
     asked = [replace(question, facts={"known": False}) for question in QUESTIONS]
     assert score_of(TOY, asked, answers(2), "vanilla", Schedule(), "p").value is None
 
