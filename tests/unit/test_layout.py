@@ -23,8 +23,8 @@ MADE_BY_RUNNING = {"checkpoints", "build", "dist", "runs", "wandb", "__pycache__
 
 PARTS = (
     "errors", "files", "world", "types", "geometry", "schedule",
-    "report", "model", "config", "generate", "checkpoint", "runtime", "data", "cost", "train", "eval", "doctor",
-    "bench", "compare", "serve", "commands",
+    "report", "model", "config", "generate", "checkpoint", "runtime", "data", "cost", "train", "eval", "compare",
+    "doctor", "bench", "serve", "commands",
 )  # fmt: skip
 """Files and folders of the package. Each may import those before it, and itself."""
 

@@ -1,4 +1,4 @@
-"""Stage ``learn``: the embedded task at a GPU's size, trained with every way of dropping (`llava_pdrop.eval.learn`)."""
+"""Stage ``learn``: the embedded task at a GPU's size, trained with every way of dropping (`compare.learn`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_pdrop.bench.gpu.check import Check
-from llava_pdrop.eval.learn import learn
+from llava_pdrop.compare.learn import learn
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "gpu"
 

@@ -17,29 +17,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
-from llava_pdrop.checkpoint.build import Parts, build_parts
 from llava_pdrop.checkpoint.grow import grow_decoder, grow_projector
+from llava_pdrop.compare.rows import VariantRow
+from llava_pdrop.compare.study import Candidate, asked, subrun
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError
-from llava_pdrop.eval.evaluate import (
-    DROPPING,
-    VANILLA,
-    AnswerSettings,
-    Result,
-    answer,
-    load_questions,
-    respondent_of,
-)
-from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.evaluate import DROPPING, VANILLA, AnswerSettings, answer, load_questions, respondent_of
+from llava_pdrop.eval.team import ALONE
 from llava_pdrop.report.console import say
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.page import write_json
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.checkpoints import newest_whole
-from llava_pdrop.train.metrics import METRICS_FILE, read_metrics, timing_of
-from llava_pdrop.train.run import load_parts, prepare_data, train
+from llava_pdrop.train.checks import checked
+from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
+from llava_pdrop.train.run import load_parts, prepare_data, train_checked
 
 SHIPPED = Path("data/tiny")
 """Where the small decoder and projector lie, below the checkout, in which the program is started."""
@@ -123,11 +118,7 @@ def learn(out: Path, device: str, config: Path, seconds: float, overrides: Seque
 
 
 def grow_base(run: Config, base: Path) -> None:
-    """Writes decoder and projector that all arms start from.
-
-    Raises:
-        ConfigError: the config has no ``model.reference_shape``, or one that the shipped decoder cannot grow to.
-    """
+    """Writes decoder and projector that all arms start from."""
     if run.model.reference_shape is None:
         raise ConfigError(f"{run.file}: model.reference_shape is not set: it says how large the decoder gets")
     if not (SHIPPED / "language_model").is_dir():
@@ -147,23 +138,13 @@ def grow_base(run: Config, base: Path) -> None:
 
 def arms_of(run: Config) -> dict[str, Config]:
     """Name -> run: vanilla (unless ``compare.vanilla`` is false), the schedule of ``run``, and those of
-    ``compare.training_free``; each in its directory."""
+    ``compare.training_free``."""
     assert run.model.reference_shape is not None
     layers = run.model.reference_shape.language_model["num_hidden_layers"]
-    schedules = {DROPPING: run.pyramid_drop, **run.training_free(layers)}
-    if run.compare.vanilla:
-        schedules = {VANILLA: None, **schedules}
-    once = replace(run.train, resume="never")
-    return {
-        name: replace(
-            run,
-            name=f"{run.name}/{name}",
-            output_dir=str(Path(run.output_dir) / name),
-            pyramid_drop=schedule,
-            train=once,
-        )
-        for name, schedule in schedules.items()
-    }
+    schedules: dict[str, Schedule | None] = {VANILLA: None} if run.compare.vanilla else {}
+    schedules |= {DROPPING: run.pyramid_drop, **run.training_free(layers)}
+    once = replace(run, train=replace(run.train, resume="never"))
+    return {name: replace(subrun(once, name), pyramid_drop=schedule) for name, schedule in schedules.items()}
 
 
 def with_steps(run: Config, steps: int) -> Config:
@@ -172,51 +153,38 @@ def with_steps(run: Config, steps: int) -> Config:
 
 
 def train_arm(run: Config, seconds: float) -> dict[str, Any]:
-    """Trains and evaluates one arm within about ``seconds``.
-
-    Raises:
-        UserError, RuntimeError, OSError: whatever keeps it from that.
-        Preempted: a signal said stop.
-    """
-    began = time.monotonic()
-    questions = load_questions(run)
-    start = score(run, load_parts(run), questions[:START_QUESTIONS])
+    """Trains and evaluates one arm within about ``seconds``."""
+    began, directory = time.monotonic(), Path(run.output_dir)
+    questions = load_questions(run)[:START_QUESTIONS]
+    start = answer(AnswerSettings.of(run), respondent_of(load_parts(run), run), questions, run.schedule, None)
     release_memory()
     deadline, trained = Deadline(began + TRAINING_SHARE * seconds), time.monotonic()
-    directory = Path(run.output_dir)
+    whole, weights = checked(run), None
     try:
-        train(run, callbacks=[deadline])
-        weights = directory
+        train_checked(whole, [deadline])
     except Preempted:
-        saved = newest_whole(directory, say)
-        if not deadline.passed or saved is None:
+        weights = newest_whole(directory, say) if deadline.passed else None
+        if weights is None:
             raise
-        weights = saved
     trained, evaluated = time.monotonic() - trained, time.monotonic()
     release_memory()
-    result = score(run, build_parts(path=str(weights)), questions)
-    rows = [row for row in read_metrics(directory / METRICS_FILE) if "loss" in row]
-    timing = timing_of(directory / METRICS_FILE)
-    assert timing is not None, "every step is logged"
+    (row,) = asked(Candidate((VariantRow(run.name, run),), whole), ALONE, directory, weights)
+    assert row.timing is not None and row.evaluation is not None, "every step is logged, and there are questions"
+    accuracy, count = row.evaluation["accuracy"], row.evaluation["questions"]
     return {
         "schedule": run.schedule.to_dict(),
         "start_accuracy": start.accuracy,
-        "accuracy": result.accuracy,
-        "chance": result.chance,
-        "questions": len(result.predictions),
-        "standard_error": math.sqrt(result.accuracy * (1 - result.accuracy) / len(result.predictions)),
-        "image_tokens": result.image_tokens,
-        "steps": rows[-1]["step"],
-        "seconds_per_step": timing.seconds,
-        "wall_seconds_per_step": timing.wall,
-        "peak_mib": timing.peak_mib,
-        "losses": [row["loss"] for row in rows],
+        "accuracy": accuracy,
+        "chance": row.evaluation["chance"],
+        "questions": count,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
+        "image_tokens": row.evaluation["image_tokens"],
+        "steps": row.timing.steps,
+        "seconds_per_step": row.timing.seconds,
+        "wall_seconds_per_step": row.timing.wall,
+        "peak_mib": row.timing.peak_mib,
+        "losses": [line["loss"] for line in read_metrics(directory / METRICS_FILE) if "loss" in line],
         "stopped_early": deadline.passed,
         "train_seconds": trained,
         "eval_seconds": time.monotonic() - evaluated,
     }
-
-
-def score(run: Config, parts: Parts, questions: Sequence[Question]) -> Result:
-    """Answers ``questions`` with the schedule of ``run``."""
-    return answer(AnswerSettings.of(run), respondent_of(parts, run), questions, run.schedule, None)

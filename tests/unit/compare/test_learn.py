@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from llava_pdrop.compare import learn as module
+from llava_pdrop.compare.learn import arms_of, learn
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.eval import learn as module
-from llava_pdrop.eval.learn import arms_of, learn
 from tests.messages import says
 
 ROOT = Path(__file__).parents[3]
@@ -62,7 +62,7 @@ def test_time_runs_out_and_packages_are_missing(tmp_path):
             "import sys",
             f"sys.modules.update(dict.fromkeys({MISSING!r}))",
             "from pathlib import Path",
-            "from llava_pdrop.eval.learn import learn",
+            "from llava_pdrop.compare.learn import learn",
             f"learn(Path({str(tmp_path / 'out')!r}), 'cpu', Path({str(CPU)!r}), 0.0, {words!r})",
             "print('imported:', [name for name in sys.argv[1:] if sys.modules.get(name)])",
         ]
