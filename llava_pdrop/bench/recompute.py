@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from llava_pdrop.bench.train_step import MIB, BenchArm, Trainer
+from llava_pdrop.bench.train_step import BenchArm, Trainer
 from llava_pdrop.cost.flops import Recomputed
-from llava_pdrop.cost.memory import GIB
 from llava_pdrop.cost.plan import RESERVE
 from llava_pdrop.cost.step_time import card_named
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.report.units import GIB, MIB
 from llava_pdrop.types import PackedBatch
 
 ALL, AUTO = "all", "auto"

@@ -25,6 +25,7 @@ from llava_pdrop.errors import ConfigError, UserError, did_you_mean
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.report.units import GIB
 from llava_pdrop.schedule import Schedule
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -126,7 +127,7 @@ def make_model(
     needed, free = sum(p.nbytes for p in hf.parameters()), psutil.virtual_memory().available
     if device.type == "cpu" and needed > free:
         raise UserError(
-            f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: take a GPU, or "
+            f"the weights take {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB of memory are free: take a GPU, or "
             "a smaller model"
         )
     hf = hf.to_empty(device=device)

@@ -18,7 +18,7 @@ from llava_pdrop.cost.time_report import mean
 from llava_pdrop.errors import UserError
 from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Note, Page, Picture, Table, plain, write_json
-from llava_pdrop.report.units import MEMORY, column, digits, text_of, time_unit
+from llava_pdrop.report.units import MEMORY, MIB, column, digits, saved, text_of, time_unit
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of, quartiles
 from llava_pdrop.runtime.device import peak_flops
 
@@ -147,17 +147,17 @@ def _run(result: Measured, vanilla: Measured, rate: float, card: str | None = No
         "hfu": median(count / step for count, step in zip(result.hardware_flops, seconds)) / rate,
     }
     if result is not vanilla and vanilla.error is None and result.error is None:
-        predicted = 1 - sum(result.hardware_flops) / sum(vanilla.hardware_flops)
-        realised = 1 - result.typical_seconds / vanilla.typical_seconds
-        compute = 1 - result.typical_compute / vanilla.typical_compute
+        predicted = saved(sum(vanilla.hardware_flops), sum(result.hardware_flops))
+        realised = saved(vanilla.typical_seconds, result.typical_seconds)
+        compute = saved(vanilla.typical_compute, result.typical_compute)
         pairs = zip(vanilla.seconds["step"], seconds)
         entry |= {
             "predicted_reduction": predicted,
             "realised_reduction": realised,
             "compute_reduction": compute,
             "realised_over_predicted": compute / predicted if predicted else None,
-            "realised_total": 1 - sum(seconds) / sum(vanilla.seconds["step"]),
-            "realised_by_step": _round(quartiles([1 - dropping / full for full, dropping in pairs])),
+            "realised_total": saved(sum(vanilla.seconds["step"]), sum(seconds)),
+            "realised_by_step": _round(quartiles([saved(*pair) for pair in pairs])),
         }
     return entry | {
         "steps": {
@@ -351,4 +351,4 @@ def _schedule(schedule: dict[str, Any]) -> str:
 
 
 def _bytes(mib: float | None) -> float | None:
-    return None if mib is None else mib * 2**20
+    return None if mib is None else mib * MIB

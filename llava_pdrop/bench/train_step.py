@@ -29,6 +29,7 @@ from llava_pdrop.model import vlm
 from llava_pdrop.model.kernels import resolve
 from llava_pdrop.model.stream import Layout, layouts_of
 from llava_pdrop.model.vlm import Output, PyramidLlava
+from llava_pdrop.report.units import MIB
 from llava_pdrop.runtime.clock import (
     REGIONS,
     STAGE,
@@ -42,8 +43,6 @@ from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
-
-MIB = 2**20
 
 
 def full_logits_loss(lm_head: nn.Module, x_TD: Tensor, predict_row: Tensor, label_L: Tensor) -> Tensor:

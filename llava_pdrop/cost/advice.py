@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 from llava_pdrop.config.load import ENGINES, SET_BY_ENGINE
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.lora import adapter_parameters
-from llava_pdrop.cost.memory import GIB, cpu_memory
+from llava_pdrop.cost.memory import cpu_memory
 from llava_pdrop.cost.nominal import model_of, samples_of, states_of
 from llava_pdrop.cost.plan import RESERVE, plan_memory, plan_step
 from llava_pdrop.cost.run_length import RunLength, run_length
 from llava_pdrop.errors import UserError
+from llava_pdrop.report.units import GIB
 from llava_pdrop.runtime.device import PEAK_TFLOPS
 
 ORDER = ("ddp", "zero2", "zero3", "fsdp2", "zero2_offload", "zero3_offload")

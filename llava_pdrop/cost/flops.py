@@ -16,6 +16,7 @@ from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.pyramid_drop import RANKERS
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.model.vision import used_tower_layers
+from llava_pdrop.report.units import saved
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
@@ -142,7 +143,7 @@ def predicted_reduction(
     def operations(chosen: Schedule) -> float:
         return sum(step_flops(config, batch, chosen, geometry, trainable, recomputed).total for batch in batches)
 
-    return 1 - operations(schedule) / operations(Schedule())
+    return saved(operations(Schedule()), operations(schedule))
 
 
 def tiles_of(batch: PackedBatch, geometry: ImageGeometry) -> int:

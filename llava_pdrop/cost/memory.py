@@ -43,8 +43,6 @@ from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Memory:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import Recomputed, StepFlops, step_flops
 from llava_pdrop.cost.lora import adapter_flops, adapter_parameters, learning
-from llava_pdrop.cost.memory import GIB, Memory, predicted_peak
+from llava_pdrop.cost.memory import Memory, predicted_peak
 from llava_pdrop.cost.nominal import (
     FULL_TEXT_TOKENS,
     full_picture,
@@ -24,6 +24,7 @@ from llava_pdrop.cost.paper import Solution, solve_budget
 from llava_pdrop.cost.states import States
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.report.units import GIB, saved
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
 
 NOMINAL_PICTURES = ((336, 336), (640, 480), (480, 640), (1280, 720), (1000, 1400), (2000, 500))
@@ -83,7 +84,7 @@ class PlanStep:
     @property
     def reduction(self) -> float:
         """Share of the operations that is saved: the prediction for the time of a step."""
-        return 1 - self.dropping.total / self.vanilla.total
+        return saved(self.vanilla.total, self.dropping.total)
 
 
 @dataclass(frozen=True)

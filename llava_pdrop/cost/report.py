@@ -28,7 +28,7 @@ from llava_pdrop.cost.plan import (
 from llava_pdrop.cost.states import States
 from llava_pdrop.cost.time_report import TimeModel, time_blocks, time_json
 from llava_pdrop.report.page import Block, Code, Page, Table
-from llava_pdrop.report.units import GIB, column, digits
+from llava_pdrop.report.units import GIB, column, digits, saved
 from llava_pdrop.schedule import Schedule
 
 PAPER_7B = {
@@ -197,7 +197,7 @@ def _pictures(config: Config, plan: Plan) -> Table:
     rows = []
     for row in plan.rows[:1] if same else plan.rows:
         size = "any size" if same else f"{row.size[0]}x{row.size[1]}"
-        costs = (digits(row.vanilla), digits(row.dropping), f"{1 - row.dropping / row.vanilla:.1%}")
+        costs = (digits(row.vanilla), digits(row.dropping), f"{saved(row.vanilla, row.dropping):.1%}")
         rows.append((size, *(f"{count:,}" for count in row.tokens), *costs))
     title = f"{config.name}: image tokens of one picture; every picture keeps int(n * ratio) of its own n"
     return Table(("picture", *stages, "TFLOP vanilla", "TFLOP dropping", "saved"), rows, title)
@@ -207,8 +207,8 @@ def _operations(step: PlanStep) -> Table:
     rows = []
     for name in (*(field.name for field in fields(StepFlops)), "total"):
         vanilla, dropping = getattr(step.vanilla, name), getattr(step.dropping, name)
-        saved = f"{1 - dropping / vanilla:.1%}" if vanilla else "-"
-        rows.append((name, digits(vanilla / 1e12), digits(dropping / 1e12), saved))
+        share = f"{saved(vanilla, dropping):.1%}" if vanilla else "-"
+        rows.append((name, digits(vanilla / 1e12), digits(dropping / 1e12), share))
     head = ("TFLOP (2 per multiply-accumulate)", "vanilla", "dropping", "saved")
     return Table(head, rows, "Operations of a training step's micro-batch")
 

@@ -13,7 +13,7 @@ from llava_pdrop.cost.memory import learning_parameters
 from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by, states_of
 from llava_pdrop.cost.step_time import NOTE, StepPart, Work, card_named, is_modelled, step_parts
 from llava_pdrop.report.page import Block, Table
-from llava_pdrop.report.units import time_unit
+from llava_pdrop.report.units import saved, time_unit
 from llava_pdrop.schedule import Schedule
 
 
@@ -148,8 +148,8 @@ def _saved(arms: dict[str, Any]) -> dict[str, float] | None:
         return None
     vanilla, dropping = arms["vanilla"], arms["dropping"]
     return {
-        "forward_backward": 1 - dropping["forward_backward"]["ms"] / vanilla["forward_backward"]["ms"],
-        "step": 1 - dropping["step_ms"] / vanilla["step_ms"],
+        "forward_backward": saved(vanilla["forward_backward"]["ms"], dropping["forward_backward"]["ms"]),
+        "step": saved(vanilla["step_ms"], dropping["step_ms"]),
     }
 
 
@@ -177,9 +177,9 @@ def time_blocks(time: TimeModel | str) -> list[Block]:
     rows.append(["MFU", *(cell for arm in arms.values() for cell in ("", "", f"{arm['mfu']:.1%}"))])
     head = [f"{name}: {title}" for name in arms for title in ("FLOP", "bytes", "time")]
     title = f"Modelled, not measured: a micro-batch on one {time.card}, {time.kernels} kernels, in {unit.name}"
-    saved, card = _saved(arms), card_named(time.card)
-    reduction = saved and (
-        f"By this model dropping takes {saved['step']:.1%} less time, {saved['forward_backward']:.1%} without the "
+    less, card = _saved(arms), card_named(time.card)
+    reduction = less and (
+        f"By this model dropping takes {less['step']:.1%} less time, {less['forward_backward']:.1%} without the "
         "optimizer."
     )
     return [

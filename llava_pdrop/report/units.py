@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from math import floor, log10
 from typing import NamedTuple
 
-GIB = 2**30
-"""Bytes in a GiB."""
+MIB, GIB = 2**20, 2**30
+"""Bytes in a MiB and in a GiB."""
 
 
 class Unit(NamedTuple):
@@ -31,7 +31,7 @@ class Unit(NamedTuple):
 TIME = (Unit("h", 3600.0), Unit("min", 60.0), Unit("s", 1.0), Unit("ms", 1e-3), Unit("µs", 1e-6))
 """Units of seconds, largest first."""
 
-MEMORY = (Unit("GiB", GIB), Unit("MiB", 2**20), Unit("KiB", 2**10))
+MEMORY = (Unit("GiB", GIB), Unit("MiB", MIB), Unit("KiB", 2**10))
 """Units of bytes, largest first."""
 
 OPERATIONS = (Unit("TFLOP", 1e12), Unit("GFLOP", 1e9), Unit("MFLOP", 1e6))

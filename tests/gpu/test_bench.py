@@ -12,9 +12,10 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.bench import variants
 from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillCase, Prompt, generate
 from llava_pdrop.bench.shapes import make_model, shape_named
-from llava_pdrop.bench.train_step import MIB, BenchArm, Trainer, measure
+from llava_pdrop.bench.train_step import BenchArm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
+from llava_pdrop.report.units import MIB
 from llava_pdrop.runtime.clock import REGIONS, parts_of
 from llava_pdrop.runtime.device import device_named
 from tests.gpu.peaks import assert_predicted, cublas_workspaces

@@ -12,8 +12,7 @@ from typing import Any
 from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.recompute import ALL, AUTO, from_json
 from llava_pdrop.bench.run import run_prefill, run_train
-
-MIB_IN_GIB = 1024
+from llava_pdrop.report.units import GIB, MIB
 
 
 def train_next(check: Check) -> None:
@@ -174,8 +173,8 @@ def _arm(run: dict[str, Any]) -> dict[str, Any]:
         "mfu": run["mfu"],
         "hfu": run["hfu"],
         "ranking_share": run["ranking_share"],
-        "peak_gib": run["peak_mib"] / MIB_IN_GIB,
-        "predicted_peak_gib": None if predicted is None else predicted / MIB_IN_GIB,
+        "peak_gib": run["peak_mib"] * MIB / GIB,
+        "predicted_peak_gib": None if predicted is None else predicted * MIB / GIB,
         "tokens_per_second": run["tokens_per_second"],
     }
 

@@ -24,6 +24,7 @@ from llava_pdrop.bench.shapes import Shape, make_model, shape_named
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.config.load import load_config
 from llava_pdrop.data.packing import BatchPlan
+from llava_pdrop.report.units import GIB, MIB
 from llava_pdrop.runtime.ranks import engine_for_one_run
 from llava_pdrop.train.arguments import learning_rates, training_arguments
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
@@ -160,7 +161,7 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
         "trainable": list(shape.trainable),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "peak_gib": max(memory) / 1024 if memory else None,
+        "peak_gib": max(memory) * MIB / GIB if memory else None,
         "losses": [row["loss"] for row in rows],
     }
 

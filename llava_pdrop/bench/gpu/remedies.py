@@ -15,6 +15,7 @@ from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.train_step import BenchArm, Measured, Trainer, measure
 from llava_pdrop.model.kernels import missing, resolve
 from llava_pdrop.model.vlm import Output, PyramidLlava
+from llava_pdrop.report.units import GIB, MIB, saved
 from llava_pdrop.runtime.clock import Span
 from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.types import PackedBatch
@@ -155,13 +156,13 @@ def _figures(trainer: Trainer, vanilla: Measured, dropping: Measured) -> dict[st
     return {
         "vanilla_ms": 1000 * before,
         "dropping_ms": 1000 * after,
-        "saved": 1 - after / before,
-        "saved_without_optimizer": 1 - compute[1] / compute[0],
-        "predicted": 1 - sum(dropping.hardware_flops) / sum(vanilla.hardware_flops),
+        "saved": saved(before, after),
+        "saved_without_optimizer": saved(*compute),
+        "predicted": saved(sum(vanilla.hardware_flops), sum(dropping.hardware_flops)),
         "vanilla_mfu": median(vanilla.model_flops) / before / rate,
         "dropping_mfu": median(dropping.model_flops) / after / rate,
-        "vanilla_peak_gib": max(vanilla.peak_mib) / 1024,
-        "dropping_peak_gib": max(dropping.peak_mib) / 1024,
+        "vanilla_peak_gib": max(vanilla.peak_mib) * MIB / GIB,
+        "dropping_peak_gib": max(dropping.peak_mib) * MIB / GIB,
         "steps": len(vanilla.losses),
     }
 

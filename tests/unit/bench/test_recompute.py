@@ -15,8 +15,8 @@ from llava_pdrop.bench.train_step import BenchArm, Trainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
-from llava_pdrop.cost.memory import GIB
 from llava_pdrop.cost.step_time import CARDS
+from llava_pdrop.report.units import GIB
 from tests.messages import says
 
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ from llava_pdrop.bench.train_step import BenchArm, Trainer, measure
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, predicted_reduction
 from llava_pdrop.model import kernels, vlm
+from llava_pdrop.report.units import MIB
 from llava_pdrop.runtime import clock
 from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of
 from llava_pdrop.schedule import Schedule
@@ -232,7 +233,7 @@ def test_the_predicted_peak_is_that_of_the_arm() -> None:
     vanilla = trainer.predicted_peak_mib(BenchArm("vanilla"), batch)
     assert trainer.predicted_peak_mib(DROPPING, batch) < vanilla
     assert trainer.predicted_peak_mib(BenchArm("vanilla", recomputed=ALL_LAYERS), batch) < vanilla
-    weights = sum(parameter.nbytes for parameter in trainer.model.parameters()) / train_step.MIB
+    weights = sum(parameter.nbytes for parameter in trainer.model.parameters()) / MIB
     assert vanilla > 3 * weights
 
 

@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_leaves
 from llava_pdrop.bench.shapes import Shape, shape_named
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
-from llava_pdrop.cost.memory import GIB, Parameters, predicted_peak
+from llava_pdrop.cost.memory import Parameters, predicted_peak
 from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model import kernels
 from llava_pdrop.model.vlm import PyramidLlava
+from llava_pdrop.report.units import GIB
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.types import ImageInput, PackedBatch, Sample

@@ -16,12 +16,12 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.lora import adapter_parameters
-from llava_pdrop.cost.memory import GIB
 from llava_pdrop.cost.nominal import full_picture, model_of, nominal_batch, states_of
 from llava_pdrop.cost.plan import least_recomputed, make_plan, plan_memory, plan_step, solve
 from llava_pdrop.cost.report import PAPER_7B, make_report, paper_note, schedule_yaml
 from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.report.units import GIB
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 
