@@ -22,7 +22,7 @@ from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.elementwise import kernels_of, optimizer_bytes
 from llava_pdrop.cost.flops import Recomputed, stage_flops, step_flops
 from llava_pdrop.cost.memory import predicted_peak
-from llava_pdrop.cost.step_time import is_modelled, step_parts
+from llava_pdrop.cost.step_time import is_modelled, timed_parts
 from llava_pdrop.cost.time_report import ArmTime
 from llava_pdrop.errors import UserError
 from llava_pdrop.model import vlm
@@ -236,7 +236,7 @@ class Trainer:
         learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         moved = optimizer_bytes(learning) * optimizer.SHARES[self.kind]
         kernels = kernels_of(resolve(arm.kernels, self.device))
-        parts = step_parts(config, batch, arm.schedule, *options, kernels=kernels)
+        parts = timed_parts(config, batch, arm.schedule, *options, kernels=kernels)
         return ArmTime(parts, moved, self.model_flops(arm, batch))
 
     def recover(self) -> None:

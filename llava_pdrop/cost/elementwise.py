@@ -59,6 +59,9 @@ class Moved:
     backward: float
     again: float = 0.0
 
+    def __add__(self, other: Moved) -> Moved:
+        return Moved(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
+
 
 def kernels_of(choice: str) -> str:
     """Those of `KERNELS` that ``model.kernels: choice`` runs with on a GPU: all but ``eager`` are fused."""
@@ -126,12 +129,12 @@ def projector_bytes(hidden: int, rows: int) -> Moved:
     return Moved(rows * hidden * 2 * HALF, rows * hidden * (3 + 1 + 1) * HALF)
 
 
-def drop_bytes(text: Any, tokens: int, left: int, kernels: str = "eager") -> Moved:
-    """Bytes of one ranking of ``tokens`` tokens, of which ``left`` stay: the next layer's norm, the rotary embedding of
-    its keys, their copy in float32 and the products with the query that read it; then the selection, whose backward
-    adds into a stream of zeros."""
+def drop_bytes(text: Any, tokens: int, left: int, kernels: str = "eager", ranked: bool = True) -> Moved:
+    """Bytes of one drop of ``tokens`` tokens, of which ``left`` stay. The ranking, where they are ``ranked`` by
+    attention: the next layer's norm, the rotary embedding of its keys, their copy in float32 and the products with the
+    query that read it; then the selection, whose backward adds into a stream of zeros."""
     keys, hidden = key_value_heads(text) * head_size(text), text.hidden_size
-    scored = NORM[kernels][0] * hidden + (ROTARY[kernels][0] + CAST + FLOAT) * keys
+    scored = ranked * (NORM[kernels][0] * hidden + (ROTARY[kernels][0] + CAST + FLOAT) * keys)
     return Moved(tokens * scored + left * 2 * HALF * hidden, (tokens + 3 * left) * HALF * hidden)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.pyramid_drop import RANKERS
@@ -51,6 +51,67 @@ ALL_LAYERS = Recomputed(None, True)
 """Every layer of the decoder and the tower."""
 
 
+class Product(NamedTuple):
+    """``times`` products of matrices (rows, inner) and (inner, columns)."""
+
+    rows: int
+    inner: int
+    columns: int
+    times: int = 1
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inner * self.columns * self.times
+
+
+@dataclass(frozen=True)
+class Work:
+    """Matrix products, operations of attention, forward and backward apart since kernels differ, and bytes of
+    element-wise kernels, which `cost.step_time` adds."""
+
+    products: tuple[Product, ...] = ()
+    attention: float = 0.0
+    attention_backward: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+
+    @property
+    def linear(self) -> float:
+        """Operations of the products."""
+        return float(sum(product.flops for product in self.products))
+
+    @property
+    def flops(self) -> float:
+        return self.linear + self.attention + self.attention_backward
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """A part of the step.
+
+    Attributes:
+        kind: tower, projector, layers (of the decoder, between two drops), ranking or head.
+        name: by which it is shown.
+        tokens: that go through it.
+        forward, backward: of all its layers; the backward with what is recomputed in it.
+        layers, again: how many equal layers it has, and how many of these are recomputed.
+    """
+
+    kind: str
+    name: str
+    tokens: int
+    forward: Work
+    backward: Work
+    layers: int = 1
+    again: int = 0
+
+    @property
+    def whole(self) -> Work:
+        return self.forward + self.backward
+
+
 @dataclass(frozen=True)
 class StepFlops:
     """Operations of a step by where they happen; forward and backward together."""
@@ -79,55 +140,25 @@ def step_flops(
     recomputed: Recomputed = Recomputed(),
     seq_lens: Sequence[Sequence[int]] | None = None,
 ) -> StepFlops:
-    """Operations of forward and backward of one micro-batch.
-
-    Args:
-        config: of the Hugging Face LLaVA (``text_config``, ``vision_config``, ``vision_feature_layer``).
-        trainable: which of projector, language_model and vision_tower learn (empty: forward only). The gradient
-            passes through a frozen decoder to what learns before it.
-        recomputed: layers whose forward runs once more in backward, up to the last product, whose result nobody needs
-            again.
-        seq_lens: the lengths of the samples at every stage, where a forward has told them (`vlm.Output`); None: they
-            are planned here.
-    """
-    text = config.text_config
-    stages = [layout.seq_lens for layout in layouts_of(batch, schedule)] if seq_lens is None else seq_lens
-    queries = [len(starts) for starts in batch.answer_starts]
-    tiles = tiles_of(batch, geometry)
-    backward = bool(trainable)
-    again = range(text.num_hidden_layers)[: recomputed.layers]
-    linear_factor = 1.0 + backward + ("language_model" in trainable)
-
-    decoder = attention = ranking = 0.0
-    stage = 0
-    for layer in range(text.num_hidden_layers):
-        if layer in schedule.layers:
-            ranking += ranking_flops(text, stages[stage], queries, schedule)
-            stage += 1
-        lengths = stages[stage]
-        repeat = backward and layer in again
-        linear, last, scores = layer_flops(text, lengths)
-        decoder += linear * linear_factor + (linear - last) * repeat
-        attention += scores * (1 + repeat + ATTENTION_BACKWARD * backward)
+    """Operations of forward and backward of one micro-batch; the arguments are those of `step_parts`."""
+    found: dict[str, Work] = {}
+    for part in step_parts(config, batch, schedule, geometry, trainable, recomputed, seq_lens):
+        found[part.kind] = found.get(part.kind, Work()) + part.whole
+    layers = found["layers"]
     return StepFlops(
-        tower=tower_flops(config, tiles, "vision_tower" in trainable, recomputed.tower),
-        projector=projector_flops(config, tiles * geometry.patches, trainable),
-        decoder=decoder,
-        attention=attention,
-        ranking=ranking,
-        head=2 * len(batch.label_positions) * text.hidden_size * text.vocab_size * linear_factor,
+        tower=found["tower"].flops,
+        projector=found["projector"].flops,
+        decoder=layers.linear,
+        attention=layers.attention + layers.attention_backward,
+        ranking=found.get("ranking", Work()).flops,
+        head=found["head"].flops,
     )
 
 
 def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule) -> list[float]:
     """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
-    text = config.text_config
-    edges = (0, *schedule.layers, text.num_hidden_layers)
-    return [
-        float((stop - first) * (linear + attention))
-        for first, stop, layout in zip(edges, edges[1:], layouts_of(batch, schedule))
-        for linear, _, attention in [layer_flops(text, layout.seq_lens)]
-    ]
+    lengths = [layout.seq_lens for layout in layouts_of(batch, schedule)]
+    return [stage.forward.flops for stage in _stages(config.text_config, lengths, schedule, (), Recomputed())]
 
 
 def predicted_reduction(
@@ -144,6 +175,120 @@ def predicted_reduction(
         return sum(step_flops(config, batch, chosen, geometry, trainable, recomputed).total for batch in batches)
 
     return saved(operations(Schedule()), operations(schedule))
+
+
+def step_parts(
+    config: Any,
+    batch: PackedBatch,
+    schedule: Schedule,
+    geometry: ImageGeometry,
+    trainable: Collection[str] = ("projector", "language_model"),
+    recomputed: Recomputed = Recomputed(),
+    seq_lens: Sequence[Sequence[int]] | None = None,
+    split: Collection[int] = (),
+) -> list[StepPart]:
+    """Products and attention of one micro-batch, forward and backward: tower, projector, the layers of each stage, all
+    rankings, head.
+
+    Args:
+        config: of the Hugging Face LLaVA (``text_config``, ``vision_config``, ``vision_feature_layer``).
+        trainable: which of projector, language_model and vision_tower learn (empty: forward only). The gradient
+            passes through a frozen decoder to what learns before it.
+        recomputed: layers whose forward runs once more in backward, up to the last product, whose result nobody needs
+            again.
+        seq_lens: the lengths of the samples at every stage, where a forward has told them (`vlm.Output`); None: they
+            are planned here.
+        split: layers before which a part begins though nothing is dropped there, to stand beside a schedule's.
+    """
+    text, tiles = config.text_config, tiles_of(batch, geometry)
+    lengths = [layout.seq_lens for layout in layouts_of(batch, schedule)] if seq_lens is None else seq_lens
+    logits = (Product(len(batch.label_positions), text.hidden_size, text.vocab_size),)
+    back = Work(_backward(logits, "language_model" in trainable)) if trainable else Work()
+    return [
+        _tower(config, tiles, "vision_tower" in trainable, recomputed.tower),
+        _projector(config, tiles * geometry.patches, trainable),
+        *_stages(text, lengths, schedule, trainable, recomputed, split),
+        *([_rankings(text, batch, lengths, schedule)] if schedule.layers else []),
+        StepPart("head", "head and loss", sum(lengths[-1]), Work(logits), back),
+    ]
+
+
+def _backward(products: Collection[Product], weights: bool, inputs: bool = True) -> tuple[Product, ...]:
+    """Products of the gradients of inputs and weights of linear maps, whose forward ``products`` are."""
+    found = [Product(rows, columns, inner, times) for rows, inner, columns, times in products if inputs]
+    found += [Product(inner, rows, columns, times) for rows, inner, columns, times in products if weights]
+    return tuple(found)
+
+
+def _alike(products: Sequence[Product], attention: int, layers: int, again: int, learns: bool) -> tuple[Work, Work]:
+    """Forward and backward of so many ``layers``, each of which has these ``products`` and ``attention``."""
+
+    def times(products: Collection[Product], layers: int) -> tuple[Product, ...]:
+        return tuple(product._replace(times=product.times * layers) for product in products if layers)
+
+    return Work(times(products, layers), layers * attention), Work(
+        times(_backward(products, learns), layers) + times(products[:-1], again),
+        again * attention,
+        layers * attention * ATTENTION_BACKWARD,
+    )
+
+
+def _tower(config: Any, tiles: int, learns: bool, recomputed: bool) -> StepPart:
+    """Only the layers that lead to ``vision_feature_layer`` run."""
+    vision, layers = config.vision_config, used_tower_layers(config)
+    width, mlp, patches = vision.hidden_size, vision.intermediate_size, (vision.image_size // vision.patch_size) ** 2
+    tokens, again = tiles * (patches + 1), layers * recomputed * learns
+    products = [Product(tokens, *sizes) for sizes in ((width, width, 4), (width, mlp, 1), (mlp, width, 1))]
+    forward, back = _alike(products, 4 * tiles * (patches + 1) ** 2 * width, layers, again, learns)
+    embedding = (Product(tiles * patches, 3 * vision.patch_size**2, width),)
+    back += Work(_backward(embedding, weights=True, inputs=False))
+    return StepPart("tower", "tower", tokens, Work(embedding) + forward, back if learns else Work(), layers, again)
+
+
+def _projector(config: Any, rows: int, trainable: Collection[str]) -> StepPart:
+    """The gradient goes into the first map's input only where the tower learns."""
+    width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+    first, second = (Product(rows, width, hidden),), (Product(rows, hidden, hidden),)
+    learns, below = "projector" in trainable, "vision_tower" in trainable
+    back = _backward(first, learns, below) + _backward(second, learns, learns or below)
+    return StepPart("projector", "projector", rows, Work(first + second), Work(back))
+
+
+def _stages(
+    text: Any,
+    lengths: Sequence[Sequence[int]],
+    schedule: Schedule,
+    trainable: Collection[str],
+    recomputed: Recomputed,
+    split: Collection[int] = (),
+) -> list[StepPart]:
+    """The decoder's layers. Their linear maps are q, k, v, o and the three of the gated MLP."""
+    hidden, mlp, window = text.hidden_size, text.intermediate_size, _window(text)
+    queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
+    maps = ((hidden, queries, 1), (hidden, keys, 2), (queries, hidden, 1), (hidden, mlp, 2), (mlp, hidden, 1))
+    repeated = len(range(text.num_hidden_layers)[: recomputed.layers]) * bool(trainable)
+    edges = sorted({0, *schedule.layers, *split, text.num_hidden_layers})
+    found = []
+    for first, stop in zip(edges, edges[1:]):
+        own = lengths[sum(layer <= first for layer in schedule.layers)]
+        tokens, again = sum(own), max(0, min(stop, repeated) - first)
+        attention = 4 * queries * sum(causal_pairs(length, window) for length in own)
+        products = [Product(tokens, *sizes) for sizes in maps]
+        forward, back = _alike(products, attention, stop - first, again, "language_model" in trainable)
+        name = f"layers {first}-{stop - 1}"
+        found.append(StepPart("layers", name, tokens, forward, back if trainable else Work(), stop - first, again))
+    return found
+
+
+def _rankings(text: Any, batch: PackedBatch, lengths: Sequence[Sequence[int]], schedule: Schedule) -> StepPart:
+    """Keys of all tokens, queries of the query tokens, their products, at every drop. No backward."""
+    whole, asks, hidden = Work(), [len(starts) for starts in batch.answer_starts], text.hidden_size
+    queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
+    if RANKERS[schedule.ranker].projections is not None:
+        for own in lengths[:-1]:
+            scores = 2 * queries * sum(count * length for count, length in zip(asks, own))
+            whole += Work((Product(sum(own), hidden, keys), Product(max(1, sum(asks)), hidden, queries)), scores)
+    return StepPart("ranking", "ranking, dropping", sum(lengths[0]), whole, Work())
 
 
 def tiles_of(batch: PackedBatch, geometry: ImageGeometry) -> int:
@@ -169,59 +314,3 @@ def causal_pairs(length: int, window: int | None = None) -> int:
 
 def _window(text: Any) -> int | None:
     return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-
-
-def layer_flops(text: Any, lengths: Sequence[int]) -> tuple[int, int, int]:
-    """Operations of the forward of one decoder layer on samples of such lengths: of its linear maps (q, k, v, o and the
-    three of the gated MLP), of the last of them, and of its causal attention."""
-    tokens, window = sum(lengths), _window(text)
-    projections = 2 * (text.num_attention_heads + key_value_heads(text)) * head_size(text)
-    last = 2 * tokens * text.hidden_size * text.intermediate_size
-    linear = 2 * tokens * text.hidden_size * projections + 3 * last
-    pairs = sum(causal_pairs(length, window) for length in lengths)
-    return linear, last, 4 * pairs * text.num_attention_heads * head_size(text)
-
-
-def ranking_flops(text: Any, lengths: Sequence[int], queries: Sequence[int], schedule: Schedule) -> int:
-    """Operations of one ranking of samples with so many tokens and so many query tokens: keys of all tokens, queries of
-    the query tokens, their products. No backward."""
-    if RANKERS[schedule.ranker].projections is None:
-        return 0
-    size, heads = head_size(text), text.num_attention_heads
-    keys = 2 * sum(lengths) * text.hidden_size * key_value_heads(text) * size
-    rows = 2 * max(1, sum(queries)) * text.hidden_size * heads * size
-    scores = sum(2 * count * length * heads * size for count, length in zip(queries, lengths))
-    return keys + rows + scores
-
-
-def tower_flops(config: Any, tiles: int, trainable: bool, recomputed: bool) -> float:
-    """Operations of the tower on so many tiles: only the layers that lead to ``vision_feature_layer`` run."""
-    vision = config.vision_config
-    width, used = vision.hidden_size, used_tower_layers(config)
-    patches = (vision.image_size // vision.patch_size) ** 2
-    tokens = tiles * (patches + 1)
-    embedding = 2 * tiles * patches * 3 * vision.patch_size**2 * width
-    linear = 2 * tokens * width * (4 * width + 2 * vision.intermediate_size)
-    attention = tower_attention(config, tiles)
-    forward = embedding + used * linear + attention
-    if not trainable:
-        return forward
-    last = 2 * tokens * width * vision.intermediate_size
-    again = used * (linear - last) + attention if recomputed else 0
-    return forward + embedding + used * 2 * linear + ATTENTION_BACKWARD * attention + again
-
-
-def tower_attention(config: Any, tiles: int) -> int:
-    """Operations of the attention in the tower's forward, which `tower_flops` contains."""
-    vision = config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-    return 4 * used_tower_layers(config) * tiles * tokens**2 * vision.hidden_size
-
-
-def projector_flops(config: Any, rows: int, trainable: Collection[str]) -> float:
-    """Operations of the two linear maps on so many feature rows. The gradient goes into the first one's input only
-    where the tower learns."""
-    width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
-    first, second = 2 * rows * width * hidden, 2 * rows * hidden * hidden
-    learns, below = "projector" in trainable, "vision_tower" in trainable
-    return first * (1 + learns + below) + second * (1 + learns + (learns or below))

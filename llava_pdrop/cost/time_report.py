@@ -8,10 +8,10 @@ from typing import Any
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.elementwise import MODELLED, check_kernels, kernels_of, optimizer_bytes
-from llava_pdrop.cost.flops import step_flops
+from llava_pdrop.cost.flops import StepPart, Work, step_flops
 from llava_pdrop.cost.memory import learning_parameters
 from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by, states_of
-from llava_pdrop.cost.step_time import NOTE, StepPart, Work, card_named, is_modelled, step_parts
+from llava_pdrop.cost.step_time import NOTE, Card, card_named, is_modelled, timed_parts
 from llava_pdrop.report.page import Block, Table
 from llava_pdrop.report.units import saved, time_unit
 from llava_pdrop.schedule import Schedule
@@ -39,15 +39,15 @@ class ArmTime:
             UserError: an unknown card.
         """
         on, whole = card_named(card), sum((part.whole for part in self.parts), Work())
-        optimizer = Work(bytes=self.optimizer).seconds(on)
-        seconds = whole.seconds(on) + optimizer
+        optimizer = on.seconds(Work(bytes=self.optimizer))
+        seconds = on.seconds(whole) + optimizer
         return {
             "parts": [
-                {"name": part.name, "tokens": part.tokens, "forward_ms": 1000 * part.forward.seconds(on)}
-                | _work(part.whole, card)
+                {"name": part.name, "tokens": part.tokens, "forward_ms": 1000 * on.seconds(part.forward)}
+                | _work(part.whole, on)
                 for part in self.parts
             ],
-            "forward_backward": _work(whole, card),
+            "forward_backward": _work(whole, on),
             "optimizer_ms": 1000 * optimizer,
             "step_ms": 1000 * seconds,
             "mfu": self.model_flops / on.flops / seconds,
@@ -64,15 +64,14 @@ def mean(values: Sequence[Any]) -> Any:
     return first if isinstance(first, str) else sum(values) / len(values)
 
 
-def _work(work: Work, card: str) -> dict[str, float]:
-    on = card_named(card)
-    flops, moved = work.bounds(on)
+def _work(work: Work, card: Card) -> dict[str, float]:
+    flops, moved = card.bounds(work)
     return {
         "flop": work.flops,
         "bytes": work.bytes,
         "flop_bound_ms": 1000 * flops,
         "bandwidth_bound_ms": 1000 * moved,
-        "ms": 1000 * work.seconds(on),
+        "ms": 1000 * card.seconds(work),
     }
 
 
@@ -115,7 +114,7 @@ def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str | None
     again, arms = recomputed_by(config, model.layers), {}
     for name, chosen in {"vanilla": Schedule(), **({"dropping": schedule} if schedule.layers else {})}.items():
         options = (model.config, batch, chosen, model.geometry, trainable)
-        parts = step_parts(*options, again, kernels=kernels, split=schedule.layers)
+        parts = timed_parts(*options, again, kernels=kernels, split=schedule.layers)
         arms[name] = ArmTime(parts, moved, step_flops(*options).total)
     told = f"a micro-batch's share of an optimizer step over {accumulation}, {states.label}"
     return TimeModel(card, kernels, arms, "not in it, it runs on the CPU" if states.offloaded else told)

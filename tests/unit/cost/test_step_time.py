@@ -11,7 +11,7 @@ import pytest
 
 from llava_pdrop.config.load import load_config
 from llava_pdrop.cost.elementwise import optimizer_bytes
-from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, stage_flops, step_flops
+from llava_pdrop.cost.flops import ALL_LAYERS, Product, Recomputed, StepPart, Work, stage_flops, step_flops
 from llava_pdrop.cost.memory import Parameters
 from llava_pdrop.cost.nominal import NominalModel, model_of, nominal_batch
 from llava_pdrop.cost.step_time import (
@@ -19,12 +19,9 @@ from llava_pdrop.cost.step_time import (
     CARDS,
     MATRIX_SHARE,
     Card,
-    Product,
-    StepPart,
-    Work,
     card_named,
     is_modelled,
-    step_parts,
+    timed_parts,
 )
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
@@ -58,9 +55,9 @@ def step_ms(name: str, dropping: bool, card: Card = H100, recomputed: Recomputed
     it."""
     model, batch, schedule, trainable = case(name)
     chosen = schedule if dropping else Schedule()
-    parts = step_parts(model.config, batch, chosen, model.geometry, trainable, recomputed, **options)
+    parts = timed_parts(model.config, batch, chosen, model.geometry, trainable, recomputed, **options)
     parameters = Parameters.of(model.config).total(model.config) / 8
-    return 1000 * (whole(parts).seconds(card) + Work(bytes=optimizer_bytes(parameters)).seconds(card))
+    return 1000 * (card.seconds(whole(parts)) + card.seconds(Work(bytes=optimizer_bytes(parameters))))
 
 
 @pytest.mark.parametrize(
@@ -89,8 +86,8 @@ def test_fused_kernels_agree_with_that_count():
 
 def test_forward_by_stage_agrees_with_that_count():
     model, batch, schedule, trainable = case("NeXT, 5 tiles")
-    parts = step_parts(model.config, batch, schedule, model.geometry, trainable, ALL_LAYERS)
-    forward = {part.name: 1000 * part.forward.seconds(H100) for part in parts}
+    parts = timed_parts(model.config, batch, schedule, model.geometry, trainable, ALL_LAYERS)
+    forward = {part.name: 1000 * H100.seconds(part.forward) for part in parts}
     expected = {"layers 0-7": 84.9, "layers 8-15": 45.1, "layers 16-23": 25.6, "layers 24-31": 16.7}
     for name, ms in expected.items():
         assert forward[name] == pytest.approx(ms, rel=0.04)
@@ -110,7 +107,7 @@ def test_its_operations_are_those_that_are_counted(recomputed, trainable):
     model, batch, schedule, _ = case("NeXT, 5 tiles")
     for chosen in (Schedule(), schedule, replace(schedule, ranker="random")):
         options = (model.config, batch, chosen, model.geometry, trainable, recomputed)
-        parts, counted = step_parts(*options), step_flops(*options)
+        parts, counted = timed_parts(*options), step_flops(*options)
         assert whole(parts).flops == pytest.approx(counted.total, rel=1e-12)
         by_name = {part.name: part for part in parts}
         for name, flops in (
@@ -125,25 +122,25 @@ def test_its_operations_are_those_that_are_counted(recomputed, trainable):
 
 def test_bounds_are_the_data_sheets_and_nothing_is_faster():
     work = Work((Product(1280, 1024, 256 * 132),), attention=1e12, attention_backward=2e12, bytes=3.35e9)
-    flops, moved = work.bounds(H100)
+    flops, moved = H100.bounds(work)
     assert flops == pytest.approx((2 * 1280 * 1024 * 256 * 132 + 3e12) / 989.4e12)
     assert moved == pytest.approx(1e-3), "3.35 GB at 3.35 TB/s are a millisecond"
     products = 2 * 1280 * 1024 * 256 * 132 / (MATRIX_SHARE * 989.4e12)  # ten full waves
-    assert work.seconds(H100) == pytest.approx(products + 1 / 330 + 2 / 260 + 1e-3 / BANDWIDTH_SHARE)
+    assert H100.seconds(work) == pytest.approx(products + 1 / 330 + 2 / 260 + 1e-3 / BANDWIDTH_SHARE)
     model, batch, schedule, trainable = case("LLaVA-1.5")
     for card in CARDS.values():
-        for part in step_parts(model.config, batch, schedule, model.geometry, trainable):
+        for part in timed_parts(model.config, batch, schedule, model.geometry, trainable):
             for work in (part.forward, part.backward):
-                assert work.seconds(card) >= sum(work.bounds(card))
+                assert card.seconds(work) >= sum(card.bounds(work))
 
 
 def test_a_product_takes_whole_waves_of_tiles():
     one = Product(128, 4096, 256 * H100.processors)
-    assert one.occupied(H100) == one.flops
-    assert Product(129, 4096, 256 * H100.processors).occupied(H100) == 2 * one.flops
-    assert Product(1, 4096, 1).occupied(H100) == one.flops, "one tile holds up all multiprocessors"
-    assert one._replace(times=3).occupied(H100) == 3 * one.flops
-    assert one.occupied(A100) > one.flops, "108 of them need a second wave"
+    assert H100.occupied(one) == one.flops
+    assert H100.occupied(Product(129, 4096, 256 * H100.processors)) == 2 * one.flops
+    assert H100.occupied(Product(1, 4096, 1)) == one.flops, "one tile holds up all multiprocessors"
+    assert H100.occupied(one._replace(times=3)) == 3 * one.flops
+    assert A100.occupied(one) > one.flops, "108 of them need a second wave"
 
 
 def test_times_move_as_they_should():
@@ -164,7 +161,7 @@ def test_what_is_not_modelled_is_refused():
     model.config.text_config.model_type = "qwen2"
     assert not is_modelled(model.config)
     with pytest.raises(ValueError, match=says("time", "llama", "qwen2")):
-        step_parts(model.config, batch, schedule, model.geometry, trainable)
+        timed_parts(model.config, batch, schedule, model.geometry, trainable)
     with pytest.raises(ValueError, match=says("--card", "'H1000'", "H100")):
         card_named("H1000")
 
