@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from llava_pdrop.bench.train_step import BenchArm, Trainer
+from llava_pdrop.bench.train_step import BenchArm, BenchTrainer
 from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.plan import RESERVE
 from llava_pdrop.cost.step_time import card_named
@@ -23,8 +23,6 @@ from llava_pdrop.report.units import GIB, MIB
 from llava_pdrop.types import PackedBatch
 
 ALL, AUTO = "all", "auto"
-
-AnArm = TypeVar("AnArm", bound=BenchArm)
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,12 @@ def from_json(run: Mapping[str, Any]) -> Recomputed:
 
 
 def arms_in(
-    trainer: Trainer, arms: Sequence[AnArm], settings: Sequence[RecomputeSetting], steps: int, card: str | None = None
-) -> list[AnArm]:
+    trainer: BenchTrainer,
+    arms: Sequence[BenchArm],
+    settings: Sequence[RecomputeSetting],
+    steps: int,
+    card: str | None = None,
+) -> list[BenchArm]:
     """``arms`` in every one of ``settings``, by which they are called where there are several; without any as they are.
 
     Raises:
@@ -110,8 +112,8 @@ def arms_in(
 
 
 def arms_with(
-    trainer: Trainer, arms: Sequence[AnArm], setting: RecomputeSetting, steps: int, card: str | None = None
-) -> list[AnArm]:
+    trainer: BenchTrainer, arms: Sequence[BenchArm], setting: RecomputeSetting, steps: int, card: str | None = None
+) -> list[BenchArm]:
     """``arms``, each recomputing what ``setting`` asks for in the first ``steps`` batches.
 
     Raises:
@@ -126,8 +128,8 @@ def arms_with(
 
 
 def _arm_with(
-    trainer: Trainer, arm: AnArm, count: str | int, batches: Sequence[PackedBatch], room: float | None
-) -> AnArm:
+    trainer: BenchTrainer, arm: BenchArm, count: str | int, batches: Sequence[PackedBatch], room: float | None
+) -> BenchArm:
     """The fewest operations of those settings that ``count`` allows and that fit into ``room`` bytes. A number of
     layers holds whether it fits or not: the measurement will tell."""
     depth = trainer.shape.text["num_hidden_layers"]
@@ -137,7 +139,7 @@ def _arm_with(
     choices = [replace(arm, recomputed=Recomputed(count, tower)) for tower in towers for count in counts]
     layouts = [layouts_of(batch, arm.schedule) for batch in batches]
 
-    def peak(choice: AnArm) -> float:
+    def peak(choice: BenchArm) -> float:
         return max(trainer.predicted_peak_mib(choice, *known) for known in zip(batches, layouts)) * MIB
 
     choices.sort(key=lambda choice: trainer.hardware_flops(choice, batches[0]))

@@ -23,9 +23,11 @@ def run_train(args: argparse.Namespace) -> None:
     if args.recompute is not None and args.recompute_layers:
         given = "--recompute" if args.recompute else "--no-recompute"
         raise UserError(f"{given} and --recompute-layers contradict each other: leave one of them out")
+    from torch import OutOfMemoryError
+
     from llava_pdrop.bench import recompute, train_report, variants
     from llava_pdrop.bench.shapes import chosen_shape
-    from llava_pdrop.bench.train_step import BenchArm, Trainer, measure
+    from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
     from llava_pdrop.bench.workload import Workload
     from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
     from llava_pdrop.cost.step_time import CARDS, card_named
@@ -55,7 +57,7 @@ def run_train(args: argparse.Namespace) -> None:
     common = BenchArm("", recomputed=recomputed, backend=attention, samples=args.samples, kernels=kernels)
     arms = variants.arms_of(schedules, common)
     workloads = [Workload(shape, images, args.seed) for images in dict.fromkeys(args.images)]
-    trainer = Trainer(shape, device, workloads[0], args.optimizer)
+    trainer = BenchTrainer(shape, device, workloads[0], args.optimizer)
     own = known_gpu(device_label(device))
     card = args.card or (own if own in CARDS else None)
     options = {key: getattr(args, key) for key in ("steps", "warmup", "samples", "optimizer", "recompute_layers")}
@@ -63,7 +65,8 @@ def run_train(args: argparse.Namespace) -> None:
     for workload in workloads:
         trainer.workload = workload
         chosen = recompute.arms_in(trainer, arms, settings, args.steps, args.card)
-        results = measure(trainer, chosen, args.steps, args.warmup, patient=len(settings) > 1)
+        patient = (OutOfMemoryError,) if len(settings) > 1 else ()
+        results = measure_arms(trainer, chosen, args.steps, args.warmup, patient)
         report = train_report.training_report(trainer, name, results, options, card)
         part = f"-{workload.images}" if len(workloads) > 1 else ""
         stem = args.out / (file_name("train", name, device_label(device)) + part)

@@ -11,7 +11,7 @@ from typing import Any
 from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.recompute import from_json, to_json
 from llava_pdrop.bench.train_picture import step_bars
-from llava_pdrop.bench.train_step import Measured, Trainer
+from llava_pdrop.bench.train_step import BenchTrainer, Measured
 from llava_pdrop.bench.variants import Compared
 from llava_pdrop.cost.step_time import NOTE, is_modelled
 from llava_pdrop.cost.time_report import mean
@@ -68,7 +68,7 @@ COMPARED = "forward and backward on both sides; the optimizer is in neither"
 
 
 def training_report(
-    trainer: Trainer, shape: str, results: Sequence[Measured], options: dict[str, Any], card: str | None = None
+    trainer: BenchTrainer, shape: str, results: Sequence[Measured], options: dict[str, Any], card: str | None = None
 ) -> dict[str, Any]:
     """Everything that was measured, ready for JSON, without comparisons.
 

@@ -1,6 +1,6 @@
 """The training bench: one model, whose schedules take turns on the same batches.
 
-Read `measure` first. An `BenchArm` is one way to do a step; all arms of a measurement alternate, so that whatever the
+Read `rounds` first. A `BenchArm` is one way to do a step; all arms of a measurement alternate, so that whatever the
 machine does meanwhile hits them alike.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +31,7 @@ from llava_pdrop.model.kernels import resolve
 from llava_pdrop.model.stream import Layout, layouts_of
 from llava_pdrop.model.vlm import Output, PyramidLlava
 from llava_pdrop.report.units import MIB
-from llava_pdrop.runtime.clock import (
-    REGIONS,
-    STAGE,
-    Span,
-    Stopwatch,
-    instrumented,
-    no_garbage_collection,
-    replaced,
-)
+from llava_pdrop.runtime.clock import REGIONS, STAGE, Span, Stopwatch, instrumented, no_garbage_collection, replaced
 from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.optim import freeze
@@ -64,6 +57,7 @@ class BenchArm:
         samples: of a micro-batch (None: the shape's).
         prepare: changes the batch before the step, outside of the measured time.
         full_logits: `full_logits_loss` stands in for `vlm.label_loss`.
+        context: its steps run in one of these.
         kernels: of norms, rotary embedding and gated product, one of `kernels.CHOICES`.
     """
 
@@ -74,6 +68,7 @@ class BenchArm:
     samples: int | None = None
     prepare: Callable[[PackedBatch], PackedBatch] | None = None
     full_logits: bool = False
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
     kernels: str = "auto"
     setting: str | None = None
 
@@ -91,7 +86,7 @@ class Measured:
         tokens: of the samples, without padding; ``stage_tokens`` and ``image_tokens``: of the stream at every stage.
         model_flops: operations that the samples ask for: no recomputation, padding or logits that nobody needs;
             ``hardware_flops``: operations that were done (`cost.flops`).
-        times: the model of its time (`Trainer.modelled_time`).
+        times: the model of its time (`BenchTrainer.modelled_time`).
         error: why there are fewer steps than asked for.
     """
 
@@ -151,7 +146,7 @@ class Measured:
         self.image_tokens.append(output.image_tokens)
 
 
-class Trainer:
+class BenchTrainer:
     """A model with its optimizer, ready to do any arm's step.
 
     Args:
@@ -190,7 +185,7 @@ class Trainer:
         watch.clear()
         reset_peak_memory()
         other_loss = replaced(vlm, "label_loss", full_logits_loss) if arm.full_logits else nullcontext()
-        with other_loss, instrumented(self.model, watch), watch.region("step"):
+        with other_loss, arm.context(), instrumented(self.model, watch), watch.region("step"):
             with watch.region("forward"):
                 output = self.model(batch)
                 loss = output.loss / max(1, output.labels)
@@ -260,14 +255,23 @@ class Trainer:
             model.hf.gradient_checkpointing_disable()
 
 
-def measure(
-    trainer: Trainer, arms: Sequence[BenchArm], steps: int, warmup: int, patient: bool = False
+def measure_arms(
+    trainer: BenchTrainer, arms: Sequence[BenchArm], steps: int, warmup: int, patient: tuple[type[Exception], ...] = ()
 ) -> list[Measured]:
+    """What `rounds` comes to after all its steps."""
+    *_, results = rounds(trainer, arms, steps, warmup, patient)
+    return results
+
+
+def rounds(
+    trainer: BenchTrainer, arms: Sequence[BenchArm], steps: int, warmup: int, patient: tuple[type[Exception], ...] = ()
+) -> Iterator[list[Measured]]:
     """``steps`` counted steps of every arm, all arms on the same batches one after the other, the first changing from
-    step to step. The first warm-up step takes the longest batch, so that the allocator has seen it.
+    step to step. The first warm-up step takes the longest batch, so that the allocator has seen it. Yields the results
+    so far after each counted step.
 
     Args:
-        patient: an arm that runs out of memory is left out from there on, and its result says so.
+        patient: an arm that raises one of these is left out from there on, and its result says so.
 
     Raises:
         UserError: out of memory (one line that says what to lower).
@@ -280,21 +284,27 @@ def measure(
             turn = place % len(results)
             for result in [*results[turn:], *results[:turn]]:
                 if result.error is None:
-                    _one_step(trainer, result, number, counted=place >= warmup, patient=patient)
-    return results
+                    _one_step(trainer, result, number, place >= warmup, patient)
+            if place >= warmup:
+                yield results
 
 
-def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, patient: bool) -> None:
+def _one_step(
+    trainer: BenchTrainer, result: Measured, number: int, counted: bool, patient: tuple[type[Exception], ...]
+) -> None:
     arm = result.arm
     try:
-        with out_of_memory_is_one_line(trainer, arm):
-            samples = trainer.workload.batch(number, trainer.device, arm.samples)
-            batch = arm.prepare(samples) if arm.prepare else samples
-            taken = trainer.step(arm, batch)
-    except UserError as error:
-        if not (patient and isinstance(error.__cause__, torch.OutOfMemoryError)):
-            raise
-        result.error = "out of memory"
+        samples = trainer.workload.batch(number, trainer.device, arm.samples)
+        batch = arm.prepare(samples) if arm.prepare else samples
+        taken = trainer.step(arm, batch)
+    except patient as error:
+        whole = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        result.error = "out of memory" if isinstance(error, torch.OutOfMemoryError) else whole
+    except torch.OutOfMemoryError as error:
+        again = "--recompute" if arm.setting is None else "--recompute-layers all"
+        hints = ["a smaller --samples", *([again] if not arm.recomputed else [])]
+        hints += {"adamw": ["--optimizer sharded"], "sharded": ["--optimizer none"]}.get(trainer.kind, [])
+        raise UserError(f"out of memory on {trainer.device} in {arm.name}: try {' or '.join(hints)}") from error
     if result.error:
         trainer.recover()  # here, since the error has to be gone
     elif counted:
@@ -307,19 +317,3 @@ def _one_step(trainer: Trainer, result: Measured, number: int, counted: bool, pa
         result.times.append(trainer.modelled_time(arm, batch))
         if cuda and not arm.full_logits:
             result.predicted_peak_mib.append(trainer.predicted_peak_mib(arm, batch))
-
-
-@contextmanager
-def out_of_memory_is_one_line(trainer: Trainer, arm: BenchArm) -> Iterator[None]:
-    """Turns CUDA's report into a line that says what to lower.
-
-    Raises:
-        UserError: instead of `torch.OutOfMemoryError`, which is its cause.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        again = "--recompute" if arm.setting is None else "--recompute-layers all"
-        hints = ["a smaller --samples", *([again] if not arm.recomputed else [])]
-        hints += {"adamw": ["--optimizer sharded"], "sharded": ["--optimizer none"]}.get(trainer.kind, [])
-        raise UserError(f"out of memory on {trainer.device} in {arm.name}: try {' or '.join(hints)}") from error

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_pdrop.bench.train_step import BenchArm, Measured, Trainer, measure
+from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, Measured, rounds
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.model import kernels
 from llava_pdrop.model.attention import BACKENDS
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
-
-AnArm = TypeVar("AnArm", bound=BenchArm)
 
 STEPS, WARMUP = 3, 1
 """Steps of every variant: a comparison, not the headline."""
@@ -43,17 +41,32 @@ class Compared:
 
 
 def compare(
-    trainer: Trainer, arms: Sequence[BenchArm], steps: int = STEPS, warmup: int = WARMUP
+    trainer: BenchTrainer, arms: Sequence[BenchArm], steps: int = STEPS, warmup: int = WARMUP
 ) -> Iterator[list[Compared]]:
-    """Measures all `variants` of ``arms``, group by group; those of a group take turns step by step."""
+    """Measures all `variants` of ``arms``, group by group."""
     depth = trainer.shape.text["num_hidden_layers"]
     chosen = variants(arms[0].samples or trainer.shape.samples, depth, trainer.device, trainer.dtype)
     for group in dict.fromkeys(variant.group for variant in chosen):
         members = [variant for variant in chosen if variant.group == group]
-        able = [variant for variant in members if variant.unavailable is None]
-        changed = [variant.change(arm) for variant in able for arm in arms]
-        results = iter(measure(trainer, changed, steps, warmup, patient=True) if changed else ())
-        taken = {variant.name: [next(results) for _ in arms] for variant in able}
+        *_, compared = tried(trainer, arms, members, steps, warmup, patient=(torch.OutOfMemoryError,))
+        yield compared
+
+
+def tried(
+    trainer: BenchTrainer,
+    arms: Sequence[BenchArm],
+    members: Sequence[StepVariant],
+    steps: int,
+    warmup: int,
+    patient: tuple[type[Exception], ...],
+) -> Iterator[list[Compared]]:
+    """Measures ``arms`` in those of ``members`` that can run, all taking turns step by step. Yields what is known so
+    far of every one after each counted step; the arguments are those of `rounds`."""
+    able = [variant for variant in members if variant.unavailable is None]
+    changed = [variant.change(arm) for variant in able for arm in arms]
+    for results in rounds(trainer, changed, steps, warmup, patient) if changed else ([],):
+        place = iter(results)
+        taken = {variant.name: [next(place) for _ in arms] for variant in able}
         yield [Compared(variant, taken.get(variant.name, [])) for variant in members]
 
 
@@ -61,26 +74,27 @@ def variants(samples: int, depth: int, device: torch.device, dtype: torch.dtype)
     """All of them, for ``samples`` in a micro-batch and a decoder of ``depth`` layers. Recomputing its first quarter is
     the selective case: with the paper's schedule these layers have the whole stream."""
     found = [
-        StepVariant("batch", "packed", _with()),
-        StepVariant("batch", "padded", _with(prepare=pad)),
-        StepVariant("logits", "label tokens", _with()),
-        StepVariant("logits", "every surviving token", _with(full_logits=True)),
+        StepVariant("batch", "packed", changing()),
+        StepVariant("batch", "padded", changing(prepare=pad)),
+        StepVariant("logits", "label tokens", changing()),
+        StepVariant("logits", "every surviving token", changing(full_logits=True)),
     ]
     for backend in BACKENDS[1:]:
-        found.append(StepVariant("attention", backend, _with(backend=backend), missing(backend, device, dtype)))
+        found.append(StepVariant("attention", backend, changing(backend=backend), missing(backend, device, dtype)))
     found += [
-        StepVariant("recomputation", "none", _with(recomputed=Recomputed())),
-        StepVariant("recomputation", "every layer", _with(recomputed=ALL_LAYERS)),
-        StepVariant("recomputation", "first quarter", _with(recomputed=Recomputed(depth // 4, True))),
+        StepVariant("recomputation", "none", changing(recomputed=Recomputed())),
+        StepVariant("recomputation", "every layer", changing(recomputed=ALL_LAYERS)),
+        StepVariant("recomputation", "first quarter", changing(recomputed=Recomputed(depth // 4, True))),
     ]
     counts = sorted({max(1, samples // 2), samples, 2 * samples})
-    found += [StepVariant("samples per micro-batch", str(count), _with(samples=count)) for count in counts]
+    found += [StepVariant("samples per micro-batch", str(count), changing(samples=count)) for count in counts]
     for name in kernels.CHOICES[1:]:
-        found.append(StepVariant("kernels", name, _with(kernels=name), kernels.missing(name, device)))
+        found.append(StepVariant("kernels", name, changing(kernels=name), kernels.missing(name, device)))
     return found
 
 
-def _with(**changes: Any) -> Callable[[BenchArm], BenchArm]:
+def changing(**changes: Any) -> Callable[[BenchArm], BenchArm]:
+    """For `StepVariant.change`: other fields of an arm."""
     return lambda arm: replace(arm, **changes)
 
 
@@ -125,7 +139,7 @@ def pad(batch: PackedBatch) -> PackedBatch:
     )
 
 
-def arms_of(schedules: dict[str, Schedule], common: AnArm) -> list[AnArm]:
+def arms_of(schedules: dict[str, Schedule], common: BenchArm) -> list[BenchArm]:
     """Vanilla and every schedule, otherwise like ``common``."""
     named = {"vanilla": Schedule(), **schedules}
     return [replace(common, name=name, schedule=schedule) for name, schedule in named.items()]

@@ -12,7 +12,7 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.bench import variants
 from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillCase, Prompt, generate
 from llava_pdrop.bench.shapes import make_model, shape_named
-from llava_pdrop.bench.train_step import BenchArm, Trainer, measure
+from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.report.units import MIB
@@ -40,9 +40,9 @@ def arms(**options) -> list[BenchArm]:
 @pytest.mark.parametrize("optimizer", ["adamw", "sharded", "none"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
 def test_regions_add_up_and_the_peak_is_the_predicted_one(recompute, optimizer):
-    trainer = Trainer(HALF_BILLION, device_named("cuda"), Workload(HALF_BILLION, "full"), optimizer)
+    trainer = BenchTrainer(HALF_BILLION, device_named("cuda"), Workload(HALF_BILLION, "full"), optimizer)
     recomputed = ALL_LAYERS if recompute else Recomputed()
-    results = measure(trainer, arms(recomputed=recomputed, kernels="eager"), steps=2, warmup=1)
+    results = measure_arms(trainer, arms(recomputed=recomputed, kernels="eager"), steps=2, warmup=1)
     pixels = trainer.workload.batch(0, torch.device("cuda")).pixels.nbytes
     uncounted = (cublas_workspaces() + pixels) / MIB
     for result in results:
@@ -56,7 +56,7 @@ def test_regions_add_up_and_the_peak_is_the_predicted_one(recompute, optimizer):
 
 
 def test_every_variant_has_the_loss_of_the_others():
-    trainer = Trainer(HALF_BILLION, device_named("cuda"), Workload(HALF_BILLION), "none")
+    trainer = BenchTrainer(HALF_BILLION, device_named("cuda"), Workload(HALF_BILLION), "none")
     losses = {}
     for group in variants.compare(trainer, arms(), steps=1):
         for entry in group:

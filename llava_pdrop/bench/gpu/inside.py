@@ -6,7 +6,6 @@ import gzip
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from llava_pdrop.bench import variants
 from llava_pdrop.bench.gpu.check import Check
-from llava_pdrop.bench.gpu.remedies import RemedyArm, RemedyTrainer, try_remedies
+from llava_pdrop.bench.gpu.remedies import try_remedies
 from llava_pdrop.bench.gpu.runner import TRACES
 from llava_pdrop.bench.recompute import ALL, AUTO, arms_with, read_setting
 from llava_pdrop.bench.shapes import shape_named
-from llava_pdrop.bench.train_step import BenchArm, Trainer
+from llava_pdrop.bench.train_step import BenchArm, BenchTrainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.types import PackedBatch
 
@@ -44,8 +43,8 @@ those of operators.)"""
 def run(check: Check) -> None:
     """Synchronisations, profile and remedies, on one model."""
     shape = shape_named("tiny" if check.rehearsal else "llava-next-7b")
-    trainer = RemedyTrainer(shape, check.device, Workload(shape, "mixture" if check.rehearsal else "full"), "auto")
-    arms, depth = variants.arms_of({"PyramidDrop": shape.schedule}, RemedyArm("")), shape.text["num_hidden_layers"]
+    trainer = BenchTrainer(shape, check.device, Workload(shape, "mixture" if check.rehearsal else "full"), "auto")
+    arms, depth = variants.arms_of({"PyramidDrop": shape.schedule}, BenchArm("")), shape.text["num_hidden_layers"]
     arms = arms_with(trainer, arms, read_setting(ALL, len(arms), depth), steps=1)
     batch = trainer.workload.batch(0, check.device)
     for arm in arms:  # handles, workspaces and the allocator's blocks: their first use waits for the device
@@ -58,14 +57,13 @@ def run(check: Check) -> None:
     for name, shares in check.result["profile"].items():
         kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in shares["kinds_ms"].items())
         check.note(f"{name}: busy {shares['busy_share']} of {shares['wall_ms']} ms; ms: {kinds}")
-    check.put(remedies={})
     forced = arms_with(trainer, arms, read_setting(AUTO, len(arms), depth), steps=1, card=check.card)
     for arm in forced:
         check.note(f"{KEYS[arm.name]}: memory forces to recompute {arm.recomputed}")
-    try_remedies(check, trainer, [replace(arm, forced=least) for arm, least in zip(arms, forced)])
+    try_remedies(check, trainer, arms, forced)
 
 
-def synchronisations(trainer: Trainer, arm: BenchArm, batch: PackedBatch) -> list[str]:
+def synchronisations(trainer: BenchTrainer, arm: BenchArm, batch: PackedBatch) -> list[str]:
     """Where a forward and backward pass of ``arm`` makes the host wait for the device: ``file:line message`` of each.
     Empty on a CPU, which has nothing to wait for."""
     trainer.take(arm)
@@ -87,7 +85,7 @@ def synchronisations(trainer: Trainer, arm: BenchArm, batch: PackedBatch) -> lis
     return [f"{Path(w.filename).name}:{w.lineno} {str(w.message).splitlines()[0][:100]}" for w in waits]
 
 
-def profiled(check: Check, trainer: Trainer, arm: BenchArm, batch: PackedBatch) -> dict[str, Any]:
+def profiled(check: Check, trainer: BenchTrainer, arm: BenchArm, batch: PackedBatch) -> dict[str, Any]:
     """One step under the profiler: milliseconds by kind of kernel, the share of the time in which the device was busy,
     and the longest gaps between kernels with what came after them. The whole table goes into the logs."""
     cuda = trainer.device.type == "cuda"

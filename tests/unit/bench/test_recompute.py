@@ -11,7 +11,7 @@ import torch
 from llava_pdrop.bench import variants
 from llava_pdrop.bench.recompute import RESERVE, arms_in, arms_with, read_setting
 from llava_pdrop.bench.shapes import shape_named
-from llava_pdrop.bench.train_step import BenchArm, Trainer
+from llava_pdrop.bench.train_step import BenchArm, BenchTrainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
@@ -22,9 +22,9 @@ from tests.messages import says
 CPU = torch.device("cpu")
 
 
-def planning(name: str, kind: str = "sharded", **changes) -> Trainer:
+def planning(name: str, kind: str = "sharded", **changes) -> BenchTrainer:
     """A trainer of the shape that can say what a step needs, in bfloat16, and not do one: it has no weights."""
-    trainer = object.__new__(Trainer)
+    trainer = object.__new__(BenchTrainer)
     shape = dataclasses.replace(shape_named(name), **changes)
     with torch.device("meta"):
         config = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=5).config
@@ -34,11 +34,11 @@ def planning(name: str, kind: str = "sharded", **changes) -> Trainer:
     return trainer
 
 
-def arms_of(trainer: Trainer) -> list[BenchArm]:
+def arms_of(trainer: BenchTrainer) -> list[BenchArm]:
     return variants.arms_of({"PyramidDrop": trainer.shape.schedule}, BenchArm("", recomputed=ALL_LAYERS))
 
 
-def chosen(trainer: Trainer, word: str, card: str | None = None) -> list[tuple[bool, int | None, bool]]:
+def chosen(trainer: BenchTrainer, word: str, card: str | None = None) -> list[tuple[bool, int | None, bool]]:
     depth = trainer.shape.text["num_hidden_layers"]
     arms = arms_with(trainer, arms_of(trainer), read_setting(word, 2, depth), steps=1, card=card)
     return [(bool(arm.recomputed), arm.recomputed.layers, arm.recomputed.tower) for arm in arms]

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import shapes
 from llava_pdrop.bench.shapes import NAMED, chosen_shape, shape_named, shape_of
-from llava_pdrop.bench.train_step import BenchArm, Trainer
+from llava_pdrop.bench.train_step import BenchArm, BenchTrainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_config, make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
@@ -192,7 +192,7 @@ def test_what_the_config_says_is_measured() -> None:
 )
 def test_every_decoder_does_a_step(kind: str, more: dict, tmp_path: Path) -> None:
     shape = shape_of(load_config(parts_file(tmp_path, {"model_type": kind, **more})))
-    trainer = Trainer(shape, CPU, Workload(shape), "adamw")
+    trainer = BenchTrainer(shape, CPU, Workload(shape), "adamw")
     decoder, head = trainer.model.hf.model.language_model, trainer.model.hf.lm_head
     assert decoder.config.model_type == kind and len(decoder.layers) == 4
     assert getattr(decoder.config, "sliding_window", None) == more.get("sliding_window")

@@ -10,7 +10,7 @@ import torch
 
 from llava_pdrop.bench import train_step, variants
 from llava_pdrop.bench.shapes import shape_named
-from llava_pdrop.bench.train_step import BenchArm, Trainer, measure
+from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, predicted_reduction
 from llava_pdrop.model import kernels, vlm
@@ -33,20 +33,20 @@ MIXED = dataclasses.replace(SMALL, picture=None, text_tokens=None, max_length=40
 DROPPING = BenchArm("PyramidDrop", SMALL.schedule)
 
 
-def trainer_of(shape=SMALL, optimizer: str = "none", seed: int = 0) -> Trainer:
-    return Trainer(shape, CPU, Workload(shape, seed=seed), optimizer)
+def trainer_of(shape=SMALL, optimizer: str = "none", seed: int = 0) -> BenchTrainer:
+    return BenchTrainer(shape, CPU, Workload(shape, seed=seed), optimizer)
 
 
 def test_arms_take_turns_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
-    original = Trainer.step
+    original = BenchTrainer.step
 
-    def spy(self: Trainer, arm: BenchArm, batch: PackedBatch):
+    def spy(self: BenchTrainer, arm: BenchArm, batch: PackedBatch):
         seen.append((arm.name, batch.sample_ids[0]))
         return original(self, arm, batch)
 
-    monkeypatch.setattr(Trainer, "step", spy)
-    results = measure(
+    monkeypatch.setattr(BenchTrainer, "step", spy)
+    results = measure_arms(
         trainer_of(), [BenchArm("vanilla"), DROPPING, BenchArm("late", Schedule((6,), (0.5,)))], steps=4, warmup=2
     )
     assert [len(result.losses) for result in results] == [4, 4, 4]
@@ -60,7 +60,7 @@ def test_arms_take_turns_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_schedule_of_every_arm_is_the_one_that_runs() -> None:
-    vanilla, dropping = measure(trainer_of(), [BenchArm("vanilla"), DROPPING], steps=2, warmup=0)
+    vanilla, dropping = measure_arms(trainer_of(), [BenchArm("vanilla"), DROPPING], steps=2, warmup=0)
     assert vanilla.image_tokens == [[540]] * 2
     assert dropping.image_tokens == [[540, 270, 135, 66]] * 2  # 3 pictures of 180
     assert dropping.stage_tokens[0] == [660, 390, 255, 186]
@@ -70,7 +70,7 @@ def test_the_schedule_of_every_arm_is_the_one_that_runs() -> None:
 def test_the_predicted_reduction_is_that_of_the_operation_count() -> None:
     trainer = trainer_of(MIXED)
     arms = [BenchArm("vanilla", recomputed=ALL_LAYERS), BenchArm("PyramidDrop", SMALL.schedule, recomputed=ALL_LAYERS)]
-    vanilla, dropping = measure(trainer, arms, steps=3, warmup=1)
+    vanilla, dropping = measure_arms(trainer, arms, steps=3, warmup=1)
     batches = [trainer.workload.batch(number, CPU) for number in range(3)]
     expected = predicted_reduction(
         trainer.model.hf.config, batches, SMALL.schedule, MIXED.geometry, MIXED.trainable, ALL_LAYERS
@@ -81,7 +81,7 @@ def test_the_predicted_reduction_is_that_of_the_operation_count() -> None:
 
 def test_every_region_is_measured_and_they_nest() -> None:
     trainer = trainer_of(optimizer="adamw")
-    vanilla, dropping = measure(trainer, [BenchArm("vanilla"), DROPPING], steps=2, warmup=1)
+    vanilla, dropping = measure_arms(trainer, [BenchArm("vanilla"), DROPPING], steps=2, warmup=1)
     assert vanilla.wall["ranking"] == [0.0, 0.0]
     for name in REGIONS:
         assert all(taken > 0 for taken in dropping.wall[name]), name
@@ -94,7 +94,7 @@ def test_every_region_is_measured_and_they_nest() -> None:
 
 
 def test_the_stages_of_the_decoder_lie_in_it_between_the_rankings() -> None:
-    vanilla, dropping = measure(trainer_of(), [BenchArm("vanilla"), DROPPING], steps=2, warmup=1)
+    vanilla, dropping = measure_arms(trainer_of(), [BenchArm("vanilla"), DROPPING], steps=2, warmup=1)
     assert [len(stages) for stages in vanilla.stage_seconds] == [1, 1]
     for step in range(2):
         stages = dropping.stage_seconds[step]
@@ -105,7 +105,7 @@ def test_the_stages_of_the_decoder_lie_in_it_between_the_rankings() -> None:
 
 def test_the_marks_are_taken_away_again() -> None:
     before, trainer = vlm.label_loss, trainer_of()
-    measure(trainer, [DROPPING, dataclasses.replace(DROPPING, full_logits=True)], steps=1, warmup=0)
+    measure_arms(trainer, [DROPPING, dataclasses.replace(DROPPING, full_logits=True)], steps=1, warmup=0)
     assert vlm.label_loss is before
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in trainer.model.modules())
 
@@ -135,7 +135,7 @@ def test_the_longest_batch_warms_up() -> None:
 def test_padding_and_full_logits_leave_the_loss_as_it_is(schedule: Schedule, change: dict) -> None:
     trainer = trainer_of(MIXED, seed=2)
     plain = BenchArm("plain", schedule)
-    results = measure(trainer, [plain, dataclasses.replace(plain, **change)], steps=3, warmup=0)
+    results = measure_arms(trainer, [plain, dataclasses.replace(plain, **change)], steps=3, warmup=0)
     assert results[1].losses == pytest.approx(results[0].losses, rel=1e-5)
 
 
@@ -152,7 +152,7 @@ def test_a_padded_batch_is_as_long_as_its_longest_sample() -> None:
 def test_padding_is_work_but_neither_tokens_nor_model_operations() -> None:
     trainer = trainer_of(MIXED, seed=2)
     plain = BenchArm("plain")
-    packed, padded = measure(trainer, [plain, dataclasses.replace(plain, prepare=variants.pad)], steps=2, warmup=0)
+    packed, padded = measure_arms(trainer, [plain, dataclasses.replace(plain, prepare=variants.pad)], steps=2, warmup=0)
     assert padded.stage_tokens[1][0] > packed.stage_tokens[1][0]
     assert padded.tokens == packed.tokens and padded.model_flops == packed.model_flops
     assert sum(padded.hardware_flops) > sum(packed.hardware_flops)
@@ -265,32 +265,32 @@ def test_every_variant_is_measured_or_says_why_not() -> None:
 
 
 def test_out_of_memory_is_one_line_or_leaves_the_arm_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Trainer.step
+    original = BenchTrainer.step
 
-    def short_of_memory(self: Trainer, arm: BenchArm, batch: PackedBatch):
+    def short_of_memory(self: BenchTrainer, arm: BenchArm, batch: PackedBatch):
         if arm.name == "large":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
         return original(self, arm, batch)
 
-    monkeypatch.setattr(Trainer, "step", short_of_memory)
+    monkeypatch.setattr(BenchTrainer, "step", short_of_memory)
     arms = [BenchArm("vanilla"), BenchArm("large", SMALL.schedule)]
     with pytest.raises(ValueError, match=says("out of memory", "cpu", "large", "--samples", "--recompute")):
-        measure(trainer_of(), arms, steps=1, warmup=0)
+        measure_arms(trainer_of(), arms, steps=1, warmup=0)
     named = [dataclasses.replace(arm, setting="0 recomputed") for arm in arms]
     with pytest.raises(ValueError, match=says("out of memory", "large", "--recompute-layers all")):
-        measure(trainer_of(), named, steps=1, warmup=0)  # --recompute would contradict what was asked for
-    vanilla, large = measure(trainer_of(), arms, steps=2, warmup=1, patient=True)
+        measure_arms(trainer_of(), named, steps=1, warmup=0)  # --recompute would contradict what was asked for
+    vanilla, large = measure_arms(trainer_of(), arms, steps=2, warmup=1, patient=(torch.OutOfMemoryError,))
     assert vanilla.error is None and len(vanilla.losses) == 2
     assert large.error == "out of memory" and not large.losses
 
 
 def test_a_programming_error_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Trainer, arm: BenchArm, batch: PackedBatch):
+    def broken(self: BenchTrainer, arm: BenchArm, batch: PackedBatch):
         raise ValueError("broken")
 
-    monkeypatch.setattr(Trainer, "step", broken)
+    monkeypatch.setattr(BenchTrainer, "step", broken)
     with pytest.raises(ValueError, match="broken"):
-        measure(trainer_of(), [BenchArm("vanilla")], steps=1, warmup=0, patient=True)
+        measure_arms(trainer_of(), [BenchArm("vanilla")], steps=1, warmup=0, patient=(torch.OutOfMemoryError,))
 
 
 def test_typical_seconds_follow_the_operations_and_not_an_interruption() -> None:

@@ -39,11 +39,11 @@ def test_a_synchronisation_is_reported_with_its_place(monkeypatch: pytest.Monkey
     import warnings
 
     from llava_pdrop.bench.shapes import shape_named
-    from llava_pdrop.bench.train_step import BenchArm, Trainer
+    from llava_pdrop.bench.train_step import BenchArm, BenchTrainer
     from llava_pdrop.bench.workload import Workload
 
     shape = shape_named("tiny")
-    trainer = Trainer(shape, CPU, Workload(shape), "none")
+    trainer = BenchTrainer(shape, CPU, Workload(shape), "none")
     batch = trainer.workload.batch(0, CPU, 1)
     assert inside.synchronisations(trainer, BenchArm("vanilla"), batch) == []
     monkeypatch.setattr(
