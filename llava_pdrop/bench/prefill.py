@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava_pdrop.bench.shapes import Shape
+from llava_pdrop.bench.shapes import Shape, make_model
+from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import cache_bytes
 from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.generate.prefill import Prefill
 from llava_pdrop.model.vision import image_features
 from llava_pdrop.runtime.clock import Span, Stopwatch, replaced, timed
+from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.schedule import Schedule
 
 WARM_UP = 2
@@ -125,31 +127,67 @@ def watched(hf: nn.Module, watch: Stopwatch) -> Iterator[None]:
         leaving.remove()
 
 
-def measure(
-    hf: nn.Module,
-    case: PrefillCase,
-    methods: dict[str, Schedule],
-    shape: Shape,
-    runs: int,
-    seed: int,
-    device: torch.device,
-) -> tuple[list[Span], dict[str, list[PrefillRun]]]:
+@dataclass(frozen=True)
+class PrefillBench:
+    """What all cases are measured with.
+
+    Attributes:
+        hf: the Hugging Face model, of ``shape`` and on ``device``.
+        methods: by name; an empty schedule is the plain model.
+        runs: counted ones of every method.
+        attention: ``attn_implementation`` of the model.
+        peak, peak_source: operations a second that the device can reach, and where the number is from.
+    """
+
+    hf: Any
+    shape: Shape
+    device: torch.device
+    methods: dict[str, Schedule]
+    runs: int
+    seed: int
+    attention: str
+    peak: float
+    peak_source: str
+
+    @classmethod
+    def make(
+        cls, shape: Shape, device: torch.device, runs: int = 10, seed: int = 0, attention: str = "sdpa"
+    ) -> PrefillBench:
+        """Vanilla, PyramidDrop (unless the schedule of ``shape`` is empty) and FastV on a model with random weights.
+
+        Raises:
+            UserError: an ``attn_implementation`` that is not there.
+        """
+        dtype = torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32
+        hf = make_model(shape, device, dtype, seed=seed).hf.eval()
+        try:
+            hf.set_attn_implementation(attention)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"--attention {attention!r} does not work here: {error}") from error
+        hf.generation_config.eos_token_id = None  # every answer has the same length
+        hf.generation_config.pad_token_id = 0
+        dropping = {"PyramidDrop": shape.schedule} if shape.schedule.layers else {}
+        methods = {"vanilla": Schedule(), **dropping, "FastV": FASTV}
+        return cls(hf, shape, device, methods, runs, seed, attention, *peak_flops(device, dtype))
+
+
+def measure_prefill(bench: PrefillBench, case: PrefillCase) -> tuple[list[Span], dict[str, list[PrefillRun]]]:
     """Times of the tower, and the counted runs of every method that fits into memory."""
+    hf, device, methods, geometry = bench.hf, bench.device, bench.methods, bench.shape.geometry
     watch, tower = Stopwatch(device), list[Span]()
     counted: dict[str, list[PrefillRun]] = {method: [] for method in methods}
-    tiles = -(-case.image_tokens // shape.geometry.patches)
-    side = shape.geometry.tile
+    tiles = -(-case.image_tokens // geometry.patches)
     try:
-        pixels = torch.randn(case.batch * tiles, 3, side, side, device=device)
-        for turn in range(WARM_UP + runs):
+        pixels = torch.randn(case.batch * tiles, 3, geometry.tile, geometry.tile, device=device)
+        for turn in range(WARM_UP + bench.runs):
             with watch.region("tower"):
-                prompt = Prompt.make(hf, case, pixels, seed)
+                prompt = Prompt.make(hf, case, pixels, bench.seed)
             taken = watch.read()["tower"]
             if turn >= WARM_UP:
                 tower.append(taken)
     except torch.OutOfMemoryError:
         return [], {}
-    for turn in range(WARM_UP + runs):
+    for turn in range(WARM_UP + bench.runs):
         for method in list(counted):
             try:
                 run = generate(hf, prompt, methods[method], case.new_tokens, device)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, WARM_UP, PrefillCase, PrefillRun, measure
-from llava_pdrop.bench.shapes import Shape, make_model
+from llava_pdrop.bench.prefill import WARM_UP, PrefillBench, PrefillCase, PrefillRun, measure_prefill
 from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
-from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Note, Page, Picture, Table
 from llava_pdrop.report.pictures import COLOURS, subplots
 from llava_pdrop.report.units import MEMORY, OPERATIONS, column, digits, text_of, time_unit, unit_of
 from llava_pdrop.runtime.clock import Span, quartiles
-from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
@@ -77,25 +73,16 @@ def spread(values: Sequence[float], factor: float = 1.0) -> dict[str, float]:
 
 
 def entry(
-    config: Any,
+    bench: PrefillBench,
     case: PrefillCase,
     method: str,
-    schedule: Schedule,
-    geometry: ImageGeometry,
-    dtype: torch.dtype,
-    peak: float,
     tower: Sequence[Span],
-    runs: Sequence[PrefillRun] | None,
-    vanilla: Sequence[PrefillRun] | None,
+    counted: Mapping[str, Sequence[PrefillRun]],
 ) -> dict[str, Any]:
-    """One method at one case, predicted and measured.
-
-    Args:
-        peak: operations a second the device can reach.
-        tower: times of tower and projector.
-        runs, vanilla: of this method and of the one without dropping; None where it ran out of memory, and then the
-            figures that need it are None.
-    """
+    """One method at one case, predicted and measured: what `measure_prefill` found of ``tower`` and of all methods. A
+    method that ran out of memory has None for what needs its runs, or those without dropping."""
+    config, schedule, geometry = bench.hf.config, bench.methods[method], bench.shape.geometry
+    runs, vanilla = counted.get(method), counted.get("vanilla")
     flops = prefill_flops(config, case, schedule, geometry)
     predicted = prefill_flops(config, case, Schedule(), geometry) / flops
     cost = _cost(runs) if runs else None
@@ -114,24 +101,14 @@ def entry(
         "tower_ms": spread([span.seconds for span in tower], 1e3) if tower else None,
         "decode_tokens_per_s": spread([decoded / run.decode.seconds for run in runs]) if runs else None,
         "cache_bytes": runs[-1].cache_bytes if runs else None,
-        "cache_bytes_predicted": predicted_cache_bytes(config, case, schedule, dtype),
+        "cache_bytes_predicted": predicted_cache_bytes(config, case, schedule, bench.hf.dtype),
         "peak_bytes": max(peaks) if peaks else None,
         "prefill_tflop": flops / 1e12,
-        "share_of_peak": flops / cost / peak if cost else None,
+        "share_of_peak": flops / cost / bench.peak if cost else None,
         "speedup": realised,
         "speedup_predicted": predicted,
         "realised_over_predicted": realised / predicted if realised else None,
     }
-
-
-def write(report: dict[str, Any], directory: Path, name: str) -> list[Path]:
-    """Writes ``name`` with .md, .json and .png behind it into ``directory``; returns the files."""
-    return page(report, f"{name}.png").write(directory, f"{name}.md", f"{name}.json")
-
-
-def show(report: dict[str, Any]) -> None:
-    """Prints the results."""
-    page(report, "").show()
 
 
 def page(report: dict[str, Any], picture: str) -> Page:
@@ -227,61 +204,31 @@ def _title(report: dict[str, Any]) -> str:
     return f"bench prefill: {told['shape']}, {told['dtype']}, {told['attention']}, {device}"
 
 
-def bench_prefill(
-    name: str,
-    shape: Shape,
-    device: torch.device,
-    batches: Sequence[int],
-    image_tokens: Sequence[int],
-    new_tokens: int = 32,
-    runs: int = 10,
-    seed: int = 0,
-    attention: str = "sdpa",
-) -> dict[str, Any]:
-    """Measures every batch size with every number of image tokens, vanilla, PyramidDrop (unless the shape's schedule is
-    empty) and FastV.
-
-    Args:
-        attention: ``attn_implementation`` of the Hugging Face model.
+def bench_prefill(name: str, bench: PrefillBench, cases: Sequence[PrefillCase]) -> dict[str, Any]:
+    """Measures every method at every one of ``cases``; ``name`` is the shape's.
 
     Returns:
         ``environment``, ``settings`` and ``results``, one entry per case and method (see `entry`).
-
-    Raises:
-        UserError: an attention implementation that is not there.
     """
-    dtype = torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32
-    hf = make_model(shape, device, dtype, seed=seed).hf.eval()
-    try:
-        hf.set_attn_implementation(attention)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"--attention {attention!r} does not work here: {error}") from error
-    hf.generation_config.eos_token_id = None  # every answer has the same length
-    hf.generation_config.pad_token_id = 0
-    dropping = {"PyramidDrop": shape.schedule} if shape.schedule.layers else {}
-    methods = {"vanilla": Schedule(), **dropping, "FastV": FASTV}
-    cases = [PrefillCase(batch, tokens, TEXT_TOKENS, new_tokens) for tokens in image_tokens for batch in batches]
-    peak, peak_source = peak_flops(device, dtype)
+    hf, device = bench.hf, bench.device
     results: list[dict[str, Any]] = []
     for case in tqdm(cases, desc=f"prefill {name}", unit="case", leave=False):
-        tower, counted = measure(hf, case, methods, shape, runs, seed, device)
-        for method, schedule in methods.items():
-            taken, vanilla = counted.get(method), counted.get("vanilla")
-            results.append(entry(hf.config, case, method, schedule, shape.geometry, dtype, peak, tower, taken, vanilla))
+        measured = measure_prefill(bench, case)
+        results += [entry(bench, case, method, *measured) for method in bench.methods]
     told = {
         "shape": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "attention": attention,
+        "dtype": str(hf.dtype).removeprefix("torch."),
+        "attention": bench.attention,
         "kernels": "eager",  # generation is Hugging Face's: `model.kernels` holds in training
-        "runs": runs,
+        "runs": bench.runs,
         "warm_up": WARM_UP,
-        "new_tokens": new_tokens,
-        "text_tokens": list(TEXT_TOKENS),
+        "new_tokens": cases[0].new_tokens,
+        "text_tokens": list(cases[0].text_tokens),
         "weights_bytes": sum(parameter.nbytes for parameter in hf.parameters()),
-        "peak_flops": peak,
-        "peak_flops_source": peak_source,
+        "peak_flops": bench.peak,
+        "peak_flops_source": bench.peak_source,
         "timer": "CUDA events" if device.type == "cuda" else "wall clock; speed-ups by CPU time",
         "times": CLOCKS[device.type],
-        "schedules": {method: schedule.to_dict() for method, schedule in methods.items()},
+        "schedules": {method: schedule.to_dict() for method, schedule in bench.methods.items()},
     }
-    return {"environment": environment(device, seed), "settings": told, "results": results}
+    return {"environment": environment(device, bench.seed), "settings": told, "results": results}

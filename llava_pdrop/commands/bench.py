@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from llava_pdrop.bench.run import run_prefill, run_train
 from llava_pdrop.commands.arguments import a_place
 
 
@@ -20,37 +18,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name,
             help=summary,
             description=f"Measure {summary}, with random weights and synthetic batches, on one device.",
+            argument_default=argparse.SUPPRESS,  # what is not given is as `bench.run` has it
         )
         add(own)
-        own.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+        add_common_arguments(own)
+        own.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs one bench."""
-    {"train": run_train, "prefill": run_prefill}[args.what](args)
+    from llava_pdrop.bench.run import PrefillSettings, TrainSettings, run_prefill, run_train
+
+    if args.what == "train":
+        run_train(TrainSettings.of(vars(args)))
+    else:
+        run_prefill(PrefillSettings.of(vars(args)))
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``bench train``."""
-    add_shape_arguments(parser)
     parser.add_argument(
-        "--schedule", nargs="+", type=a_place, default=[], metavar="FILE",
+        "--schedule", nargs="+", type=a_place, metavar="FILE",
         help="YAML with a pyramid_drop section, or a bare schedule, to measure beside vanilla (default: that of "
         "CONFIG or the shape)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="measured steps per schedule")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them, not counted")
+    parser.add_argument("--steps", type=int, metavar="N", help="measured steps per schedule")
+    parser.add_argument("--warmup", type=int, metavar="N", help="steps before them, not counted")
     parser.add_argument(
         "--samples", type=int, metavar="N", help="samples per micro-batch (default: as CONFIG or the shape)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, lengths and pictures")
     parser.add_argument(
-        "--images", nargs="+", default=["mixture"], metavar="WHICH",
+        "--images", nargs="+", metavar="WHICH",
         help="mixture (picture sizes as in training) or full (every tile used); both: a report of each",
     )  # fmt: skip
-    parser.add_argument("--optimizer", default="auto", help="auto (what fits), adamw, sharded (one of 8) or none")
+    parser.add_argument("--optimizer", help="auto (what fits), adamw, sharded (one of 8) or none")
     parser.add_argument(
         "--recompute", action=argparse.BooleanOptionalAction,
         help="activation checkpointing (default: as CONFIG or the shape)",
@@ -73,35 +74,29 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", action="store_true",
         help="also measure each design choice against its alternative, in the (first) setting of recomputation",
     )  # fmt: skip
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    parser.add_argument("--out", type=a_place, default=OUT, metavar="DIR", help="directory of the three reports")
 
 
-OUT = Path("playground/benchmarks")
-
-
-def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured: CONFIG with its overrides, or ``--shape``. (One list of words: argparse would lose a CONFIG
-    that follows an option.)"""
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, CONFIG with its overrides or ``--shape``, on what, and where it is written. (One list of words:
+    argparse would lose a CONFIG that follows an option.)"""
     parser.add_argument(
-        "overrides", nargs="*", metavar="CONFIG",
+        "overrides", nargs="*", default=[], metavar="CONFIG",
         help="YAML file or directory of a run, and section.key=value overrides: measures its model, without "
         "weights and data",
     )  # fmt: skip
     parser.add_argument("--shape", help="a model shape instead of CONFIG (default: llava-next-7b on CUDA, else tiny)")
+    parser.add_argument("--seed", type=int, help="seed of weights, lengths, prompts and pictures")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument("--out", type=a_place, metavar="DIR", help="directory of the three reports")
 
 
 def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes. (No import of torch: this also runs for ``--help``.)"""
-    add_shape_arguments(parser)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="batch sizes, in prompts")
+    """The arguments of ``bench prefill``."""
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch sizes, in prompts")
     parser.add_argument(
         "--image-tokens", type=int, nargs="+", metavar="N",
         help="image tokens per prompt (default: CONFIG's largest picture, or 1, 5 and 9 tiles)",
     )  # fmt: skip
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens per answer")
-    parser.add_argument("--runs", type=int, default=10, metavar="N", help="measured runs per method")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, prompts and pictures")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    parser.add_argument("--attention", default="sdpa", help="attn_implementation of the Hugging Face model")
-    parser.add_argument("--out", type=a_place, default=OUT, metavar="DIR", help="directory of the three reports")
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="tokens per answer")
+    parser.add_argument("--runs", type=int, metavar="N", help="measured runs per method")
+    parser.add_argument("--attention", help="attn_implementation of the Hugging Face model")

@@ -32,7 +32,6 @@ PLANNED = {"serve"}
 
 LAZY = {
     "bench.gpu.__main__": "torch, in the process that only starts others",
-    "bench.run": "torch, where a command line is only read",
     "config.schema": "torch, where a config is only looked at",
 }
 """Modules that import some of the package inside functions -> what that puts off. (Commands all do: torch.)"""

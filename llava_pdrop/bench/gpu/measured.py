@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.recompute import ALL, AUTO, from_json
-from llava_pdrop.bench.run import run_prefill, run_train
-from llava_pdrop.report.units import GIB, MIB
+from llava_pdrop.bench.run import PrefillSettings, TrainSettings, run_prefill, run_train
+from llava_pdrop.report.units import GIB, MIB, time_text
 
 
 def train_next(check: Check) -> None:
@@ -38,16 +35,17 @@ def train_mixture(check: Check) -> None:
 def prefill(check: Check) -> None:
     """LLaVA-NeXT-7B, prompts of 2,880 image tokens, one at a time and eight at once."""
     shape, tokens, runs = ("tiny", 100, 1) if check.rehearsal else ("llava-next-7b", 2880, 6)
-    counts = {"image_tokens": [tokens], "batch": [1, 8], "new_tokens": 8, "runs": runs}
+    asked = PrefillSettings(
+        shape=shape, device=check.device.type, out=check.benchmarks, image_tokens=(tokens,), new_tokens=8, runs=runs
+    )
     with _output(check):
-        run_prefill(argparse.Namespace(**_common(check, shape), **counts, attention="sdpa"))
-    report = _report(check.benchmarks, "prefill")
+        report = run_prefill(asked)
     for batch in (1, 8):
         found = {entry["method"]: entry for entry in report["results"] if entry["batch"] == batch}
         check.put(**{f"batch_{batch}": prefill_row(found["vanilla"], found["PyramidDrop"])})
         row = check.result[f"batch_{batch}"]
         check.note(
-            f"batch {batch}: {row['vanilla_ms']:.1f} -> {row['dropping_ms']:.1f} ms, {row['speedup']:.2f}x "
+            f"batch {batch}: {_time(row['vanilla_ms'])} -> {_time(row['dropping_ms'])}, {row['speedup']:.2f}x "
             f"(operations {row['speedup_predicted']:.2f}x), ranking {row['ranking_share']:.1%}"
         )
 
@@ -70,28 +68,12 @@ def prefill_row(vanilla: dict[str, Any], dropping: dict[str, Any]) -> dict[str, 
 def _train(check: Check, shape: str, images: str, steps: int, warmup: int, settings: Sequence[str] = (ALL,)) -> None:
     if check.rehearsal:
         shape, images, steps, warmup = "tiny", "mixture", 1, 0
-    options: dict[str, Any] = {
-        "schedule": [],
-        "samples": None,
-        "optimizer": "auto",
-        "recompute": None,
-        "recompute_layers": list(settings),
-        "card": check.card,
-        "compare": False,
-    }
+    asked = TrainSettings(
+        shape=shape, device=check.device.type, out=check.benchmarks, images=(images,), steps=steps, warmup=warmup,
+        recompute_layers=settings, card=check.card,
+    )  # fmt: skip
     with _output(check):
-        run_train(
-            argparse.Namespace(
-                **_common(check, shape),
-                **options,
-                images=[images],
-                steps=steps,
-                warmup=warmup,
-                attention=None,
-                kernels=None,
-            )
-        )
-    report = _report(check.benchmarks, "train")
+        (report,) = run_train(asked)
     check.put(shape=shape, images=images, **training_row(report))
     rows = {"": check.result, **{f"{AUTO}, ": check.result["forced"] for _ in settings[1:]}}
     for setting, row in rows.items():
@@ -106,11 +88,11 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
     for arm in ("vanilla", "dropping"):
         found = row[arm]
         yield (
-            f"{arm}: {found['step_ms']:.0f} ms{_model(found['modelled_ms'])}, MFU {found['mfu']:.1%}, "
+            f"{arm}: {_time(found['step_ms'], found['modelled_ms'])}, MFU {found['mfu']:.1%}, "
             f"peak {found['peak_gib']:.1f} GiB, recomputed: {found['recomputed']}"
         )
         for number, stage in enumerate(found["stages"]):
-            yield f"{arm}, stage {number}: forward {stage['ms']:.3g} ms{_model(stage['modelled_ms'])}"
+            yield f"{arm}, stage {number}: forward {_time(stage['ms'], stage['modelled_ms'])}"
     yield (
         f"saved {row['realised']:.1%} of the step; forward and backward {row['realised_compute']:.1%} of "
         f"{row['predicted']:.1%} predicted ({row['realised_over_predicted']:.3f}), ranking "
@@ -118,8 +100,8 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _model(ms: float | None) -> str:
-    return "" if ms is None else f" (modelled {f'{ms:.0f}' if ms >= 100 else f'{ms:.3g}'})"
+def _time(ms: float, modelled: float | None = None) -> str:
+    return time_text(ms / 1e3) + ("" if modelled is None else f" (modelled {time_text(modelled / 1e3)})")
 
 
 def training_row(report: dict[str, Any]) -> dict[str, Any]:
@@ -179,16 +161,6 @@ def _arm(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _common(check: Check, shape: str) -> dict[str, Any]:
-    """Arguments of both benches."""
-    return {"shape": shape, "overrides": [], "seed": 0, "device": check.device.type, "out": check.benchmarks}
-
-
 def _output(check: Check) -> contextlib.redirect_stdout[Any]:
     """The bench's own tables go into a log."""
     return contextlib.redirect_stdout(check.log(".log").open("a", encoding="utf-8"))
-
-
-def _report(directory: Path, bench: str) -> dict[str, Any]:
-    (file,) = directory.glob(f"{bench}-*.json")
-    return json.loads(file.read_text(encoding="utf-8"))

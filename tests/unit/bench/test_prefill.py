@@ -13,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_pdrop.bench import prefill as bench
 from llava_pdrop.bench import shapes
-from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, PrefillCase, Prompt, generate, measure
+from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, PrefillBench, PrefillCase, Prompt, generate, measure_prefill
 from llava_pdrop.bench.prefill_report import bench_prefill, predicted_cache_bytes, prefill_flops, spread
-from llava_pdrop.bench.run import run_prefill
-from llava_pdrop.bench.shapes import make_model, shape_named
-from llava_pdrop.commands.bench import add_prefill_arguments
+from llava_pdrop.bench.shapes import shape_named
+from llava_pdrop.commands.bench import add_arguments, run
 from llava_pdrop.generate.cache import cache_bytes, cached_tokens
 from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.schedule import Schedule
@@ -41,16 +40,13 @@ METHODS = {"vanilla": Schedule(), "PyramidDrop": SHAPE.schedule, "FastV": FASTV}
 
 @pytest.fixture(scope="module")
 def hf():
-    hf = make_model(SHAPE, CPU, torch.float32).hf.eval()
-    hf.set_attn_implementation("sdpa")
-    hf.generation_config.eos_token_id = None
-    hf.generation_config.pad_token_id = 0
-    return hf
+    return PrefillBench.make(SHAPE, CPU).hf
 
 
 @pytest.fixture(scope="module")
 def report():
-    return bench_prefill("test", SHAPE, CPU, [1, 2], [20, 36], new_tokens=NEW, runs=2, attention="sdpa")
+    cases = [PrefillCase(batch, tokens, TEXT_TOKENS, NEW) for tokens in (20, 36) for batch in (1, 2)]
+    return bench_prefill("test", PrefillBench.make(SHAPE, CPU, runs=2, attention="sdpa"), cases)
 
 
 def make_prompt(hf, batch: int = 2, image_tokens: int = 50) -> tuple[PrefillCase, Prompt]:
@@ -59,10 +55,10 @@ def make_prompt(hf, batch: int = 2, image_tokens: int = 50) -> tuple[PrefillCase
     return case, Prompt.make(hf, case, pixels, seed=0)
 
 
-def parse(*words: str) -> argparse.Namespace:
+def measured(*words: str) -> None:
     parser = argparse.ArgumentParser()
-    add_prefill_arguments(parser)
-    return parser.parse_args(words)
+    add_arguments(parser)
+    run(parser.parse_args(["prefill", *words]))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -215,7 +211,7 @@ def test_dropping_neither_reads_from_the_device_nor_sends_to_it(hf, monkeypatch)
 
 
 @pytest.mark.parametrize("victim", ["vanilla", "PyramidDrop"])
-def test_a_method_that_runs_out_of_memory_leaves_the_others(hf, monkeypatch, victim):
+def test_a_method_that_runs_out_of_memory_leaves_the_others(monkeypatch, victim):
     case, own = PrefillCase(1, 20, TEXT_TOKENS, NEW), bench.generate
 
     def tight(hf, prompt, schedule, *rest):
@@ -224,10 +220,11 @@ def test_a_method_that_runs_out_of_memory_leaves_the_others(hf, monkeypatch, vic
         return own(hf, prompt, schedule, *rest)
 
     monkeypatch.setattr(bench, "generate", tight)
-    tower, counted = measure(hf, case, METHODS, SHAPE, 2, 0, CPU)
+    measured_with = PrefillBench.make(SHAPE, CPU, runs=2)
+    tower, counted = measure_prefill(measured_with, case)
     assert len(tower) == 2
     assert {method: len(runs) for method, runs in counted.items()} == {m: 2 for m in METHODS if m != victim}
-    report = bench_prefill("test", SHAPE, CPU, [1], [20], NEW, runs=1)
+    report = bench_prefill("test", measured_with, [case])
     for result in report["results"]:
         lost = result["method"] == victim
         assert result["out_of_memory"] is lost and (result["prefill_ms"] is None) is lost
@@ -238,7 +235,7 @@ def test_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shapes, "shape_named", {"test": SHAPE}.get)
     out = tmp_path / "new"
     words = ["--shape", "test", "--batch", "1", "--image-tokens", "20", "--new-tokens", "2", "--runs", "1"]
-    run_prefill(parse(*words, "--device", "cpu", "--out", str(out)))
+    measured(*words, "--device", "cpu", "--out", str(out))
     report = json.loads((out / "prefill-test-cpu.json").read_text())
     assert [result["method"] for result in report["results"]] == list(METHODS)
     markdown = (out / "prefill-test-cpu.md").read_text()
@@ -270,7 +267,7 @@ def test_files(tmp_path, capsys, monkeypatch):
 )
 def test_wrong_arguments_are_one_line(words, message):
     with pytest.raises(ValueError, match=message) as caught:
-        run_prefill(parse(*words))
+        measured(*words)
     assert "\n" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llava_pdrop.__main__ import main
-from llava_pdrop.bench import variants
+from llava_pdrop.bench import run as bench
 from llava_pdrop.bench.run import read_schedules
 from llava_pdrop.bench.train_step import BenchArm
 from llava_pdrop.errors import UserError
@@ -101,7 +101,7 @@ def test_the_model_stands_beside_and_is_marked_as_one(headline: Path, files: Pat
 def test_variants_recompute_what_their_arms_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the first setting; one that is named twice is measured once."""
     seen: list[BenchArm] = []
-    monkeypatch.setattr(variants, "compare", lambda trainer, arms: seen.extend(arms) or [])
+    monkeypatch.setattr(bench, "compare", lambda trainer, arms: seen.extend(arms) or [])
     words = ["bench", "train", "--shape", "tiny", "--steps", "1", "--warmup", "0", "--device", "cpu", "--samples", "1"]
     assert main([*words, "--recompute-layers", "2,0", "2,0", "1", "--compare", "--out", str(tmp_path)]) == 0
     assert [(bool(arm.recomputed), arm.recomputed.layers) for arm in seen] == [(True, 2), (False, 0)]

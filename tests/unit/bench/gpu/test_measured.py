@@ -67,8 +67,8 @@ def test_an_arm_without_memory_costs_its_own_setting() -> None:
 def test_the_model_is_said_beside_what_was_measured() -> None:
     row = training_row(report(*ALL, *FORCED))
     lines = list(_lines(row["forced"]))
-    assert re.search(says("vanilla", "1600 ms", "modelled 1440", "11 decoder layers and the tower"), lines[0])
-    assert re.search(says("vanilla, stage 1", "200 ms", "modelled 101"), lines[2])
+    assert re.search(says("vanilla", "1.60 s", "modelled 1.44 s", "11 decoder layers and the tower"), lines[0])
+    assert re.search(says("vanilla, stage 1", "200 ms", "modelled 101 ms"), lines[2])
     assert re.search(says("saved 40.0% of the step", "forward and backward 45.0% of 50.0%", "0.900"), lines[-1])
     unknown = [{**arm, "modelled": None} for arm in ALL]
     assert "modelled" not in " ".join(_lines(training_row(report(*unknown))))
