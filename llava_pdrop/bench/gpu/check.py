@@ -60,6 +60,11 @@ class Check:
         return self.device.type == "cpu"
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """Of `report.environment`, asked for once."""
+        return _environment(self.device)
+
+    @property
     def card(self) -> str | None:
         """Whose memory and modelled time count: the device's own; a rehearsal pretends."""
         return "H100" if self.rehearsal else None
@@ -100,7 +105,7 @@ class Check:
             "error": self.error,
             "missing": missing(STAGES[self.name], self.result, self.rehearsal),
             "seconds": round(time.time() - self.began, 1),
-            "environment": _environment(self.device),
+            "environment": self.environment,
             "result": self.result,
         }
         file = stage_file(self.work, self.name)

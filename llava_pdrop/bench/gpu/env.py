@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llava_pdrop.bench.gpu.check import Check
-from llava_pdrop.report.environment import commit, driver, package_version
+from llava_pdrop.report.environment import package_version
 
 PACKAGES = (
     "transformers", "accelerate", "peft", "tokenizers", "triton", "numpy", "pillow", "omegaconf", "pytest", "datasets",
@@ -25,17 +25,14 @@ LENGTHS = (12512, 6656, 3728, 2264, 2940, 780, 420)
 
 def run(check: Check) -> None:
     """Versions, card, rates of products in bfloat16 (a CPU: float32), of copies, and the error of rotary angles."""
-    device, cuda = check.device, check.device.type == "cuda"
-    card = torch.cuda.get_device_properties(device) if cuda else None
+    device, cuda, made = check.device, check.device.type == "cuda", check.environment
     check.put(
-        gpu=card.name if card else None,
-        memory_gib=round(card.total_memory / 2**30, 1) if card else None,
+        gpu=made["device"] if cuda else None,
+        memory_gib=made["device_memory_gib"],
         gpus=torch.cuda.device_count(),
-        driver=driver(),
-        cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version() if cuda else None,
-        torch=torch.__version__,
-        commit=commit() or "unknown",
+        commit=made["commit"] or "unknown",
+        **{key: made[key] for key in ("driver", "cuda", "torch")},
         **{package.replace("-", "_"): package_version(package) for package in PACKAGES},
     )
     found = check.result
