@@ -10,7 +10,6 @@ from typing import Any
 
 from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.recompute import from_json, to_json
-from llava_pdrop.bench.train_picture import step_bars
 from llava_pdrop.bench.train_step import BenchTrainer, Measured
 from llava_pdrop.bench.variants import Compared
 from llava_pdrop.cost.step_time import NOTE, is_modelled
@@ -18,8 +17,9 @@ from llava_pdrop.cost.time_report import mean
 from llava_pdrop.errors import UserError
 from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Note, Page, Picture, Table, plain, write_json
+from llava_pdrop.report.pictures import subplots
 from llava_pdrop.report.units import MEMORY, MIB, column, digits, saved, text_of, time_unit
-from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of, quartiles
+from llava_pdrop.runtime.clock import REGIONS, parts_of, quartiles
 from llava_pdrop.runtime.device import peak_flops
 
 CLOCKS = {
@@ -35,16 +35,22 @@ CLOCKS = {
 """Device -> what the times of a report are: ``seconds`` are in the tables, in ``quartiles``, ``parts``, ``stages`` and
 ``steps.seconds`` of the JSON; ``wall`` in its ``steps.wall``."""
 
-TIMES = {
-    "step": "step",
-    "forward": "forward",
-    "backward": "backward",
-    "optimizer": "optimizer",
-    "ranking": "ranking and dropping",
-    "tower": "tower forward",
-    "tower_backward": "tower backward",
+STEP_PARTS = {
+    "step": ("step", ""),
+    "forward": ("forward", ""),
+    "tower": ("tower forward", "#3E5C76"),
+    "embedding": ("projector, embedding", "#748CAB"),
+    "decoder": ("decoder forward", "#6B7C8F"),
+    "ranking": ("ranking and dropping", "#D7263D"),
+    "head": ("head and loss", "#F2B134"),
+    "backward": ("backward", "#E2703A"),
+    "tower_backward": ("tower backward", "#9A5B3C"),
+    "optimizer": ("optimizer", "#8AB17D"),
 }
-"""Region (`clock.REGIONS`) -> its line in the table."""
+"""Region of a step (`clock.REGIONS`) or piece of it (`clock.parts_of`) -> what it is called, and a piece's colour."""
+
+TIMES = ("step", "forward", "backward", "optimizer", "ranking", "tower", "tower_backward")
+"""Regions that have a line in the table, where any run has spent time in them."""
 
 NOTES = """\
 - Times are medians over {steps} counted steps each, with their quartiles. All runs took turns on the same batches.
@@ -135,7 +141,7 @@ def _run(result: Measured, vanilla: Measured, rate: float, card: str | None = No
     seconds = result.seconds["step"]
     entry |= {
         "quartiles": {name: _round(quartiles(result.seconds[name])) for name in REGIONS},
-        "parts": {name: _round([quartiles([piece[name] for piece in pieces])[1]])[0] for name in PIECES},
+        "parts": {name: _round([quartiles([piece[name] for piece in pieces])[1]])[0] for name in pieces[0]},
         "stages": _stages(result, rate),
         "ranking_share": median(ranking / step for ranking, step in zip(result.seconds["ranking"], seconds)),
         "peak_mib": max(result.peak_mib),
@@ -211,11 +217,6 @@ def write(report: dict[str, Any], stem: Path) -> list[Path]:
     return [write_json(stem.parent / f"{stem.name}.json", report, indent=None), *files]
 
 
-def show(report: dict[str, Any]) -> None:
-    """Prints the tables, and what they come to."""
-    page(report, "").show()
-
-
 def page(report: dict[str, Any], stem: str) -> Page:
     """The report for people; its picture is ``stem``.png."""
     peak, kind = report["peak_flops"], report["optimizer"]
@@ -252,7 +253,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         ("share of peak", [f"{stage['share_of_peak']:.1%}" for *_, stage in stages]),
     ]
     if report["model"]:
-        modelled = [_modelled_stage(run, place) for run, place, _ in stages]
+        modelled = [ms and ms / 1e3 for run in runs if "stages" in run for ms in modelled_stages(run)]
         columns.append(column(f"modelled for {report['model']['card']}", modelled))
     found.append(Table.of_columns(columns, "Decoder layers by stage, forward"))
     return [*found, *([_variants(report["compare"])] if report["compare"] else [])]
@@ -269,22 +270,24 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
         return [text_of(value, ".1%") for value in known(key)]
 
     rows = []
-    for name, title in TIMES.items():
+    for name in TIMES:
         spreads = [run["quartiles"][name] if "quartiles" in run else [] for run in runs]
+        if not any(map(any, spreads)):
+            continue
         unit = time_unit(value for spread in spreads for value in spread)
         cells = [unit.spread(spread) for spread in spreads]
         if name == "step":
             cells = [cell or run["error"] or "" for cell, run in zip(cells, runs)]
         if name == "optimizer" and report["optimizer"]["kind"] == "none":
             cells = ["left out" if cell else "" for cell in cells]
-        rows.append((f"{title}, {unit.name}", cells))
+        rows.append((f"{STEP_PARTS[name][0]}, {unit.name}", cells))
     modelled = [told and told["step_ms"] / 1e3 for told in known("modelled")]
     return [
         *rows,
         column(f"step modelled for {card}", modelled),
         ("ranking and dropping, of the step", [text_of(share or None, ".1%") for share in known("ranking_share")]),
-        column("peak memory", [_bytes(mib) for mib in known("peak_mib")], MEMORY),
-        column("peak predicted", [_bytes(mib) for mib in known("predicted_peak_mib")], MEMORY),
+        column("peak memory", [mib and mib * MIB for mib in known("peak_mib")], MEMORY),
+        column("peak predicted", [mib and mib * MIB for mib in known("predicted_peak_mib")], MEMORY),
         ("tokens/s", list(map(digits, known("tokens_per_second")))),
         ("MFU", shares("mfu")),
         ("HFU", shares("hfu")),
@@ -295,12 +298,11 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _modelled_stage(run: dict[str, Any], stage: int) -> float | None:
-    """Seconds that the model gives the forward of a stage."""
+def modelled_stages(run: dict[str, Any]) -> list[float | None]:
+    """Milliseconds that the model gives the forward of every stage of a ``run``, None where there is no model."""
     if run["modelled"] is None:
-        return None
-    layers = [part for part in run["modelled"]["parts"] if part["name"].startswith("layers")]
-    return layers[stage]["forward_ms"] / 1e3
+        return [None] * len(run["stages"])
+    return [part["forward_ms"] for part in run["modelled"]["parts"] if part["name"].startswith("layers")]
 
 
 def _variants(entries: Sequence[dict[str, Any]]) -> Table:
@@ -316,7 +318,7 @@ def _variants(entries: Sequence[dict[str, Any]]) -> Table:
         ("variant", [entry["name"] for entry, _ in lines]),
         ("run", [run.get("name", "") for _, run in lines]),
         (f"step, {unit.name}", steps),
-        column("peak", [_bytes(run.get("peak_mib")) for run in done], MEMORY),
+        column("peak", [run["peak_mib"] * MIB if run else None for run in done], MEMORY),
         ("tokens/s", [digits(run.get("tokens_per_second")) for run in done]),
         ("time saved", [text_of(run.get("realised_reduction"), ".1%") for run in done]),
     ]
@@ -350,5 +352,28 @@ def _schedule(schedule: dict[str, Any]) -> str:
     return f"before layers {layers} keep {ratios} ({schedule['ranker']}, {schedule['positions']})"
 
 
-def _bytes(mib: float | None) -> float | None:
-    return None if mib is None else mib * MIB
+def step_bars(report: dict[str, Any]) -> Any:
+    """A bar per run, stacked by where the time of its median step goes."""
+    runs = [run for run in report["runs"] if "parts" in run]
+    spent = {name: [max(0.0, run["parts"].get(name, 0.0)) for run in runs] for name in STEP_PARTS}
+    unit = time_unit(sum(run["parts"].values()) for run in runs)
+    figure, axes = subplots(figsize=(8.4, 2.0 + 0.7 * len(runs)), layout="constrained")
+    ends = [0.0] * len(runs)
+    for name, (label, colour) in STEP_PARTS.items():
+        if any(spent[name]):
+            widths = [seconds / unit.size for seconds in spent[name]]
+            axes.barh(range(len(runs)), widths, left=ends, height=0.6, color=colour, label=label)
+            ends = [end + width for end, width in zip(ends, widths)]
+    for place, (run, end) in enumerate(zip(runs, ends)):
+        less = run.get("realised_reduction")
+        text = f" {digits(end)} {unit.name}" + (f"  ({-less:+.1%})" if less is not None else "")
+        axes.text(end, place, text, va="center", ha="left")
+    axes.set_yticks(range(len(runs)), [run["name"] for run in runs])
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.margins(x=0.22)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"time of a training step in {unit.name} (medians of its parts; clock: {report['clock']})")
+    axes.set_title(f"Where the time goes: {report['shape']['name']} on {report['environment']['device']}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    return figure

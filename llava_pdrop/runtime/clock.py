@@ -29,9 +29,6 @@ in the backward."""
 STAGE = "stage"
 """Regions ``stage 0``, ``stage 1``, ...: the forward of the decoder layers between two drops, ranking not in it."""
 
-PIECES = ("tower", "embedding", "decoder", "ranking", "head", "backward", "tower_backward", "optimizer")
-"""A step in pieces that do not overlap, see `parts_of`."""
-
 TIME_PARTS = ("tower", "decoder", "ranking", "other_forward", "backward", "optimizer")
 """What is measured in every step of a training run. ``other_forward`` is the rest of the forward: plan, embedding,
 projector, head and loss. ``backward`` includes the exchange of gradients between ranks, and under DeepSpeed, which
@@ -227,7 +224,7 @@ def parts_of(times: dict[str, float]) -> dict[str, float]:
     """The regions of one step as pieces that do not overlap and add up to the step. ``embedding`` is the plan of the
     stream, the text embeddings, the projector, the merge and the first rotary embeddings; ``decoder`` its layers and
     last norm."""
-    parts = {
+    return {
         "tower": times["tower"],
         "embedding": times["forward"] - times["tower"] - times["decoder"] - times["head"],
         "decoder": times["decoder"] - times["ranking"],
@@ -237,7 +234,6 @@ def parts_of(times: dict[str, float]) -> dict[str, float]:
         "tower_backward": times["tower_backward"],
         "optimizer": times["optimizer"],
     }
-    return {name: parts[name] for name in PIECES}
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -9,6 +9,7 @@ from typing import Any
 from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.recompute import ALL, AUTO, from_json
 from llava_pdrop.bench.run import PrefillSettings, TrainSettings, run_prefill, run_train
+from llava_pdrop.bench.train_report import modelled_stages
 from llava_pdrop.report.units import GIB, MIB, time_text
 
 
@@ -142,14 +143,13 @@ def _pair(vanilla: dict[str, Any], dropping: dict[str, Any]) -> dict[str, Any]:
 def _arm(run: dict[str, Any]) -> dict[str, Any]:
     low, middle, high = (1000 * seconds for seconds in run["quartiles"]["step"])
     predicted, model = run["predicted_peak_mib"], run["modelled"]
-    parts = [part["forward_ms"] for part in model["parts"] if part["name"].startswith("layers")] if model else []
     return {
         "step_ms": middle,
         "quartiles_ms": [low, high],
         "modelled_ms": model and model["step_ms"],
         "stages": [
-            {"tokens": stage["tokens"], "ms": 1000 * stage["seconds"], "modelled_ms": parts[k] if model else None}
-            for k, stage in enumerate(run["stages"])
+            {"tokens": stage["tokens"], "ms": 1000 * stage["seconds"], "modelled_ms": modelled}
+            for stage, modelled in zip(run["stages"], modelled_stages(run))
         ],
         "recomputed": str(from_json(run)),
         "mfu": run["mfu"],

@@ -16,7 +16,7 @@ from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, predicted_reduction
 from llava_pdrop.model import kernels, vlm
 from llava_pdrop.report.units import MIB
 from llava_pdrop.runtime import clock
-from llava_pdrop.runtime.clock import PIECES, REGIONS, parts_of
+from llava_pdrop.runtime.clock import REGIONS, parts_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 from tests.messages import says
@@ -89,7 +89,6 @@ def test_every_region_is_measured_and_they_nest() -> None:
         times = {name: dropping.wall[name][place] for name in REGIONS}
         assert times["tower"] + times["decoder"] + times["head"] <= times["forward"]
         assert times["ranking"] < times["decoder"] and times["tower_backward"] < times["backward"]
-        assert list(parts_of(times)) == list(PIECES)
         assert sum(parts_of(times).values()) <= times["step"]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import run as bench
 from llava_pdrop.bench.run import read_schedules
+from llava_pdrop.bench.train_report import step_bars, tables
 from llava_pdrop.bench.train_step import BenchArm
 from llava_pdrop.errors import UserError
 from llava_pdrop.schedule import Schedule
@@ -158,6 +159,18 @@ def test_the_table_has_median_and_spread_of_every_part(files: Path) -> None:
     for line in ("operations saved (predicted)", "time saved (realised)", "realised / predicted"):
         assert [bool(cell.strip()) for cell in lines[line].split("|")] == [False, True, True], line
     assert "peak predicted" not in lines, "a CPU has no such count"
+
+
+def test_what_no_run_spends_time_in_has_no_line(files: Path) -> None:
+    """As the backward of a tower that is frozen, in the table and in the picture."""
+    report = json.loads((files / "train-tiny-cpu.json").read_text())
+    for run in report["runs"]:
+        run["quartiles"]["tower_backward"], run["parts"]["tower_backward"] = [0.0] * 3, 0.0
+    heads = [row[0].split(",")[0] for row in tables(report)[0].rows]
+    assert "tower forward" in heads and "backward" in heads and "tower backward" not in heads
+    (legend,) = step_bars(report).legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert "tower forward" in named and "backward" in named and "tower backward" not in named
 
 
 def test_the_json_says_what_its_times_are(files: Path) -> None:
