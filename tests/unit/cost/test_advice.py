@@ -12,12 +12,21 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.commands.plan import gpus_of
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.advice import ORDER, Advice, AdviceArm, AdviceSetting, advise, overrides, with_setting
+from llava_pdrop.cost.advice import (
+    ORDER,
+    RECIPES,
+    Advice,
+    AdviceArm,
+    AdviceSetting,
+    advise,
+    overrides,
+    run_length,
+    with_setting,
+)
 from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.memory import Parameters
 from llava_pdrop.cost.nominal import model_of, recomputed_by, samples_of, states_of
 from llava_pdrop.cost.plan import RESERVE, plan_memory, plan_step
-from llava_pdrop.cost.run_length import RECIPES, run_length
 from llava_pdrop.report.units import GIB
 from tests.messages import says
 
