@@ -50,7 +50,7 @@ PAPER_7B = {
 
 
 @dataclass(frozen=True)
-class Report:
+class PlanReport:
     """All that is printed. ``least``: decoder layers to recompute so that (vanilla, dropping) fit into ``budget`` GiB;
     ``fitting``: the step when each recomputes only those, None where one of them does not fit; ``adapters``: parameters
     of LoRA adapters; ``advice``: how to train on GPUs of a known size, where asked; ``time``: of the step on one GPU,
@@ -69,7 +69,7 @@ class Report:
     time: TimeModel | str | None = None
 
 
-def make_report(config: Config, gpus: int = 8, budget: float = 80.0, solution: Solution | None = None) -> Report:
+def make_report(config: Config, gpus: int = 8, budget: float = 80.0, solution: Solution | None = None) -> PlanReport:
     """Works everything out."""
     plan, states = make_plan(config), states_of(config, gpus)
     first_stage = plan.schedule.layers[:1]
@@ -77,10 +77,10 @@ def make_report(config: Config, gpus: int = 8, budget: float = 80.0, solution: S
     vanilla, dropping = least = least_recomputed(config, states, budget)
     fitting = None if vanilla is None or dropping is None else plan_step(config, (vanilla, dropping))
     adapters = sum(adapter_parameters(model_of(config).config.text_config, config.lora))
-    return Report(plan, plan_step(config), states, memory, budget, least, fitting, solution, adapters)
+    return PlanReport(plan, plan_step(config), states, memory, budget, least, fitting, solution, adapters)
 
 
-def to_json(config: Config, report: Report) -> dict[str, Any]:
+def to_json(config: Config, report: PlanReport) -> dict[str, Any]:
     """The report for machines: bytes, operations, and shares between 0 and 1."""
     plan, step = report.plan, report.step
 
@@ -120,12 +120,12 @@ def to_json(config: Config, report: Report) -> dict[str, Any]:
                 for row in report.memory
             ],
         },
-        "time": time_json(report.time),
+        "time": report.time and time_json(report.time),
         "advice": report.advice and advice_json(config, report.advice),
     }
 
 
-def page(config: Config, report: Report) -> Page:
+def page(config: Config, report: PlanReport) -> Page:
     """The report for people."""
     plan, step, blocks = report.plan, report.step, list[Block]()
     if report.solution is not None:
@@ -152,7 +152,7 @@ def page(config: Config, report: Report) -> Page:
     if report.fitting is not None:
         blocks.append(f"Step time with just that recomputation: {report.fitting.reduction:.1%} less.")
     if report.time is not None:
-        blocks += time_blocks(report.time)
+        blocks += time_blocks(time_json(report.time))
     if report.advice is not None:
         blocks += _advice(config, report.advice)
     return Page(config.name, blocks)
@@ -213,7 +213,7 @@ def _operations(step: PlanStep) -> Table:
     return Table(head, rows, "Operations of a training step's micro-batch")
 
 
-def _memory(report: Report) -> Table:
+def _memory(report: PlanReport) -> Table:
     parts = ("weights", "gathered", "gradients", "optimizer", "activations", "total")
     rows = []
     for row in report.memory:

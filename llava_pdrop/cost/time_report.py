@@ -120,14 +120,15 @@ def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str | None
     return TimeModel(card, kernels, arms, "not in it, it runs on the CPU" if states.offloaded else told)
 
 
-def time_json(time: TimeModel | str | None) -> dict[str, Any] | None:
-    """The model for machines; where there is none, why (``not_modelled``)."""
-    if time is None:
-        return None
+def time_json(time: TimeModel | str) -> dict[str, Any]:
+    """The model for machines; where there is none, why (``not_modelled``). ``saved``: the share of vanilla's time that
+    dropping saves, of forward and backward and of the step with its optimizer."""
     if isinstance(time, str):
         return {"not_modelled": time}
     card = card_named(time.card)
     arms = {name: arm.figures(time.card) for name, arm in time.arms.items()}
+    steps = [arm["step_ms"] for arm in arms.values()]
+    compute = [arm["forward_backward"]["ms"] for arm in arms.values()]
     return {
         "note": NOTE,
         "card": time.card,
@@ -137,46 +138,32 @@ def time_json(time: TimeModel | str | None) -> dict[str, Any] | None:
         "kernels": time.kernels,
         "optimizer": time.optimizer,
         "arms": arms,
-        "saved": _saved(arms),
+        "saved": {"forward_backward": saved(*compute), "step": saved(*steps)} if "dropping" in arms else None,
     }
 
 
-def _saved(arms: dict[str, Any]) -> dict[str, float] | None:
-    """Share of vanilla's time that dropping saves: of forward and backward, and of the step with its optimizer."""
-    if "dropping" not in arms:
-        return None
-    vanilla, dropping = arms["vanilla"], arms["dropping"]
-    return {
-        "forward_backward": saved(vanilla["forward_backward"]["ms"], dropping["forward_backward"]["ms"]),
-        "step": saved(vanilla["step_ms"], dropping["step_ms"]),
-    }
-
-
-def time_blocks(time: TimeModel | str) -> list[Block]:
-    """The model as a table with what it means, or why there is none."""
-    if isinstance(time, str):
-        return [f"Time of a step: not modelled: {time}."]
-    arms = {name: arm.figures(time.card) for name, arm in time.arms.items()}
+def time_blocks(told: dict[str, Any]) -> list[Block]:
+    """What `time_json` has ``told``, as a table with what it means."""
+    if "not_modelled" in told:
+        return [f"Time of a step: not modelled: {told['not_modelled']}."]
+    arms, less = told["arms"], told["saved"]
     unit = time_unit(arm["step_ms"] / 1e3 for arm in arms.values())
 
-    def cells(ms: Sequence[float | None]) -> list[str]:
-        return [unit.text(value and value / 1e3) for value in ms]
-
-    def work(figures: dict[str, float] | None) -> list[str]:
-        if figures is None:
-            return ["-"] * 3
-        return cells([figures[key] for key in ("flop_bound_ms", "bandwidth_bound_ms", "ms")])
+    def row(name: str, figures: Sequence[dict[str, float] | None]) -> list[str]:
+        cells = [name]
+        for found in figures:
+            times = [found and found.get(key) for key in ("flop_bound_ms", "bandwidth_bound_ms", "ms")]
+            cells += [unit.text(ms and ms / 1e3) for ms in times] if found else ["-"] * 3
+        return cells
 
     by_name = [{part["name"]: part for part in arm["parts"]} for arm in arms.values()]
     names = max(by_name, key=len)  # dropping has all that vanilla has, and its rankings
-    rows = [[name, *(cell for parts in by_name for cell in work(parts.get(name)))] for name in names]
-    rows.append(["forward and backward", *(cell for arm in arms.values() for cell in work(arm["forward_backward"]))])
-    for name in ("optimizer", "step"):
-        rows.append([name, *(cell for arm in arms.values() for cell in cells([None, None, arm[f"{name}_ms"]]))])
+    rows = [row(name, [parts.get(name) for parts in by_name]) for name in names]
+    rows.append(row("forward and backward", [arm["forward_backward"] for arm in arms.values()]))
+    rows += [row(name, [{"ms": arm[f"{name}_ms"]} for arm in arms.values()]) for name in ("optimizer", "step")]
     rows.append(["MFU", *(cell for arm in arms.values() for cell in ("", "", f"{arm['mfu']:.1%}"))])
     head = [f"{name}: {title}" for name in arms for title in ("FLOP", "bytes", "time")]
-    title = f"Modelled, not measured: a micro-batch on one {time.card}, {time.kernels} kernels, in {unit.name}"
-    less, card = _saved(arms), card_named(time.card)
+    title = f"Modelled, not measured: a micro-batch on one {told['card']}, {told['kernels']} kernels, in {unit.name}"
     reduction = less and (
         f"By this model dropping takes {less['step']:.1%} less time, {less['forward_backward']:.1%} without the "
         "optimizer."
@@ -184,6 +171,7 @@ def time_blocks(time: TimeModel | str) -> list[Block]:
     return [
         Table(["", *head], rows, title),
         *([reduction] if reduction else []),
-        f"FLOP: all operations at {card.flops / 1e12:g} TFLOP/s; bytes: those of element-wise kernels at "
-        f"{card.bandwidth / 1e12:g} TB/s ({card.source}); time: predicted. Optimizer: {time.optimizer}. {NOTE}",
+        f"FLOP: all operations at {told['peak_flops'] / 1e12:g} TFLOP/s; bytes: those of element-wise kernels at "
+        f"{told['bytes_per_second'] / 1e12:g} TB/s ({told['source']}); time: predicted. Optimizer: "
+        f"{told['optimizer']}. {NOTE}",
     ]
