@@ -17,6 +17,9 @@ from llava_pdrop.errors import UserError, check_name
 
 ASPECTS, MERGES, ROUNDINGS = ("pad", "anyres"), ("flat", "spatial", "spatial_unpad"), ("original", "hf")
 
+Size = tuple[int, int]
+"""(width, height) of a picture in pixels."""
+
 NEWLINE = -1
 """Entry of `ImageGeometry.merge_index` that stands for the learned ``image_newline`` vector."""
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llava_pdrop.bench.shapes import Shape
-from llava_pdrop.cost.mixtures import LLAVA_15, OPEN_LLAVA_NEXT, Component, Size
+from llava_pdrop.cost.mixtures import LLAVA_15, OPEN_LLAVA_NEXT, Component
 from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, full_picture
 from llava_pdrop.errors import UserError
+from llava_pdrop.geometry import Size
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
 
 PROMPT, HUMAN, ASSISTANT = 36, 4, 5

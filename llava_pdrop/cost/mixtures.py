@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-Size = tuple[int, int]
+from llava_pdrop.geometry import Size
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_spec
 from llava_pdrop.config.paths import cached_config, is_hub_id, number, part_configs
 from llava_pdrop.config.schema import Config, ModelSection
 from llava_pdrop.cost.flops import Recomputed
-from llava_pdrop.cost.mixtures import Size
 from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.cost.states import FLOAT, States
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError, UserError
-from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.geometry import ImageGeometry, Size
 from llava_pdrop.model.vlm import geometry_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
