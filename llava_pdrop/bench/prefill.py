@@ -7,7 +7,6 @@ tokens can be measured on every shape. Methods take turns run by run, so that a 
 
 from __future__ import annotations
 
-import gc
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.generate.prefill import Prefill
 from llava_pdrop.model.vision import image_features
 from llava_pdrop.runtime.clock import Span, Stopwatch, replaced, timed
-from llava_pdrop.runtime.device import peak_flops
+from llava_pdrop.runtime.device import peak_flops, release_memory
 from llava_pdrop.schedule import Schedule
 
 WARM_UP = 2
@@ -197,7 +196,7 @@ def measure_prefill(bench: PrefillBench, case: PrefillCase) -> tuple[list[Span],
                 if turn >= WARM_UP:
                     counted[method].append(run)
             if method not in counted:
-                _free(device)  # not in the handler: the error still holds the tensors of its frames there
+                release_memory()  # not in the handler: the error still holds the tensors of its frames there
     return tower, counted
 
 
@@ -208,8 +207,8 @@ def generate(hf: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int,
         attach(hf, schedule)
     try:
         with watched(hf, watch), prompt.inputs(hf) as inputs:
-            _synchronize(device)
             if device.type == "cuda":
+                torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
             output = hf.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
             watch.stop("decode")
@@ -221,14 +220,3 @@ def generate(hf: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int,
         cache_bytes=cache_bytes(output.past_key_values),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -6,7 +6,6 @@ machine does meanwhile hits them alike.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ from llava_pdrop.model.stream import Layout, layouts_of
 from llava_pdrop.model.vlm import Output, PyramidLlava
 from llava_pdrop.report.units import MIB
 from llava_pdrop.runtime.clock import REGIONS, STAGE, Span, Stopwatch, instrumented, no_garbage_collection, replaced
-from llava_pdrop.runtime.device import peak_memory, reset_peak_memory
+from llava_pdrop.runtime.device import peak_memory, release_memory, reset_peak_memory
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.types import IGNORE_INDEX, PackedBatch
@@ -238,9 +237,7 @@ class BenchTrainer:
         """Gives back what a step that ran out of memory has left behind."""
         self.watch.clear()
         self.model.zero_grad(set_to_none=True)
-        gc.collect()  # the error's traceback holds activations, and the collector is off
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory()  # the error's traceback holds activations, and the collector is off
 
     def take(self, arm: BenchArm) -> None:
         """Sets the model as ``arm`` wants it."""

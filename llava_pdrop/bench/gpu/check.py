@@ -6,7 +6,6 @@ process; `runner` starts another for the rest.
 
 from __future__ import annotations
 
-import gc
 import json
 import signal
 import sys
@@ -19,9 +18,10 @@ from typing import Any
 
 import torch
 
-from llava_pdrop.bench.gpu.runner import DONE
+from llava_pdrop.bench.gpu.runner import DONE, say
 from llava_pdrop.bench.gpu.stages import STAGES, CheckStage, missing
 from llava_pdrop.report.environment import environment
+from llava_pdrop.runtime.device import release_memory
 
 BROKEN = 75
 """Exit status of a process whose CUDA context no longer works."""
@@ -92,10 +92,7 @@ class Check:
 
     def note(self, line: str) -> None:
         """A line of the summary."""
-        line = f"{self.name}: {line}"
-        print(line, flush=True)
-        with (self.work / "summary.txt").open("a", encoding="utf-8") as summary:
-            summary.write(line + "\n")
+        say(self.work, f"{self.name}: {line}")
 
     def save(self) -> None:
         """Writes the stage's JSON."""
@@ -157,9 +154,8 @@ def run_stage(stage: CheckStage, check: Check) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     check.save()
-    gc.collect()
-    if check.device.type == "cuda" and works(check.device):
-        torch.cuda.empty_cache()
+    if works(check.device):
+        release_memory()
 
 
 def works(device: torch.device) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from llava_pdrop.bench.gpu.check import Check, stage_file
-from llava_pdrop.bench.shapes import Shape, make_model, shape_named
+from llava_pdrop.bench.shapes import make_model, shape_named
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.config.load import load_config
 from llava_pdrop.data.packing import BatchPlan
@@ -114,35 +114,26 @@ def _launch(check: Check, engines: Sequence[str], processes: int, limit: float) 
 
 
 def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
-    """Trains `STEPS` steps in this rank with our Trainer on synthetic batches; figures over all ranks.
-
-    Raises:
-        UserError, ImportError, RuntimeError: the engine is not installed, or its memory does not suffice.
-    """
+    """Trains `STEPS` steps in this rank with our Trainer on synthetic batches; figures over all ranks."""
     shape = shape_named("tiny" if rehearsal else "llava-next-7b")
     if engine == "ddp" and not rehearsal:
         shape = replace(shape, trainable=("projector",))
     steps, warmup = (4, 1) if rehearsal else (STEPS, WARMUP)
-    changes = ["train.gradient_accumulation_steps=1", f"train.max_steps={steps}", "train.logging_steps=1"]
-    changes += [
-        'train.save_strategy="no"',
-        "train.report_to=none",
-        "train.dataloader_num_workers=0",
-        "train.resume=never",
-    ]
-    config = load_config(
-        ROOT / (REHEARSAL if rehearsal else CONFIG), [*changes, f"train.engine={engine}", f"output_dir={out}"]
-    )
+    changes = [
+        "train.gradient_accumulation_steps=1", f"train.max_steps={steps}", "train.logging_steps=1",
+        'train.save_strategy="no"', "train.report_to=none", "train.dataloader_num_workers=0", "train.resume=never",
+        f"train.engine={engine}", f"output_dir={out}",
+    ]  # fmt: skip
+    config = load_config(ROOT / (REHEARSAL if rehearsal else CONFIG), changes)
     # Before the engine: under ZeRO-3 transformers cuts up the models that it makes, and this one it does not load.
-    if rehearsal:
-        model = make_model(shape, torch.device("cpu"), torch.float32)
-    else:
-        model = make_model(shape, torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.bfloat16)
+    device = torch.device("cpu") if rehearsal else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    model = make_model(shape, device, torch.float32 if rehearsal else torch.bfloat16)
     model.schedule = shape.schedule
     freeze(model, shape.trainable)
     with engine_for_one_run():
         args = training_arguments(config)
-        samples = _samples(shape, args.world_size, rehearsal)
+        work = Workload(shape, "mixture" if rehearsal else "full")
+        samples = work.samples(shape.samples * args.world_size * STEPS)  # all ranks make the same ones
         plan = BatchPlan(
             [len(sample.input_ids) for sample in samples],
             world_size=args.world_size,
@@ -164,12 +155,6 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
         "peak_gib": max(memory) * MIB / GIB if memory else None,
         "losses": [row["loss"] for row in rows],
     }
-
-
-def _samples(shape: Shape, world_size: int, rehearsal: bool) -> Any:
-    """Samples of every step, each with pixels; all ranks make the same ones."""
-    work = Workload(shape, "mixture" if rehearsal else "full")
-    return work.samples(shape.samples * world_size * STEPS)
 
 
 def main() -> int:

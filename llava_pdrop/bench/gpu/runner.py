@@ -63,12 +63,12 @@ def check(names: list[str], seconds: float, device: str, out: Path) -> int:
                 if now == DONE:
                     break
                 if now is None:  # it did not come to its first stage: neither would another
-                    _say(work, f"no stage could begin, the process ended with {_ending(status)}: {_last_line(work)}")
+                    say(work, f"no stage could begin, the process ended with {_ending(status)}: {_last_line(work)}")
                     break
                 _mark_broken(work, now, status)
                 left = left[left.index(now) + 1 :]
         except KeyboardInterrupt:
-            _say(work, "interrupted")
+            say(work, "interrupted")
             _finish(work, out, names)
             raise
         return _finish(work, out, names)
@@ -125,7 +125,7 @@ def _mark_broken(work: Path, name: str, status: int) -> None:
     if record["status"] == "running":
         record |= {"status": "broken", "error": f"its process ended with {_ending(status)}: {_last_line(work)}"}
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        _say(work, f"{name}: broken: {record['error']}")
+        say(work, f"{name}: broken: {record['error']}")
 
 
 def _ending(status: int) -> str:
@@ -137,7 +137,8 @@ def _last_line(work: Path) -> str:
     return lines[-1][:200] if lines else "it said nothing"
 
 
-def _say(work: Path, line: str) -> None:
+def say(work: Path, line: str) -> None:
+    """Prints a line and adds it to the summary of the check in ``work``."""
     print(line, flush=True)
     with (work / SUMMARY).open("a", encoding="utf-8") as summary:
         summary.write(line + "\n")
@@ -154,9 +155,9 @@ def _finish(work: Path, out: Path, names: list[str]) -> int:
             why = f" ({record['error']})" if record.get("error") else ""
             failed.append(f"{name}: {record['status']}{why}{lacking}")
     for line in failed:
-        _say(work, f"NOT COMPLETE: {line}")
+        say(work, f"NOT COMPLETE: {line}")
     if not failed:
-        _say(work, f"complete: {', '.join(names)}")
+        say(work, f"complete: {', '.join(names)}")
     files = _pack(work, out)
     print(f"written: {', '.join(map(str, files))}")
     return 1 if failed else 0
