@@ -25,7 +25,7 @@ from llava_pdrop.eval.team import Team, team_of
 from llava_pdrop.report.console import say
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.train.checks import Checked
+from llava_pdrop.train.checks import CheckedRun
 from llava_pdrop.train.run import prepare_data, train_checked
 
 
@@ -40,7 +40,7 @@ class Candidate:
     """
 
     rows: tuple[VariantRow, ...]
-    run: Checked | None = None
+    run: CheckedRun | None = None
     training_free: Callable[[int], Mapping[str, Schedule]] | None = None
     pictures: int = 0
 
