@@ -26,7 +26,7 @@ def replacing(file: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def write_text(file: Path, text: str) -> Path:
+def save_text(file: Path, text: str) -> Path:
     """Writes ``text`` in one move (`replacing`); half a character, as in the name of a record, as its escape."""
     with replacing(file) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -34,16 +34,16 @@ def write_text(file: Path, text: str) -> Path:
 
 
 def write_json(file: Path, value: Any, indent: int | None = 2) -> Path:
-    """Writes ``value``, in which dataclasses are objects and paths are text, as `write_text` does; returns ``file``.
+    """Writes ``value``, in which dataclasses are objects and paths are text, as `save_text` does; returns ``file``.
     Without ``indent`` it is one line."""
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False, default=_plain)
-    return write_text(file, text + "\n")
+    return save_text(file, text + "\n")
 
 
 def write_lines(file: Path, rows: Iterable[Any]) -> Path:
-    """Writes one line of JSON for each of ``rows``, as `write_text` does; returns ``file``."""
-    return write_text(file, "".join(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows))
+    """Writes one line of JSON for each of ``rows``, as `save_text` does; returns ``file``."""
+    return save_text(file, "".join(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows))
 
 
 def _plain(value: Any) -> Any:

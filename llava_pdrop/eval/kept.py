@@ -21,7 +21,7 @@ from llava_pdrop.checkpoint.shards import resolve
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.files import write_json, write_text
+from llava_pdrop.files import save_text, write_json
 
 HOME = "benchmarks"
 """Directory of all answers, below that of the run."""
@@ -89,7 +89,7 @@ class Kept:
     def finish(self, questions: Sequence[Question], answers: Sequence[Answer], model: str) -> None:
         """Puts all answers into one file, beside what they depend on."""
         lines = [_line(question, answer, model) for question, answer in zip(questions, answers)]
-        write_text(self.directory / ANSWERS, "".join(lines))
+        save_text(self.directory / ANSWERS, "".join(lines))
         write_json(self.directory / FACTS, self.facts)
         for part in self.directory.glob("answers-*.part.jsonl"):
             part.unlink()

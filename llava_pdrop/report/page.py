@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.files import write_json, write_text
+from llava_pdrop.files import save_text, write_json
 from llava_pdrop.report.console import grid, paragraph, say
 from llava_pdrop.report.pictures import save_picture
 
@@ -98,7 +98,7 @@ class Page:
             if isinstance(block, Picture) and save_picture(directory / block.file, block.draw, facecolor="white"):
                 files.append(directory / block.file)
         text = f"# {self.title}\n\n{markdown_of(self.blocks, {file.name for file in files})}"
-        write_text(files[0], text)
+        save_text(files[0], text)
         return files
 
 
