@@ -63,5 +63,5 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file}: not a JSON file ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{file}: holds no JSON object")
+        raise UserError(f"{file}: holds no JSON object, found {type(value).__name__}")
     return value
