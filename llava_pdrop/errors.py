@@ -172,5 +172,5 @@ def check_name(key: str, name: str, known: Collection[str], file: str = "") -> N
         Problem: without ``file``. ConfigError: with it.
     """
     if name not in known:
-        line = f"{key} cannot be {name!r}: choose one of {', '.join(known)}{did_you_mean(name, known, cutoff=0.3)}"
+        line = f"{key} cannot be {name!r}: choose one of {', '.join(known)}{did_you_mean(name, known)}"
         raise ConfigError(f"{file}: {line}") if file else Problem(key, line)

@@ -166,7 +166,7 @@ def test_a_fused_backend_on_the_cpu_says_what_it_needs(backend):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=says("model.attention", "'triton'", "'sdpa'")):
+    with pytest.raises(ValueError, match=says("model.attention", "'triton'", "sdpa")):
         check_backend("triton")
 
 

@@ -354,7 +354,7 @@ def test_liger_that_is_not_there_is_one_line_before_the_first_step(monkeypatch):
 
 
 def test_an_unknown_choice_is_refused():
-    with pytest.raises(ValueError, match=says("model.kernels", "'triton'", "'liger'")):
+    with pytest.raises(ValueError, match=says("model.kernels", "'triton'", "liger")):
         check_kernels("triton")
 
 
