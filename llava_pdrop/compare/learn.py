@@ -168,7 +168,7 @@ def train_arm(run: Config, seconds: float) -> dict[str, Any]:
             raise
     trained, evaluated = time.monotonic() - trained, time.monotonic()
     release_memory()
-    (row,) = asked(Candidate((VariantRow(run.name, run),), whole), ALONE, directory, weights)
+    (row,) = asked(Candidate((VariantRow(directory.name, run),), whole), ALONE, directory.parent, weights)
     assert row.timing is not None and row.evaluation is not None, "every step is logged, and there are questions"
     accuracy, count = row.evaluation["accuracy"], row.evaluation["questions"]
     return {
