@@ -286,8 +286,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
         *rows,
         column(f"step modelled for {card}", modelled),
         ("ranking and dropping, of the step", [text_of(share or None, ".1%") for share in known("ranking_share")]),
-        column("peak memory", [mib and mib * MIB for mib in known("peak_mib")], MEMORY),
-        column("peak predicted", [mib and mib * MIB for mib in known("predicted_peak_mib")], MEMORY),
+        column("peak memory", _bytes(runs, "peak_mib"), MEMORY),
+        column("peak predicted", _bytes(runs, "predicted_peak_mib"), MEMORY),
         ("tokens/s", list(map(digits, known("tokens_per_second")))),
         ("MFU", shares("mfu")),
         ("HFU", shares("hfu")),
@@ -318,11 +318,15 @@ def _variants(entries: Sequence[dict[str, Any]]) -> Table:
         ("variant", [entry["name"] for entry, _ in lines]),
         ("run", [run.get("name", "") for _, run in lines]),
         (f"step, {unit.name}", steps),
-        column("peak", [run["peak_mib"] * MIB if run else None for run in done], MEMORY),
+        column("peak", _bytes(done, "peak_mib"), MEMORY),
         ("tokens/s", [digits(run.get("tokens_per_second")) for run in done]),
         ("time saved", [text_of(run.get("realised_reduction"), ".1%") for run in done]),
     ]
     return Table.of_columns(columns, "Variants", left=3)
+
+
+def _bytes(runs: Sequence[dict[str, Any]], key: str) -> list[float | None]:
+    return [run[key] * MIB if run.get(key) else None for run in runs]
 
 
 def _settings(report: dict[str, Any]) -> Table:

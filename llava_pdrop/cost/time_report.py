@@ -152,8 +152,8 @@ def time_blocks(told: dict[str, Any]) -> list[Block]:
     def row(name: str, figures: Sequence[dict[str, float] | None]) -> list[str]:
         cells = [name]
         for found in figures:
-            times = [found and found.get(key) for key in ("flop_bound_ms", "bandwidth_bound_ms", "ms")]
-            cells += [unit.text(ms and ms / 1e3) for ms in times] if found else ["-"] * 3
+            times = [found.get(key) for key in ("flop_bound_ms", "bandwidth_bound_ms", "ms")] if found else []
+            cells += [unit.text(ms and ms / 1e3) for ms in times] or ["-"] * 3
         return cells
 
     by_name = [{part["name"]: part for part in arm["parts"]} for arm in arms.values()]

@@ -10,7 +10,7 @@ from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.recompute import ALL, AUTO, from_json
 from llava_pdrop.bench.run import PrefillSettings, TrainSettings, run_prefill, run_train
 from llava_pdrop.bench.train_report import modelled_stages
-from llava_pdrop.report.units import GIB, MIB, time_text
+from llava_pdrop.report.units import GIB, MIB, time_unit
 
 
 def train_next(check: Check) -> None:
@@ -102,7 +102,9 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _time(ms: float, modelled: float | None = None) -> str:
-    return time_text(ms / 1e3) + ("" if modelled is None else f" (modelled {time_text(modelled / 1e3)})")
+    unit = time_unit([ms / 1e3, (modelled or 0.0) / 1e3])
+    beside = "" if modelled is None else f" (modelled {unit.text(modelled / 1e3)} {unit.name})"
+    return f"{unit.text(ms / 1e3)} {unit.name}{beside}"
 
 
 def training_row(report: dict[str, Any]) -> dict[str, Any]:

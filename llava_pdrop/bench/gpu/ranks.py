@@ -133,7 +133,7 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
     with engine_for_one_run():
         args = training_arguments(config)
         work = Workload(shape, "mixture" if rehearsal else "full")
-        samples = work.samples(shape.samples * args.world_size * STEPS)  # all ranks make the same ones
+        samples: Any = work.samples(shape.samples * args.world_size * STEPS)  # all ranks make the same ones
         plan = BatchPlan(
             [len(sample.input_ids) for sample in samples],
             world_size=args.world_size,
