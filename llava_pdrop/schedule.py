@@ -26,7 +26,7 @@ class Schedule:
     ratios: tuple[float, ...] = ()
     """Share of the ORIGINAL image tokens that stays after each drop: one per layer, in [0, 1], never growing."""
     ranker: str = "last_instruction"
-    """What ranks the tokens: a key of ``RANKERS`` in ``llava_pdrop/model/pyramid_drop.py``."""
+    """What ranks the tokens: a key of ``RANKERS`` in ``llava_pdrop/model/rankers.py``."""
     positions: Literal["auto", "renumber", "keep"] = "auto"
     """Position ids of the survivors: ``renumber`` closes the gaps (the paper), ``keep`` leaves them. ``auto`` is
     ``renumber``, and ``keep`` where positions have several axes (Qwen-VL)."""
@@ -51,6 +51,11 @@ class Schedule:
             )
         if self.positions not in ("auto", "renumber", "keep"):
             raise UserError(f"pyramid_drop.positions must be 'auto', 'renumber' or 'keep', got {self.positions!r}")
+
+    @property
+    def rankers(self) -> tuple[str, ...]:
+        """The ranker of every drop."""
+        return (self.ranker,) * len(self.layers)
 
     def at(self, positions: Literal["renumber", "keep"]) -> Schedule:
         """The schedule with ``positions`` in the place of ``auto``."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from llava_pdrop.config.values import at_least, build_schedule, convert
-from llava_pdrop.errors import ConfigError, Problem, UserError, check_name
+from llava_pdrop.errors import ConfigError, Problem, UserError
 from llava_pdrop.schedule import Schedule
 
 
@@ -331,9 +331,9 @@ class Config:
 
     @staticmethod
     def _check_one(schedule: Schedule, key: str, num_layers: int | None) -> Schedule:
-        from llava_pdrop.model.pyramid_drop import RANKERS  # imports torch: only when a config is really loaded
+        from llava_pdrop.model.rankers import check_rankers  # imports torch: only when a config is really loaded
 
-        check_name(f"{key}.ranker", schedule.ranker, RANKERS)
+        check_rankers(schedule, key)
         try:
             return schedule if num_layers is None else schedule.check(num_layers)
         except UserError as error:

@@ -28,8 +28,9 @@ from llava_pdrop.generate.cache import (
 from llava_pdrop.generate.pictures import Shown
 from llava_pdrop.generate.prefill import ForwardStep, Prefill
 from llava_pdrop.generate.probe import probe
-from llava_pdrop.model.decoder import project_instruction
-from llava_pdrop.model.pyramid_drop import RANKERS, Instruction
+from llava_pdrop.model.decoder import project
+from llava_pdrop.model.pyramid_drop import Candidates, Projections, Ranking, Rows
+from llava_pdrop.model.rankers import RANKERS, Ranker
 from llava_pdrop.schedule import Schedule
 
 
@@ -40,7 +41,7 @@ class Call:
     Attributes:
         owner: the plug-in that opened it.
         decoder, schedule: the plug-in's.
-        cheap: whether queries and keys may be projected by `project_instruction`, which is exact for few decoders.
+        cheap: whether queries and keys may be projected by `project`, which is exact for few decoders.
         given: arguments of the model by name.
         attention_mask: (B, N) of the whole sequence; None where nothing is padding.
         prompt: whether this is a prompt with pictures that is being pruned.
@@ -50,7 +51,7 @@ class Call:
         stage: how many drops came before the layer that runs.
         picture_T, column_T: picture and first column of every token of the packed prompt at this stage.
         column_BN: the latter as it lies in the batch.
-        before: the previous layer and what it was given, for rankers that want its projections.
+        before: the previous layer and what it was given, for rankers that look back.
         made: masks and positions of this stage, by what they were made from.
         step: receives what this forward did.
     """
@@ -82,8 +83,8 @@ class Call:
             self.made.clear()
         if self.stage:
             kwargs = kwargs | self._placed(index, hidden_BND, kwargs)
-        looks_back = RANKERS[self.schedule.ranker].projections == "previous"
-        if self.prompt and looks_back and index + 1 in self.schedule.layers:
+        before_drop = self.prompt and index + 1 in self.schedule.layers
+        if before_drop and RANKERS[self.schedule.rankers[self.stage]].looks_back:
             self.before = (layer, hidden_BND, kwargs)
         if self.step is not None and kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
@@ -105,12 +106,11 @@ class Call:
         if self.stages is None:
             self.stages = self._begin(prefill, layer, hidden_BND, kwargs)
         here = kwargs | (self._placed(index, hidden_BND, kwargs) if self.stage else {})
-        source = (layer, hidden_BND, here)
-        if self.before is not None:
-            source, self.before = self.before, None
         frame, after = prefill.stages[stage].frame, prefill.stages[stage + 1].frame
         picture_T, column_T = (x.to(hidden_BND.device) for x in (self.picture_T, self.column_T))
-        index_K = prefill.rank(stage, picture_T, self.schedule, functools.partial(self._asked, *source))
+        ranker = RANKERS[self.schedule.rankers[stage]]
+        look = functools.partial(self._look, ranker, layer, hidden_BND, here)
+        index_K = prefill.rank(stage, picture_T, ranker, look)
         if self.step is not None:
             self.step.drop(index_K)
         self.picture_T, self.column_T = picture_T.index_select(0, index_K), column_T.index_select(0, index_K)
@@ -138,17 +138,35 @@ class Call:
             self.step.pictures = prefill.places
         return stages
 
-    def _asked(self, layer: nn.Module, hidden_BND: Tensor, kwargs: dict) -> Instruction:
-        """Queries of the last tokens of the prompt and keys of all, as ``layer`` makes them of ``hidden_BND``."""
+    def _look(
+        self, ranker: Ranker, layer: nn.Module, hidden_BND: Tensor, kwargs: dict, candidates: Candidates
+    ) -> Ranking:
+        """What ``ranker`` may look at before ``layer``."""
+        now, device = self.prefill.stages[self.stage], hidden_BND.device
+        before, self.before = self.before, None
+        instruction, text = (Rows(rows.row_Q.to(device), rows.counts) for rows in (now.instruction, now.text))
+        projections = None
+        if ranker.projections is not None:
+            here = layer, hidden_BND, kwargs
+            source: tuple[nn.Module, Tensor, dict[str, Any]] = (
+                before if ranker.projections == "previous" and before is not None else here
+            )
+            projections = self._projected(*source, ranker.asking(instruction, text, candidates))
+        hidden_BND = self.decoder.norm(hidden_BND) if ranker.normalised else hidden_BND
+        before_TD = None if before is None else now.frame.pack(before[1].to(device))
+        return Ranking(candidates, now.frame.pack(hidden_BND), before_TD, text, projections)
+
+    def _projected(self, layer: nn.Module, hidden_BND: Tensor, kwargs: dict, asking: Rows) -> Projections:
+        """Queries of the tokens ``asking`` and keys of all, as ``layer`` makes them of ``hidden_BND``."""
         now = self.prefill.stages[self.stage]
-        row_Q, frame = now.query_Q.to(hidden_BND.device), now.frame
-        asking = (row_Q, now.seq_lens, self.prefill.queries)
+        frame = now.frame
         if self.cheap and not hasattr(layer, "_hf_hook"):  # where accelerate looks after the weights, the layer runs
             rope = tuple(frame.pack(part)[None] for part in kwargs["position_embeddings"])
-            return project_instruction(layer, frame.pack(hidden_BND), rope, *asking)
+            return project(layer, frame.pack(hidden_BND), rope, asking, now.seq_lens)
         got = probe(layer, hidden_BND, kwargs)
         query_THE, key_TGE = (frame.pack(x.transpose(1, 2)) for x in (got.query_BHNE, got.key_BGNE))
-        return Instruction(query_THE.index_select(0, row_Q), key_TGE, *asking, got.scaling, got.softcap, got.sink_H)
+        query_QHE = query_THE.index_select(0, asking.row_Q)
+        return Projections(query_QHE, key_TGE, asking, now.seq_lens, got.scaling, got.softcap, got.sink_H)
 
     def _placed(self, index: int, hidden_BND: Tensor, kwargs: dict) -> dict[str, Any]:
         """Mask and positions of a layer behind a drop, in the place of those that the model made."""

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from llava_pdrop.errors import UserError, check_name
+from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import cache_in, check_implementation
 from llava_pdrop.generate.families import Family, family_of, resolved
 from llava_pdrop.generate.forward import Call
@@ -41,7 +41,7 @@ from llava_pdrop.generate.prefill import ForwardStep, Prefill
 from llava_pdrop.generate.unhook import bare, unwrapped
 from llava_pdrop.model.attention import check_transformers
 from llava_pdrop.model.decoder import COVERED
-from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.rankers import check_rankers
 from llava_pdrop.schedule import Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -117,7 +117,7 @@ class _Plugin:
         base = getattr(model, "base_model", model)
         self.base, self.decoder = base, _decoder_of(model, base)
         self.family: Family = family_of(model, self.decoder, unchecked)
-        check_name("pyramid_drop.ranker", schedule.ranker, RANKERS)
+        check_rankers(schedule)
         self.given = schedule
         self.schedule = resolved(schedule.check(len(self.decoder.layers)), self.family, model)
         config: Any = model.config

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llava_pdrop.generate.cache import PromptStages
-from llava_pdrop.model.pyramid_drop import RANKERS, Candidates, Instruction, keep_index
-from llava_pdrop.model.stream import send
+from llava_pdrop.model.pyramid_drop import Candidates, Ranking, Rows, keep_index
+from llava_pdrop.model.rankers import Ranker
+from llava_pdrop.model.stream import candidate_columns, send
 from llava_pdrop.schedule import Schedule
 
 
@@ -76,14 +78,15 @@ class Frame:
 @dataclass(frozen=True)
 class PromptStage:
     """The stream between two drops: where it lies in the batch, tokens per row, positions 0, 1, 2, ... of every row
-    (T,), the queries that rank (Q,), and of the tokens that the next drop may take the columns of `Candidates` that are
-    known before it (None behind the last drop)."""
+    (T,), who may rank (the last token of every prompt with pictures, or the ``text`` of `Ranking.text`), and of the
+    tokens that the next drop may take what `Candidates` can say before it (None behind the last drop)."""
 
     frame: Frame
     seq_lens: list[int]
     position_T: Tensor
-    query_Q: Tensor
-    known: dict[str, Tensor] | None
+    instruction: Rows
+    text: Rows
+    known: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,12 @@ class Prefill:
 
     Attributes:
         stages: one more than there are drops.
-        queries: per row, 1 if it shows a picture, else 0: nothing is ranked there.
         picture_T: (T,) number of the picture of every token before any drop, -1 for text.
         text_tail: how many of the last columns hold text in every row.
         places: of every picture, where its tokens lie in the stream before any drop.
     """
 
     stages: list[PromptStage]
-    queries: list[int]
     picture_T: Tensor
     text_tail: int
     places: list[list[int]]
@@ -124,6 +125,10 @@ class Prefill:
         totals = np.bincount(stream_T[stream_T >= 0])
         row_of = rows[np.unique(stream_T, return_index=True)[1][-len(totals) :]]
         behind_B = ends - 1 - query_B  # guessed tokens behind the prompt
+        # What asks besides the query: the text between it and the last picture, in every stage as far behind.
+        shown, last_B = np.flatnonzero(stream_T >= 0), np.zeros_like(ends)
+        last_B[rows[shown]] = shown  # the last one that is written stays
+        texts_B = np.maximum(query_B - last_B, 1) * shows_B
         # A row keeps its query: one token of the last picture, where nothing else stands there.
         text_B = np.bincount(
             rows, weights=(stream_T < 0) & (np.arange(len(rows)) <= query_B[rows]), minlength=len(ends)
@@ -142,51 +147,51 @@ class Prefill:
             sent[f"row_T {stage}"] = np.flatnonzero(real)
             sent[f"last_B {stage}"] = length_B.cumsum() - 1
             sent[f"position_T {stage}"] = np.concatenate([np.arange(length) for length in length_B])
-            sent[f"query_Q {stage}"] = (length_B.cumsum() - 1 - behind_B)[shows_B]
+            asks_B = length_B.cumsum() - behind_B
+            sent[f"query_Q {stage}"] = asks_B[shows_B] - 1
+            sent[f"text_Q {stage}"] = np.concatenate([np.arange(ask - n, ask) for ask, n in zip(asks_B, texts_B)])
             if stage < len(schedule.layers):
-                count_I = counts[stage]
-                columns = {
-                    "image_V": np.arange(len(totals)), "first_V": count_I.cumsum() - count_I, "count_V": count_I,
-                    "keep_V": counts[stage + 1],
-                }  # fmt: skip
-                sent |= {f"{name} {stage}": column.repeat(count_I) for name, column in columns.items()}
+                columns = candidate_columns(np.arange(len(totals)), counts[stage], counts[stage + 1])
+                sent |= {f"{name} {stage}": column for name, column in columns.items()}
         on_device = send({name: torch.from_numpy(row.astype(np.int64)) for name, row in sent.items()}, device)
         stages = []
         for stage, (length_B, shape) in enumerate(zip(lengths, shapes)):
             frame = Frame(on_device[f"row_T {stage}"], on_device[f"last_B {stage}"], shape)
-            known = None
+            known: dict[str, Any] | None = None
             if stage < len(schedule.layers):
-                known = {name: on_device[f"{name} {stage}"] for name in ("image_V", "first_V", "count_V", "keep_V")}
-            position_T, query_Q = on_device[f"position_T {stage}"], on_device[f"query_Q {stage}"]
-            stages.append(PromptStage(frame, length_B.tolist(), position_T, query_Q, known))
+                known = {name: on_device[f"{name} {stage}"] for name in columns}
+                known |= {"counts": counts[stage].tolist(), "keeps": counts[stage + 1].tolist()}
+                known |= {"samples": row_of.tolist(), "survivors": int(lengths[stage + 1].sum())}
+            instruction = Rows(on_device[f"query_Q {stage}"], shows_B.astype(int).tolist())
+            text = Rows(on_device[f"text_Q {stage}"], texts_B.tolist())
+            position_T = on_device[f"position_T {stage}"]
+            stages.append(PromptStage(frame, length_B.tolist(), position_T, instruction, text, known))
         last_image = int(np.nonzero((picture_BN >= 0).any(0))[0][-1])
         places = np.split(np.argsort(stream_T, kind="stable")[-int(totals.sum()) :], totals.cumsum()[:-1])
         return Prefill(
             stages,
-            shows_B.astype(int).tolist(),
             on_device["picture_T"],
             picture_BN.shape[1] - 1 - last_image,
             [place.tolist() for place in places],
         )
 
     @torch.no_grad()
-    def rank(self, stage: int, picture_T: Tensor, schedule: Schedule, asked: Callable[[], Instruction]) -> Tensor:
+    def rank(self, stage: int, picture_T: Tensor, ranker: Ranker, look: Callable[[Candidates], Ranking]) -> Tensor:
         """Positions (K,) of the stream at ``stage`` that survive the next drop.
 
         Args:
             picture_T: (T,) number of the picture of every token of that stream, -1 for text.
-            asked: makes what rankers by attention need.
+            look: makes what the ranker may look at.
         """
-        known, tokens = self.stages[stage].known, len(picture_T)
+        known = self.stages[stage].known
         assert known is not None, "every stage but the last has a drop"
+        here = {
+            name: value.to(picture_T.device) if isinstance(value, Tensor) else value for name, value in known.items()
+        }
         # Image tokens first, in their order: how many they are is known, so nothing is read back from the device.
-        row_V = (picture_T < 0).to(torch.uint8).argsort(stable=True)[: len(known["image_V"])]
-        survivors = sum(self.stages[stage + 1].seq_lens)
-        columns = {name: column.to(picture_T.device) for name, column in known.items()}
-        candidates = Candidates(row_V=row_V, **columns, survivors=survivors)
-        ranker = RANKERS[schedule.ranker]
-        instruction = asked() if ranker.projections is not None else None
-        return keep_index(ranker.score(instruction, candidates), candidates, tokens)
+        row_V = (picture_T < 0).to(torch.uint8).argsort(stable=True)[: len(here["image_V"])]
+        candidates = Candidates(row_V=row_V, **here)
+        return keep_index(ranker.score(look(candidates)), candidates, len(picture_T))
 
     def remembered(self, schedule: Schedule, position_BN: Tensor | None, device: torch.device) -> PromptStages:
         """What the cache has to remember of the prompt. Where the survivors stood is noted drop by drop

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.kernels import FAMILIES, carry, in_force
-from llava_pdrop.model.pyramid_drop import RANKERS, Instruction, keep_index
+from llava_pdrop.model.pyramid_drop import Projections, Ranking, Rows, keep_index
+from llava_pdrop.model.rankers import RANKERS, Ranker
 from llava_pdrop.model.stream import StreamPlan, StreamStage
 from llava_pdrop.schedule import Schedule
 
@@ -90,11 +91,11 @@ def _run_layers(
     stage, number = plan.stages[0], 0
     position_T = stage.position_T
     rope = decoder.rotary_emb(x_TD[None], position_T[None])
-    looks_back = RANKERS[schedule.ranker].projections == "previous"
-    before_TD = x_TD  # what the previous layer was given; kept only for rankers that want it
+    rankers = {layer: RANKERS[name] for layer, name in zip(schedule.layers, schedule.rankers)}
+    before_TD = None  # what the previous layer was given; kept only for rankers that want it
     for index, layer in enumerate(decoder.layers):
-        if index in schedule.layers:
-            score_V, index_K = _rank(decoder, index, x_TD, before_TD, rope, stage, schedule)
+        if index in rankers:
+            score_V, index_K = _rank(decoder, index, x_TD, before_TD, rope, stage, rankers[index])
             if trace is not None:
                 trace.append(Drop(index, stage, x_TD.detach(), score_V, index_K))
             x_TD = x_TD.index_select(0, index_K)
@@ -102,7 +103,7 @@ def _run_layers(
             stage = plan.stages[number]
             position_T = position_T.index_select(0, index_K) if schedule.positions == "keep" else stage.position_T
             rope = decoder.rotary_emb(x_TD[None], position_T[None])
-        before_TD = x_TD if looks_back else before_TD
+        before_TD = x_TD.detach() if index + 1 in rankers and rankers[index + 1].looks_back else None
         carry(layer)
         x_TD = layer(
             x_TD[None],
@@ -118,37 +119,42 @@ def _run_layers(
 
 @torch.no_grad()
 def _rank(
-    decoder: nn.Module, index: int, x_TD: Tensor, before_TD: Tensor, rope: Rope, stage: StreamStage, schedule: Schedule
+    decoder: nn.Module,
+    index: int,
+    x_TD: Tensor,
+    before_TD: Tensor | None,
+    rope: Rope,
+    stage: StreamStage,
+    ranker: Ranker,
 ) -> tuple[Tensor, Tensor]:
     """Scores (V,) and surviving positions (K,) of the drop before layer ``index``."""
-    ranker = RANKERS[schedule.ranker]
-    instruction = None
-    if ranker.projections == "next":
-        instruction = _projecting(decoder.layers[index])(x_TD.detach(), rope, *stage.asked)
-    elif ranker.projections == "previous":
-        instruction = _projecting(decoder.layers[index - 1])(before_TD.detach(), rope, *stage.asked)
     assert stage.candidates is not None, "every stage but the last has a drop"
-    score_V = ranker.score(instruction, stage.candidates)
+    projections = None
+    if ranker.projections is not None:
+        layer, given_TD = (index, x_TD) if ranker.projections == "next" else (index - 1, before_TD)
+        asking = ranker.asking(stage.instruction, stage.text, stage.candidates)
+        projections = _projecting(decoder.layers[layer])(given_TD.detach(), rope, asking, stage.layout.seq_lens)
+    hidden_TD = decoder.norm(x_TD) if ranker.normalised else x_TD
+    ranking = Ranking(stage.candidates, hidden_TD.detach(), before_TD, stage.text, projections)
+    score_V = ranker.score(ranking)
     return score_V, keep_index(score_V, stage.candidates, len(x_TD))
 
 
-def _projecting(layer: nn.Module) -> Callable[..., Instruction]:
-    """`project_instruction` of ``layer``. FSDP2 gathers the weights of a layer when its forward begins; it must learn
+def _projecting(layer: nn.Module) -> Callable[..., Projections]:
+    """`project` of ``layer``. FSDP2 gathers the weights of a layer when its forward begins; it must learn
     that this is another way into it."""
-    if isinstance(layer, FSDPModule) and not hasattr(layer, "project_instruction"):
-        layer.project_instruction = MethodType(project_instruction, layer)
-        register_fsdp_forward_method(layer, "project_instruction")
-    return getattr(layer, "project_instruction", MethodType(project_instruction, layer))
+    if isinstance(layer, FSDPModule) and not hasattr(layer, "project"):
+        layer.project = MethodType(project, layer)
+        register_fsdp_forward_method(layer, "project")
+    return getattr(layer, "project", MethodType(project, layer))
 
 
-def project_instruction(
-    layer: nn.Module, x_TD: Tensor, rope: Rope, row_Q: Tensor, seq_lens: list[int], queries: list[int]
-) -> Instruction:
-    """What ``layer`` would attend with: queries of the instruction tokens ``row_Q`` only, keys of every token.
+def project(layer: nn.Module, x_TD: Tensor, rope: Rope, asking: Rows, seq_lens: list[int]) -> Projections:
+    """What ``layer`` would attend with: queries of the tokens ``asking`` only, keys of every token.
 
-    A stream without queries still projects one row: all ranks must run the same modules.
+    A stream in which none asks still projects one row: all ranks must run the same modules.
     """
-    attention = layer.self_attn
+    attention, row_Q = layer.self_attn, asking.row_Q
     probe_Q = row_Q if len(row_Q) else torch.zeros(1, dtype=torch.int64, device=x_TD.device)
     normed_TD = layer.input_layernorm(x_TD)
     with _without_dropout(attention.q_proj, attention.k_proj):
@@ -157,14 +163,8 @@ def project_instruction(
     if hasattr(attention, "q_norm"):
         query_QHE, key_TGE = attention.q_norm(query_QHE), attention.k_norm(key_TGE)
     cos_TE, sin_TE = rope[0][0], rope[1][0]
-    return Instruction(
-        query_QHE=rotate(query_QHE, cos_TE.index_select(0, probe_Q), sin_TE.index_select(0, probe_Q))[: len(row_Q)],
-        key_TGE=rotate(key_TGE, cos_TE, sin_TE),
-        row_Q=row_Q,
-        seq_lens=seq_lens,
-        queries=queries,
-        scaling=attention.scaling,
-    )
+    query_QHE = rotate(query_QHE, cos_TE.index_select(0, probe_Q), sin_TE.index_select(0, probe_Q))
+    return Projections(query_QHE[: len(row_Q)], rotate(key_TGE, cos_TE, sin_TE), asking, seq_lens, attention.scaling)
 
 
 @contextmanager

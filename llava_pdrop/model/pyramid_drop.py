@@ -4,7 +4,7 @@ After some decoder layers the image tokens of every picture are ranked by the at
 instruction, and the best ``int(n * ratio)`` of them survive, in their first order (arXiv 2410.17247, section 3.2).
 Two steps, both free of device synchronisation because the host knows every count beforehand:
 
-1. a *ranker* gives each token of the stream a score (`RANKERS`; adding one is one entry);
+1. a *ranker* scores the image tokens: `by_attention` here, its counterparts in `rankers.py`;
 2. `keep_index` turns the scores into the stream positions that survive.
 
 The training loop (`decoder.py`) and the plug-in for Hugging Face's ``generate`` (`generate/plugin.py`) both call this
@@ -13,21 +13,24 @@ file. Shape letters: see `llava_pdrop/types.py`. What the official code does in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+MOST_WEIGHTS = 2**26
+"""Attention weights that are there at once, in float32: 256 MiB."""
 
 
 @dataclass(frozen=True)
 class Candidates:
     """The image tokens of a stream that may be dropped, image after image.
 
-    All are (V,) int64: ``row_V`` stream position, ``image_V`` number of the image (ascending), ``first_V`` index in V
-    of that image's first token, ``count_V`` how many tokens the image has now, ``keep_V`` how many it keeps.
-    ``survivors`` is the length of the stream after the drop: the text and all kept tokens.
+    On the device, all (V,) int64: ``row_V`` stream position, ``image_V`` number of the image (ascending), ``first_V``
+    index in V of that image's first token, ``count_V`` how many tokens the image has now, ``keep_V`` how many it keeps.
+    On the host: ``survivors``, the length of the stream after the drop (the text and all kept tokens), and of every
+    image its ``counts`` and ``keeps`` once more, and which of the ``samples`` shows it.
     """
 
     row_V: Tensor
@@ -36,85 +39,136 @@ class Candidates:
     count_V: Tensor
     keep_V: Tensor
     survivors: int
+    counts: list[int]
+    keeps: list[int]
+    samples: list[int]
 
 
 @dataclass(frozen=True)
-class Instruction:
-    """What ranks: the query tokens (the last token of each instruction) against the keys of their own sample.
+class Rows:
+    """Tokens of a stream: positions ``row_Q`` (Q,), ascending, and ``counts`` (S), how many each sample has."""
 
-    ``query_QHE`` and ``key_TGE`` are rotated (RoPE) projections; ``row_Q`` the stream positions of the queries, sorted;
-    ``seq_lens`` (S) and ``queries`` (S) the number of tokens and of queries of each sample. ``softcap`` and ``sink_H``
-    are those of the layer's attention, where it has some: logits are squashed into (-softcap, softcap), and every head
-    has one more logit, of a token that nobody sees.
+    row_Q: Tensor
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Queries of the tokens ``asking`` and keys of all, as a layer attends with them.
+
+    ``query_QHE`` and ``key_TGE`` are rotated (RoPE); ``seq_lens`` (S) the tokens of each sample. ``softcap`` and
+    ``sink_H`` are those of the layer's attention, where it has some: logits are squashed into (-softcap, softcap), and
+    every head has one more logit, of a token that nobody sees.
     """
 
     query_QHE: Tensor
     key_TGE: Tensor
-    row_Q: Tensor
+    asking: Rows
     seq_lens: list[int]
-    queries: list[int]
     scaling: float
     softcap: float | None = None
     sink_H: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What a ranker may look at before a drop.
+
+    Attributes:
+        candidates: the tokens to be scored.
+        hidden_TD: what the layer about to run would be given, normalised where the ranker asks for that.
+        before_TD: what the layer that has just run was given; None before layer 0 and where no ranker asks.
+        text: the text that asks about the pictures: of every sample what stands behind its last picture, up to the last
+            token of its last instruction. Answers to be learned are not in it. At least that last token is.
+        projections: None where the ranker needs none.
+    """
+
+    candidates: Candidates
+    hidden_TD: Tensor
+    before_TD: Tensor | None
+    text: Rows
+    projections: Projections | None
+
+    @property
+    def attended(self) -> Projections:
+        """The projections, for rankers that are always given them."""
+        assert self.projections is not None, "this ranker asks for projections"
+        return self.projections
+
+
+def by_attention(ranking: Ranking) -> Tensor:
+    """Score (V,) of the candidates: the attention they receive from the tokens that ask (PyramidDrop)."""
+    return attention_score(ranking.attended)[ranking.candidates.row_V]
+
+
 @torch.no_grad()
-def attention_score(instruction: Instruction) -> Tensor:
+def attention_score(projections: Projections) -> Tensor:
     """Score (T,) float32 of every token: its weight in the causal softmax over the sample's tokens, averaged over
-    heads, then over the query tokens of the sample. Tokens of a sample without query score 0.
+    heads, then over the tokens of the sample that ask. Tokens of a sample in which none asks score 0.
 
     Source: `pdrop_rank_drop` in the official `modeling_llama_pdrop.py` (softmax in float32 over all keys).
     """
-    lengths, queries = instruction.seq_lens, instruction.queries
-    if len(set(zip(lengths, queries))) == 1:  # samples of one shape are scored together
+    return torch.cat([mean_of_queries(weight_SQN) for weight_SQN, _ in attention(projections)])
+
+
+def mean_of_queries(weight_SQN: Tensor) -> Tensor:
+    """(S * N,) mean over Q; 0 where there are no queries."""
+    return (weight_SQN.mean(1) if weight_SQN.shape[1] else weight_SQN.sum(1)).flatten()
+
+
+def attention(projections: Projections) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weights (S, Q, N) of the queries of S samples in their N tokens, averaged over heads, and in which of these
+    tokens (S, Q) the queries stand. Samples come in their order, those of one shape together."""
+    lengths, queries = projections.seq_lens, projections.asking.counts
+    if len(set(zip(lengths, queries))) == 1:
         runs = [(len(lengths), lengths[0], queries[0])]
     else:
         runs = [(1, length, count) for length, count in zip(lengths, queries)]
-    query_QHE = instruction.query_QHE.float() * instruction.scaling
-    place_T = torch.arange(len(instruction.key_TGE), device=query_QHE.device)
-    scores, token, query = [], 0, 0
+    place_T = torch.arange(len(projections.key_TGE), device=projections.key_TGE.device)
+    token = query = 0
     for samples, length, count in runs:
-        key_SNGE, place_SN = (
-            tensor[token : token + samples * length].unflatten(0, (samples, length))
-            for tensor in (instruction.key_TGE, place_T)
+        own, asking = slice(token, token + samples * length), slice(query, query + samples * count)
+        key_SNGE, place_SN = (tensor[own].unflatten(0, (samples, length)) for tensor in (projections.key_TGE, place_T))
+        query_SQHE, row_SQ = (
+            tensor[asking].reshape(samples, count, *tensor.shape[1:])
+            for tensor in (projections.query_QHE, projections.asking.row_Q)
         )
-        if count:
-            query_SQHE, row_SQ = (
-                tensor[query : query + samples * count].unflatten(0, (samples, count))
-                for tensor in (query_QHE, instruction.row_Q)
-            )
-            scores.append(
-                _score_samples(query_SQHE, row_SQ, key_SNGE, place_SN, instruction.softcap, instruction.sink_H)
-            )
-        else:
-            scores.append(key_SNGE.new_zeros(samples * length, dtype=torch.float32))
-        token, query = token + samples * length, query + samples * count
-    return torch.cat(scores)
+        yield attention_weights(projections, query_SQHE, row_SQ, key_SNGE, place_SN), row_SQ - place_SN[:, :1]
+        token, query = own.stop, asking.stop
 
 
-def _score_samples(
-    query_SQHE: Tensor,
-    row_SQ: Tensor,
-    key_SNGE: Tensor,
-    place_SN: Tensor,
-    softcap: float | None,
-    sink_H: Tensor | None,
+def attention_weights(
+    projections: Projections, query_SQHE: Tensor, row_SQ: Tensor, key_SNGE: Tensor, place_SN: Tensor
 ) -> Tensor:
-    """Scores (S * N,) of S samples of N tokens: scaled queries at stream positions ``row_SQ``, keys at ``place_SN``."""
+    """Weights (S, Q, N) float32, averaged over heads: queries at stream positions ``row_SQ``, keys at ``place_SN``.
+    At most `MOST_WEIGHTS` are there at once before the heads are averaged."""
+    samples, queries, heads, _ = query_SQHE.shape
+    step = max(1, MOST_WEIGHTS // max(1, samples * heads * key_SNGE.shape[1]))
+    parts = [
+        _weights(projections, query_SQHE[:, first : first + step], row_SQ[:, first : first + step], key_SNGE, place_SN)
+        for first in range(0, queries, step)
+    ]
+    return torch.cat(parts, 1) if parts else key_SNGE.new_zeros(samples, 0, key_SNGE.shape[1], dtype=torch.float32)
+
+
+def _weights(
+    projections: Projections, query_SQHE: Tensor, row_SQ: Tensor, key_SNGE: Tensor, place_SN: Tensor
+) -> Tensor:
     groups = key_SNGE.shape[2]
-    query_SQGRE = query_SQHE.unflatten(2, (groups, query_SQHE.shape[2] // groups))
+    query_SQGRE = (query_SQHE.float() * projections.scaling).unflatten(2, (groups, query_SQHE.shape[2] // groups))
     with torch.autocast(key_SNGE.device.type, enabled=False):  # half precision would round many scores to one value
         weight_SQGRN = torch.einsum("sqgre,snge->sqgrn", query_SQGRE, key_SNGE.float())
-    if softcap is not None:
-        weight_SQGRN = softcap * torch.tanh(weight_SQGRN / softcap)
+    if projections.softcap is not None:
+        weight_SQGRN = projections.softcap * torch.tanh(weight_SQGRN / projections.softcap)
     future_SQN = place_SN[:, None] > row_SQ[:, :, None]
     weight_SQGRN = weight_SQGRN.masked_fill(future_SQN[:, :, None, None], float("-inf"))
-    if sink_H is None:
+    if projections.sink_H is None:
         weight_SQGRN = weight_SQGRN.softmax(-1)
     else:
-        sink_SQGR1 = sink_H.float().unflatten(0, (groups, -1))[..., None].expand(*weight_SQGRN.shape[:-1], 1)
+        sink_GR1 = projections.sink_H.float().unflatten(0, (groups, -1))[..., None]
+        sink_SQGR1 = sink_GR1.expand(*weight_SQGRN.shape[:-1], 1)
         weight_SQGRN = torch.cat([weight_SQGRN, sink_SQGR1], dim=-1).softmax(-1)[..., :-1]
-    return weight_SQGRN.mean((2, 3)).mean(1).flatten()
+    return weight_SQGRN.mean((2, 3))
 
 
 @torch.no_grad()
@@ -134,37 +188,3 @@ def keep_index(score_V: Tensor, candidates: Candidates, tokens: int) -> Tensor:
     slot_T = torch.where(stays_T, stays_T.cumsum(0) - 1, candidates.survivors)
     index_K = torch.empty(candidates.survivors + 1, dtype=torch.int64, device=order_V.device)
     return index_K.scatter_(0, slot_T, torch.arange(tokens, device=order_V.device))[:-1]
-
-
-def _attention(instruction: Instruction | None, candidates: Candidates) -> Tensor:
-    assert instruction is not None, "attention rankers are always given their projections"
-    return attention_score(instruction)[candidates.row_V]
-
-
-def _random(instruction: Instruction | None, candidates: Candidates) -> Tensor:
-    return torch.rand(candidates.row_V.shape, device=candidates.row_V.device)
-
-
-def _uniform(instruction: Instruction | None, candidates: Candidates) -> Tensor:
-    place_V = torch.arange(len(candidates.row_V), device=candidates.row_V.device) - candidates.first_V
-    before_V = place_V * candidates.keep_V // candidates.count_V
-    after_V = (place_V + 1) * candidates.keep_V // candidates.count_V
-    return (after_V - before_V).float()  # 1 for exactly keep_V tokens, evenly spread
-
-
-@dataclass(frozen=True)
-class Ranker:
-    """How tokens are scored. ``projections`` says which layer's norm, q and k it needs: those of the layer about to
-    run (``next``), of the layer that has just run, on that layer's own input (``previous``), or none."""
-
-    score: Callable[[Instruction | None, Candidates], Tensor]
-    projections: Literal["next", "previous"] | None = None
-
-
-RANKERS: dict[str, Ranker] = {
-    "last_instruction": Ranker(_attention, "next"),  # PyramidDrop
-    "fastv": Ranker(_attention, "previous"),  # FastV (arXiv 2403.06764): the attention a layer has really paid
-    "random": Ranker(_random),
-    "uniform": Ranker(_uniform),
-}
-"""Score functions by name (``pyramid_drop.ranker``). Higher survives."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +20,17 @@ from torch import Tensor
 from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.attention import Segments
-from llava_pdrop.model.pyramid_drop import Candidates
+from llava_pdrop.model.pyramid_drop import Candidates, Rows
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
-
-COLUMNS = ("row_V", "image_V", "first_V", "count_V", "keep_V")
-"""The tensors of `Candidates`."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where everything lies in the stream at one stage (host integers, see `PackedBatch`).
 
-    ``image_totals`` (I) are the original token counts, from which every stage's budget is taken; ``droppable`` (I)
+    ``image_totals`` (I) are the original token counts, from which every stage's budget is taken; ``sample_of`` (I) says
+    which sample an image is in (it may have no tokens left, between two samples); ``droppable`` (I)
     is False for images of samples without a query, which pass through whole (golden/README 4.6), and for those inside
     the last answer, which no query sees. ``least`` (I) is how many tokens an image must keep: 1 where nothing else
     stands before a label or the query, 0 elsewhere.
@@ -39,6 +39,7 @@ class Layout:
     seq_lens: list[int]
     image_spans: list[tuple[int, int]]
     image_totals: list[int]
+    sample_of: list[int]
     droppable: list[bool]
     least: list[int]
     answer_starts: list[list[int]]
@@ -57,6 +58,7 @@ class Layout:
             seq_lens=batch.seq_lens,
             image_spans=batch.image_spans,
             image_totals=[stop - start for start, stop in batch.image_spans],
+            sample_of=sample_of,
             droppable=[
                 _is_seen(batch, start, sample, ends) for (start, _), sample in zip(batch.image_spans, sample_of)
             ],
@@ -91,6 +93,20 @@ class Layout:
             label_positions=moved(self.label_positions).tolist(),
         )
 
+    def text_rows(self) -> list[list[int]]:
+        """Of every sample the text that asks about its pictures (`Ranking.text`): what stands between the last of them
+        and the last query, labels left out, and that query. None where there is nothing to ask or nobody to."""
+        labels, behind = set(self.label_positions), dict[int, int]()
+        for (start, stop), sample in zip(self.image_spans, self.sample_of):
+            if start < max(self.answer_starts[sample], default=0):
+                behind[sample] = stop
+        return [
+            [*(row for row in range(behind[sample], starts[-1] - 1) if row not in labels), starts[-1] - 1]
+            if sample in behind
+            else []
+            for sample, starts in enumerate(self.answer_starts)
+        ]
+
     @property
     def tokens(self) -> int:
         return sum(self.seq_lens)
@@ -110,19 +126,16 @@ def layouts_of(batch: PackedBatch, schedule: Schedule) -> list[Layout]:
 
 @dataclass(frozen=True)
 class StreamStage:
-    """One stage on the device: the attention segments, position ids (T,), and unless it is the last stage, which rows
-    are the queries (Q,) and which tokens the next drop may take."""
+    """One stage on the device: the attention segments, position ids (T,), who may rank (the last tokens of the
+    instructions, or the ``text`` of `Ranking.text`), and unless it is the last stage, which tokens the next drop may
+    take."""
 
     layout: Layout
     segments: Segments
     position_T: Tensor
-    query_Q: Tensor
+    instruction: Rows
+    text: Rows
     candidates: Candidates | None
-
-    @property
-    def asked(self) -> tuple[Tensor, list[int], list[int]]:
-        """Who ranks: the rows of the queries (Q,), and how many tokens and queries every sample has."""
-        return self.query_Q, self.layout.seq_lens, [len(starts) for starts in self.layout.answer_starts]
 
 
 @dataclass(frozen=True)
@@ -166,27 +179,28 @@ class StreamPlan:
             "predict_row": _index(np.asarray(layouts[-1].label_positions) - 1),
         }
         once = list(rows)  # the others are there once a stage
+        texts = [layout.text_rows() for layout in layouts]
+        drops = [_candidates(layout, after) for layout, after in pairwise(layouts)]
         for stage, layout in enumerate(layouts):
-            queries = [start - 1 for sample in layout.answer_starts for start in sample]
             rows[f"offsets {stage}"] = _index(np.concatenate([[0], np.cumsum(layout.seq_lens)]))
             rows[f"position_T {stage}"] = _index(np.concatenate([np.arange(length) for length in layout.seq_lens]))
-            rows[f"query_Q {stage}"] = _index(queries)
-            if stage < len(schedule.layers):
-                columns = _candidate_rows(layout, layouts[0].kept(schedule, stage))
-                rows |= {f"{name} {stage}": _index(column) for name, column in columns.items()}
+            rows[f"query_Q {stage}"] = _index([start - 1 for sample in layout.answer_starts for start in sample])
+            rows[f"text_Q {stage}"] = _index([row for sample in texts[stage] for row in sample])
+            for name, column in drops[stage][0].items() if stage < len(drops) else ():
+                rows[f"{name} {stage}"] = _index(column)
         sent = send(rows, device)
 
         stages = []
         for stage, layout in enumerate(layouts):
             segments = Segments(layout.seq_lens, sent[f"offsets {stage}"].to(torch.int32), backend)
+            instruction = Rows(sent[f"query_Q {stage}"], [len(starts) for starts in layout.answer_starts])
+            text = Rows(sent[f"text_Q {stage}"], [len(sample) for sample in texts[stage]])
             candidates = None
-            if stage < len(schedule.layers):
-                candidates = Candidates(
-                    **{name: sent[f"{name} {stage}"] for name in COLUMNS}, survivors=layouts[stage + 1].tokens
-                )
-            stages.append(
-                StreamStage(layout, segments, sent[f"position_T {stage}"], sent[f"query_Q {stage}"], candidates)
-            )
+            if stage < len(drops):
+                columns, counts = drops[stage]
+                candidates = Candidates(**{name: sent[f"{name} {stage}"] for name in columns}, **counts)
+            position_T = sent[f"position_T {stage}"]
+            stages.append(StreamStage(layout, segments, position_T, instruction, text, candidates))
         return StreamPlan(stages, **{name: sent[name] for name in once})
 
 
@@ -232,19 +246,22 @@ def _feature_rows(batch: PackedBatch, geometry: ImageGeometry) -> tuple[np.ndarr
     return np.concatenate(positions), np.where(feature_row < 0, first, feature_row)
 
 
-def _candidate_rows(layout: Layout, kept: Sequence[int]) -> dict[str, np.ndarray]:
-    """The columns of `Candidates` by their name."""
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-    first = 0
-    for image, ((start, stop), keep) in enumerate(zip(layout.image_spans, kept)):
-        if not layout.droppable[image]:
-            continue
-        count = stop - start
-        columns["row_V"].append(np.arange(start, stop))
-        for name, value in (("image_V", image), ("first_V", first), ("count_V", count), ("keep_V", keep)):
-            columns[name].append(np.full(count, value))
-        first += count
-    return {name: np.concatenate(column) if column else np.empty(0) for name, column in columns.items()}
+def _candidates(layout: Layout, after: Layout) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What `Candidates` has on the device and on the host, by its name."""
+    images = np.flatnonzero(layout.droppable)
+    start_I, stop_I = np.array(layout.image_spans, dtype=np.int64).reshape(-1, 2)[images].T
+    keep_I = np.diff(np.array(after.image_spans, dtype=np.int64).reshape(-1, 2)[images])[:, 0]
+    columns = candidate_columns(images, stop_I - start_I, keep_I)
+    columns["row_V"] = np.arange(len(columns["first_V"])) - columns["first_V"] + start_I.repeat(stop_I - start_I)
+    samples = np.array(layout.sample_of, dtype=np.int64)[images]
+    counts = {"counts": stop_I - start_I, "keeps": keep_I, "samples": samples}
+    return columns, {"survivors": after.tokens, **{name: count.tolist() for name, count in counts.items()}}
+
+
+def candidate_columns(number_I: np.ndarray, count_I: np.ndarray, keep_I: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns (V,) of `Candidates`, without ``row_V``, of images that have and keep so many tokens."""
+    of_image = {"image_V": number_I, "first_V": count_I.cumsum() - count_I, "count_V": count_I, "keep_V": keep_I}
+    return {name: column.repeat(count_I) for name, column in of_image.items()}
 
 
 def _index(row: np.ndarray | Sequence[int]) -> Tensor:

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from llava_pdrop.errors import UserError, check_name
+from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model import attention
 from llava_pdrop.model.decoder import Drop, check_decoder, run_decoder
 from llava_pdrop.model.kernels import check_kernels
-from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.rankers import check_rankers
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vision import dummy_pixels, image_features
 from llava_pdrop.schedule import Schedule
@@ -83,7 +83,7 @@ class PyramidLlava(nn.Module):
             raise UserError(
                 f"train.recompute_layers must be from 0 to {depth}, the decoder's depth: {recompute_layers}"
             )
-        check_name("pyramid_drop.ranker", schedule.ranker, RANKERS)
+        check_rankers(schedule)
         attention.check_transformers()
         attention.check_backend(backend)
         check_kernels(kernels)

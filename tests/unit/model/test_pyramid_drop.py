@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_pdrop.model.pyramid_drop import RANKERS, Candidates, Instruction, attention_score, keep_index
-from tests.parity.test_export import sources  # noqa: F401
+from llava_pdrop.model import pyramid_drop
+from llava_pdrop.model.pyramid_drop import Candidates, Projections, Rows, attention_score, keep_index
 
 
-def candidates(rows: list[list[int]], keeps: list[int], tokens: int) -> Candidates:
+def candidates(rows: list[list[int]], keeps: list[int], tokens: int, samples: list[int] | None = None) -> Candidates:
     """``rows``: stream positions of each image's tokens."""
     first, columns = 0, []
     for image, (own, keep) in enumerate(zip(rows, keeps)):
         columns += [(row, image, first, len(own), keep) for row in own]
         first += len(own)
     tensors = torch.tensor(columns, dtype=torch.int64).reshape(-1, 5).unbind(1)
-    return Candidates(*tensors, survivors=tokens - first + sum(keeps))
+    survivors, samples = tokens - first + sum(keeps), samples or [0] * len(rows)
+    return Candidates(*tensors, survivors, [len(own) for own in rows], keeps, samples)
 
 
 def test_keeps_the_best_of_each_image_in_their_first_order():
@@ -60,13 +61,13 @@ def test_random_keep_index_against_a_loop():
 def test_score_is_the_causal_softmax_averaged_over_heads_and_queries():
     torch.manual_seed(0)
     query_QHE, key_TGE = torch.randn(3, 4, 8), torch.randn(12, 2, 8)
-    instruction = Instruction(query_QHE, key_TGE, torch.tensor([2, 4, 10]), [5, 3, 4], [2, 0, 1], scaling=0.3)
-    score_T = attention_score(instruction)
+    asking = Rows(torch.tensor([2, 4, 10]), [2, 0, 1])
+    score_T = attention_score(Projections(query_QHE, key_TGE, asking, [5, 3, 4], scaling=0.3))
     expected = torch.zeros(12)
     for own, first in (([0, 1], 0), ([2], 8)):
         for query in own:
             for head in range(4):
-                stop = int(instruction.row_Q[query]) + 1
+                stop = int(asking.row_Q[query]) + 1
                 weight = (key_TGE[first:stop, head // 2] @ query_QHE[query, head] * 0.3).softmax(0)
                 expected[first:stop] += weight / (4 * len(own))
     torch.testing.assert_close(score_T, expected)
@@ -75,37 +76,26 @@ def test_score_is_the_causal_softmax_averaged_over_heads_and_queries():
 
 def test_score_is_float32_and_has_no_gradient():
     query = torch.randn(1, 2, 8, dtype=torch.bfloat16, requires_grad=True)
-    score = attention_score(Instruction(query, torch.randn(4, 2, 8).bfloat16(), torch.tensor([3]), [4], [1], 1.0))
+    key = torch.randn(4, 2, 8).bfloat16()
+    score = attention_score(Projections(query, key, Rows(torch.tensor([3]), [1]), [4], 1.0))
     assert score.dtype == torch.float32 and not score.requires_grad
-
-
-@pytest.mark.parametrize(("count", "keep"), [(16, 8), (16, 5), (7, 3), (5, 0), (5, 5), (100, 29)])
-def test_uniform_spreads_evenly(count, keep):
-    one = candidates([list(range(count))], [keep], count)
-    score_V = RANKERS["uniform"].score(None, one)
-    kept = keep_index(score_V, one, count)
-    assert len(kept) == keep == int(score_V.sum())
-    if keep > 1:
-        gaps = kept.diff()
-        assert gaps.max() - gaps.min() <= 1
-
-
-def test_random_differs_from_call_to_call_and_follows_the_seed():
-    one = candidates([list(range(64))], [32], 64)
-
-    def draw():
-        return keep_index(RANKERS["random"].score(None, one), one, 64).tolist()
-
-    torch.manual_seed(3)
-    first, second = draw(), draw()
-    torch.manual_seed(3)
-    assert first != second and draw() == first
 
 
 def test_autocast_does_not_touch_the_score():
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 4, 8, generator=generator), torch.randn(20, 2, 8, generator=generator)
-    instruction = Instruction(query, key, torch.tensor([12, 18]), [20], [2], 8**-0.5)
-    plain = attention_score(instruction)
+    projections = Projections(query, key, Rows(torch.tensor([12, 18]), [2]), [20], 8**-0.5)
+    plain = attention_score(projections)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attention_score(instruction), plain)
+        assert torch.equal(attention_score(projections), plain)
+
+
+@pytest.mark.parametrize("most", [1, 100, 1000])
+def test_many_queries_are_scored_in_parts(monkeypatch, most):
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(30, 4, 8, generator=generator), torch.randn(40, 2, 8, generator=generator)
+    asking = Rows(torch.tensor([*range(5, 20), *range(25, 40)]), [15, 15])
+    projections = Projections(query, key, asking, [20, 20], 8**-0.5)
+    whole = attention_score(projections)
+    monkeypatch.setattr(pyramid_drop, "MOST_WEIGHTS", most)
+    torch.testing.assert_close(attention_score(projections), whole)  # other matrices: other sums

@@ -112,7 +112,24 @@ def test_inference_ranks_with_the_last_token():
     plan = StreamPlan.build(PackedBatch.pack(samples, query="last"), SCHEDULE, PAD, torch.device("cpu"))
     for stage in plan.stages:
         ends = torch.tensor(stage.layout.seq_lens).cumsum(0) - 1
-        assert stage.query_Q.tolist() == ends.tolist()
+        assert stage.instruction.row_Q.tolist() == ends.tolist()
+
+
+def test_the_text_that_asks_stands_between_the_last_picture_and_the_last_query():
+    samples = [
+        make_sample(3, (28, 28), 2, (28, 28), 3, "2", 2, "4"),  # the first answer is not asked with
+        make_sample(4, "2"),
+        make_sample(2, (28, 28), "3"),  # nothing between: the query itself, a token of the picture
+        make_sample(2, (28, 28), 5),
+    ]
+    plan = StreamPlan.build(PackedBatch.pack(samples), SCHEDULE, PAD, torch.device("cpu"))
+    lost = [(0, 0, 0), (16, 16, 8), (26, 26, 13)]
+    for stage, (first, second, third) in zip(plan.stages, lost):
+        assert stage.text.counts == [5, 0, 1, 0]
+        expected = [38 - first, 39 - first, 40 - first, 43 - second, 44 - second, 74 - second - third]
+        assert stage.text.row_Q.tolist() == expected
+    last = StreamPlan.build(PackedBatch.pack(samples[3:], query="last"), SCHEDULE, PAD, torch.device("cpu"))
+    assert last.stages[0].text.row_Q.tolist() == [19, 20, 21, 22, 23]
 
 
 def test_a_cut_image_uses_the_first_features():
@@ -168,7 +185,7 @@ def check_rows_lie_in_their_sample(batch: PackedBatch) -> None:
         ends = list(accumulate(stage.layout.seq_lens))
         spans = [(end - length, end) for end, length in zip(ends, stage.layout.seq_lens)]
         queries = [sample for sample, starts in enumerate(batch.answer_starts) for _ in starts]
-        for row, sample in zip(stage.query_Q.tolist(), queries, strict=True):
+        for row, sample in zip(stage.instruction.row_Q.tolist(), queries, strict=True):
             assert spans[sample][0] <= row < spans[sample][1]
         for position, sample in zip(stage.layout.label_positions, owners, strict=True):
             assert spans[sample][0] <= position - 1 < spans[sample][1]
