@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.pyramid_drop import RANKERS
-from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.model.rankers import RANKERS, Ranker
+from llava_pdrop.model.stream import Layout, layouts_of
 from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.report.units import saved
 from llava_pdrop.schedule import Schedule
@@ -197,7 +198,7 @@ def step_parts(
         recomputed: layers whose forward runs once more in backward, up to the last product, whose result nobody needs
             again.
         seq_lens: the lengths of the samples at every stage, where a forward has told them (`vlm.Output`); None: they
-            are planned here.
+            are planned here, as a ranking always is.
         split: layers before which a part begins though nothing is dropped there, to stand beside a schedule's.
     """
     text, tiles = config.text_config, tiles_of(batch, geometry)
@@ -208,7 +209,7 @@ def step_parts(
         _tower(config, tiles, "vision_tower" in trainable, recomputed.tower),
         _projector(config, tiles * geometry.patches, trainable),
         *_stages(text, lengths, schedule, trainable, recomputed, split),
-        *([_rankings(text, batch, lengths, schedule)] if schedule.layers else []),
+        *([_rankings(text, batch, schedule)] if schedule.layers else []),
         StepPart("head", "head and loss", sum(lengths[-1]), Work(logits), back),
     ]
 
@@ -280,15 +281,53 @@ def _stages(
     return found
 
 
-def _rankings(text: Any, batch: PackedBatch, lengths: Sequence[Sequence[int]], schedule: Schedule) -> StepPart:
-    """Keys of all tokens, queries of the query tokens, their products, at every drop. No backward."""
-    whole, asks, hidden = Work(), [len(starts) for starts in batch.answer_starts], text.hidden_size
+def _rankings(text: Any, batch: PackedBatch, schedule: Schedule) -> StepPart:
+    """All of a step. No backward."""
+    layouts, hidden, whole = layouts_of(batch, schedule), text.hidden_size, Work()
     queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
-    if RANKERS[schedule.ranker].projections is not None:
-        for own in lengths[:-1]:
-            scores = 2 * queries * sum(count * length for count, length in zip(asks, own))
-            whole += Work((Product(sum(own), hidden, keys), Product(max(1, sum(asks)), hidden, queries)), scores)
-    return StepPart("ranking", "ranking, dropping", sum(lengths[0]), whole, Work())
+    for work in ranking_work(layouts, schedule):
+        projected = (Product(work.keys, hidden, keys), Product(work.queries, hidden, queries)) if work.keys else ()
+        whole += Work(projected, 2 * (queries * work.scores + hidden * work.products))
+    return StepPart("ranking", "ranking, dropping", layouts[0].tokens, whole, Work())
+
+
+class RankingWork(NamedTuple):
+    """What a ranking computes: tokens whose keys and whose queries are projected, products of a query and a key, and
+    of two hidden states."""
+
+    keys: int
+    queries: int
+    scores: int
+    products: int
+
+
+def ranking_work(layouts: Sequence[Layout], schedule: Schedule) -> list[RankingWork]:
+    """Of every drop of a batch with these ``layouts`` (`layouts_of`)."""
+    return [
+        _ranking_work(RANKERS[name], before, after)
+        for name, (before, after) in zip(schedule.rankers, pairwise(layouts))
+    ]
+
+
+def _ranking_work(ranker: Ranker, before: Layout, after: Layout) -> RankingWork:
+    texts = [len(rows) for rows in before.text_rows()]
+    taken = [
+        (stop - start, kept[1] - kept[0], sample)
+        for (start, stop), kept, sample, droppable in zip(
+            before.image_spans, after.image_spans, before.sample_of, before.droppable
+        )
+        if droppable
+    ]
+    products = sum(ranker.products(count, keep, texts[sample]) for count, keep, sample in taken)
+    if ranker.projections is None:
+        return RankingWork(0, 0, 0, products)
+    if ranker.queries == "image":
+        asking = [(count, before.seq_lens[sample]) for count, _, sample in taken]
+    else:
+        counts = {"instruction": [len(starts) for starts in before.answer_starts], "text": texts, None: [0]}
+        asking = list(zip(counts[ranker.queries], before.seq_lens))
+    queries, scores = sum(count for count, _ in asking), sum(count * length for count, length in asking)
+    return RankingWork(before.tokens, max(1, queries), scores, products)  # where none asks, one row is projected
 
 
 def tiles_of(batch: PackedBatch, geometry: ImageGeometry) -> int:

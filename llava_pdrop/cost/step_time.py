@@ -38,7 +38,7 @@ from llava_pdrop.cost.elementwise import (
 from llava_pdrop.cost.flops import Product, Recomputed, StepPart, Work, step_parts
 from llava_pdrop.errors import UserError, did_you_mean
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.rankers import RANKERS
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.runtime.device import PEAK_TFLOPS
 from llava_pdrop.schedule import Schedule
@@ -157,9 +157,9 @@ def timed_parts(
             case "layers":
                 moved = layer_bytes(text, part.tokens, learns, kernels)
             case "ranking":
-                back, ranked = bool(trainable), RANKERS[schedule.ranker].projections is not None
-                for before, after in pairwise(map(sum, lengths)):
-                    moved += drop_bytes(text, before, after, kernels, ranked)
+                back = bool(trainable)
+                for name, (before, after) in zip(schedule.rankers, pairwise(map(sum, lengths))):
+                    moved += drop_bytes(text, before, after, kernels, RANKERS[name].projections is not None)
             case "head":
                 moved = norm_bytes(text.hidden_size, part.tokens, learns, kernels)
                 moved += loss_bytes(text.vocab_size, len(batch.label_positions))
