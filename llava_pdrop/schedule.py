@@ -14,48 +14,86 @@ class Schedule:
     """A dropping schedule.
 
     After ``layers[k]`` decoder layers have run, every image keeps ``int(n * ratios[k])`` of its ``n`` ORIGINAL tokens
-    (float truncation, as the official code counts). No layers means a vanilla model.
+    (float truncation, as the official code counts), or what ``keep[k]`` says. No layers means a vanilla model.
 
     Source: paper section 3.2; `image_token_ratio_list` and `layer_list` of the official `pdrop_train.py`, without
     their leading 1.0.
     """
 
     layers: tuple[int, ...] = ()
-    """Drop after this many decoder layers: strictly growing, each from 1 to the number of layers - 1. The layer with
-    that index ranks."""
+    """Drop after this many decoder layers: strictly growing, each from 0 (before the decoder) to the number of layers -
+    1. The layer with that index ranks."""
     ratios: tuple[float, ...] = ()
-    """Share of the ORIGINAL image tokens that stays after each drop: one per layer, in [0, 1], never growing."""
-    ranker: str = "last_instruction"
-    """What ranks the tokens: a key of ``RANKERS`` in ``llava_pdrop/model/rankers.py``."""
+    """Share of the ORIGINAL image tokens that stays after each drop: one per layer, in [0, 1], never growing. 0 is an
+    early exit: the layers behind it see text only."""
+    ranker: str | tuple[str, ...] = "last_instruction"
+    """What ranks the tokens: a key of ``RANKERS`` in ``llava_pdrop/model/rankers.py``, or a list with one per drop."""
     positions: Literal["auto", "renumber", "keep"] = "auto"
     """Position ids of the survivors: ``renumber`` closes the gaps (the paper), ``keep`` leaves them. ``auto`` is
     ``renumber``, and ``keep`` where positions have several axes (Qwen-VL)."""
+    keep: tuple[int | float, ...] = ()
+    """Instead of ``ratios``: a whole number is a count of tokens per picture (all where it has fewer), a number with a
+    point a share of the original ones. ``1`` is one token, ``1.0`` all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "ratios", tuple(float(ratio) for ratio in self.ratios))
-        if len(self.layers) != len(self.ratios):
+        object.__setattr__(self, "keep", tuple(self.keep))
+        if not isinstance(self.ranker, str):
+            object.__setattr__(self, "ranker", tuple(self.ranker))
+        if self.keep and self.ratios:
             raise UserError(
-                f"pyramid_drop.layers has {len(self.layers)} entries and pyramid_drop.ratios has {len(self.ratios)}: "
-                "give one ratio per layer (the leading 1.0 of the official scripts is not written)"
+                "pyramid_drop.keep takes the place of pyramid_drop.ratios: give one, not both ([] takes the other away)"
             )
-        if any(low >= high for low, high in zip(self.layers, self.layers[1:])):
-            raise UserError(f"pyramid_drop.layers must grow from entry to entry, got {list(self.layers)}")
-        if any(layer < 1 for layer in self.layers):
-            raise UserError(f"pyramid_drop.layers must be at least 1, got {list(self.layers)}")
-        if any(not 0.0 <= ratio <= 1.0 for ratio in self.ratios):
-            raise UserError(f"pyramid_drop.ratios must lie in [0, 1], got {list(self.ratios)}")
-        if any(low < high for low, high in zip(self.ratios, self.ratios[1:])):
-            raise UserError(
-                f"pyramid_drop.ratios must not grow (they count from the original tokens), got {list(self.ratios)}"
-            )
+        self._check_layers()
+        self._check_amounts("keep" if self.keep else "ratios")
         if self.positions not in ("auto", "renumber", "keep"):
             raise UserError(f"pyramid_drop.positions must be 'auto', 'renumber' or 'keep', got {self.positions!r}")
+
+    def _check_layers(self) -> None:
+        one_each: dict[str, tuple[Any, ...]] = {"keep" if self.keep else "ratios": self.amounts}
+        if not isinstance(self.ranker, str):
+            one_each["ranker"] = self.ranker
+        for name, entries in one_each.items():
+            if len(self.layers) != len(entries):
+                official = " (the leading 1.0 of the official scripts is not written)" if name == "ratios" else ""
+                raise UserError(
+                    f"pyramid_drop.layers has {len(self.layers)} entries and pyramid_drop.{name} has {len(entries)}: "
+                    f"give one {name.removesuffix('s')} per layer{official}"
+                )
+        if any(low >= high for low, high in zip(self.layers, self.layers[1:])):
+            raise UserError(f"pyramid_drop.layers must grow from entry to entry, got {list(self.layers)}")
+        if any(layer < 0 for layer in self.layers):
+            raise UserError(f"pyramid_drop.layers must be at least 0, got {list(self.layers)}")
+
+    def _check_amounts(self, name: str) -> None:
+        shares = [amount for amount in self.amounts if isinstance(amount, float)]
+        counts = [amount for amount in self.amounts if not isinstance(amount, float)]
+        if any(not 0.0 <= share <= 1.0 for share in shares):
+            hint = "" if name == "ratios" else "; a count is a whole number, without a point"
+            raise UserError(f"pyramid_drop.{name}: a share must lie in [0, 1], got {list(self.amounts)}{hint}")
+        if any(count < 0 for count in counts):
+            raise UserError(f"pyramid_drop.{name}: a count must be at least 0, got {list(self.amounts)}")
+        for alike in (shares, counts):
+            if any(low < high for low, high in zip(alike, alike[1:])):
+                raise UserError(
+                    f"pyramid_drop.{name} must not grow (they count from the original tokens), got {list(self.amounts)}"
+                )
+
+    @property
+    def amounts(self) -> tuple[int | float, ...]:
+        """What stays after each drop: shares of the original tokens, and counts where they are whole numbers."""
+        return self.keep or self.ratios
+
+    @property
+    def amounts_text(self) -> str:
+        """The same in words."""
+        return ", ".join(f"{amount:.1%}" if isinstance(amount, float) else str(amount) for amount in self.amounts)
 
     @property
     def rankers(self) -> tuple[str, ...]:
         """The ranker of every drop."""
-        return (self.ranker,) * len(self.layers)
+        return (self.ranker,) * len(self.layers) if isinstance(self.ranker, str) else self.ranker
 
     def at(self, positions: Literal["renumber", "keep"]) -> Schedule:
         """The schedule with ``positions`` in the place of ``auto``."""
@@ -74,9 +112,24 @@ class Schedule:
             )
         return self
 
+    def scaled_to(self, num_layers: int, depth: int = 32) -> Schedule:
+        """A schedule written for ``depth`` decoder layers (the presets' 32) in one of ``num_layers``: it drops after
+        ``round(l * num_layers / depth)`` instead of l layers (halves go to the even number).
+
+        Raises:
+            UserError: two drops would come at one layer, or one before a layer that is not there.
+        """
+        layers = tuple(round(layer * num_layers / depth) for layer in self.layers)
+        if len(set(layers)) < len(layers):
+            raise UserError(
+                f"pyramid_drop.layers {list(self.layers)}, written for {depth} layers, would be {list(layers)} "
+                f"of {num_layers}: two drops at one layer; set pyramid_drop.layers"
+            )
+        return replace(self, layers=layers).check(num_layers)
+
     def kept(self, image_tokens: int, stage: int) -> int:
         """Tokens an image of ``image_tokens`` has left after drop number ``stage``."""
-        return int(image_tokens * self.ratios[stage])
+        return min(_kept(image_tokens, amount) for amount in self.amounts[: stage + 1])
 
     def tokens_per_layer(self, image_tokens: int, num_layers: int) -> list[int]:
         """Image tokens that enter each of the ``num_layers`` decoder layers."""
@@ -87,18 +140,32 @@ class Schedule:
             tokens.append(now)
         return tokens
 
-    def average_ratio(self, num_layers: int) -> float:
-        """Mean share of image tokens over the layers (0.469 for the paper's schedule)."""
+    def average_ratio(self, num_layers: int, image_tokens: int | None = None) -> float:
+        """Mean share of image tokens over the layers (0.469 for the paper's schedule), of an image of ``image_tokens``
+        where the schedule counts tokens.
+
+        Raises:
+            UserError: it counts tokens, and ``image_tokens`` is not given.
+        """
+        shares = [1.0]
+        for amount in self.amounts:
+            if not isinstance(amount, float) and image_tokens is None:
+                raise UserError(
+                    f"pyramid_drop.keep {list(self.keep)} counts tokens, so what it averages depends on the picture: "
+                    "give shares, such as 0.5"
+                )
+            share = amount if isinstance(amount, float) else min(1.0, amount / max(1, image_tokens or 0))
+            shares.append(min(shares[-1], share))
         edges = (*self.layers, num_layers)
-        shares = (1.0, *self.ratios)
         spans = [edges[0], *(high - low for low, high in zip(edges, edges[1:]))]
         return sum(share * span for share, span in zip(shares, spans)) / num_layers
 
-    def single_drop(self, layer: int, num_layers: int, ranker: str) -> Schedule:
+    def single_drop(self, layer: int, num_layers: int, ranker: str | tuple[str, ...]) -> Schedule:
         """A schedule with one drop after ``layer`` layers and the same average share of image tokens, e.g. FastV.
 
         Raises:
-            UserError: so many tokens have passed before ``layer`` that no ratio >= 0 gives that average.
+            UserError: so many tokens have passed before ``layer`` that no ratio >= 0 gives that average, or the
+                schedule counts tokens.
         """
         ratio = (self.average_ratio(num_layers) * num_layers - layer) / (num_layers - layer)
         if ratio < 0:
@@ -106,16 +173,23 @@ class Schedule:
                 f"a single drop after layer {layer} of {num_layers} cannot average "
                 f"{self.average_ratio(num_layers):.3f} of the image tokens"
             )
-        return replace(self, layers=(layer,), ratios=(ratio,), ranker=ranker)
+        ranker = ranker if isinstance(ranker, str) else ranker[:1]
+        return replace(self, layers=(layer,), ratios=(ratio,), ranker=ranker, keep=())
 
     def to_dict(self) -> dict[str, Any]:
-        """The ``pyramid_drop`` section of a config.json or YAML file."""
-        return {**asdict(self), "layers": list(self.layers), "ratios": list(self.ratios)}
+        """The ``pyramid_drop`` section of a config.json or YAML file. ``keep`` is in it only where used: schedules that
+        are older than this key are written as they were."""
+        section = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in section.items() if name != "keep" or value}
 
     @staticmethod
     def from_dict(section: Mapping[str, Any] | None) -> Schedule:
         """The inverse of `to_dict`; ``None`` is the vanilla schedule."""
         return Schedule(**section) if section else Schedule()
+
+
+def _kept(image_tokens: int, amount: int | float) -> int:
+    return int(image_tokens * amount) if isinstance(amount, float) else min(amount, image_tokens)
 
 
 def image_tokens_by_stage(totals: Sequence[int], schedule: Schedule) -> list[int]:

@@ -352,8 +352,10 @@ def _verdict(run: dict[str, Any]) -> str:
 
 
 def _schedule(schedule: dict[str, Any]) -> str:
-    layers, ratios = (", ".join(map(str, schedule[key])) for key in ("layers", "ratios"))
-    return f"before layers {layers} keep {ratios} ({schedule['ranker']}, {schedule['positions']})"
+    layers, kept = (
+        ", ".join(map(str, values)) for values in (schedule["layers"], schedule.get("keep") or schedule["ratios"])
+    )
+    return f"before layers {layers} keep {kept} ({schedule['ranker']}, {schedule['positions']})"
 
 
 def step_bars(report: dict[str, Any]) -> Any:

@@ -137,8 +137,8 @@ class Measured:
             self.seconds[name].append(times[name].cost)
             if not cuda:
                 self.wall[name].append(times[name].seconds)
-        stages = range(len(self.arm.schedule.layers) + 1)
-        self.stage_seconds.append([times[f"{STAGE} {stage}"].cost for stage in stages])
+        stages = [times.get(f"{STAGE} {stage}") for stage in range(len(self.arm.schedule.layers) + 1)]
+        self.stage_seconds.append([0.0 if span is None else span.cost for span in stages])  # none before layer 0
         self.losses.append(loss)
         self.peak_mib.append(peak)
         self.stage_tokens.append(output.tokens)

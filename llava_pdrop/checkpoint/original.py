@@ -219,7 +219,7 @@ def _schedule_fields(schedule: Schedule | None) -> dict[str, Any]:
     if schedule is None:
         return {}
     lists = {"layer_list": list(schedule.layers), "image_token_ratio_list": list(schedule.ratios)}
-    return {"pyramid_drop": schedule.to_dict(), **(lists if schedule.layers else {})}
+    return {"pyramid_drop": schedule.to_dict(), **(lists if schedule.ratios else {})}
 
 
 def dtype_of(tensors: Mapping[str, Any]) -> torch.dtype:

@@ -279,7 +279,7 @@ def _image_tokens(row: VariantRow) -> str:
         return " → ".join(f"{stage.image_tokens:g}" for stage in row.plan.stages)
     if row.evaluation and "image_tokens" in row.evaluation:
         return " → ".join(f"{count:g}" for count in row.evaluation["image_tokens"])
-    return ", ".join(f"{ratio:.1%}" for ratio in row.schedule.ratios)
+    return row.schedule.amounts_text
 
 
 def _realised(row: VariantRow) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -72,8 +73,16 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in args:
             return None
-        kinds = [arg for arg in args if arg is not NoneType]
-        return convert(value, kinds[0], key)
+        *others, last = [arg for arg in args if arg is not NoneType]
+        for kind in others:  # the first that fits
+            with suppress(Problem):
+                return convert(value, kind, key)
+        try:
+            return convert(value, last, key)
+        except Problem:
+            if not others:
+                raise
+            raise Problem(key, f"{key} must be {_name(hint)}, got {value!r}") from None
     if origin is Literal:
         if value in args and not isinstance(value, bool):
             return value
@@ -151,5 +160,7 @@ def _name(hint: Any) -> str:
         return f"a list of {len(inner)} entries, each {_name(inner[0])}"
     if get_origin(hint) is Literal:
         return _choice(get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_name(kind) for kind in get_args(hint))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section of keys"}
     return names.get(get_origin(hint) or hint, str(hint))

@@ -61,14 +61,14 @@ def solve_budget(
     Raises:
         UserError: a vanilla model costs no more than the budget, or one layer with all tokens costs more.
     """
-    vanilla = cost(replace(wanted, layers=(), ratios=()))
+    vanilla = cost(Schedule())
     if not 0 < budget < vanilla:
         raise UserError(
             f"a budget must lie between 0 and what the model costs without drops, {vanilla:.4g}: {budget:g}"
         )
     default = tuple(dict.fromkeys(max(1, round(share * num_layers)) for share in FRACTIONS))
     layers = wanted.check(num_layers).layers or default
-    found = _geometric(cost, budget, replace(wanted, layers=layers, ratios=(1.0,) * len(layers)))
+    found = _geometric(cost, budget, replace(wanted, layers=layers, ratios=(1.0,) * len(layers), keep=()))
     if found.schedule.kept(image_tokens, len(layers) - 1) >= 1 and found.cost <= budget:
         origin = "the config's layers" if wanted.layers else "quarters of the depth, as in the paper"
         return replace(found, reason=f"layers {list(layers)}: {origin}")
@@ -106,4 +106,4 @@ def _moved(schedule: Schedule, layers: Sequence[int], first: int) -> Schedule:
     moved: list[int] = []
     for layer in layers:
         moved.append(max(moved[-1] + 1 if moved else 1, round(layer * first / layers[0])))
-    return replace(schedule, layers=tuple(moved), ratios=(1.0,) * len(moved))
+    return replace(schedule, layers=tuple(moved), ratios=(1.0,) * len(moved), keep=())

@@ -114,11 +114,12 @@ def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICT
     stages = [
         PlanStage(first, stop - 1, tokens, tokens / n)
         for first, stop, tokens in zip(edges, edges[1:], image_tokens_by_stage([n], schedule))
+        if first < stop  # none runs before a drop at layer 0
     ]
     return Plan(
         schedule=schedule,
         layers=model.layers,
-        average=schedule.average_ratio(model.layers),
+        average=schedule.average_ratio(model.layers, n),
         average_tokens=model.average_tokens(n, schedule),
         rows=[row(size, model.geometry.num_tokens(size)) for size in pictures],
         picture=full,

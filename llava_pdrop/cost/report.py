@@ -177,7 +177,7 @@ def paper_note(plan: Plan) -> str:
 def schedule_yaml(schedule: Schedule) -> str:
     """The ``pyramid_drop`` section of a config, without what is the default."""
     default = Schedule().to_dict()
-    section = {k: v for k, v in schedule.to_dict().items() if k in ("layers", "ratios") or v != default[k]}
+    section = {k: v for k, v in schedule.to_dict().items() if k == "layers" or v != default.get(k)}
     lines = (
         f"  {key}: {yaml.safe_dump(value, default_flow_style=True, width=1000).split(chr(10))[0]}"
         for key, value in section.items()

@@ -81,7 +81,7 @@ def answer_all(
     batches = [[questions[i] for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size)]
     turns = range(team.rounds(len(batches)))
     left = [[q for q in batches[number] if q.id not in known] for number in team.tasks(len(batches))]
-    if schedule.ranker == "random":  # what is drawn for a question depends on the others of its batch
+    if "random" in schedule.rankers:  # what is drawn for a question depends on the others of its batch
         left = [batches[number] if some else [] for number, some in zip(team.tasks(len(batches)), left)]
     with (
         generating(respondent.hf, schedule, steps),

@@ -228,7 +228,7 @@ def used_schedule(used: Schedule, own: Schedule | None) -> str:
         return f"{drops}; the checkpoint names no schedule"
     if used == own or not (used.layers or own.layers):
         return f"{drops}, the checkpoint's own schedule"
-    return f"{drops}; the checkpoint's own schedule has layers {list(own.layers)}, ratios {list(own.ratios)}"
+    return f"{drops}; the checkpoint's own schedule has layers {list(own.layers)}, keeps {own.amounts_text}"
 
 
 def load_questions(config: Config) -> list[Question]:

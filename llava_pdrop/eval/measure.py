@@ -163,7 +163,7 @@ class _Asked:
             "model": self.model,
             "ends": [respondent.ends, list(respondent.stops)],
             "schedule": self.schedule.to_dict(),
-            "seed": self.settings.seed if self.schedule.ranker == "random" else None,
+            "seed": self.settings.seed if "random" in self.schedule.rankers else None,
             "prompt": respondent.text(self.questions[0]),
             "max_new_tokens": self.max_new_tokens,
             "dtype": str(self.settings.dtype),

@@ -77,6 +77,14 @@ class PrunedCache(Cache):
 
     stages: PromptStages | None = None
 
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """Tokens that layer number ``layer_idx`` holds; without one, those of the whole sequence, by which a model
+        counts positions. (Models ask layer 0, which a drop before the decoder has pruned too.)"""
+        held = super().get_seq_length(layer_idx or 0)
+        if layer_idx is not None or self.stages is None or self.stages.schedule.layers[0] or not self.layers:
+            return held
+        return held + (self.stages.length - self.stages.real_BN[0].shape[1]) * (held > 0)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._select(beam_idx)

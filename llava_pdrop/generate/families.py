@@ -53,13 +53,13 @@ class Family:
     positions: Literal["renumber", "keep"] = "renumber"
     shared: bool = False
     causal: bool = True
-    first_drop: Callable[[Any], int] = lambda config: 1
+    first_drop: Callable[[Any], int] = lambda config: 0
     since: str = OLDEST
 
 
 def _behind_deepstack(config: Any) -> int:
     """Qwen3-VL adds features of the tower to the image tokens behind its first layers: none of them may be gone yet."""
-    return max(1, len(config.vision_config.deepstack_visual_indexes))
+    return len(config.vision_config.deepstack_visual_indexes)
 
 
 def _mrope(decoder: str, **options: Any) -> Family:

@@ -138,7 +138,8 @@ def forward_regions(model: PyramidLlava) -> list[Region]:
     """Tower, decoder and ranking in a forward of ``model``, under the schedule that it has now.
 
     The ranking is from the end of a layer before a drop to the start of the next one: selecting the survivors, their
-    position ids and their rotary embeddings are in it. The gradient of that selection is in the backward.
+    position ids and their rotary embeddings are in it, and before layer 0 the merge of pictures and text. The gradient
+    of that selection is in the backward.
     """
     hf = model.hf.model
     tower = getattr(hf.vision_tower, "vision_model", hf.vision_tower)  # transformers before and since it took it away
@@ -147,8 +148,9 @@ def forward_regions(model: PyramidLlava) -> list[Region]:
         ("tower", tower.embeddings.register_forward_pre_hook, projector.register_forward_pre_hook),
         ("decoder", layers[0].register_forward_pre_hook, hf.language_model.norm.register_forward_hook),
         *(
-            ("ranking", layers[drop - 1].register_forward_hook, layers[drop].register_forward_pre_hook)
+            ("ranking", before.register_forward_hook, layers[drop].register_forward_pre_hook)
             for drop in model.schedule.layers
+            for before in [layers[drop - 1] if drop else projector]
         ),
     ]
 
@@ -156,13 +158,13 @@ def forward_regions(model: PyramidLlava) -> list[Region]:
 def bench_regions(model: PyramidLlava) -> list[Region]:
     """`forward_regions`, the head with the loss, and every stage of the decoder."""
     decoder = model.hf.model.language_model
-    cuts = [0, *model.schedule.layers, len(decoder.layers)]
-    ends = [(decoder.layers[first], decoder.layers[end - 1]) for first, end in pairwise(cuts)]
+    cuts = enumerate(pairwise([0, *model.schedule.layers, len(decoder.layers)]))
+    ends = [(number, decoder.layers[first], decoder.layers[end - 1]) for number, (first, end) in cuts if first < end]
     return [
         *forward_regions(model),
         *(
             (f"{STAGE} {number}", first.register_forward_pre_hook, last.register_forward_hook)
-            for number, (first, last) in enumerate(ends)
+            for number, first, last in ends
         ),
         ("head", decoder.norm.register_forward_hook, model.register_forward_hook),
     ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llava_pdrop.model.decoder import run_decoder
-from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.rankers import RANKERS
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule

@@ -14,6 +14,7 @@ import torch
 from llava_pdrop.generate.cache import cached_tokens
 from llava_pdrop.generate.plugin import attach
 from llava_pdrop.model import attention
+from llava_pdrop.model.rankers import RANKERS
 from llava_pdrop.schedule import Schedule
 from tests.parity.generation import (
     DECODERS,
@@ -61,13 +62,31 @@ def test_decoding_with_caches_equals_recompute(decoder, pieces):
 
 
 @pytest.mark.parametrize("positions", ["renumber", "keep"])
-@pytest.mark.parametrize("ranker", ["last_instruction", "fastv", "uniform"])
+@pytest.mark.parametrize("ranker", [name for name in RANKERS if name != "random"])
 @pytest.mark.parametrize("layers", [(2, 3, 5), (1, 2, 4)], ids=str)
 def test_rankers_and_positions_equal_recompute(positions, ranker, layers):
     hf, row = make_hf_model(), make_sample(*TWO)
     schedule = Schedule(layers, (0.6, 0.3, 0.0), ranker, positions)
     output = generate(attach(hf, schedule), row)
     same(torch.cat(output.logits), recompute(hf, row, answers(output)[0], schedule))
+
+
+@pytest.mark.parametrize("positions", ["renumber", "keep"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule((0, 3), (0.5, 0.2)),
+        Schedule((0,), (0.0,)),
+        Schedule((0, 2, 5), keep=(0.75, 5, 1), ranker=("divprune", "v2drop", "last_instruction")),
+    ],
+    ids=["two", "nothing", "three rankers"],
+)
+def test_dropping_before_the_decoder_equals_recompute(schedule, positions):
+    hf, row, schedule = make_hf_model(), make_sample(*TWO), replace(schedule, positions=positions)
+    output = generate(attach(hf, schedule), row)
+    same(torch.cat(output.logits), recompute(hf, row, answers(output)[0], schedule))
+    text, tokens = len(row.input_ids) - 32, schedule.tokens_per_layer(16, LAYERS)
+    assert cached_tokens(output.past_key_values) == [text + 2 * count + NEW - 1 for count in tokens]
 
 
 @pytest.mark.parametrize("positions", ["renumber", "keep"])
@@ -95,7 +114,7 @@ def test_padded_batch_equals_singles(geometry, implementation, decoder, position
         same(torch.stack(generate(hf, *rows).logits), torch.stack(batch.logits))
 
 
-@pytest.mark.parametrize("ranker", ["last_instruction", "fastv", "random", "uniform"])
+@pytest.mark.parametrize("ranker", RANKERS)
 def test_every_image_keeps_its_own_share(ranker):
     hf, trace, schedule = make_hf_model(geometry=ANYRES), [], replace(PYRAMID, ranker=ranker)
     pieces = [((30, 30), (80, 20), 1), NONE, (1, (28, 80), 3)]

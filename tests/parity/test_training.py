@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_pdrop.model import kernels
-from llava_pdrop.model.pyramid_drop import RANKERS
+from llava_pdrop.model.rankers import RANKERS
 from llava_pdrop.model.stream import StreamPlan
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
@@ -82,6 +82,8 @@ SCHEDULES = {
     "paper": PYRAMID,
     "keep_positions": replace(PYRAMID, positions="keep"),
     "nothing_left": replace(PYRAMID, ratios=(0.5, 0.25, 0.0)),
+    "before_the_decoder": replace(PYRAMID, layers=(0, 1, 4)),
+    "counts": replace(PYRAMID, ratios=(), keep=(0.8, 7, 2)),
 }
 
 

@@ -20,7 +20,9 @@ from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
-    str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "ablations"
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name not in ("ablations", "schedules")
 )
 
 

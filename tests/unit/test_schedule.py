@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from llava_pdrop.cost.paper import paper_tflop
@@ -17,7 +19,17 @@ PAPER = Schedule(layers=(8, 16, 24), ratios=(0.5, 0.25, 0.125))
         ({"layers": [8, 16], "ratios": [0.5]}, says("pyramid_drop.layers", "2", "pyramid_drop.ratios", "1")),
         ({"layers": [16, 8], "ratios": [0.5, 0.25]}, says("pyramid_drop.layers", "grow")),
         ({"layers": [8, 8], "ratios": [0.5, 0.25]}, says("pyramid_drop.layers", "grow")),
-        ({"layers": [0], "ratios": [0.5]}, says("pyramid_drop.layers", "at least 1")),
+        ({"layers": [-1], "ratios": [0.5]}, says("pyramid_drop.layers", "at least 0")),
+        ({"layers": [8], "keep": [1.5]}, says("pyramid_drop.keep", "[0, 1]", "1.5", "whole number")),
+        ({"layers": [8], "keep": [-3]}, says("pyramid_drop.keep", "count", "at least 0", "-3")),
+        ({"layers": [8, 16], "keep": [9]}, says("pyramid_drop.layers", "2", "pyramid_drop.keep", "1")),
+        ({"layers": [8, 16], "keep": [9, 10]}, says("pyramid_drop.keep", "grow")),
+        ({"layers": [8, 16], "keep": [0.2, 0.3]}, says("pyramid_drop.keep", "grow")),
+        ({"layers": [8], "keep": [9], "ratios": [0.5]}, says("pyramid_drop.keep", "pyramid_drop.ratios", "not both")),
+        (
+            {"layers": [8], "ratios": [0.5], "ranker": ["random", "fastv"]},
+            says("pyramid_drop.layers", "1", "pyramid_drop.ranker", "2"),
+        ),
         ({"layers": [8], "ratios": [1.5]}, says("pyramid_drop.ratios", "[0, 1]")),
         ({"layers": [8, 16], "ratios": [0.25, 0.5]}, says("pyramid_drop.ratios", "grow")),
         (
@@ -56,8 +68,50 @@ def test_single_drop_has_the_same_average():
         PAPER.single_drop(16, 32, "fastv")
 
 
+def test_counts_and_shares_of_keep():
+    schedule = Schedule((3, 17, 22), keep=(0.5, 0.25, 1))
+    assert [schedule.kept(577, stage) for stage in range(3)] == [288, 144, 1]
+    assert [schedule.kept(0, stage) for stage in range(3)] == [0, 0, 0]
+    counts = Schedule((2, 6), keep=(300, 200))
+    assert [counts.kept(576, stage) for stage in (0, 1)] == [300, 200]
+    assert [counts.kept(250, stage) for stage in (0, 1)] == [250, 200]  # never more than there are
+    assert Schedule((2, 6), keep=(0.5, 300)).kept(576, 1) == 288  # nor more than the drop before has left
+    assert Schedule((2,), keep=(1.0,)).kept(576, 0) == 576
+
+
+def test_a_drop_before_the_decoder():
+    assert Schedule((0, 4), (0.5, 0.25)).tokens_per_layer(576, 6) == [288] * 4 + [144] * 2
+    assert Schedule((0, 4), (0.5, 0.25)).average_ratio(6) == pytest.approx((4 * 0.5 + 2 * 0.25) / 6)
+
+
+def test_the_average_of_counts_depends_on_the_picture():
+    counts = Schedule((8,), keep=(144,))
+    assert counts.average_ratio(32, 576) == pytest.approx((8 + 24 / 4) / 32)
+    assert counts.average_ratio(32, 100) == 1.0
+    with pytest.raises(ValueError, match=says("pyramid_drop.keep", "[144]", "shares")):
+        counts.single_drop(2, 32, "fastv")
+    assert Schedule((8, 16), keep=(0.5, 0.25)).single_drop(2, 32, "fastv").keep == ()
+
+
+def test_layers_are_scaled_to_the_depth():
+    assert PAPER.scaled_to(32) == PAPER
+    assert PAPER.scaled_to(40).layers == (10, 20, 30) and PAPER.scaled_to(8).layers == (2, 4, 6)
+    assert Schedule((2,), (0.5,)).scaled_to(24).layers == (2,)  # 1.5 is nearer to no whole number: the even one
+    assert Schedule((4,), (0.5,)).scaled_to(6, depth=8).layers == (3,)
+    with pytest.raises(ValueError, match=says("pyramid_drop.layers", "[10, 14, 16, 18, 25]", "[2, 4, 4, 4, 6]", "8")):
+        Schedule((10, 14, 16, 18, 25), keep=(215, 10, 5, 1, 0)).scaled_to(8)
+    with pytest.raises(ValueError, match=says("pyramid_drop.layers", "4", "4 layers")):
+        Schedule((31,), (0.5,)).scaled_to(4)
+
+
 def test_round_trip_through_a_config():
-    assert Schedule.from_dict(PAPER.to_dict()) == PAPER
+    assert PAPER.to_dict() == {  # as before there were other keys: runs are known by it
+        "layers": [8, 16, 24], "ratios": [0.5, 0.25, 0.125], "ranker": "last_instruction", "positions": "auto",
+    }  # fmt: skip
+    several = Schedule((0, 4), keep=(0.5, 10), ranker=["divprune", "last_instruction"])
+    for schedule in (PAPER, several, Schedule((1,), keep=(1.0,))):
+        assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+    assert several.rankers == ("divprune", "last_instruction") and PAPER.rankers == ("last_instruction",) * 3
     assert Schedule.from_dict(None) == Schedule()
 
 

@@ -21,7 +21,9 @@ from tests.messages import meant, says
 from tests.properties import cases, one_line
 
 ROOT = Path(__file__).parents[3]
-CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "ablations")
+CONFIGS = sorted(
+    file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name not in ("ablations", "schedules")
+)
 
 LAYERS = 4
 
@@ -195,7 +197,14 @@ def test_round_trip_with_everything_set(run: Path, tmp_path: Path) -> None:
         ("data.samples_per_batch=null", says("set", "data.samples_per_batch", "data.tokens_per_batch")),
         ("data.samples_per_batch=0", says("data.samples_per_batch", "1", "0")),
         ("pyramid_drop.layers=[1,2,4]", says("pyramid_drop.layers", "4 layers", "3")),
-        ("pyramid_drop.layers=[0,1,2]", says("pyramid_drop.layers", "at least 1")),
+        ("pyramid_drop.layers=[-1,1,2]", says("pyramid_drop.layers", "at least 0")),
+        ("pyramid_drop.keep=[9,4,1]", says("pyramid_drop.keep", "pyramid_drop.ratios", "not both")),
+        ("pyramid_drop.keep=[x,4,1]", says("pyramid_drop.keep[0]", "a whole number or a number", "'x'")),
+        ("pyramid_drop.ranker=7", says("pyramid_drop.ranker", "text or a list", "7")),
+        ("pyramid_drop.ranker=[random,random]", says("pyramid_drop.ranker", "2", "pyramid_drop.layers", "3")),
+        ("pyramid_drop.ranker=[random,best,random]", says("pyramid_drop.ranker", "'best'")),
+        ("pyramid_drop={layers: [0], ratios: [0.5], ranker: v2drop}", says("pyramid_drop.ranker", "v2drop", "layer 0")),
+        ("pyramid_drop.depth=0", says("pyramid_drop.depth", "at least 1")),
         ("pyramid_drop.layers=[2,1,3]", says("pyramid_drop.layers", "grow")),
         ("pyramid_drop.layers=[1,2]", says("pyramid_drop.layers", "2", "pyramid_drop.ratios", "3")),
         ("pyramid_drop.ratios=[.5,.6,.1]", says("pyramid_drop.ratios", "grow")),

@@ -224,3 +224,9 @@ def test_random_differs_from_call_to_call_and_follows_the_seed():
 def test_rankers_are_checked_by_name_and_by_what_they_look_at():
     with pytest.raises(ValueError, match=says("pyramid_drop.ranker", "'divprun'", "divprune")):
         check_rankers(Schedule((2,), (0.5,), "divprun"))
+    with pytest.raises(ValueError, match=says("compare.x.ranker", "'best'")):
+        check_rankers(Schedule((2, 4), (0.5, 0.2), ("random", "best")), "compare.x")
+    for name in ("v2drop", "fastv", "key_norm", "dart"):
+        with pytest.raises(ValueError, match=says("pyramid_drop.ranker", name, "layer 0")):
+            check_rankers(Schedule((0, 2), (0.5, 0.2), name))
+        check_rankers(Schedule((0, 2), (0.5, 0.2), ("divprune", name)))
