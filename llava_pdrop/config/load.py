@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from llava_pdrop.config import presets
 from llava_pdrop.config.nearer import settle
 from llava_pdrop.config.paths import decoder_layers
 from llava_pdrop.config.places import absolute, expanded, mapped
@@ -105,10 +106,11 @@ def config_of(values: dict[str, Any], overrides: Sequence[str], path: Path) -> C
 
 def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str], path: Path) -> Config:
     """The `Config` of what files say one after the other, and of the ``overrides``."""
-    changes = dict(_dotlist(overrides))
-    if changes.keys() & {"model", "pyramid_drop", "lora"}:
+    sections, others = presets.split(overrides)
+    changes = dict(_dotlist(others))
+    if sections or changes.keys() & {"model", "pyramid_drop", "lora"}:
         layers[-1][1].pop("paper", None)  # it is about the run as the file has it
-    layers = [*layers, (OVERRIDES, changes)]
+    layers = presets.read_sections([*layers, *((OVERRIDES, section) for section in sections), (OVERRIDES, changes)])
     merged: dict[str, Any] = {}
     for name, layer in layers:
         inherited = without_other_engine(merged, layer)
@@ -121,12 +123,14 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str],
         return _build(resolved, path)
     except Problem as problem:
         hint = nearest_key(problem.key, _all_keys(problem.key)) if problem.unknown else ""
-        raise ConfigError(f"{_origin(problem.key, layers)}: {problem}{hint}") from None
+        raise ConfigError(f"{_origin(problem.key, layers, path)}: {problem}{hint}") from None
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         named = re.search(r"Interpolation key '(\w+)' not found", str(error))
         hint = f": an environment variable is written ${named[1]}" if named and named[1] in os.environ else ""
-        raise ConfigError(f"{_origin(key, layers)}: {f'{key}: ' if key else ''}{first_line(error)}{hint}") from None
+        raise ConfigError(
+            f"{_origin(key, layers, path)}: {f'{key}: ' if key else ''}{first_line(error)}{hint}"
+        ) from None
 
 
 def to_yaml(config: Config, from_anywhere: bool = False) -> str:
@@ -210,7 +214,7 @@ def _build(values: Any, path: Path) -> Config:
     values = {"name": f"{path.parent.name}/{path.stem}", **values}
     if isinstance(values.get("data"), Mapping):
         values["data"] = {"cache": DataSection.cache, **values["data"]}
-    values = mapped(values, expanded)
+    values, depth = presets.taken_depth(mapped(values, expanded))
     values.setdefault("output_dir", f"checkpoints/{values['name']}")
     for section in ("train", "eval", "compare"):
         if values.get(section, {}) is None:  # a bare `train:` in YAML
@@ -226,8 +230,11 @@ def _build(values: Any, path: Path) -> Config:
         arguments = _training_arguments({key: value for key, value in train.items() if key not in own})
         values["train"] = {key: value for key, value in train.items() if key in own}
     config = Config(**convert_fields(values, Config, ""), file=str(path))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, arguments=arguments))
-    config.check(decoder_layers(config.model))
+    layers = decoder_layers(config.model)
+    schedule = presets.scaled(config.pyramid_drop, depth, layers)
+    train = dataclasses.replace(config.train, arguments=arguments)
+    config = dataclasses.replace(config, train=train, pyramid_drop=schedule)
+    config.check(layers)
     return config
 
 
@@ -313,8 +320,8 @@ def _training_argument_hints() -> dict[str, Any]:
     return hints
 
 
-def _origin(key: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The name of the last layer that sets ``key`` or, where none does, the part of it that is set."""
+def _origin(key: str, layers: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> str:
+    """The name of the last layer that sets ``key`` or, where none does, the part of it that is set; else ``path``."""
     parts = key.split("[")[0].split(".") if key else []
     while parts:
         for name, layer in reversed(layers):
@@ -324,7 +331,7 @@ def _origin(key: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             if node is not _ABSENT:
                 return name
         parts.pop()
-    return layers[-2][0]
+    return str(path)
 
 
 _ABSENT = object()
