@@ -269,7 +269,7 @@ def check_rankers(schedule: Schedule, key: str = "pyramid_drop") -> None:
     Raises:
         Problem: an unknown ranker, or one that looks back before layer 0.
     """
-    for name in schedule.rankers or [schedule.ranker]:
+    for name in schedule.rankers or (str(schedule.ranker),):
         check_name(f"{key}.ranker", name, RANKERS)
     if schedule.layers[:1] == (0,) and RANKERS[schedule.rankers[0]].looks_back:
         fitting = sorted(name for name, ranker in RANKERS.items() if not ranker.looks_back)
