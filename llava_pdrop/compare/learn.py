@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
 from llava_pdrop.checkpoint.grow import grow_decoder, grow_projector
 from llava_pdrop.compare.rows import VariantRow
-from llava_pdrop.compare.study import Candidate, asked, subrun
+from llava_pdrop.compare.study import Candidate, asked, exam_of, subrun
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError
-from llava_pdrop.eval.evaluate import DROPPING, VANILLA, AnswerSettings, answer, load_questions, respondent_of
+from llava_pdrop.eval.evaluate import DROPPING, VANILLA, AnswerSettings, answer, respondent_of
 from llava_pdrop.eval.team import ALONE
 from llava_pdrop.report.console import say
 from llava_pdrop.report.environment import environment
@@ -155,8 +155,9 @@ def with_steps(run: Config, steps: int) -> Config:
 def train_arm(run: Config, seconds: float) -> dict[str, Any]:
     """Trains and evaluates one arm within about ``seconds``."""
     began, directory = time.monotonic(), Path(run.output_dir)
-    questions = load_questions(run)[:START_QUESTIONS]
-    start = answer(AnswerSettings.of(run), respondent_of(load_parts(run), run), questions, run.schedule, None)
+    exam = exam_of(run)
+    few = exam[0][:START_QUESTIONS]
+    start = answer(AnswerSettings.of(run), respondent_of(load_parts(run), run), few, run.schedule, None)
     release_memory()
     deadline, trained = Deadline(began + TRAINING_SHARE * seconds), time.monotonic()
     whole, weights = checked(run), None
@@ -168,7 +169,7 @@ def train_arm(run: Config, seconds: float) -> dict[str, Any]:
             raise
     trained, evaluated = time.monotonic() - trained, time.monotonic()
     release_memory()
-    (row,) = asked(Candidate((VariantRow(directory.name, run),), whole), ALONE, directory.parent, weights)
+    (row,) = asked(Candidate((VariantRow(directory.name, run),), whole), exam, ALONE, directory.parent, weights)
     assert row.timing is not None and row.evaluation is not None, "every step is logged, and there are questions"
     accuracy, count = row.evaluation["accuracy"], row.evaluation["questions"]
     return {

@@ -18,7 +18,7 @@ from llava_pdrop.cost.nominal import model_of
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import AnswerSettings, answer, check_scorer, leave, load_questions, respondent_of
-from llava_pdrop.eval.measure import load_benchmarks, measure, measure_run
+from llava_pdrop.eval.measure import chosen, load_benchmarks, measure, measure_run
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.score import Score
 from llava_pdrop.eval.team import Team, team_of
@@ -27,6 +27,9 @@ from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.checks import CheckedRun
 from llava_pdrop.train.run import prepare_data, train_checked
+
+Exam = tuple[list[Question], dict[Benchmark, list[Question]]]
+"""The questions of ``data.eval``, and those of ``eval.benchmarks``."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +65,31 @@ def run_variants(models: Sequence[Candidate], out: Path) -> list[VariantRow] | N
             cannot be made.
         Preempted: a signal said stop; the same call goes on.
     """
+    exams, before = list[Exam](), None
     for model in models:
         config = model.rows[0].config
         prepare_data(config)
-        if not any(questions_of(config)) and model.run is None:
+        asks = (config.data, config.eval, chosen(config))
+        exams.append(exam_of(config) if asks != before else exams[-1])  # read once for variants that ask the same
+        before = asks
+        if model.run is None and not any(exams[-1]):
             raise ConfigError(f"{config.file}: data.eval: names no file with questions, and nothing is trained")
     for line in missing_lines([row.config for model in models for row in model.rows]):
         say(line)
     own, others = list[VariantRow](), list[VariantRow]()
-    for number, model in enumerate(models, 1):
+    for number, (model, exam) in enumerate(zip(models, exams), 1):
         if model.run is not None:
             say(f"variant {number} of {len(models)}: {model.rows[0].name}")
             train_checked(model.run)
         with team_of(model.rows[0].config, out) as team:
-            first, *rest = asked(model, team, out)
+            first, *rest = asked(model, exam, team, out)
         own, others = [*own, first], [*others, *rest]
         release_memory()
     return with_predictions(with_savings([*own, *others])) if team.first else None
 
 
-def questions_of(config: Config) -> tuple[list[Question], dict[Benchmark, list[Question]]]:
-    """Those of ``data.eval`` and of ``eval.benchmarks``."""
+def exam_of(config: Config) -> Exam:
+    """What ``config`` asks."""
     check_scorer(config)
     return load_questions(config), load_benchmarks(config, llava=True)
 
@@ -99,7 +106,7 @@ def missing_lines(configs: Sequence[Config]) -> list[str]:
     return [line for line, holds in lines.items() if holds]
 
 
-def asked(model: Candidate, team: Team, out: Path, weights: Path | None = None) -> list[VariantRow]:
+def asked(model: Candidate, exam: Exam, team: Team, out: Path, weights: Path | None = None) -> list[VariantRow]:
     """The rows of a model that is there, with what it answers; the first process of ``team`` alone has the numbers.
 
     Args:
@@ -112,8 +119,8 @@ def asked(model: Candidate, team: Team, out: Path, weights: Path | None = None) 
     first, *others = model.rows
     config, run = first.config, None if model.run is None else Path(first.config.output_dir)
     first = first if run is None else with_times(first, run)
-    settings, (questions, sets) = AnswerSettings.of(config), questions_of(config)
-    if not questions and not sets:
+    settings, (questions, sets) = AnswerSettings.of(config), exam
+    if not any(exam):
         return [first, *others]
     path = str(weights or run or config.model.path)
     parts = build_parts(path=path)
