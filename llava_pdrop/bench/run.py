@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from omegaconf import OmegaConf
-from yaml import YAMLError
 
 from llava_pdrop.bench import prefill_report, train_report
 from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillBench, PrefillCase
@@ -19,7 +17,7 @@ from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
 from llava_pdrop.bench.variants import arms_of, compare
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.config.load import load_config
-from llava_pdrop.config.values import build_schedule
+from llava_pdrop.config.values import build_schedule, read_mapping
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.cost.nominal import full_picture, paper_tokens
 from llava_pdrop.cost.step_time import CARDS, card_named
@@ -184,18 +182,15 @@ def read_schedules(files: Sequence[Path], layers: int) -> dict[str, Schedule]:
         try:
             found[file.stem] = _schedule_of(file).check(layers)
         except UserError as error:
-            said = str(error).removeprefix(f"{file}: ")  # errors of a whole config name it
+            said = str(error).removeprefix(str(file)).lstrip(": ")  # most errors name it
             raise UserError(f"--schedule: {file}: {said}") from None
     return found
 
 
 def _schedule_of(file: Path) -> Schedule:
     """The schedule that a YAML file is, or that its section ``pyramid_drop`` is."""
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if isinstance(content, dict) and "layers" in content:
+    content = read_mapping(file)
+    if "layers" in content:
         return build_schedule(content)
     section = load_config(file).pyramid_drop
     if section is None:

@@ -238,7 +238,7 @@ def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> N
         ("layers: [9]\nratios: [0.5]\n", says("bad.yaml", "layers", "9")),
         ("layers: [4]\nratio: [0.5]\n", says("bad.yaml", "key", "pyramid_drop.ratio")),
         ("layers: [4]\nratios: [1.5]\n", says("bad.yaml", "ratios", "1.5")),
-        ("layers: [4\n", says("bad.yaml", "YAML", "parsing")),
+        ("layers: [4\n", says("bad.yaml", "line 2", "YAML")),
         ("only text\n", says("bad.yaml", "'only text'")),
         ("[1, 2]\n", says("bad.yaml", "list")),
         ("name: run\n", says("bad.yaml", "model")),
