@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from llava_pdrop.cost.states import States
 from llava_pdrop.errors import UserError
 
-CHOICES = ("auto", "adamw", "sharded", "none")
-
 STATE_BYTES = 16
 """Bytes per trainable parameter of mixed-precision AdamW: weight and gradient in half precision, weight and two moments
 in float32 (ZeRO, arXiv 1910.02054, section 3.1); without mixed precision four times float32, the same."""
@@ -22,7 +20,9 @@ SHARDS = 8
 """Ranks that the ``sharded`` optimizer pretends to be one of."""
 
 SHARES = {"adamw": 1.0, "sharded": 1 / SHARDS, "none": 0.0}
-"""Definite choice -> share of the trainable parameters that are updated."""
+"""Definite choice, the one that needs most first -> share of the trainable parameters that are updated."""
+
+CHOICES = ("auto", *SHARES)
 
 HEADROOM = 0.75
 """Share of the free memory that gradients and optimizer may take; the rest is for activations."""
@@ -77,9 +77,7 @@ def choose(name: str, parameters: list[nn.Parameter], device: torch.device) -> s
     if name != "auto":
         return name
     room = HEADROOM * free_bytes(device)
-    return next(
-        kind for kind in ("adamw", "sharded", "none") if kind == "none" or extra_bytes(kind, parameters) <= room
-    )
+    return next(kind for kind in SHARES if kind == "none" or extra_bytes(kind, parameters) <= room)
 
 
 def extra_bytes(kind: str, parameters: list[nn.Parameter]) -> float:

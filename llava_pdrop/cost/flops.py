@@ -128,9 +128,6 @@ class StepFlops:
     def total(self) -> float:
         return sum(getattr(self, entry.name) for entry in fields(self))
 
-    def __add__(self, other: StepFlops) -> StepFlops:
-        return StepFlops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
 
 def step_flops(
     config: Any,

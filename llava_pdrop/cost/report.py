@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.advice import PEAKS, Advice, AdviceSetting, overrides, what_lacks
+from llava_pdrop.cost.advice import PEAKS, Advice, AdviceArm, AdviceSetting, overrides, what_lacks
 from llava_pdrop.cost.flops import StepFlops
 from llava_pdrop.cost.lora import NOT_MODELLED, adapter_parameters
 from llava_pdrop.cost.memory import Memory
@@ -235,20 +235,12 @@ NOT_MEASURED = "Arithmetic on counted bytes and operations: nothing here has bee
 
 def advice_json(config: Config, advice: Advice) -> dict[str, Any]:
     """The advice for machines: bytes, operations, seconds."""
-    arms = {}
-    for arm in advice.arms:
-        arms[arm.name] = {
-            "setting": arm.setting and asdict(arm.setting),
-            "overrides": overrides(config, arm) or None,
-            "why_not": None if arm.setting else what_lacks(advice, arm, config),
-            "missing_bytes": 0.0 if arm.setting else arm.least.total - advice.room,
-            "flop_per_sample": arm.flops,
-            "seconds_per_1000_samples": {name: advice.seconds(arm, peak, 1000) for name, peak in PEAKS.items()},
-            "hours": advice.length.samples
-            and {name: advice.seconds(arm, peak, advice.length.samples) / 3600 for name, peak in PEAKS.items()},
-        }
-        if arm.setting is None:
-            arms[arm.name] |= {"seconds_per_1000_samples": None, "hours": None}
+
+    def times(arm: AdviceArm, samples: float | None, unit: float) -> dict[str, float] | None:
+        if arm.setting is None or not samples:
+            return None
+        return {name: advice.seconds(arm, peak, samples) / unit for name, peak in PEAKS.items()}
+
     return {
         "gpus": advice.gpus,
         "gib": advice.gib,
@@ -258,7 +250,18 @@ def advice_json(config: Config, advice: Advice) -> dict[str, Any]:
         "peak_flops": PEAKS,
         "run": asdict(advice.length),
         "note": NOT_MEASURED,
-        "arms": arms,
+        "arms": {
+            arm.name: {
+                "setting": arm.setting and asdict(arm.setting),
+                "overrides": overrides(config, arm) or None,
+                "why_not": None if arm.setting else what_lacks(advice, arm, config),
+                "missing_bytes": 0.0 if arm.setting else arm.least.total - advice.room,
+                "flop_per_sample": arm.flops,
+                "seconds_per_1000_samples": times(arm, 1000, 1),
+                "hours": times(arm, advice.length.samples, 3600),
+            }
+            for arm in advice.arms
+        },
     }
 
 
