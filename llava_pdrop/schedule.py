@@ -35,6 +35,10 @@ class Schedule:
     """Instead of ``ratios``: a whole number is a count of tokens per picture (all where it has fewer), a number with a
     point a share of the original ones. ``1`` is one token, ``1.0`` all."""
 
+    inject: int = 0
+    """The first so many decoder layers see text only, then the image tokens enter (HiDrop). At most the first of
+    ``layers``. ``positions: auto`` is ``keep`` then."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "ratios", tuple(float(ratio) for ratio in self.ratios))
@@ -65,6 +69,11 @@ class Schedule:
             raise UserError(f"pyramid_drop.layers must grow from entry to entry, got {list(self.layers)}")
         if any(layer < 0 for layer in self.layers):
             raise UserError(f"pyramid_drop.layers must be at least 0, got {list(self.layers)}")
+        if self.inject < 0 or (self.inject and self.inject > (*self.layers, -1)[0]):
+            raise UserError(
+                f"pyramid_drop.inject must be from 0 to the first of pyramid_drop.layers {list(self.layers)}, got "
+                f"{self.inject}: image tokens enter before the first drop (keep: [1.0] is one that drops nothing)"
+            )
 
     def _check_amounts(self, name: str) -> None:
         shares = [amount for amount in self.amounts if isinstance(amount, float)]
@@ -96,8 +105,10 @@ class Schedule:
         return (self.ranker,) * len(self.layers) if isinstance(self.ranker, str) else self.ranker
 
     def at(self, positions: Literal["renumber", "keep"]) -> Schedule:
-        """The schedule with ``positions`` in the place of ``auto``."""
-        return replace(self, positions=positions) if self.positions == "auto" else self
+        """The schedule with ``positions`` in the place of ``auto``; ``keep`` where image tokens enter late."""
+        if self.positions != "auto":
+            return self
+        return replace(self, positions="keep" if self.inject else positions)
 
     def check(self, num_layers: int) -> Schedule:
         """Returns the schedule itself if it fits a decoder of ``num_layers`` layers.
@@ -119,26 +130,26 @@ class Schedule:
         Raises:
             UserError: two drops would come at one layer, or one before a layer that is not there.
         """
-        layers = tuple(round(layer * num_layers / depth) for layer in self.layers)
+        inject, *layers = (round(layer * num_layers / depth) for layer in (self.inject, *self.layers))
         if len(set(layers)) < len(layers):
             raise UserError(
-                f"pyramid_drop.layers {list(self.layers)}, written for {depth} layers, would be {list(layers)} "
+                f"pyramid_drop.layers {list(self.layers)}, written for {depth} layers, would be {layers} "
                 f"of {num_layers}: two drops at one layer; set pyramid_drop.layers"
             )
-        return replace(self, layers=layers).check(num_layers)
+        return replace(self, layers=tuple(layers), inject=inject).check(num_layers)
 
     def kept(self, image_tokens: int, stage: int) -> int:
         """Tokens an image of ``image_tokens`` has left after drop number ``stage``."""
         return min(_kept(image_tokens, amount) for amount in self.amounts[: stage + 1])
 
+    def stage(self, layer: int) -> int:
+        """How many drops come before layer number ``layer``."""
+        return sum(drop <= layer for drop in self.layers)
+
     def tokens_per_layer(self, image_tokens: int, num_layers: int) -> list[int]:
         """Image tokens that enter each of the ``num_layers`` decoder layers."""
-        tokens, now = [], image_tokens
-        for layer in range(num_layers):
-            if layer in self.layers:
-                now = self.kept(image_tokens, self.layers.index(layer))
-            tokens.append(now)
-        return tokens
+        stages = [image_tokens, *(self.kept(image_tokens, drop) for drop in range(len(self.layers)))]
+        return [stages[self.stage(layer)] if layer >= self.inject else 0 for layer in range(num_layers)]
 
     def average_ratio(self, num_layers: int, image_tokens: int | None = None) -> float:
         """Mean share of image tokens over the layers (0.469 for the paper's schedule), of an image of ``image_tokens``
@@ -157,7 +168,7 @@ class Schedule:
             share = amount if isinstance(amount, float) else min(1.0, amount / max(1, image_tokens or 0))
             shares.append(min(shares[-1], share))
         edges = (*self.layers, num_layers)
-        spans = [edges[0], *(high - low for low, high in zip(edges, edges[1:]))]
+        spans = [edges[0] - self.inject, *(high - low for low, high in zip(edges, edges[1:]))]
         return sum(share * span for share, span in zip(shares, spans)) / num_layers
 
     def single_drop(self, layer: int, num_layers: int, ranker: str | tuple[str, ...]) -> Schedule:
@@ -174,13 +185,13 @@ class Schedule:
                 f"{self.average_ratio(num_layers):.3f} of the image tokens"
             )
         ranker = ranker if isinstance(ranker, str) else ranker[:1]
-        return replace(self, layers=(layer,), ratios=(ratio,), ranker=ranker, keep=())
+        return replace(self, layers=(layer,), ratios=(ratio,), ranker=ranker, keep=(), inject=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The ``pyramid_drop`` section of a config.json or YAML file. ``keep`` is in it only where used: schedules that
-        are older than this key are written as they were."""
+        """The ``pyramid_drop`` section of a config.json or YAML file. Of the keys that came later only those are in it
+        that are used: older schedules are written as they were."""
         section = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {name: value for name, value in section.items() if name != "keep" or value}
+        return {name: value for name, value in section.items() if value or name not in ("keep", "inject")}
 
     @staticmethod
     def from_dict(section: Mapping[str, Any] | None) -> Schedule:

@@ -24,7 +24,14 @@ def slow_reference(model: PyramidLlava, sample: Sample, query: str = "answers") 
     owner = torch.full((len(x),), -1, device=device)
     for image, (start, stop) in enumerate(sample.image_spans):
         owner[start:stop] = image
+    whole, is_text = (x, owner, labels, place), owner < 0
+    if schedule.inject:
+        x, owner, labels, place = (each[is_text] for each in whole)
     for index, layer in enumerate(decoder.layers):
+        if schedule.inject and index == schedule.inject:
+            text, (x, owner, labels, place) = x, whole
+            x = x.clone()
+            x[is_text] = text
         if index in schedule.layers:
             keep = torch.ones(len(x), dtype=torch.bool, device=device)
             if queries := _queries(labels, query):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.rankers import RANKERS, Ranker
-from llava_pdrop.model.stream import Layout, layouts_of
+from llava_pdrop.model.stream import Layout, layout_of_layers, layouts_of
 from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.report.units import saved
 from llava_pdrop.schedule import Schedule
@@ -136,11 +136,11 @@ def step_flops(
     geometry: ImageGeometry,
     trainable: Collection[str] = ("projector", "language_model"),
     recomputed: Recomputed = Recomputed(),
-    seq_lens: Sequence[Sequence[int]] | None = None,
+    layouts: Sequence[Layout] | None = None,
 ) -> StepFlops:
     """Operations of forward and backward of one micro-batch; the arguments are those of `step_parts`."""
     found: dict[str, Work] = {}
-    for part in step_parts(config, batch, schedule, geometry, trainable, recomputed, seq_lens):
+    for part in step_parts(config, batch, schedule, geometry, trainable, recomputed, layouts):
         found[part.kind] = found.get(part.kind, Work()) + part.whole
     layers = found["layers"]
     return StepFlops(
@@ -155,8 +155,11 @@ def step_flops(
 
 def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule) -> list[float]:
     """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
-    lengths = [layout.seq_lens for layout in layouts_of(batch, schedule)]
-    return [stage.forward.flops for stage in _stages(config.text_config, lengths, schedule, (), Recomputed())]
+    stages, layer = [0.0] * (len(schedule.layers) + 1), 0
+    for part in _stages(config.text_config, layouts_of(batch, schedule), schedule, (), Recomputed()):
+        stages[schedule.stage(layer)] += part.forward.flops
+        layer += part.layers
+    return stages
 
 
 def predicted_reduction(
@@ -182,7 +185,7 @@ def step_parts(
     geometry: ImageGeometry,
     trainable: Collection[str] = ("projector", "language_model"),
     recomputed: Recomputed = Recomputed(),
-    seq_lens: Sequence[Sequence[int]] | None = None,
+    layouts: Sequence[Layout] | None = None,
     split: Collection[int] = (),
 ) -> list[StepPart]:
     """Products and attention of one micro-batch, forward and backward: tower, projector, the layers of each stage, all
@@ -194,20 +197,19 @@ def step_parts(
             passes through a frozen decoder to what learns before it.
         recomputed: layers whose forward runs once more in backward, up to the last product, whose result nobody needs
             again.
-        seq_lens: the lengths of the samples at every stage, where a forward has told them (`vlm.Output`); None: they
-            are planned here, as a ranking always is.
+        layouts: of every stage (`layouts_of`), where the caller has them.
         split: layers before which a part begins though nothing is dropped there, to stand beside a schedule's.
     """
     text, tiles = config.text_config, tiles_of(batch, geometry)
-    lengths = [layout.seq_lens for layout in layouts_of(batch, schedule)] if seq_lens is None else seq_lens
+    layouts = layouts or layouts_of(batch, schedule)
     logits = (Product(len(batch.label_positions), text.hidden_size, text.vocab_size),)
     back = Work(_backward(logits, "language_model" in trainable)) if trainable else Work()
     return [
         _tower(config, tiles, "vision_tower" in trainable, recomputed.tower),
         _projector(config, tiles * geometry.patches, trainable),
-        *_stages(text, lengths, schedule, trainable, recomputed, split),
-        *([_rankings(text, batch, schedule)] if schedule.layers else []),
-        StepPart("head", "head and loss", sum(lengths[-1]), Work(logits), back),
+        *_stages(text, layouts, schedule, trainable, recomputed, split),
+        *([_rankings(text, layouts, schedule)] if schedule.layers else []),
+        StepPart("head", "head and loss", layouts[-1].tokens, Work(logits), back),
     ]
 
 
@@ -254,7 +256,7 @@ def _projector(config: Any, rows: int, trainable: Collection[str]) -> StepPart:
 
 def _stages(
     text: Any,
-    lengths: Sequence[Sequence[int]],
+    layouts: Sequence[Layout],
     schedule: Schedule,
     trainable: Collection[str],
     recomputed: Recomputed,
@@ -265,10 +267,11 @@ def _stages(
     queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
     maps = ((hidden, queries, 1), (hidden, keys, 2), (queries, hidden, 1), (hidden, mlp, 2), (mlp, hidden, 1))
     repeated = len(range(text.num_hidden_layers)[: recomputed.layers]) * bool(trainable)
-    edges = sorted({0, *schedule.layers, *split, text.num_hidden_layers})
+    by_layer = layout_of_layers(layouts, schedule, text.num_hidden_layers)
+    edges = sorted({0, schedule.inject, *schedule.layers, *split, text.num_hidden_layers})
     found = []
-    for first, stop in zip(edges, edges[1:]):
-        own = lengths[sum(layer <= first for layer in schedule.layers)]
+    for first, stop in pairwise(edges):
+        own = by_layer[first].seq_lens
         tokens, again = sum(own), max(0, min(stop, repeated) - first)
         attention = 4 * queries * sum(causal_pairs(length, window) for length in own)
         products = [Product(tokens, *sizes) for sizes in maps]
@@ -278,9 +281,9 @@ def _stages(
     return found
 
 
-def _rankings(text: Any, batch: PackedBatch, schedule: Schedule) -> StepPart:
+def _rankings(text: Any, layouts: Sequence[Layout], schedule: Schedule) -> StepPart:
     """All of a step. No backward."""
-    layouts, hidden, whole = layouts_of(batch, schedule), text.hidden_size, Work()
+    hidden, whole = text.hidden_size, Work()
     queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
     for work in ranking_work(layouts, schedule):
         projected = (Product(work.keys, hidden, keys), Product(work.queries, hidden, queries)) if work.keys else ()
@@ -307,7 +310,7 @@ def ranking_work(layouts: Sequence[Layout], schedule: Schedule) -> list[RankingW
 
 
 def _ranking_work(ranker: Ranker, before: Layout, after: Layout) -> RankingWork:
-    texts = [len(rows) for rows in before.text_rows()]
+    texts = [len(rows) for rows in before.text_rows()] if ranker.text else [0] * len(before.seq_lens)
     taken = [
         (stop - start, kept[1] - kept[0], sample)
         for (start, stop), kept, sample, droppable in zip(

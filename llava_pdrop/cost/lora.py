@@ -11,7 +11,7 @@ from typing import Any
 from llava_pdrop.checkpoint.lora import by_pattern
 from llava_pdrop.config.schema import Config, LoraSection
 from llava_pdrop.cost.flops import head_size, key_value_heads
-from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.model.stream import layout_of_layers, layouts_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
@@ -47,9 +47,11 @@ def adapter_flops(
     text: Any, section: LoraSection | None, batch: PackedBatch, schedule: Schedule, recomputed: int | None
 ) -> float:
     """Operations of the adapters in a step that runs the first ``recomputed`` layers (None: all) forward again."""
-    layouts, operations, stage = layouts_of(batch, schedule), 0, 0
+    layouts = layout_of_layers(layouts_of(batch, schedule), schedule, text.num_hidden_layers)
     again = range(text.num_hidden_layers)[:recomputed]
-    for layer, parameters in enumerate(adapter_parameters(text, section)):
-        stage += layer in schedule.layers
-        operations += 2 * layouts[stage].tokens * parameters * (3 + (layer in again))
-    return float(operations)
+    return float(
+        sum(
+            2 * layouts[layer].tokens * parameters * (3 + (layer in again))
+            for layer, parameters in enumerate(adapter_parameters(text, section))
+        )
+    )

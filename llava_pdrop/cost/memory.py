@@ -38,7 +38,7 @@ from typing import Any
 from llava_pdrop.cost.flops import Recomputed, head_size, key_value_heads, tiles_of
 from llava_pdrop.cost.states import FLOAT, GATHERED, States
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.stream import Layout, layouts_of
+from llava_pdrop.model.stream import Layout, layout_of_layers, layouts_of
 from llava_pdrop.model.vision import used_tower_layers
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
@@ -220,12 +220,12 @@ def _decoder_blocks(
 ) -> list[MemoryBlock]:
     """Embedding, layers, last norm with the head and the loss."""
     hidden, learns, size, stream = text.hidden_size, "language_model" in trainable, states.bytes, states.stream
-    blocks = [MemoryBlock(0.0, stream * layouts[0].tokens * hidden, counts.embedding * learns)]
-    stage, casts = 0, size * counts.layer * states.autocast
-    for layer in range(text.num_hidden_layers):
-        stage += layer in schedule.layers
-        tokens = layouts[stage].tokens
-        rotary = 2 * stream * tokens * head_size(text) if layer in (0, *schedule.layers) else 0
+    whole = stream * layouts[0].tokens * hidden
+    blocks = [MemoryBlock(0.0, whole, counts.embedding * learns)]
+    casts = size * counts.layer * states.autocast
+    for layer, layout in enumerate(layout_of_layers(layouts, schedule, text.num_hidden_layers)):
+        tokens = layout.tokens
+        rotary = 2 * stream * tokens * head_size(text) if layer in (0, schedule.inject, *schedule.layers) else 0
         kept, extra = _layer_bytes(text, tokens, learns, states)
         kept, again = kept + casts, layer in recomputed
         source = stream * tokens * hidden if again else 0

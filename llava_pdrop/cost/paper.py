@@ -106,4 +106,4 @@ def _moved(schedule: Schedule, layers: Sequence[int], first: int) -> Schedule:
     moved: list[int] = []
     for layer in layers:
         moved.append(max(moved[-1] + 1 if moved else 1, round(layer * first / layers[0])))
-    return replace(schedule, layers=tuple(moved), ratios=(1.0,) * len(moved), keep=())
+    return replace(schedule, layers=tuple(moved), ratios=(1.0,) * len(moved), keep=(), inject=0)

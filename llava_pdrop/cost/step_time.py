@@ -145,9 +145,9 @@ def timed_parts(
     text, learns = config.text_config, "language_model" in trainable
     if not is_modelled(config):
         raise UserError(f"the time of a step is modelled for {' and '.join(MODELLED)} with CLIP, not {text.model_type}")
-    lengths = [layout.seq_lens for layout in layouts_of(batch, schedule)]
+    layouts = layouts_of(batch, schedule)
     found = []
-    for part in step_parts(config, batch, schedule, geometry, trainable, recomputed, lengths, split):
+    for part in step_parts(config, batch, schedule, geometry, trainable, recomputed, layouts, split):
         moved, back = Moved(0.0, 0.0), bool(part.backward.products)
         match part.kind:
             case "tower":
@@ -158,7 +158,7 @@ def timed_parts(
                 moved = layer_bytes(text, part.tokens, learns, kernels)
             case "ranking":
                 back = bool(trainable)
-                for name, (before, after) in zip(schedule.rankers, pairwise(map(sum, lengths))):
+                for name, (before, after) in zip(schedule.rankers, pairwise(layout.tokens for layout in layouts)):
                     moved += drop_bytes(text, before, after, kernels, RANKERS[name].projections is not None)
             case "head":
                 moved = norm_bytes(text.hidden_size, part.tokens, learns, kernels)

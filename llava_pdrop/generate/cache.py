@@ -22,7 +22,8 @@ from llava_pdrop.schedule import Schedule
 
 @dataclass(frozen=True)
 class PromptStages:
-    """The pruned prompt, one entry per drop in every list.
+    """The pruned prompt, one entry in every list per drop; two before these, where image tokens enter late: the text
+    alone, and the whole prompt.
 
     Attributes:
         real_BN: (B, N_stage) bool, False at the padding on the left.
@@ -42,6 +43,11 @@ class PromptStages:
     length: int
     text_tail: int
     schedule: Schedule
+
+    @property
+    def from_first_layer(self) -> bool:
+        """Whether the first layer has not seen the whole prompt."""
+        return self.schedule.inject > 0 or self.schedule.layers[0] == 0
 
     def rows(self, index: Tensor) -> PromptStages:
         """The stages of the batch rows ``index`` (beams that survive, repeated samples)."""
@@ -81,7 +87,7 @@ class PrunedCache(Cache):
         """Tokens that layer number ``layer_idx`` holds; without one, those of the whole sequence, by which a model
         counts positions. (Models ask layer 0, which a drop before the decoder has pruned too.)"""
         held = super().get_seq_length(layer_idx or 0)
-        if layer_idx is not None or self.stages is None or self.stages.schedule.layers[0] or not self.layers:
+        if layer_idx is not None or self.stages is None or not self.layers or not self.stages.from_first_layer:
             return held
         return held + (self.stages.length - self.stages.real_BN[0].shape[1]) * (held > 0)
 

@@ -177,4 +177,8 @@ def resolved(schedule: Schedule, family: Family, model: nn.Module) -> Schedule:
             f"pyramid_drop.layers holds {schedule.layers[0]}, but {name} adds features to its image tokens in its "
             f"first {first} layers: the first possible entry is {first}"
         )
+    if schedule.inject and first:
+        raise UserError(
+            f"pyramid_drop.inject must be 0: {name} adds features to its image tokens in its first {first} layers"
+        )
     return schedule.at(family.positions)

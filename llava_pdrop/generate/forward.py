@@ -49,6 +49,8 @@ class Call:
         shown: what the encoders have made.
         prefill: the plan of a prompt, from the decoder on.
         stage: how many drops came before the layer that runs.
+        entry: which entry of `PromptStages` holds at that layer; None: the prompt is as it was given.
+        whole: the packed prompt, while its text runs alone.
         picture_T, column_T: picture and first column of every token of the packed prompt at this stage.
         column_BN: the latter as it lies in the batch.
         before: the previous layer and what it was given, for rankers that look back.
@@ -67,6 +69,8 @@ class Call:
     shown: Shown = field(default_factory=Shown)
     prefill: Prefill | None = None
     stage: int = 0
+    entry: int | None = None
+    whole: Tensor | None = None
     picture_T: Tensor | None = None
     column_T: Tensor | None = None
     column_BN: Tensor | None = None
@@ -76,13 +80,16 @@ class Call:
 
     def at(self, index: int, layer: nn.Module, hidden_BND: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict]:
         """Hidden states and arguments of layer number ``index``, given those that the model hands to it."""
-        if (self.prompt or self.stages is not None) and index in self.schedule.layers:
-            if self.prompt:
-                hidden_BND = self._drop(index, layer, hidden_BND, kwargs)
-            self.stage += 1
-            self.made.clear()
-        if self.stage:
-            kwargs = kwargs | self._placed(index, hidden_BND, kwargs)
+        inject = self.schedule.inject
+        if self.prompt or self.stages is not None:
+            if inject and index in (0, inject):
+                hidden_BND = self._enter(index, layer, hidden_BND, kwargs) if self.prompt else hidden_BND
+                self._next()
+            if index in self.schedule.layers:
+                hidden_BND = self._drop(index, layer, hidden_BND, kwargs) if self.prompt else hidden_BND
+                self.stage += 1
+                self._next()
+        kwargs = kwargs | self._placed(index, hidden_BND, kwargs)
         before_drop = self.prompt and index + 1 in self.schedule.layers
         if before_drop and RANKERS[self.schedule.rankers[self.stage]].looks_back:
             self.before = (layer, hidden_BND, kwargs)
@@ -91,6 +98,26 @@ class Call:
             positions = positions.expand(*positions.shape[:-2], len(hidden_BND), -1)
             self.step.position_ids.append(positions.detach().cpu().clone())
         return hidden_BND, kwargs
+
+    def _next(self) -> None:
+        self.entry = 0 if self.entry is None else self.entry + 1
+        self.made.clear()
+
+    def _enter(self, index: int, layer: nn.Module, hidden_BND: Tensor, kwargs: dict) -> Tensor:
+        """Before layer 0 the text of a prompt alone, later the whole prompt with what has become of its text."""
+        prefill = self.prefill
+        assert prefill is not None and prefill.alone is not None, "planned before the first layer"
+        (alone, row_X), frame = prefill.alone, prefill.stages[0].frame
+        row_X = row_X.to(hidden_BND.device)
+        if index:
+            whole, self.whole = self.whole.to(hidden_BND.device), None
+            return frame.unpack(whole.index_copy(0, row_X, alone.frame.pack(hidden_BND)))
+        self.stages = self._begin(prefill, layer, hidden_BND, kwargs)
+        self.whole = frame.pack(hidden_BND)
+        self.column_BN = alone.frame.unpack(self.column_T.to(hidden_BND.device).index_select(0, row_X))
+        if self.stages.column_BN is not None:
+            self.stages.column_BN.extend([self.column_BN, frame.unpack(self.column_T)])
+        return alone.frame.unpack(self.whole.index_select(0, row_X))
 
     def _once(self, key: Any, source: Any, make: Callable[[], Any]) -> Any:
         """``make()``, once a stage for each ``key`` and ``source`` (kept, so that its id is not given away)."""
@@ -105,7 +132,7 @@ class Call:
         assert prefill is not None, "planned before the first layer"
         if self.stages is None:
             self.stages = self._begin(prefill, layer, hidden_BND, kwargs)
-        here = kwargs | (self._placed(index, hidden_BND, kwargs) if self.stage else {})
+        here = kwargs | self._placed(index, hidden_BND, kwargs)
         frame, after = prefill.stages[stage].frame, prefill.stages[stage + 1].frame
         picture_T, column_T = (x.to(hidden_BND.device) for x in (self.picture_T, self.column_T))
         ranker = RANKERS[self.schedule.rankers[stage]]
@@ -169,15 +196,19 @@ class Call:
         return Projections(query_QHE, key_TGE, asking, now.seq_lens, got.scaling, got.softcap, got.sink_H)
 
     def _placed(self, index: int, hidden_BND: Tensor, kwargs: dict) -> dict[str, Any]:
-        """Mask and positions of a layer behind a drop, in the place of those that the model made."""
+        """Mask and positions of a layer that does not see all that the model was given, in the place of those that the
+        model made."""
+        if self.entry is None or (self.prompt and self.whole is None and not self.stage):
+            return {}
         made = {"attention_mask": self._mask(index, hidden_BND, kwargs)}
         ids, rope = kwargs.get("position_ids"), kwargs.get("position_embeddings")
         if self.schedule.positions == "renumber":
             if self.prompt:
-                stage = self.prefill.stages[self.stage]
+                alone = None if self.whole is None else self.prefill.alone
+                stage = self.prefill.stages[self.stage] if alone is None else alone[0]
                 ids = self._once("ids", None, lambda: stage.frame.unpack(stage.position_T.to(hidden_BND.device)))
             else:
-                shift_B = self.stages.shift_B[self.stage - 1].to(hidden_BND.device)
+                shift_B = self.stages.shift_B[self.entry].to(hidden_BND.device)
                 ids = self._once("ids", ids, lambda: ids - shift_B[:, None])
             typed = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
             extra = (self.decoder.config.layer_types[index],) if typed else ()
@@ -197,8 +228,8 @@ class Call:
         """The mask of a layer behind a drop, in the form its attention implementation takes."""
         config, own, cache = self.decoder.config, kwargs.get("attention_mask"), cache_in(kwargs)
         window, implementation = sliding_window(config, index), config._attn_implementation
-        stages, drop = self.stages, self.stage - 1
-        assert stages is not None, "behind a drop the prompt's stages are known"
+        stages, entry = self.stages, self.entry
+        assert stages is not None and entry is not None, "here the prompt's stages are known"
         if self.prompt and isinstance(own, Tensor) and own.ndim == 4:
             keys = mask_sizes(cache, index, hidden_BND.shape[1])[0]
             wide = window if self.schedule.positions == "renumber" else None
@@ -206,16 +237,16 @@ class Call:
             return self._once(
                 ("mask", wide, keys),
                 own,
-                lambda: sliced_mask(own, stages, drop, column_BN, keys, wide),
+                lambda: sliced_mask(own, stages, entry, column_BN, keys, wide),
             )
         causal = getattr(getattr(self.decoder.layers[index], "self_attn", None), "is_causal", True)
         if self.prompt and own is None and not causal:  # no mask: everything sees everything (PaliGemma)
-            fed, real_BK = hidden_BND.shape[1], stages.real_BN[drop].to(hidden_BND.device)
-            return real_BK[:, None, None].expand(-1, 1, fed, -1) if stages.padded[drop] else None
+            fed, real_BK = hidden_BND.shape[1], stages.real_BN[entry].to(hidden_BND.device)
+            return real_BK[:, None, None].expand(-1, 1, fed, -1) if stages.padded[entry] else None
         return self._once(
             ("mask", window),
             None,
-            lambda: stage_mask(implementation, stages, drop, self.attention_mask, cache, index, hidden_BND, window),
+            lambda: stage_mask(implementation, stages, entry, self.attention_mask, cache, index, hidden_BND, window),
         )
 
 

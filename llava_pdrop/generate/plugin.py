@@ -274,7 +274,7 @@ class _Plugin:
         given |= {"use_cache": False, "logits_to_keep": 0}
         logits: list[Tensor] = []
         try:
-            for tried in (Schedule(), replace(schedule, ratios=(1.0,) * len(schedule.layers), keep=())):
+            for tried in (Schedule(), replace(schedule, ratios=(1.0,) * len(schedule.layers), keep=(), inject=0)):
                 self.schedule = tried
                 output = model(**given)
                 logits.append(getattr(output, "logits", output[0]))

@@ -95,12 +95,14 @@ class Prefill:
 
     Attributes:
         stages: one more than there are drops.
+        alone: the text alone, and its places in the stream (X,), where image tokens enter late.
         picture_T: (T,) number of the picture of every token before any drop, -1 for text.
         text_tail: how many of the last columns hold text in every row.
         places: of every picture, where its tokens lie in the stream before any drop.
     """
 
     stages: list[PromptStage]
+    alone: tuple[PromptStage, Tensor] | None
     picture_T: Tensor
     text_tail: int
     places: list[list[int]]
@@ -142,10 +144,14 @@ class Prefill:
             lost_B = np.bincount(row_of, weights=totals - counts[-1], minlength=len(seq_lens)).astype(np.int64)
             lengths.append(seq_lens - lost_B)
             shapes.append((len(seq_lens), int(lengths[-1].max())))
+        if schedule.inject:  # behind the stages, the text alone
+            lengths.append(seq_lens - np.bincount(row_of, weights=totals, minlength=len(seq_lens)).astype(np.int64))
+            shapes.append((len(seq_lens), max(1, int(lengths[-1].max()))))
+            sent["row_X"] = np.flatnonzero(stream_T < 0)
         for stage, (length_B, (_, width)) in enumerate(zip(lengths, shapes)):
             real = real_BN if stage == 0 else np.arange(width) >= width - length_B[:, None]
             sent[f"row_T {stage}"] = np.flatnonzero(real)
-            sent[f"last_B {stage}"] = length_B.cumsum() - 1
+            sent[f"last_B {stage}"] = np.maximum(length_B.cumsum() - 1, 0)
             sent[f"position_T {stage}"] = np.concatenate([np.arange(length) for length in length_B])
             asks_B = length_B.cumsum() - behind_B
             sent[f"query_Q {stage}"] = asks_B[shows_B] - 1
@@ -166,10 +172,12 @@ class Prefill:
             text = Rows(on_device[f"text_Q {stage}"], texts_B.tolist())
             position_T = on_device[f"position_T {stage}"]
             stages.append(PromptStage(frame, length_B.tolist(), position_T, instruction, text, known))
+        alone = (stages.pop(), on_device["row_X"]) if schedule.inject else None
         last_image = int(np.nonzero((picture_BN >= 0).any(0))[0][-1])
         places = np.split(np.argsort(stream_T, kind="stable")[-int(totals.sum()) :], totals.cumsum()[:-1])
         return Prefill(
             stages,
+            alone,
             on_device["picture_T"],
             picture_BN.shape[1] - 1 - last_image,
             [place.tolist() for place in places],
@@ -205,7 +213,8 @@ class Prefill:
             assert position_BN is not None, "checked before the first drop"
             last_B = first.pack(position_BN).index_select(0, first.last_B.to(position_BN.device))
         shifts, real = [], []
-        for stage in self.stages[1:]:
+        placed = [self.alone[0], *self.stages] if self.alone else self.stages[1:]
+        for stage in placed:
             now_B = stage.position_T.index_select(0, stage.frame.last_B).to(device)
             shifts.append(torch.zeros_like(now_B) if last_B is None else last_B - now_B)
             real.append(stage.frame.unpack(torch.ones_like(stage.frame.row_T, dtype=torch.bool)))
@@ -213,7 +222,7 @@ class Prefill:
             real,
             shifts,
             [] if schedule.positions == "keep" else None,
-            [stage.frame.padded for stage in self.stages[1:]],
+            [stage.frame.padded for stage in placed],
             first.shape[1],
             self.text_tail,
             schedule,

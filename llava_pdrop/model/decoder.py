@@ -89,11 +89,18 @@ def _run_layers(
     decoder: nn.Module, x_TD: Tensor, plan: StreamPlan, schedule: Schedule, trace: list[Drop] | None
 ) -> Tensor:
     stage, number = plan.stages[0], 0
-    position_T = stage.position_T
+    whole_TD, alone, segments, position_T = x_TD, plan.alone, stage.segments, stage.position_T
+    if alone is not None:  # image tokens wait
+        x_TD, segments = x_TD.index_select(0, alone.row_X), alone.segments
+        position_T = position_T.index_select(0, alone.row_X) if schedule.positions == "keep" else alone.position_X
     rope = decoder.rotary_emb(x_TD[None], position_T[None])
     rankers = {layer: RANKERS[name] for layer, name in zip(schedule.layers, schedule.rankers)}
     before_TD = None  # what the previous layer was given; kept only for rankers that want it
     for index, layer in enumerate(decoder.layers):
+        if alone is not None and index == schedule.inject:
+            x_TD = whole_TD.index_copy(0, alone.row_X, x_TD)
+            segments, position_T = stage.segments, stage.position_T
+            rope = decoder.rotary_emb(x_TD[None], position_T[None])
         if index in rankers:
             score_V, index_K = _rank(decoder, index, x_TD, before_TD, rope, stage, rankers[index])
             if trace is not None:
@@ -101,6 +108,7 @@ def _run_layers(
             x_TD = x_TD.index_select(0, index_K)
             number += 1
             stage = plan.stages[number]
+            segments = stage.segments
             position_T = position_T.index_select(0, index_K) if schedule.positions == "keep" else stage.position_T
             rope = decoder.rotary_emb(x_TD[None], position_T[None])
         before_TD = x_TD.detach() if index + 1 in rankers and rankers[index + 1].looks_back else None
@@ -112,7 +120,7 @@ def _run_layers(
             past_key_values=None,
             use_cache=False,
             position_embeddings=rope,
-            segments=stage.segments,
+            segments=segments,
         ).squeeze(0)  # a view backward too, where [0] fills a tensor of zeros
     return decoder.norm(x_TD)
 

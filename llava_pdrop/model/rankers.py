@@ -209,6 +209,7 @@ class Ranker:
             just run, on that layer's own input (``previous``), or none.
         queries: whose queries: the last token of each ``instruction``, all of `Ranking.text`, every candidate
             (``image``), or nobody's: keys only.
+        text: whether it looks at `Ranking.text`, which is else empty.
         before: whether it looks at what the previous layer was given.
         normalised: whether hidden states go through the model's final norm first.
         products: dot products of hidden states, given how many tokens a picture has and keeps and how many text tokens
@@ -218,6 +219,7 @@ class Ranker:
     score: Callable[[Ranking], Tensor]
     projections: Literal["next", "previous"] | None = None
     queries: Literal["instruction", "text", "image"] | None = "instruction"
+    text: bool = False
     before: bool = False
     normalised: bool = False
     products: Callable[[int, int, int], int] = lambda count, keep, text: 0
@@ -251,14 +253,14 @@ RANKERS: dict[str, Ranker] = {
     "fastv": Ranker(by_attention, "previous"),  # FastV (arXiv 2403.06764): the attention a layer has really paid
     "random": Ranker(_random),
     "uniform": Ranker(_uniform),
-    "all_text": Ranker(by_attention, "next", "text"),  # DUET's default (modeling_llama_pdrop.py)
-    "salient_text": Ranker(_salient_text, "next", "text"),
+    "all_text": Ranker(by_attention, "next", "text", True),  # DUET's default (modeling_llama_pdrop.py)
+    "salient_text": Ranker(_salient_text, "next", "text", True),
     "visual_attention": Ranker(_visual_attention, "next", "image"),
     "v2drop": Ranker(_change, before=True),
     "key_norm": Ranker(_small_key, "previous", None),
     "divprune": Ranker(_divprune, products=_all_pairs),
     "cdpruner": Ranker(_cdpruner, "next", products=_all_pairs),
-    "dart": Ranker(_dart, "previous", None, normalised=True, products=_with_pivots),
+    "dart": Ranker(_dart, "previous", None, True, normalised=True, products=_with_pivots),
 }
 """Score functions by name (``pyramid_drop.ranker``)."""
 
@@ -267,14 +269,14 @@ def check_rankers(schedule: Schedule, key: str = "pyramid_drop") -> None:
     """Refuses a schedule, the value of the config's ``key``, whose rankers are unknown or have nothing to look at.
 
     Raises:
-        Problem: an unknown ranker, or one that looks back before layer 0.
+        Problem: an unknown ranker, or one that looks back where image tokens enter.
     """
     for name in schedule.rankers or (str(schedule.ranker),):
         check_name(f"{key}.ranker", name, RANKERS)
-    if schedule.layers[:1] == (0,) and RANKERS[schedule.rankers[0]].looks_back:
+    if schedule.layers[:1] == (schedule.inject,) and RANKERS[schedule.rankers[0]].looks_back:
         fitting = sorted(name for name, ranker in RANKERS.items() if not ranker.looks_back)
         raise Problem(
             f"{key}.ranker",
-            f"{key}.ranker {schedule.rankers[0]} looks at the layer that has run, and before layer 0 none has: choose "
-            f"one of {fitting}, or a later layer",
+            f"{key}.ranker {schedule.rankers[0]} looks at the layer that has run, and image tokens have been in none "
+            f"before layer {schedule.inject}: choose one of {fitting}, or a later layer",
         )

@@ -21,6 +21,7 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.attention import Segments
 from llava_pdrop.model.pyramid_drop import Candidates, Rows
+from llava_pdrop.model.rankers import RANKERS
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
@@ -93,6 +94,10 @@ class Layout:
             label_positions=moved(self.label_positions).tolist(),
         )
 
+    def text_alone(self) -> Layout:
+        """The layout without any image token: of the layers before these enter."""
+        return self.after_drop([0] * len(self.image_spans))
+
     def text_rows(self) -> list[list[int]]:
         """Of every sample the text that asks about its pictures (`Ranking.text`): what stands between the last of them
         and the last query, labels left out, and that query. None where there is nothing to ask or nobody to."""
@@ -124,6 +129,23 @@ def layouts_of(batch: PackedBatch, schedule: Schedule) -> list[Layout]:
     return layouts
 
 
+def layout_of_layers(layouts: Sequence[Layout], schedule: Schedule, num_layers: int) -> list[Layout]:
+    """The layout of every decoder layer, given those of the stages (`layouts_of`)."""
+    text = layouts[0].text_alone() if schedule.inject else layouts[0]
+    stages = [layouts[schedule.stage(layer)] for layer in range(num_layers)]
+    return [text] * schedule.inject + stages[schedule.inject :]
+
+
+@dataclass(frozen=True)
+class TextStage:
+    """The layers before the image tokens enter: attention segments and position ids (X,) of the text alone, and where
+    it lies in the whole stream (X,)."""
+
+    segments: Segments
+    position_X: Tensor
+    row_X: Tensor
+
+
 @dataclass(frozen=True)
 class StreamStage:
     """One stage on the device: the attention segments, position ids (T,), who may rank (the last tokens of the
@@ -142,9 +164,11 @@ class StreamStage:
 class StreamPlan:
     """All stages of a batch and what the device needs to know of its text: token ids ``text_T`` (T,), 0 where an image
     is (the placeholder may lie outside the vocabulary); where features go in (``image_row``, ``feature_row``); labels
-    ``label_L`` (L,) and the tokens before them, in the last stream, that predict them (``predict_row``)."""
+    ``label_L`` (L,) and the tokens before them, in the last stream, that predict them (``predict_row``). ``alone`` is
+    there where image tokens enter late."""
 
     stages: list[StreamStage]
+    alone: TextStage | None
     text_T: Tensor
     image_row: Tensor
     feature_row: Tensor
@@ -170,7 +194,8 @@ class StreamPlan:
             UserError: an image has more placeholders than its size gives features.
         """
         layouts = layouts_of(batch, schedule)
-        image_row, feature_row = (_index(row) for row in _feature_rows(batch, geometry))
+        image_at, feature_at = _feature_rows(batch, geometry)
+        image_row, feature_row = _index(image_at), _index(feature_at)
         rows = {
             "text_T": batch.input_ids.index_fill(0, image_row, 0),
             "image_row": image_row,
@@ -179,7 +204,10 @@ class StreamPlan:
             "predict_row": _index(np.asarray(layouts[-1].label_positions) - 1),
         }
         once = list(rows)  # the others are there once a stage
-        texts = [layout.text_rows() for layout in layouts]
+        with_text = any(RANKERS[name].text for name in schedule.rankers)
+        texts: list[list[list[int]]] = [
+            layout.text_rows() if with_text else [[]] * len(layout.seq_lens) for layout in layouts
+        ]
         drops = [_candidates(layout, after) for layout, after in pairwise(layouts)]
         for stage, layout in enumerate(layouts):
             rows[f"offsets {stage}"] = _index(np.concatenate([[0], np.cumsum(layout.seq_lens)]))
@@ -188,6 +216,11 @@ class StreamPlan:
             rows[f"text_Q {stage}"] = _index([row for sample in texts[stage] for row in sample])
             for name, column in drops[stage][0].items() if stage < len(drops) else ():
                 rows[f"{name} {stage}"] = _index(column)
+        if schedule.inject:
+            lengths = layouts[0].text_alone().seq_lens
+            rows["alone offsets"] = _index(np.cumsum([0, *lengths]))
+            rows["alone position_X"] = _index(np.concatenate([np.arange(length) for length in lengths]))
+            rows["alone row_X"] = _index(np.delete(np.arange(layouts[0].tokens), image_at.astype(np.int64)))
         sent = send(rows, device)
 
         stages = []
@@ -201,7 +234,11 @@ class StreamPlan:
                 candidates = Candidates(**{name: sent[f"{name} {stage}"] for name in columns}, **counts)
             position_T = sent[f"position_T {stage}"]
             stages.append(StreamStage(layout, segments, position_T, instruction, text, candidates))
-        return StreamPlan(stages, **{name: sent[name] for name in once})
+        alone = None
+        if schedule.inject:
+            segments = Segments(lengths, sent["alone offsets"].to(torch.int32), backend)
+            alone = TextStage(segments, sent["alone position_X"], sent["alone row_X"])
+        return StreamPlan(stages, alone, **{name: sent[name] for name in once})
 
 
 def _is_seen(batch: PackedBatch, start: int, sample: int, ends: Sequence[int]) -> bool:

@@ -78,10 +78,12 @@ def test_rankers_and_positions_equal_recompute(positions, ranker, layers):
         Schedule((0, 3), (0.5, 0.2)),
         Schedule((0,), (0.0,)),
         Schedule((0, 2, 5), keep=(0.75, 5, 1), ranker=("divprune", "v2drop", "last_instruction")),
+        Schedule((3, 5), (0.5, 0.2), inject=2),
+        Schedule((1, 4), (0.5, 0.0), inject=1),
     ],
-    ids=["two", "nothing", "three rankers"],
+    ids=["two", "nothing", "three rankers", "injected", "injected and dropped"],
 )
-def test_dropping_before_the_decoder_equals_recompute(schedule, positions):
+def test_what_happens_before_the_first_layer_equals_recompute(schedule, positions):
     hf, row, schedule = make_hf_model(), make_sample(*TWO), replace(schedule, positions=positions)
     output = generate(attach(hf, schedule), row)
     same(torch.cat(output.logits), recompute(hf, row, answers(output)[0], schedule))
@@ -95,6 +97,45 @@ def test_anyres_equals_recompute(positions):
     schedule = replace(PYRAMID, positions=positions)
     output = generate(attach(hf, schedule), row)
     same(torch.cat(output.logits), recompute(hf, row, answers(output)[0], schedule, ANYRES))
+
+
+EARLY = {
+    "before the decoder": Schedule((0, 3), (0.5, 0.2)),
+    "injected": Schedule((3, 5), (0.5, 0.2), inject=2),
+    "injected and dropped": Schedule((2, 5), keep=(7, 0), inject=2, ranker=("visual_attention", "fastv")),
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.NAME])
+@pytest.mark.parametrize("decoder", ["llama_gqa", "mistral_window"])
+@pytest.mark.parametrize("positions", ["renumber", "keep"])
+@pytest.mark.parametrize("schedule", EARLY)
+def test_padded_batch_equals_singles_however_early(schedule, implementation, decoder, positions):
+    hf, rows = make_hf_model(decoder, implementation=implementation), rows_of_all_kinds()
+    attach(hf, replace(EARLY[schedule], positions=positions))
+    batch = generate(hf, *rows)
+    for index, row in enumerate(rows):
+        single = generate(hf, row)
+        assert answers(single)[0] == answers(batch)[index]
+        same(torch.stack(batch.logits)[:, index], torch.cat(single.logits))
+
+
+@pytest.mark.parametrize("schedule", EARLY)
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str
+)
+def test_ways_to_generate_however_early(schedule, options):
+    """Beams repeat and choose rows of the cache; a static cache has room; without one every step is a prompt."""
+    hf, row = make_hf_model(), make_sample(*TWO)
+    attach(hf, EARLY[schedule])
+    output = generate(hf, row, **options)
+    answer = answers(output)[0]
+    if "num_beams" not in options:
+        assert answer == answers(generate(hf, row))[0]
+    expected = recompute(hf, row, answer, EARLY[schedule].at("renumber")).log_softmax(-1)
+    score = sum(float(expected[place, token]) for place, token in enumerate(answer))
+    if "num_beams" in options:
+        assert float(output.sequences_scores[0]) * len(answer) == pytest.approx(score, abs=1e-3)
 
 
 @pytest.mark.parametrize("geometry", [PAD, ANYRES], ids=["pad", "anyres"])

@@ -84,6 +84,8 @@ SCHEDULES = {
     "nothing_left": replace(PYRAMID, ratios=(0.5, 0.25, 0.0)),
     "before_the_decoder": replace(PYRAMID, layers=(0, 1, 4)),
     "counts": replace(PYRAMID, ratios=(), keep=(0.8, 7, 2)),
+    "injected": replace(PYRAMID, inject=2, positions="keep"),
+    "injected_earlier_and_renumbered": replace(PYRAMID, inject=1, positions="renumber"),
 }
 
 
@@ -162,11 +164,20 @@ def surviving_labels(sample, length):
     return sample.labels[keep]
 
 
-def test_text_only_batch_runs_every_module_and_has_every_gradient():
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        PYRAMID,
+        replace(PYRAMID, inject=2, ranker=("visual_attention", "dart", "cdpruner")),
+        replace(PYRAMID, layers=(0, 3, 5), ranker=("divprune", "all_text", "v2drop")),
+    ],
+    ids=["paper", "injected", "from layer 0"],
+)
+def test_text_only_batch_runs_every_module_and_has_every_gradient(schedule):
     """All ranks must run the same modules and touch the same parameters, whatever their data."""
 
     def calls_and_gradients(samples):
-        model = PyramidLlava(make_tiny_hf(geometry=ANYRES), PYRAMID)
+        model = PyramidLlava(make_tiny_hf(geometry=ANYRES), schedule)
         calls: list[int] = []
         for name, module in model.named_modules():
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
@@ -230,13 +241,14 @@ class CountSyncs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("inject", [0, 1])
 @pytest.mark.parametrize("ranker", RANKERS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_dropping_never_waits_for_the_device(geometry, ranker):
+def test_dropping_never_waits_for_the_device(geometry, ranker, inject):
     geometry = GEOMETRIES[geometry]
     batch = PackedBatch.pack(mixed_samples(geometry))
     found = {}
-    for name, schedule in (("vanilla", Schedule()), ("dropping", replace(PYRAMID, ranker=ranker))):
+    for name, schedule in (("vanilla", Schedule()), ("dropping", replace(PYRAMID, ranker=ranker, inject=inject))):
         model = PyramidLlava(make_tiny_hf(geometry=geometry), schedule).train()
         with CountSyncs() as counter:
             output = model(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +26,9 @@ PAPER = Schedule(layers=(8, 16, 24), ratios=(0.5, 0.25, 0.125))
         ({"layers": [8, 16], "keep": [9]}, says("pyramid_drop.layers", "2", "pyramid_drop.keep", "1")),
         ({"layers": [8, 16], "keep": [9, 10]}, says("pyramid_drop.keep", "grow")),
         ({"layers": [8, 16], "keep": [0.2, 0.3]}, says("pyramid_drop.keep", "grow")),
+        ({"layers": [8], "ratios": [0.5], "inject": 9}, says("pyramid_drop.inject", "[8]", "9")),
+        ({"layers": [8], "ratios": [0.5], "inject": -1}, says("pyramid_drop.inject", "-1")),
+        ({"inject": 3}, says("pyramid_drop.inject", "[]", "3")),
         ({"layers": [8], "keep": [9], "ratios": [0.5]}, says("pyramid_drop.keep", "pyramid_drop.ratios", "not both")),
         (
             {"layers": [8], "ratios": [0.5], "ranker": ["random", "fastv"]},
@@ -82,6 +86,17 @@ def test_counts_and_shares_of_keep():
 def test_a_drop_before_the_decoder():
     assert Schedule((0, 4), (0.5, 0.25)).tokens_per_layer(576, 6) == [288] * 4 + [144] * 2
     assert Schedule((0, 4), (0.5, 0.25)).average_ratio(6) == pytest.approx((4 * 0.5 + 2 * 0.25) / 6)
+
+
+def test_image_tokens_may_enter_late():
+    late = Schedule((10, 14, 16, 18, 25), keep=(215, 10, 5, 1, 0), inject=8)
+    assert late.tokens_per_layer(576, 32) == [0] * 8 + [576] * 2 + [215] * 4 + [10] * 2 + [5] * 2 + [1] * 7 + [0] * 7
+    assert late.average_ratio(32, 576) == pytest.approx(64.03 / 576, abs=1e-5)
+    assert late.at("renumber").positions == "keep" and PAPER.at("renumber").positions == "renumber"
+    assert replace(late, positions="renumber").at("keep").positions == "renumber"
+    assert late.scaled_to(40).inject == 10
+    assert Schedule((10,), keep=(1.0,), inject=10).tokens_per_layer(7, 12) == [0] * 10 + [7] * 2
+    assert Schedule.from_dict(late.to_dict()) == late
 
 
 def test_the_average_of_counts_depends_on_the_picture():

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, causal_pairs, predicted_reduction, stage_flops, step_flops
 from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.model.rankers import RANKERS
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.schedule import Schedule
@@ -87,8 +88,10 @@ def test_sliding_window_pairs():
 
 CASES = [
     (Schedule(), EVERYTHING, False, None),
-    (Schedule((1, 2), (0.5, 0.25), ranker="fastv"), EVERYTHING[:2], False, None),
-    (Schedule((1, 2), (0.5, 0.25), ranker="random"), EVERYTHING[:2], False, None),
+    *((Schedule((1, 2), (0.5, 0.25), ranker=name), EVERYTHING[:2], False, None) for name in RANKERS),
+    (Schedule((0, 2), keep=(9, 0), ranker=("divprune", "fastv")), EVERYTHING[:2], False, None),
+    (Schedule((1, 2), (0.5, 0.25), inject=1), EVERYTHING[:2], True, 2),
+    (Schedule((2, 3), (0.5, 0.25), inject=1), EVERYTHING, False, None),
     *((DROP, EVERYTHING, True, first) for first in (0, 2)),
     (DROP, EVERYTHING[:2], True, 3),
     *((DROP, part, on, None) for part in (EVERYTHING, EVERYTHING[:2], *zip(EVERYTHING)) for on in (False, True)),

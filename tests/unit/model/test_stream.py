@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import accumulate, chain, pairwise
 
 import numpy as np
@@ -122,13 +123,14 @@ def test_the_text_that_asks_stands_between_the_last_picture_and_the_last_query()
         make_sample(2, (28, 28), "3"),  # nothing between: the query itself, a token of the picture
         make_sample(2, (28, 28), 5),
     ]
-    plan = StreamPlan.build(PackedBatch.pack(samples), SCHEDULE, PAD, torch.device("cpu"))
+    schedule = replace(SCHEDULE, ranker="all_text")
+    plan = StreamPlan.build(PackedBatch.pack(samples), schedule, PAD, torch.device("cpu"))
     lost = [(0, 0, 0), (16, 16, 8), (26, 26, 13)]
     for stage, (first, second, third) in zip(plan.stages, lost):
         assert stage.text.counts == [5, 0, 1, 0]
         expected = [38 - first, 39 - first, 40 - first, 43 - second, 44 - second, 74 - second - third]
         assert stage.text.row_Q.tolist() == expected
-    last = StreamPlan.build(PackedBatch.pack(samples[3:], query="last"), SCHEDULE, PAD, torch.device("cpu"))
+    last = StreamPlan.build(PackedBatch.pack(samples[3:], query="last"), schedule, PAD, torch.device("cpu"))
     assert last.stages[0].text.row_Q.tolist() == [19, 20, 21, 22, 23]
 
 
