@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import Recomputed, StepFlops, step_flops
@@ -110,12 +111,9 @@ def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICT
 
     full = full_picture(model.geometry)
     n = model.geometry.num_tokens(full)
-    edges = (0, *schedule.layers, model.layers)
-    stages = [
-        PlanStage(first, stop - 1, tokens, tokens / n)
-        for first, stop, tokens in zip(edges, edges[1:], image_tokens_by_stage([n], schedule))
-        if first < stop  # none runs before a drop at layer 0
-    ]
+    edges = sorted({0, schedule.inject, *schedule.layers, model.layers})
+    by_layer = schedule.tokens_per_layer(n, model.layers)
+    stages = [PlanStage(a, b - 1, by_layer[a], by_layer[a] / n) for a, b in pairwise(edges)]
     return Plan(
         schedule=schedule,
         layers=model.layers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -192,14 +193,16 @@ def _stages(plan: Plan) -> Table:
 
 
 def _pictures(config: Config, plan: Plan) -> Table:
-    stages = (f"layers {stage.first}-{stage.last}" for stage in plan.stages)
+    edges = pairwise((plan.schedule.inject, *plan.schedule.layers, plan.layers))
+    stages = (f"layers {first}-{stop - 1}" if first < stop else "whole" for first, stop in edges)
     same = len({tuple(row.tokens) for row in plan.rows}) == 1
     rows = []
     for row in plan.rows[:1] if same else plan.rows:
         size = "any size" if same else f"{row.size[0]}x{row.size[1]}"
         costs = (digits(row.vanilla), digits(row.dropping), f"{saved(row.vanilla, row.dropping):.1%}")
         rows.append((size, *(f"{count:,}" for count in row.tokens), *costs))
-    title = f"{config.name}: image tokens of one picture; every picture keeps int(n * ratio) of its own n"
+    own = "has its own budget" if plan.schedule.keep else "keeps int(n * ratio) of its own n"
+    title = f"{config.name}: image tokens of one picture; every picture {own}"
     return Table(("picture", *stages, "TFLOP vanilla", "TFLOP dropping", "saved"), rows, title)
 
 

@@ -29,6 +29,8 @@ FIGURES = [
     ("pyramiddrop_lambda06", "TFLOP", 2.06, PAPER, "PyramidDrop, Table 7"),
     ("fastv", "tokens", 306, PAPER, "PyramidDrop, Table 5"),
     ("fastv", "TFLOP", 2.01, PAPER, "PyramidDrop, Table 5"),
+    ("hidrop", "tokens", 64.03, OURS, "inject, layers and counts of its scripts; it says 64.0"),
+    ("hidrop", "TFLOP", 0.422, OURS, "the same, by the paper's formula"),
     ("duet", "tokens", 360, OURS, "its own figures include what it merges before the decoder"),
     ("v2drop", "tokens", 202.8, OURS, "layers and ratios of V2Drop.py"),
     ("v2drop", "TFLOP", 1.33, OURS, "layers and ratios of V2Drop.py"),
@@ -54,7 +56,7 @@ def test_a_preset_costs_what_is_said_of_it(name, what, figure, kind, source):
     schedule = preset(name)
     tokens = sum(schedule.tokens_per_layer(576, 32)) / 32
     cost = {"tokens": tokens, "TFLOP": paper_tflop(576, 32, 4096, 11008, schedule)}[what]
-    assert cost == pytest.approx(figure, abs=0.05 if what == "tokens" else 0.006)
+    assert cost == pytest.approx(figure, abs=0.05 if what == "tokens" else 0.006 if figure > 1 else 0.0006)
     head = (HOME / f"{name}.yaml").read_text(encoding="utf-8").split("depth:")[0]
     assert f"{figure:g}" in head, "the comment on top of the file says it"
 

@@ -37,6 +37,7 @@ DECODER = ("projector", "language_model")
 ALL_PARTS = (*DECODER, "vision_tower")
 PAPER = shape_named("llava-next-7b").schedule
 DROP_4 = Schedule((1, 2, 3), (0.5, 0.25, 0.125))
+LATE_4, EARLY_4 = Schedule((3,), (0.25,), inject=2, positions="keep"), Schedule((0, 2), (0.5, 0.25))
 NO_OPTIMIZER = States(optimizer=0)
 
 
@@ -142,19 +143,27 @@ def config_of(shape: Shape) -> Any:
         return make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=32062).config
 
 
-CASES = [
-    ("llava-next-7b", schedule, trainable, recompute, first)
-    for schedule, trainable, recompute, first in (
-        (Schedule(), ALL_PARTS, False, None),
-        (DROP_4, ALL_PARTS, False, None),
-        (DROP_4, ALL_PARTS, True, None),
-        (DROP_4, ALL_PARTS, True, 1),
-        (Schedule(), DECODER, False, None),
-        (Schedule(), DECODER, True, None),
-        (Schedule(), ("projector",), False, None),
-        (DROP_4, ("projector",), True, None),
-    )
-] + [("llava15-13b", DROP_4, DECODER, recompute, None) for recompute in (False, True)]
+CASES = (
+    [
+        ("llava-next-7b", schedule, trainable, recompute, first)
+        for schedule, trainable, recompute, first in (
+            (Schedule(), ALL_PARTS, False, None),
+            (DROP_4, ALL_PARTS, False, None),
+            (DROP_4, ALL_PARTS, True, None),
+            (DROP_4, ALL_PARTS, True, 1),
+            (Schedule(), DECODER, False, None),
+            (Schedule(), DECODER, True, None),
+            (Schedule(), ("projector",), False, None),
+            (DROP_4, ("projector",), True, None),
+        )
+    ]
+    + [
+        ("llava15-7b", LATE_4, DECODER, False, None),
+        ("llava15-7b", LATE_4, DECODER, True, None),
+        ("llava15-7b", EARLY_4, DECODER, False, None),
+    ]
+    + [("llava15-13b", DROP_4, DECODER, recompute, None) for recompute in (False, True)]
+)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
