@@ -39,6 +39,10 @@ class Schedule:
     """The first so many decoder layers see text only, then the image tokens enter (HiDrop). At most the first of
     ``layers``. ``positions: auto`` is ``keep`` then."""
 
+    merge: Literal["none", "nearest"] = "none"
+    """What becomes of dropped tokens: nothing (``none``), or each is averaged into the survivor of its picture that is
+    ``nearest`` to it, by the cosine of hidden states. The survivor keeps its position."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "ratios", tuple(float(ratio) for ratio in self.ratios))
@@ -53,6 +57,8 @@ class Schedule:
         self._check_amounts("keep" if self.keep else "ratios")
         if self.positions not in ("auto", "renumber", "keep"):
             raise UserError(f"pyramid_drop.positions must be 'auto', 'renumber' or 'keep', got {self.positions!r}")
+        if self.merge not in ("none", "nearest"):
+            raise UserError(f"pyramid_drop.merge must be 'none' or 'nearest', got {self.merge!r}")
 
     def _check_layers(self) -> None:
         one_each: dict[str, tuple[Any, ...]] = {"keep" if self.keep else "ratios": self.amounts}
@@ -191,7 +197,8 @@ class Schedule:
         """The ``pyramid_drop`` section of a config.json or YAML file. Of the keys that came later only those are in it
         that are used: older schedules are written as they were."""
         section = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {name: value for name, value in section.items() if value or name not in ("keep", "inject")}
+        unused = {"keep": [], "inject": 0, "merge": "none"}
+        return {name: value for name, value in section.items() if name not in unused or value != unused[name]}
 
     @staticmethod
     def from_dict(section: Mapping[str, Any] | None) -> Schedule:

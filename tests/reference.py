@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_pdrop.model.stream import StreamPlan
@@ -41,12 +42,23 @@ def slow_reference(model: PyramidLlava, sample: Sample, query: str = "answers") 
                     count = schedule.kept(stop - start, schedule.layers.index(index))
                     order = score[own].sort(descending=True, stable=True).indices
                     keep[own[order[count:]]] = False
+                    if schedule.merge == "nearest" and count:
+                        x = _merged(x, own[order[:count]].tolist(), own[order[count:]].tolist())
             x, owner, labels, place = x[keep], owner[keep], labels[keep], place[keep]
             survivors.append(place.tolist())
         position, rope = _rope(decoder, x, place, schedule)
         x = x + _attention(layer, x, position, rope)[0]
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.hf.lm_head(decoder.norm(x)), survivors
+
+
+def _merged(x: Tensor, stay: list[int], go: list[int]) -> Tensor:
+    """``x`` with the mean of its group at every token that stays."""
+    groups = {token: [token] for token in stay}
+    for token in go:
+        groups[max(stay, key=lambda other: F.cosine_similarity(x[token], x[other], dim=0).item())].append(token)
+    means = {token: x[group].mean(0) for token, group in groups.items()}
+    return torch.stack([means.get(token, x[token]) for token in range(len(x))])
 
 
 def _undropped(model: PyramidLlava, sample: Sample) -> tuple[PackedBatch, StreamPlan]:

@@ -208,7 +208,7 @@ def step_parts(
         _tower(config, tiles, "vision_tower" in trainable, recomputed.tower),
         _projector(config, tiles * geometry.patches, trainable),
         *_stages(text, layouts, schedule, trainable, recomputed, split),
-        *([_rankings(text, layouts, schedule)] if schedule.layers else []),
+        *([_rankings(text, layouts, schedule, bool(trainable))] if schedule.layers else []),
         StepPart("head", "head and loss", layouts[-1].tokens, Work(logits), back),
     ]
 
@@ -281,35 +281,37 @@ def _stages(
     return found
 
 
-def _rankings(text: Any, layouts: Sequence[Layout], schedule: Schedule) -> StepPart:
-    """All of a step. No backward."""
-    hidden, whole = text.hidden_size, Work()
+def _rankings(text: Any, layouts: Sequence[Layout], schedule: Schedule, trains: bool) -> StepPart:
+    """All of a step. A ranking has no backward, a mean of tokens has."""
+    hidden, whole, back = text.hidden_size, Work(), Work()
     queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
     for work in ranking_work(layouts, schedule):
         projected = (Product(work.keys, hidden, keys), Product(work.queries, hidden, queries)) if work.keys else ()
-        whole += Work(projected, 2 * (queries * work.scores + hidden * work.products))
-    return StepPart("ranking", "ranking, dropping", layouts[0].tokens, whole, Work())
+        whole += Work(projected, 2 * (queries * work.scores + hidden * (work.products + 2 * work.merged)))
+        back += Work((), 0, 2 * hidden * work.merged * trains)
+    return StepPart("ranking", "ranking, dropping", layouts[0].tokens, whole, back)
 
 
 class RankingWork(NamedTuple):
-    """What a ranking computes: tokens whose keys and whose queries are projected, products of a query and a key, and
-    of two hidden states."""
+    """What a drop computes: tokens whose keys and whose queries are projected, products of a query and a key and of two
+    hidden states, and pairs of a survivor and a token that may be merged into it."""
 
     keys: int
     queries: int
     scores: int
     products: int
+    merged: int
 
 
 def ranking_work(layouts: Sequence[Layout], schedule: Schedule) -> list[RankingWork]:
     """Of every drop of a batch with these ``layouts`` (`layouts_of`)."""
     return [
-        _ranking_work(RANKERS[name], before, after)
+        _ranking_work(RANKERS[name], before, after, schedule.merge == "nearest")
         for name, (before, after) in zip(schedule.rankers, pairwise(layouts))
     ]
 
 
-def _ranking_work(ranker: Ranker, before: Layout, after: Layout) -> RankingWork:
+def _ranking_work(ranker: Ranker, before: Layout, after: Layout, merge: bool) -> RankingWork:
     texts = [len(rows) for rows in before.text_rows()] if ranker.text else [0] * len(before.seq_lens)
     taken = [
         (stop - start, kept[1] - kept[0], sample)
@@ -319,15 +321,18 @@ def _ranking_work(ranker: Ranker, before: Layout, after: Layout) -> RankingWork:
         if droppable
     ]
     products = sum(ranker.products(count, keep, texts[sample]) for count, keep, sample in taken)
+    merged = sum(keep * (count - keep) for count, keep, _ in taken) * merge
     if ranker.projections is None:
-        return RankingWork(0, 0, 0, products)
+        return RankingWork(0, 0, 0, products, merged)
     if ranker.queries == "image":
         asking = [(count, before.seq_lens[sample]) for count, _, sample in taken]
     else:
         counts = {"instruction": [len(starts) for starts in before.answer_starts], "text": texts, None: [0]}
         asking = list(zip(counts[ranker.queries], before.seq_lens))
     queries, scores = sum(count for count, _ in asking), sum(count * length for count, length in asking)
-    return RankingWork(before.tokens, max(1, queries), scores, products)  # where none asks, one row is projected
+    return RankingWork(
+        before.tokens, max(1, queries), scores, products, merged
+    )  # where none asks, one row is projected
 
 
 def tiles_of(batch: PackedBatch, geometry: ImageGeometry) -> int:

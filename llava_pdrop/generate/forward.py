@@ -29,7 +29,7 @@ from llava_pdrop.generate.pictures import Shown
 from llava_pdrop.generate.prefill import ForwardStep, Prefill
 from llava_pdrop.generate.probe import probe
 from llava_pdrop.model.decoder import project
-from llava_pdrop.model.pyramid_drop import Candidates, Projections, Ranking, Rows
+from llava_pdrop.model.pyramid_drop import Candidates, Projections, Ranking, Rows, merged
 from llava_pdrop.model.rankers import RANKERS, Ranker
 from llava_pdrop.schedule import Schedule
 
@@ -137,14 +137,17 @@ class Call:
         picture_T, column_T = (x.to(hidden_BND.device) for x in (self.picture_T, self.column_T))
         ranker = RANKERS[self.schedule.rankers[stage]]
         look = functools.partial(self._look, ranker, layer, hidden_BND, here)
-        index_K = prefill.rank(stage, picture_T, ranker, look)
+        candidates, score_V, index_K = prefill.rank(stage, picture_T, ranker, look)
         if self.step is not None:
             self.step.drop(index_K)
         self.picture_T, self.column_T = picture_T.index_select(0, index_K), column_T.index_select(0, index_K)
         self.column_BN = after.unpack(self.column_T)
         if self.stages.column_BN is not None:
             self.stages.column_BN.append(self.column_BN)
-        return after.unpack(frame.pack(hidden_BND).index_select(0, index_K))
+        x_TD = frame.pack(hidden_BND)
+        if self.schedule.merge == "nearest":
+            x_TD = merged(x_TD, score_V, candidates)
+        return after.unpack(x_TD.index_select(0, index_K))
 
     def _begin(self, prefill: Prefill, layer: nn.Module, hidden_BND: Tensor, kwargs: dict) -> PromptStages:
         """What the cache is to remember of this prompt, before its first drop."""

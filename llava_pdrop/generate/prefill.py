@@ -184,8 +184,11 @@ class Prefill:
         )
 
     @torch.no_grad()
-    def rank(self, stage: int, picture_T: Tensor, ranker: Ranker, look: Callable[[Candidates], Ranking]) -> Tensor:
-        """Positions (K,) of the stream at ``stage`` that survive the next drop.
+    def rank(
+        self, stage: int, picture_T: Tensor, ranker: Ranker, look: Callable[[Candidates], Ranking]
+    ) -> tuple[Candidates, Tensor, Tensor]:
+        """The tokens that the drop behind ``stage`` may take, their scores (V,), and the positions (K,) of the stream
+        that survive it.
 
         Args:
             picture_T: (T,) number of the picture of every token of that stream, -1 for text.
@@ -199,7 +202,8 @@ class Prefill:
         # Image tokens first, in their order: how many they are is known, so nothing is read back from the device.
         row_V = (picture_T < 0).to(torch.uint8).argsort(stable=True)[: len(here["image_V"])]
         candidates = Candidates(row_V=row_V, **here)
-        return keep_index(ranker.score(look(candidates)), candidates, len(picture_T))
+        score_V = ranker.score(look(candidates))
+        return candidates, score_V, keep_index(score_V, candidates, len(picture_T))
 
     def remembered(self, schedule: Schedule, position_BN: Tensor | None, device: torch.device) -> PromptStages:
         """What the cache has to remember of the prompt. Where the survivors stood is noted drop by drop

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.kernels import FAMILIES, carry, in_force
-from llava_pdrop.model.pyramid_drop import Projections, Ranking, Rows, keep_index
+from llava_pdrop.model.pyramid_drop import Projections, Ranking, Rows, keep_index, merged
 from llava_pdrop.model.rankers import RANKERS, Ranker
 from llava_pdrop.model.stream import StreamPlan, StreamStage
 from llava_pdrop.schedule import Schedule
@@ -105,6 +105,8 @@ def _run_layers(
             score_V, index_K = _rank(decoder, index, x_TD, before_TD, rope, stage, rankers[index])
             if trace is not None:
                 trace.append(Drop(index, stage, x_TD.detach(), score_V, index_K))
+            if schedule.merge == "nearest" and stage.candidates is not None:
+                x_TD = merged(x_TD, score_V, stage.candidates)
             x_TD = x_TD.index_select(0, index_K)
             number += 1
             stage = plan.stages[number]

@@ -5,7 +5,8 @@ instruction, and the best ``int(n * ratio)`` of them survive, in their first ord
 Two steps, both free of device synchronisation because the host knows every count beforehand:
 
 1. a *ranker* scores the image tokens: `by_attention` here, its counterparts in `rankers.py`;
-2. `keep_index` turns the scores into the stream positions that survive.
+2. `keep_index` turns the scores into the stream positions that survive. `merged` may first average the others into
+   them.
 
 The training loop (`decoder.py`) and the plug-in for Hugging Face's ``generate`` (`generate/plugin.py`) both call this
 file. Shape letters: see `llava_pdrop/types.py`. What the official code does in every corner: golden/README section 4.
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MOST_WEIGHTS = 2**26
@@ -178,8 +181,7 @@ def keep_index(score_V: Tensor, candidates: Candidates, tokens: int) -> Tensor:
     Equal scores keep the earlier token. The number of survivors is known, so neither top-k nor the compaction reads
     anything back from the device.
     """
-    order_V = score_V.argsort(descending=True, stable=True)
-    order_V = order_V[candidates.image_V[order_V].argsort(stable=True)]  # best first within each image
+    order_V = best_first(score_V, candidates)
     place_V = torch.arange(len(order_V), device=order_V.device) - candidates.first_V
     rank_V = torch.empty_like(order_V).scatter_(0, order_V, place_V)
     stays_T = torch.ones(tokens, dtype=torch.bool, device=order_V.device)
@@ -188,3 +190,49 @@ def keep_index(score_V: Tensor, candidates: Candidates, tokens: int) -> Tensor:
     slot_T = torch.where(stays_T, stays_T.cumsum(0) - 1, candidates.survivors)
     index_K = torch.empty(candidates.survivors + 1, dtype=torch.int64, device=order_V.device)
     return index_K.scatter_(0, slot_T, torch.arange(tokens, device=order_V.device))[:-1]
+
+
+def best_first(score_V: Tensor, candidates: Candidates) -> Tensor:
+    """Indices (V,) into the candidates, image after image, in each the best first."""
+    order_V = score_V.argsort(descending=True, stable=True)
+    return order_V[candidates.image_V[order_V].argsort(stable=True)]
+
+
+def merged(x_TD: Tensor, score_V: Tensor, candidates: Candidates) -> Tensor:
+    """The stream (T, D) in which every survivor of a drop is the mean of itself and of those tokens of its image that
+    are about to go and are nearer to it than to any other survivor, by the cosine. Gradients flow to all of them. An
+    image that keeps nothing leaves nothing."""
+    order_V = best_first(score_V, candidates)
+    for here, images, count, keep in alike(candidates):
+        if not 0 < keep < count:
+            continue
+        row_IN = candidates.row_V.index_select(0, order_V[here]).unflatten(0, (images, count))
+        rows = row_IN[:, :keep].flatten(), row_IN[:, keep:].flatten()
+        stay_IKD, go_IMD = (x_TD.index_select(0, row).unflatten(0, (images, -1)).float() for row in rows)
+        with torch.no_grad():
+            nearest_IM = cosines(go_IMD, stay_IKD).argmax(-1)
+            joins_IKM = x_TD.new_zeros(images, keep, count - keep, dtype=torch.float32)
+            joins_IKM = joins_IKM.scatter(1, nearest_IM[:, None], 1.0)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            mean_IKD = (stay_IKD + joins_IKM @ go_IMD) / (1 + joins_IKM.sum(-1, keepdim=True))
+        x_TD = x_TD.index_copy(0, rows[0], mean_IKD.flatten(0, 1).to(x_TD.dtype))
+    return x_TD
+
+
+def alike(candidates: Candidates) -> Iterator[tuple[slice, int, int, int]]:
+    """Neighbouring images that have and keep as many tokens: their candidates, how many images, tokens and survivors of
+    each. Never so many that their pairs of tokens are more than `MOST_WEIGHTS`."""
+    first = 0
+    for (count, keep), same in groupby(zip(candidates.counts, candidates.keeps)):
+        left, most = len(list(same)), max(1, MOST_WEIGHTS // max(1, count * count))
+        while left:
+            images = min(left, most)
+            yield slice(first, first + images * count), images, count, keep
+            left, first = left - images, first + images * count
+
+
+def cosines(first_PD: Tensor, second_ND: Tensor) -> Tensor:
+    """(..., P, N) cosines of vectors, in float32 under autocast too."""
+    first_PD, second_ND = (F.normalize(x.float(), dim=-1) for x in (first_PD, second_ND))
+    with torch.autocast(first_PD.device.type, enabled=False):
+        return first_PD @ second_ND.mT

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llava_pdrop.errors import Problem, check_name
 from llava_pdrop.model.pyramid_drop import (
-    MOST_WEIGHTS,
     Candidates,
     Ranking,
     Rows,
+    alike,
     attention,
     attention_weights,
     by_attention,
+    cosines,
     mean_of_queries,
 )
 from llava_pdrop.schedule import Schedule
@@ -151,25 +151,15 @@ def _dart(ranking: Ranking) -> Tensor:
         asking = text_by_sample[sample]
         theirs = size_T.index_select(0, asking).topk(min(PIVOTS, len(asking))).indices
         pivots = torch.cat([rows.index_select(0, ours), asking.index_select(0, theirs)])
-        pivot_PD, image_ND = (_unit(ranking.hidden_TD.index_select(0, index)) for index in (pivots, rows))
+        pivot_PD, image_ND = (ranking.hidden_TD.index_select(0, index) for index in (pivots, rows))
         chosen_N = torch.zeros_like(rows, dtype=torch.float32).index_fill(0, ours, 1.0)
         left, turns = keep - len(ours), len(pivots)
-        for turn, similar_N in enumerate(_cosines(pivot_PD, image_ND)):
+        for turn, similar_N in enumerate(cosines(pivot_PD, image_ND)):
             share = left * (turn + 1) // turns - left * turn // turns
             added = similar_N.masked_fill(chosen_N > 0, torch.inf).topk(share, largest=False).indices
             chosen_N = chosen_N.index_fill(0, added, 1.0)
         scores.append(chosen_N)
     return torch.cat(scores)
-
-
-def _unit(x_ND: Tensor) -> Tensor:
-    return F.normalize(x_ND.float(), dim=-1)
-
-
-def _cosines(first_PD: Tensor, second_ND: Tensor) -> Tensor:
-    """(..., P, N) of unit vectors, in float32 under autocast too."""
-    with torch.autocast(first_PD.device.type, enabled=False):
-        return first_PD @ second_ND.mT
 
 
 def _row(x_INN: Tensor, row_I1: Tensor) -> Tensor:
@@ -184,18 +174,13 @@ def _chosen(ranking: Ranking, choose: Callable[[slice, Tensor, int], Iterator[Te
         choose: given which candidates, the cosines (I, N, N) of the hidden states of I pictures and how many tokens
             each keeps, yields the next choice (I, 1) of each.
     """
-    own, scores, first = ranking.candidates, [ranking.hidden_TD.new_zeros(0, dtype=torch.float32)], 0
-    for (count, keep), alike in groupby(zip(own.counts, own.keeps)):
-        pictures = len(list(alike))
-        most = max(1, MOST_WEIGHTS // max(1, count * count))
-        for together in [most] * (pictures // most) + [pictures % most] * bool(pictures % most):
-            here = slice(first, first + together * count)
-            x_IND = _unit(ranking.hidden_TD.index_select(0, own.row_V[here])).unflatten(0, (together, count))
-            score_IN = x_IND.new_zeros(together, count)
-            for number, chosen_I1 in enumerate(choose(here, _cosines(x_IND, x_IND), keep)):
-                score_IN = score_IN.scatter(1, chosen_I1, float(keep - number))
-            scores.append(score_IN.flatten())
-            first = here.stop
+    own, scores = ranking.candidates, [ranking.hidden_TD.new_zeros(0, dtype=torch.float32)]
+    for here, pictures, count, keep in alike(own):
+        x_IND = ranking.hidden_TD.index_select(0, own.row_V[here]).unflatten(0, (pictures, count))
+        score_IN = x_IND.new_zeros(pictures, count, dtype=torch.float32)
+        for number, chosen_I1 in enumerate(choose(here, cosines(x_IND, x_IND), keep)):
+            score_IN = score_IN.scatter(1, chosen_I1, float(keep - number))
+        scores.append(score_IN.flatten())
     return torch.cat(scores)
 
 

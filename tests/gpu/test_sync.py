@@ -61,9 +61,10 @@ def test_forward_and_backward(no_sync, schedule, batch, precision, recompute):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("more", [{}, {"inject": 1, "merge": "nearest"}], ids=["", "late and merged"])
 @pytest.mark.parametrize("ranker", RANKERS)
-def test_decoder_with_every_ranker(no_sync, ranker):
-    schedule = Schedule(PYRAMID.layers, PYRAMID.ratios, ranker=ranker)
+def test_decoder_with_every_ranker(no_sync, ranker, more):
+    schedule = Schedule(PYRAMID.layers, PYRAMID.ratios, ranker=ranker, **more)
     model = model_on_gpu(schedule, "bfloat16")
     batch = PackedBatch.pack(BATCHES["ragged"]).to("cuda")
     plan = StreamPlan.build(batch, schedule, ANYRES, model.device)

@@ -80,8 +80,9 @@ def test_rankers_and_positions_equal_recompute(positions, ranker, layers):
         Schedule((0, 2, 5), keep=(0.75, 5, 1), ranker=("divprune", "v2drop", "last_instruction")),
         Schedule((3, 5), (0.5, 0.2), inject=2),
         Schedule((1, 4), (0.5, 0.0), inject=1),
+        Schedule((0, 3), (0.5, 0.2), merge="nearest"),
     ],
-    ids=["two", "nothing", "three rankers", "injected", "injected and dropped"],
+    ids=["two", "nothing", "three rankers", "injected", "injected and dropped", "merged"],
 )
 def test_what_happens_before_the_first_layer_equals_recompute(schedule, positions):
     hf, row, schedule = make_hf_model(), make_sample(*TWO), replace(schedule, positions=positions)
@@ -102,7 +103,9 @@ def test_anyres_equals_recompute(positions):
 EARLY = {
     "before the decoder": Schedule((0, 3), (0.5, 0.2)),
     "injected": Schedule((3, 5), (0.5, 0.2), inject=2),
-    "injected and dropped": Schedule((2, 5), keep=(7, 0), inject=2, ranker=("visual_attention", "fastv")),
+    "injected and dropped": Schedule(
+        (2, 5), keep=(7, 0), inject=2, ranker=("visual_attention", "fastv"), merge="nearest"
+    ),
 }
 
 

@@ -84,6 +84,7 @@ SCHEDULES = {
     "nothing_left": replace(PYRAMID, ratios=(0.5, 0.25, 0.0)),
     "before_the_decoder": replace(PYRAMID, layers=(0, 1, 4)),
     "counts": replace(PYRAMID, ratios=(), keep=(0.8, 7, 2)),
+    "merged": replace(PYRAMID, merge="nearest"),
     "injected": replace(PYRAMID, inject=2, positions="keep"),
     "injected_earlier_and_renumbered": replace(PYRAMID, inject=1, positions="renumber"),
 }
@@ -241,14 +242,14 @@ class CountSyncs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("inject", [0, 1])
+@pytest.mark.parametrize("more", [{}, {"inject": 1, "merge": "nearest"}], ids=["", "late and merged"])
 @pytest.mark.parametrize("ranker", RANKERS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_dropping_never_waits_for_the_device(geometry, ranker, inject):
+def test_dropping_never_waits_for_the_device(geometry, ranker, more):
     geometry = GEOMETRIES[geometry]
     batch = PackedBatch.pack(mixed_samples(geometry))
     found = {}
-    for name, schedule in (("vanilla", Schedule()), ("dropping", replace(PYRAMID, ranker=ranker, inject=inject))):
+    for name, schedule in (("vanilla", Schedule()), ("dropping", replace(PYRAMID, ranker=ranker, **more))):
         model = PyramidLlava(make_tiny_hf(geometry=geometry), schedule).train()
         with CountSyncs() as counter:
             output = model(batch)

@@ -92,6 +92,10 @@ CASES = [
     (Schedule((0, 2), keep=(9, 0), ranker=("divprune", "fastv")), EVERYTHING[:2], False, None),
     (Schedule((1, 2), (0.5, 0.25), inject=1), EVERYTHING[:2], True, 2),
     (Schedule((2, 3), (0.5, 0.25), inject=1), EVERYTHING, False, None),
+    *(
+        (Schedule((1, 2), (0.5, 0.25), merge="nearest"), parts, True, None)
+        for parts in (EVERYTHING[:2], EVERYTHING[:1])
+    ),
     *((DROP, EVERYTHING, True, first) for first in (0, 2)),
     (DROP, EVERYTHING[:2], True, 3),
     *((DROP, part, on, None) for part in (EVERYTHING, EVERYTHING[:2], *zip(EVERYTHING)) for on in (False, True)),

@@ -105,7 +105,14 @@ RECOMPUTING = [Recomputed(), ALL_LAYERS, Recomputed(12, True), Recomputed(12), R
 )
 def test_its_operations_are_those_that_are_counted(recomputed, trainable):
     model, batch, schedule, _ = case("NeXT, 5 tiles")
-    for chosen in (Schedule(), schedule, replace(schedule, ranker="random")):
+    first = schedule.layers[0]
+    changed = (
+        {},
+        {"ranker": "random"},
+        {"merge": "nearest", "ranker": "dart"},
+        {"inject": first, "ranker": "all_text"},
+    )
+    for chosen in (Schedule(), *(replace(schedule, **change) for change in changed)):
         options = (model.config, batch, chosen, model.geometry, trainable, recomputed)
         parts, counted = timed_parts(*options), step_flops(*options)
         assert whole(parts).flops == pytest.approx(counted.total, rel=1e-12)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_pdrop.model import pyramid_drop
-from llava_pdrop.model.pyramid_drop import Candidates, Projections, Rows, attention_score, keep_index
+from llava_pdrop.model.pyramid_drop import Candidates, Projections, Rows, attention_score, keep_index, merged
 
 
 def candidates(rows: list[list[int]], keeps: list[int], tokens: int, samples: list[int] | None = None) -> Candidates:
@@ -99,3 +99,25 @@ def test_many_queries_are_scored_in_parts(monkeypatch, most):
     whole = attention_score(projections)
     monkeypatch.setattr(pyramid_drop, "MOST_WEIGHTS", most)
     torch.testing.assert_close(attention_score(projections), whole)  # other matrices: other sums
+
+
+@pytest.mark.parametrize("most", [1, 2**26])
+def test_a_dropped_token_is_averaged_into_its_nearest_survivor(monkeypatch, most):
+    monkeypatch.setattr(pyramid_drop, "MOST_WEIGHTS", most)
+    x_TD = torch.tensor(
+        [[9.0, 9.0], [1.0, 0.0], [0.0, 2.0], [4.0, 0.1], [0.1, 6.0], [3.0, 0.0], [7.0, 7.0], [1.0, 1.0]],
+        requires_grad=True,
+    )
+    own = candidates([[1, 2, 3, 4, 5], [7]], [2, 0], 8)
+    score_V = torch.tensor([5.0, 4.0, 1.0, 2.0, 3.0, 1.0])
+    merged_TD = merged(x_TD, score_V, own)
+    expected = x_TD.detach().clone()
+    expected[1], expected[2] = x_TD[[1, 3, 5]].mean(0), x_TD[[2, 4]].mean(0)
+    torch.testing.assert_close(merged_TD, expected)
+    merged_TD[keep_index(score_V, own, 8)].sum().backward()
+    assert x_TD.grad[:, 0].tolist() == pytest.approx([1, 1 / 3, 1 / 2, 1 / 3, 1 / 2, 1 / 3, 1, 0])
+
+
+def test_merging_keeps_the_precision_of_the_stream():
+    x_TD, own = torch.randn(6, 8).bfloat16(), candidates([[1, 2, 3, 4]], [2], 6)
+    assert merged(x_TD, torch.rand(4), own).dtype == torch.bfloat16

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_pdrop.model import rankers
+from llava_pdrop.model import pyramid_drop
 from llava_pdrop.model.pyramid_drop import Candidates, Projections, Ranking, Rows, keep_index
 from llava_pdrop.model.rankers import RANKERS, check_rankers
 from llava_pdrop.schedule import Schedule
@@ -181,7 +181,7 @@ def test_without_pictures_there_is_nothing_to_score(name):
 def test_pictures_are_compared_a_few_at_a_time(name, monkeypatch):
     given = ranking(name)
     whole = RANKERS[name].score(given)
-    monkeypatch.setattr(rankers, "MOST_WEIGHTS", 1)
+    monkeypatch.setattr(pyramid_drop, "MOST_WEIGHTS", 1)
     assert torch.equal(RANKERS[name].score(given), whole)
 
 
