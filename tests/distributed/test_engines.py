@@ -55,6 +55,11 @@ ALL = ["projector", "language_model", "vision_tower"]
 CHECKPOINTING = {"gradient_checkpointing": True}
 BF16 = {"bf16": True}
 OFFLOAD = ("zero2_offload", "zero3_offload")
+DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
+OTHERS = {  # what else a schedule can have the modules do: the final norm early, a layer that waits for its pictures
+    "layers": [1, 2, 3], "keep": [0.75, 6, 2], "ranker": ["cdpruner", "dart", "salient_text"], "inject": 1,
+    "merge": "nearest",
+}  # fmt: skip
 ADAPTERS = {"r": 4, "alpha": 8, "dropout": 0.0}  # two ranks would draw other dropout than one process
 
 
@@ -96,7 +101,12 @@ def write_run(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     (root / "data.json").write_text(json.dumps(records))
 
     def write(
-        name: str, accumulation: int, trainable: list[str] = ALL, lora: dict | None = None, **arguments: object
+        name: str,
+        accumulation: int,
+        trainable: list[str] = ALL,
+        lora: dict | None = None,
+        drop: dict = DROP,
+        **arguments: object,
     ) -> Path:
         content = {
             "name": name,
@@ -113,7 +123,7 @@ def write_run(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
                 "train": str(root / "data.json"), "image_root": str(root), "max_length": 256, "samples_per_batch": 1,
                 "cache": None,
             },
-            "pyramid_drop": {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]},
+            "pyramid_drop": drop,
             "train": {**TRAIN, "gradient_accumulation_steps": accumulation, **arguments},
             "lora": lora,
         }  # fmt: skip
@@ -154,15 +164,18 @@ def runs(write_run: Callable[..., Path]) -> dict[str, Run]:
         write_run("ddp_blind", 2, trainable=["language_model"]),
         write_run("ddp_bf16", 2, **BF16),
         write_run("ddp_lora", 2, lora=ADAPTERS),
+        write_run("ddp_others", 2, drop=OTHERS),
         write_run("fsdp2", 2, **FSDP2),
         write_run("fsdp2_bf16", 2, **FSDP2, **BF16),
         write_run("fsdp2_lora", 2, lora=ADAPTERS, **FSDP2),
+        write_run("fsdp2_others", 2, drop=OTHERS, **FSDP2),
     ]
     if HAS_DEEPSPEED:
         zero2, zero3 = (deepspeed_arguments(name, files[0].parent) for name in ("zero2", "zero3"))
         files += [
             write_run("zero2", 2, **zero2),
             write_run("zero3", 2, **zero3),
+            write_run("zero3_others", 2, drop=OTHERS, **zero3),
             write_run("zero3_checkpointing", 2, **zero3, **CHECKPOINTING),
             write_run("zero2_bf16", 2, **zero2, **BF16),
             write_run("zero3_bf16", 2, **zero3, **BF16),
@@ -171,10 +184,19 @@ def runs(write_run: Callable[..., Path]) -> dict[str, Run]:
             *(write_run(name, 2, **deepspeed_arguments(name, files[0].parent)) for name in OFFLOAD),
         ]
     launch(files)
-    alone = [write_run("alone", 4), write_run("alone_lora", 4, lora=ADAPTERS)]
+    alone = [
+        write_run("alone", 4),
+        write_run("alone_lora", 4, lora=ADAPTERS),
+        write_run("alone_others", 4, drop=OTHERS),
+    ]
     for file in alone:
         train(load_config(file))
     return {file.stem: Run(file) for file in (*alone, *files)}
+
+
+def like(run: str, engine: str) -> str:
+    """The ``run`` whose settings are those of ``engine``."""
+    return next((f"{run}_{kind}" for kind in ("lora", "others") if kind in engine), run)
 
 
 ZERO3 = [pytest.param(name, marks=needs_deepspeed) for name in ("zero3", "zero3_bf16", "zero3_lora", "zero3_offload")]
@@ -190,11 +212,13 @@ def test_weights_are_cut_up(runs, engine):
 ENGINE = [
     "ddp",
     "ddp_lora",
+    "ddp_others",
     "fsdp2",
     "fsdp2_lora",
+    "fsdp2_others",
     *(
         pytest.param(name, marks=needs_deepspeed)
-        for name in ("zero2", "zero3", "zero3_checkpointing", *OFFLOAD, "zero2_lora", "zero3_lora")
+        for name in ("zero2", "zero3", "zero3_others", "zero3_checkpointing", *OFFLOAD, "zero2_lora", "zero3_lora")
     ),
 ]
 
@@ -204,7 +228,7 @@ def test_two_ranks_equal_one_process(runs, engine):
     """Not bit by bit: two ranks add up the gradients of 4 micro-batches in pairs, one process in a row, so the float32
     sums differ in their last bits (2**-24 = 6e-8 of each). Measured are 1e-7 in weights of up to 1; gradients of half
     their size end 2e-2 away."""
-    alone, run = runs["alone_lora" if "lora" in engine else "alone"], runs[engine]
+    alone, run = runs[like("alone", engine)], runs[engine]
     assert len(run.rows) == STEPS
     for one, other in zip(alone.rows, run.rows):
         for key in ("loss", "grad_norm", "samples", "tokens_0"):
@@ -216,10 +240,10 @@ def test_two_ranks_equal_one_process(runs, engine):
         assert torch.allclose(weights[name], tensor, rtol=0, atol=2e-6), name
 
 
-@pytest.mark.parametrize("engine", ENGINE[2:])
+@pytest.mark.parametrize("engine", ENGINE[3:])
 def test_engines_equal_ddp_bit_by_bit_in_the_first_loss(runs, engine):
     """The first loss is a forward of the same weights over the same batches: sharding only moves numbers about."""
-    assert runs[engine].rows[0]["loss"] == runs["ddp_lora" if "lora" in engine else "ddp"].rows[0]["loss"]
+    assert runs[engine].rows[0]["loss"] == runs[like("ddp", engine)].rows[0]["loss"]
 
 
 @needs_deepspeed
