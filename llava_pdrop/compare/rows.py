@@ -20,7 +20,7 @@ from llava_pdrop.eval.score_table import blocks as benchmark_blocks
 from llava_pdrop.eval.score_table import refuse_unread
 from llava_pdrop.report.console import say
 from llava_pdrop.report.page import Block, Note, Page, Picture, Table
-from llava_pdrop.report.units import column, text_of
+from llava_pdrop.report.units import MEMORY, MIB, column, text_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, Timing, timing_of
@@ -180,7 +180,7 @@ def table(rows: Sequence[VariantRow], title: str) -> Table:
         return [text_of(value(row), style) for row in rows]
 
     cuda = any(row.device == "cuda" for row in rows)
-    peak = f"peak {'CUDA' if cuda else 'RSS'}, MiB"
+    peaks = [row.timing.peak_mib * MIB if row.timing and row.timing.peak_mib else None for row in rows]
     benchmarks = dict.fromkeys(score.benchmark for row in rows for score in row.scores)
     return Table.of_columns(
         [
@@ -193,7 +193,7 @@ def table(rows: Sequence[VariantRow], title: str) -> Table:
             ("saved, realised", [_realised(row) for row in rows]),
             column("CPU time of a step", [row.timing.cpu if row.timing else None for row in rows]),
             column("wall time of a step", [row.timing.wall if row.timing else None for row in rows]),
-            (peak, cells(",.0f", lambda row: row.timing.peak_mib if row.timing else None)),
+            column(f"peak {'CUDA' if cuda else 'RSS'}", peaks, MEMORY),
             ("device hours", cells(".3g", lambda row: row.hours)),
             ("accuracy", cells(".1%", lambda row: row.accuracy)),
             ("chance", cells(".1%", lambda row: row.evaluation.get("chance") if row.evaluation else None)),

@@ -20,7 +20,7 @@ from llava_pdrop.config.schema import Config, ModelSection
 from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.cost.states import FLOAT, States
-from llava_pdrop.data.conversation import TEMPLATES
+from llava_pdrop.data.conversation import template_of
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.geometry import ImageGeometry, Size
@@ -236,7 +236,7 @@ def make_encoder(config: Config, tokenizer: str | None = None) -> Encoder:
     assert geometry is not None
     image_token_id = add_special_tokens(loaded, len(loaded))
     section = config.data
-    template = TEMPLATES[config.model.template]
+    template = template_of(config)
     return Encoder(template, loaded, image_token_id, geometry, section.max_length, section.truncation)
 
 

@@ -23,13 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_pdrop.data.conversation import Piece
 from llava_pdrop.errors import Unfit, UserError
-from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.geometry import ImageGeometry, Size
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER
 
 IMAGE_SLOT = -200
 """Stands for a whole image in a list of ids before it is expanded (the number LLaVA uses)."""
 
-Size = tuple[int, int]
 Expanded = tuple[list[int], list[int], list[tuple[int, int]]]
 """Ids (N), labels (N) and the [start, stop) of every image."""
 

@@ -27,6 +27,7 @@ from llava_pdrop.data.records import Records
 from llava_pdrop.data.tokens import Unlabelled
 from llava_pdrop.errors import RecordError, Unfit, UserError, clip, line_of
 from llava_pdrop.files import replacing, write_lines
+from llava_pdrop.geometry import Size
 from llava_pdrop.types import ImageSource, Record
 from llava_pdrop.world import is_first
 
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 LARGE = 10_000
 """From so many records on there are several processes, a progress bar and a cache file; fewer are done in seconds."""
 
-Size = tuple[int, int]
 Measure = Callable[[Sequence[Record], Sequence[Sequence[Size]]], list["int | RecordError"]]
 """(records, sizes of their pictures) -> number of tokens of each (`Unlabelled` where none is trained on), or why it
 cannot be used."""

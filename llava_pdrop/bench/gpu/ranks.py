@@ -30,6 +30,7 @@ from llava_pdrop.train.arguments import learning_rates, training_arguments
 from llava_pdrop.train.metrics import METRICS_FILE, read_metrics
 from llava_pdrop.train.optim import freeze
 from llava_pdrop.train.trainer import PyramidTrainer
+from llava_pdrop.world import is_first
 
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 """Engines in the order in which they are measured, see ``train.engine``."""
@@ -171,7 +172,7 @@ def main() -> int:
             found = train(engine, args.out / engine, args.rehearsal)
         except (ValueError, ImportError, RuntimeError) as error:
             found, failed = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, True
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             found["wall"] = round(time.perf_counter() - began, 1)
             (args.out / f"{engine}.json").write_text(json.dumps(found), encoding="utf-8")
         if failed:  # the ranks may no longer be at the same place
