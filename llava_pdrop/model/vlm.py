@@ -19,7 +19,7 @@ from llava_pdrop.model import attention
 from llava_pdrop.model.decoder import Drop, check_decoder, run_decoder
 from llava_pdrop.model.kernels import check_kernels
 from llava_pdrop.model.rankers import check_rankers
-from llava_pdrop.model.stream import StreamPlan
+from llava_pdrop.model.stream import Layout, StreamPlan
 from llava_pdrop.model.vision import dummy_pixels, image_features
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
@@ -91,6 +91,7 @@ class PyramidLlava(nn.Module):
         attention.register()
         hf.set_attn_implementation(attention.NAME)
         self.add_module(MODULE, hf)
+        self.layouts: list[Layout] = []  # of the last forward
         self.schedule = schedule.check(depth).at("renumber")
         self.geometry = geometry or geometry_of(hf.config)
         self.backend = backend
@@ -108,7 +109,8 @@ class PyramidLlava(nn.Module):
         x_TD = self.embed(batch, plan)
         x_TD = run_decoder(self.hf.model.language_model, x_TD, plan, self.schedule, trace, self.kernels)
         loss = label_loss(self.hf.lm_head, x_TD, plan.predict_row, plan.label_L)
-        seq_lens = [stage.layout.seq_lens for stage in plan.stages]
+        self.layouts = [stage.layout for stage in plan.stages]
+        seq_lens = [layout.seq_lens for layout in self.layouts]
         return Output(loss, len(batch.label_positions), seq_lens, plan.image_tokens)
 
     def embed(self, batch: PackedBatch, plan: StreamPlan) -> Tensor:

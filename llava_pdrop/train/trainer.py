@@ -26,7 +26,7 @@ from llava_pdrop.cost.flops import Recomputed, step_flops
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
 from llava_pdrop.errors import UserError, clip
-from llava_pdrop.model.stream import layouts_of
+from llava_pdrop.model.stream import Layout
 from llava_pdrop.model.vlm import MODULE, Output, PyramidLlava
 from llava_pdrop.runtime.clock import StepClock
 from llava_pdrop.runtime.preemption import Preemption, outlive_signals
@@ -107,6 +107,7 @@ class PyramidTrainer(SavingTrainer):
         self.config_yaml = config_yaml
         self.clock = StepClock(model, args.device)
         self.meter = StepMeter(args.device, self.clock, peak_of(args))
+        self._planned: tuple[list[int] | None, list[Layout]] = None, []  # seq_lens of a batch, and its layouts
         self.trainable = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         output = Path(args.output_dir)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_checked)
@@ -210,6 +211,7 @@ class PyramidTrainer(SavingTrainer):
         self.watchdog.at(f"forward pass of step {step}")
         with self.clock.region("forward"):
             output: Output = model(inputs)
+        self._planned = inputs.seq_lens, self.accelerator.unwrap_model(model).layouts
         if num_items_in_batch is None:
             num_items_in_batch = max(1, output.labels)
         loss = output.loss * (self.accelerator.num_processes / num_items_in_batch)
@@ -231,19 +233,21 @@ class PyramidTrainer(SavingTrainer):
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:
         """Operations of one micro-batch, forward and backward: the Trainer adds them up as ``total_flos``. What is done
-        twice to save memory counts there, and not for the MFU."""
-        model, trainable = self.accelerator.unwrap_model(self.model), self.trainable
+        twice to save memory counts there, and not for the MFU. The layouts are those of this micro-batch's forward, if
+        it was the last one."""
+        of, planned = self._planned
+        layouts = planned if of is inputs.seq_lens else None
+        self.meter.flops += self._operations(inputs, False, layouts)
+        return self._operations(inputs, recomputes_activations(self.args), layouts)
+
+    def _operations(self, inputs: PackedBatch, recomputing: bool, layouts: list[Layout] | None) -> float:
+        model = self.accelerator.unwrap_model(self.model)
+        trainable = self.trainable
         if is_adapted(model.hf):  # the gradient passes through the decoder as to a projector, not into its weights
             trainable = trainable - {"language_model"} | {"projector"}
-        layouts = layouts_of(inputs, model.schedule)
-
-        def operations(recomputed: Recomputed) -> float:
-            options = (model.geometry, trainable, recomputed, layouts)
-            return step_flops(model.hf.config, inputs, model.schedule, *options).total
-
-        self.meter.flops += operations(Recomputed())
-        recomputing = recomputes_activations(self.args)
-        return operations(Recomputed(model.recompute_layers, True) if recomputing else Recomputed())
+        recomputed = Recomputed(model.recompute_layers, True) if recomputing else Recomputed()
+        options = (model.geometry, trainable, recomputed, layouts)
+        return step_flops(model.hf.config, inputs, model.schedule, *options).total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that ``optim`` names, over the groups of `parameter_groups`."""
