@@ -220,7 +220,8 @@ class Prefill:
         placed = [self.alone[0], *self.stages] if self.alone else self.stages[1:]
         for stage in placed:
             now_B = stage.position_T.index_select(0, stage.frame.last_B).to(device)
-            shifts.append(torch.zeros_like(now_B) if last_B is None else last_B - now_B)
+            same = last_B is None or stage is self.stages[0]  # the whole prompt has the model's own positions
+            shifts.append(torch.zeros_like(now_B) if same else last_B - now_B)
             real.append(stage.frame.unpack(torch.ones_like(stage.frame.row_T, dtype=torch.bool)))
         return PromptStages(
             real,

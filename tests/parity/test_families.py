@@ -6,6 +6,7 @@ The families' default decoders go through everything, the others through a promp
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -318,6 +319,39 @@ def test_padded_batch_equals_singles(name, positions):
             single_answers, single_logits = generate(name, row)
             assert single_answers[0] == answers[index]
             same(logits[index], single_logits[0])
+
+
+EARLY = {"before the decoder": Schedule((0, 3), (0.55, 0.3)), "injected": Schedule((3, 5), (0.55, 0.3), inject=2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", EARLY)
+@pytest.mark.parametrize(("name", "positions"), POSITIONS)
+def test_the_first_layer_need_not_see_the_pictures(name, positions, early):
+    """The cache of layer 0, by which models count positions, is then shorter than the prompt: against the reference,
+    against decoding without a cache, and in a batch."""
+    family, schedule = FAMILIES[name], replace(EARLY[early], positions=positions)
+    if families.ATTACHABLE[model_of(name).config.model_type].first_drop(model_of(name).config):
+        with pytest.raises(ValueError, match=says("layers", "features", "first")):
+            attach(model_of(name), schedule)
+        return
+    rows = [row_of(name, kind)[0] for kind in ("one", "apart", "none", "first")]
+    with attached(name, schedule) as model:
+        answers, logits = generate(name, *rows)
+        singles = [generate(name, row) for row in rows]
+        got = [forward(name, row) for row in rows[:2]]
+        model.generation_config.use_cache = False
+        uncached = generate(name, rows[1])
+        model.generation_config.use_cache = True
+    for index, (answer, logit) in enumerate(singles):
+        assert answer[0] == answers[index]
+        same(logits[index], logit[0])
+    same(uncached[1], singles[1][1])
+    for row, logit in zip(rows, got):
+        inputs = fresh(model_of(name), collate(family, row))
+        reference = reference_logits(model_of(name), inputs, [row.pictures], schedule, positions, [row.prompt])
+        if reference.gap > CLEAR and not schedule.inject:
+            same_survivors(logit, 0, reference)
 
 
 @pytest.mark.slow
