@@ -72,6 +72,16 @@ def test_words_of_a_variant_are_a_run(write) -> None:
         assert load_config(file, words) == variant.config and variant.config.train.arguments["learning_rate"] == 2e-5
 
 
+def test_variants_take_presets(write) -> None:
+    presets = [f"configs/schedules/{name}.yaml" for name in ("pyramiddrop", "uniform")]
+    few = {"pyramid_drop": presets[0], "pyramid_drop.keep": [5, 2, 1], "pyramid_drop.ratios": []}
+    variants = {"a": {"pyramid_drop": presets[0]}, "b": {"pyramid_drop": presets[1]}, "c": few}
+    one, other, kept = (variant.config.schedule for variant in load_ablation(write(variants=variants)).variants)
+    assert one.layers == other.layers == (1, 2, 3) and other.ranker == "uniform" and kept.keep == (5, 2, 1)
+    grid = load_ablation(write(grid={"pyramid_drop": presets})).variants
+    assert [variant.config.schedule.ranker for variant in grid] == ["last_instruction", "uniform"]
+
+
 def test_a_grid_is_every_combination(write) -> None:
     grid = {"pyramid_drop.ratios": [[0.5, 0.25, 0.125], [0.6, 0.36, 0.216]], "pyramid_drop.ranker": ["fastv", "random"]}
     ablation = load_ablation(write(grid=grid))
