@@ -11,7 +11,8 @@ What later steps need to know travels in the cache (`cache.py`).
 * Every batch of prompts works: padding, several pictures or none per row, clips, beams, samples, prompt lookup, static
   cache, ``use_cache=False``, plain ``model(**inputs)``. Logits come back for the surviving tokens only, padded on the
   left. Every picture has its own budget (`families.py` says what a picture is).
-* The last token of the prompt ranks. A forward is a prompt when its cache is empty, not by its length.
+* The last token of the prompt ranks, or what the ranker asks with. A forward is a prompt when its cache is empty, not
+  by its length.
 * Tokens that are added to a filled cache (a second turn) are never dropped, not even images. A pruned cache needs the
   schedule that pruned it: do not detach between two turns.
 * Rows without images, and calls without images, pass unchanged.
@@ -41,7 +42,7 @@ from llava_pdrop.generate.prefill import ForwardStep, Prefill
 from llava_pdrop.generate.unhook import bare, unwrapped
 from llava_pdrop.model.attention import check_transformers
 from llava_pdrop.model.decoder import COVERED
-from llava_pdrop.model.rankers import check_rankers
+from llava_pdrop.model.rankers import RANKERS, check_rankers
 from llava_pdrop.schedule import Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -118,6 +119,10 @@ class _Plugin:
         self.base, self.decoder = base, _decoder_of(model, base)
         self.family: Family = family_of(model, self.decoder, unchecked)
         check_rankers(schedule)
+        if any(RANKERS[name].normalised for name in schedule.rankers) and not hasattr(self.decoder, "norm"):
+            raise UserError(
+                f"pyramid_drop.ranker dart needs the final norm of {type(self.decoder).__name__}: has it none?"
+            )
         self.given = schedule
         self.schedule = resolved(schedule.check(len(self.decoder.layers)), self.family, model)
         config: Any = model.config
