@@ -17,13 +17,15 @@ from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
 from llava_pdrop.bench.variants import arms_of, compare
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.config.load import load_config
-from llava_pdrop.config.values import build_schedule, read_mapping
+from llava_pdrop.config.presets import bare_schedule
+from llava_pdrop.config.values import read_mapping
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.cost.nominal import full_picture, paper_tokens
 from llava_pdrop.cost.step_time import CARDS, card_named
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.attention import check_backend
 from llava_pdrop.model.kernels import check_kernels, resolve
+from llava_pdrop.model.rankers import check_rankers
 from llava_pdrop.report.environment import check_out, file_name
 from llava_pdrop.runtime.device import device_label, device_named, known_gpu
 from llava_pdrop.schedule import Schedule
@@ -180,18 +182,19 @@ def read_schedules(files: Sequence[Path], layers: int) -> dict[str, Schedule]:
         if file.stem in found or file.stem == "vanilla":
             raise UserError(f"--schedule: {file}: the name {file.stem!r} is taken: rename the file")
         try:
-            found[file.stem] = _schedule_of(file).check(layers)
+            found[file.stem] = _schedule_of(file, layers).check(layers)
+            check_rankers(found[file.stem])
         except UserError as error:
             said = str(error).removeprefix(str(file)).lstrip(": ")  # most errors name it
             raise UserError(f"--schedule: {file}: {said}") from None
     return found
 
 
-def _schedule_of(file: Path) -> Schedule:
+def _schedule_of(file: Path, layers: int) -> Schedule:
     """The schedule that a YAML file is, or that its section ``pyramid_drop`` is."""
     content = read_mapping(file)
     if "layers" in content:
-        return build_schedule(content)
+        return bare_schedule(content, layers)
     section = load_config(file).pyramid_drop
     if section is None:
         raise UserError("no pyramid_drop section: add it, or name another file")

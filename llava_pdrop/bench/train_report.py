@@ -21,6 +21,7 @@ from llava_pdrop.report.pictures import subplots
 from llava_pdrop.report.units import MEMORY, MIB, column, digits, saved, text_of, time_unit
 from llava_pdrop.runtime.clock import REGIONS, parts_of, quartiles
 from llava_pdrop.runtime.device import peak_flops
+from llava_pdrop.schedule import Schedule
 
 CLOCKS = {
     "cuda": {
@@ -192,10 +193,14 @@ def _stages(result: Measured, rate: float) -> list[dict[str, float]]:
         {
             "tokens": median(lengths),
             "seconds": _round([median(seconds)])[0],
-            "share_of_peak": _round([median(count / taken for count, taken in zip(counts, seconds)) / rate])[0],
+            "share_of_peak": _round([median(map(_rate, counts, seconds)) / rate])[0],
         }
         for lengths, seconds, counts in zip(tokens, zip(*result.stage_seconds), zip(*result.stage_flops))
     ]
+
+
+def _rate(count: float, seconds: float) -> float:
+    return count / seconds if seconds else 0.0  # a stage has no layers where a drop comes before layer 0
 
 
 def _comparison(entry: Compared, rate: float) -> dict[str, Any]:
@@ -302,7 +307,11 @@ def modelled_stages(run: dict[str, Any]) -> list[float | None]:
     """Milliseconds that the model gives the forward of every stage of a ``run``, None where there is no model."""
     if run["modelled"] is None:
         return [None] * len(run["stages"])
-    return [part["forward_ms"] for part in run["modelled"]["parts"] if part["name"].startswith("layers")]
+    schedule, found = Schedule.from_dict(run["schedule"]), [0.0] * len(run["stages"])
+    for part in run["modelled"]["parts"]:
+        if part["name"].startswith("layers"):  # more parts than stages where image tokens enter late
+            found[schedule.stage(int(part["name"].split()[1].split("-")[0]))] += part["forward_ms"]
+    return list(found)
 
 
 def _variants(entries: Sequence[dict[str, Any]]) -> Table:

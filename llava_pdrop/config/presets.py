@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.config.places import expanded
-from llava_pdrop.config.values import at_least, convert, read_mapping
+from llava_pdrop.config.values import at_least, build_schedule, convert, read_mapping
 from llava_pdrop.errors import ConfigError, Problem, UserError, did_you_mean
 from llava_pdrop.schedule import Schedule
 
@@ -75,6 +75,17 @@ def taken_depth(values: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     if depth is not None:
         at_least(1, f"{KEY}.depth", depth)
     return {**values, KEY: {name: value for name, value in section.items() if name != "depth"}}, depth
+
+
+def bare_schedule(section: Mapping[str, Any], num_layers: int) -> Schedule:
+    """What a file for the section says to a decoder of ``num_layers`` layers.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or an impossible schedule.
+    """
+    values, depth = taken_depth({KEY: section})
+    schedule = build_schedule(values[KEY])
+    return schedule if depth is None else schedule.scaled_to(num_layers, depth)
 
 
 def scaled(schedule: Schedule | None, depth: int | None, num_layers: int | None) -> Schedule | None:

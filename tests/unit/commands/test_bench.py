@@ -12,7 +12,7 @@ from PIL import Image
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import run as bench
 from llava_pdrop.bench.run import read_schedules
-from llava_pdrop.bench.train_report import step_bars, tables
+from llava_pdrop.bench.train_report import modelled_stages, step_bars, tables
 from llava_pdrop.bench.train_step import BenchArm
 from llava_pdrop.errors import UserError
 from llava_pdrop.schedule import Schedule
@@ -70,6 +70,22 @@ def test_every_setting_has_its_pair_and_every_kind_of_pictures_its_report(headli
         assert report["runs"][5]["predicted_reduction"] > report["runs"][3]["predicted_reduction"]
     text = (headline / "train-tiny-cpu-full.md").read_text()
     assert "\nvanilla, 4,0 recomputed: recomputes 4 decoder layers.\n" in text
+
+
+def test_a_drop_before_the_decoder_and_a_late_entry_have_their_stages(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text("layers: [0, 4]\nratios: [0.5, 0.25]\n")
+    (tmp_path / "late.yaml").write_text("inject: 2\nlayers: [4]\nratios: [0.5]\n")
+    words = ["bench", "train", "--shape", "tiny", "--steps", "1", "--warmup", "0", "--device", "cpu", "--samples", "1"]
+    files = ["--schedule", str(tmp_path / "first.yaml"), str(tmp_path / "late.yaml")]
+    assert main([*words, *files, "--card", "H100", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "train-tiny-cpu.json").read_text())
+    for run, without in zip(report["runs"], (0, 1, 0)):
+        stages, modelled = run["stages"], modelled_stages(run)
+        assert len(stages) == len(modelled) == 1 + len(run["schedule"]["layers"])
+        assert [bool(stage["seconds"]) for stage in stages] == [bool(stage["share_of_peak"]) for stage in stages]
+        assert sum(not ms for ms in modelled) == sum(not stage["seconds"] for stage in stages) == without
+        layers = [part["forward_ms"] for part in run["modelled"]["parts"] if part["name"].startswith("layers")]
+        assert sum(modelled) == pytest.approx(sum(layers))
 
 
 def test_like_is_compared_with_like(headline: Path) -> None:
@@ -232,6 +248,12 @@ def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> N
     assert found["bare"] == Schedule((8, 16), (0.5, 0.25), positions="keep")
 
 
+def test_a_published_schedule_is_scaled_to_the_depth_of_the_shape() -> None:
+    found = read_schedules([CONFIGS / "schedules/hidrop.yaml", CONFIGS / "schedules/divprune.yaml"], 64)
+    assert found["hidrop"].layers == (20, 28, 32, 36, 50) and found["hidrop"].inject == 16
+    assert found["divprune"].layers == (0,)
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -243,6 +265,9 @@ def test_a_run_with_a_schedule_and_a_bare_schedule_are_read(tmp_path: Path) -> N
         ("[1, 2]\n", says("bad.yaml", "list")),
         ("name: run\n", says("bad.yaml", "model")),
         ("pyramid_drop: {layers: [4], ratios: [1.5]}\n", says("bad.yaml", "ratios", "1.5")),
+        ("layers: [4]\nratios: [0.5]\nranker: nearest\n", says("bad.yaml", "pyramid_drop.ranker", "'nearest'")),
+        ("layers: [0]\nratios: [0.5]\nranker: fastv\n", says("bad.yaml", "pyramid_drop.ranker", "fastv", "layer 0")),
+        ("depth: 0\nlayers: [4]\nratios: [0.5]\n", says("bad.yaml", "pyramid_drop.depth", "0")),
     ],
 )
 def test_a_bad_schedule_names_option_and_file(tmp_path: Path, text: str, line: str) -> None:
