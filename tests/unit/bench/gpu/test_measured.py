@@ -18,6 +18,7 @@ def run(name: str, seconds: float, again: tuple[bool, int | None, bool], **more:
         "error": None,
         "kernels": "eager",
         "quartiles": {"step": [seconds, seconds, seconds]},
+        "schedule": {"layers": [1], "ratios": [0.5]},
         "stages": [{"tokens": 10, "seconds": seconds / 4}, {"tokens": 5, "seconds": seconds / 8}],
         "steps": {"image_tokens": [[8, 4], [10, 5]]},
         "modelled": modelled,
