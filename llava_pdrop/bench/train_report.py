@@ -15,8 +15,9 @@ from llava_pdrop.bench.variants import Compared
 from llava_pdrop.cost.step_time import NOTE, is_modelled
 from llava_pdrop.cost.time_report import mean
 from llava_pdrop.errors import UserError
+from llava_pdrop.files import write_json
 from llava_pdrop.report.environment import environment, settings
-from llava_pdrop.report.page import Note, Page, Picture, Table, plain, write_json
+from llava_pdrop.report.page import Note, Page, Picture, Table, plain
 from llava_pdrop.report.pictures import subplots
 from llava_pdrop.report.units import MEMORY, MIB, column, digits, saved, text_of, time_unit
 from llava_pdrop.runtime.clock import REGIONS, parts_of, quartiles

@@ -14,9 +14,9 @@ from llava_pdrop.checkpoint.hf_files import write_config, write_image_processor,
 from llava_pdrop.checkpoint.layouts import EMBEDDINGS, MEMORY_TO_HF, MEMORY_TO_ORIGINAL, rename
 from llava_pdrop.checkpoint.load import cut_rows
 from llava_pdrop.checkpoint.old_tokenizers import write_original_tokenizer
-from llava_pdrop.checkpoint.open import Source, beside
+from llava_pdrop.checkpoint.open import Source
 from llava_pdrop.checkpoint.original import carried_by, dtype_of, original_config
-from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, write_shards
+from llava_pdrop.checkpoint.shards import SHARD_SIZE, Stored, beside, write_shards
 from llava_pdrop.checkpoint.tower import TOWER_FOLDER, is_that_tower, opens_in_transformers_4, write_tower
 from llava_pdrop.checkpoint.vocabulary import original_rows
 from llava_pdrop.errors import UserError

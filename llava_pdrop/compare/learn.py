@@ -25,9 +25,9 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, AnswerSettings, answer, respondent_of
 from llava_pdrop.eval.team import ALONE
+from llava_pdrop.files import write_json
 from llava_pdrop.report.console import say
 from llava_pdrop.report.environment import environment
-from llava_pdrop.report.page import write_json
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
 from llava_pdrop.schedule import Schedule

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.checkpoint.shards import read_json
 from llava_pdrop.compare.survivors import Example
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config, PaperRow
@@ -18,6 +17,7 @@ from llava_pdrop.eval.evaluate import EVALUATION_FILE
 from llava_pdrop.eval.score import Score, as_json, paired
 from llava_pdrop.eval.score_table import blocks as benchmark_blocks
 from llava_pdrop.eval.score_table import refuse_unread
+from llava_pdrop.files import read_json
 from llava_pdrop.report.console import say
 from llava_pdrop.report.page import Block, Note, Page, Picture, Table
 from llava_pdrop.report.units import MEMORY, MIB, column, text_of

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from llava_pdrop.checkpoint.shards import read_json
 from llava_pdrop.compare.counted import RunBatches
 from llava_pdrop.compare.rows import Saving, VariantRow
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.packing import BatchPlan
 from llava_pdrop.errors import UserError, first_line
+from llava_pdrop.files import read_json
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.report.console import say
 from llava_pdrop.report.units import saved

@@ -15,7 +15,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, LlavaConfig,
 from llava_pdrop.checkpoint.hf_files import reading
 from llava_pdrop.checkpoint.original import original_geometry, refuse_unsupported, text_config_of
 from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_specials
-from llava_pdrop.config.paths import cached_config, is_hub_id, number, part_configs
+from llava_pdrop.config.paths import cached_config, number, part_configs
+from llava_pdrop.config.places import is_hub_id
 from llava_pdrop.config.schema import Config, ModelSection
 from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.paper import paper_tflop

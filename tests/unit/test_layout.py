@@ -123,6 +123,27 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         pytest.fail(" <- ".join(error.args[1]))
 
 
+def made_in(path: Path) -> set[str]:
+    """Names that a module makes itself."""
+    made = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            made.add(node.name)
+        else:
+            stored = (entry for entry in ast.walk(node) if isinstance(entry, ast.Name))
+            made |= {entry.id for entry in stored if isinstance(entry.ctx, ast.Store)}
+    return made
+
+
+def test_a_name_is_imported_from_the_module_that_makes_it() -> None:
+    made = {f"llava_pdrop.{name_of(path)}": made_in(path) for path in CHECKED}
+    for path in CHECKED:
+        for name in set(imported(path)):
+            module, _, own = name.rpartition(".")
+            if module in made and name not in made:
+                assert own in made[module], f"{name_of(path)} imports {own} from {module}, which imports it itself"
+
+
 def test_imports_stand_at_the_top() -> None:
     found = {name_of(path) for path in CHECKED if set(own_imports(path)) - set(own_imports(path, functions=False))}
     assert {name for name in found if not name.startswith("commands.")} <= set(LAZY)

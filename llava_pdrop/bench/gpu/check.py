@@ -6,7 +6,6 @@ process; `runner` starts another for the rest.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 
 from llava_pdrop.bench.gpu.runner import DONE, say
 from llava_pdrop.bench.gpu.stages import STAGES, CheckStage, missing
+from llava_pdrop.files import write_json
 from llava_pdrop.report.environment import environment
 from llava_pdrop.runtime.device import release_memory
 
@@ -105,10 +105,7 @@ class Check:
             "environment": self.environment,
             "result": self.result,
         }
-        file = stage_file(self.work, self.name)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_json(stage_file(self.work, self.name), record)
 
 
 def stage_file(work: Path, name: str) -> Path:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from llava_pdrop.bench.shapes import make_model, shape_named
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.config.load import load_config
 from llava_pdrop.data.packing import BatchPlan
+from llava_pdrop.files import read_json, write_json
 from llava_pdrop.report.units import GIB, MIB
 from llava_pdrop.runtime.ranks import engine_for_one_run
 from llava_pdrop.train.arguments import learning_rates, training_arguments
@@ -80,7 +80,7 @@ def _alone(check: Check) -> float | None:
     file = stage_file(check.work, "next")
     if not file.is_file():
         return None
-    return json.loads(file.read_text(encoding="utf-8"))["result"].get("dropping", {}).get("tokens_per_second")
+    return read_json(file)["result"].get("dropping", {}).get("tokens_per_second")
 
 
 def _launch(check: Check, engines: Sequence[str], processes: int, limit: float) -> dict[str, dict[str, Any]]:
@@ -108,9 +108,7 @@ def _launch(check: Check, engines: Sequence[str], processes: int, limit: float) 
     found = {}
     for engine in engines:
         file = scratch / f"{engine}.json"
-        found[engine] = (
-            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"error": reason or "no figures"}
-        )
+        found[engine] = read_json(file) if file.is_file() else {"error": reason or "no figures"}
     return found
 
 
@@ -174,7 +172,7 @@ def main() -> int:
             found, failed = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, True
         if is_first():
             found["wall"] = round(time.perf_counter() - began, 1)
-            (args.out / f"{engine}.json").write_text(json.dumps(found), encoding="utf-8")
+            write_json(args.out / f"{engine}.json", found)
         if failed:  # the ranks may no longer be at the same place
             return 1
     return 0

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_pdrop.bench.gpu.stages import STAGES, ends
+from llava_pdrop.files import read_json, write_json
 from llava_pdrop.report.environment import COMMAND, check_out
-from llava_pdrop.report.page import write_json
 
 SUMMARY, GPU_CHECK_FILE, ARCHIVE = "summary.txt", "gpu_check.json", "gpu_check.tar.gz"
 
@@ -119,12 +119,10 @@ def _mark_broken(work: Path, name: str, status: int) -> None:
     """The stage that a process did not survive. One that was over (the device broke after it) stays as it is."""
     file = work / "stages" / f"{name}.json"
     never = {"stage": name, "status": "running", "missing": list(STAGES[name].needs), "result": {}}
-    record = (
-        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else never
-    )  # it may have come to its name and no further
+    record = read_json(file) if file.is_file() else never  # it may have come to its name and no further
     if record["status"] == "running":
         record |= {"status": "broken", "error": f"its process ended with {_ending(status)}: {_last_line(work)}"}
-        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(file, record)
         say(work, f"{name}: broken: {record['error']}")
 
 
@@ -166,7 +164,7 @@ def _finish(work: Path, out: Path, names: list[str]) -> int:
 def _records(work: Path) -> dict[str, dict[str, Any]]:
     """Stage -> its record, in the order of the stages."""
     files = {name: work / "stages" / f"{name}.json" for name in STAGES}
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    return {name: read_json(file) for name, file in files.items() if file.is_file()}
 
 
 def _pack(work: Path, out: Path) -> list[Path]:

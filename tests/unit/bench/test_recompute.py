@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from llava_pdrop.bench import variants
-from llava_pdrop.bench.recompute import RESERVE, arms_in, arms_with, read_setting
+from llava_pdrop.bench.recompute import arms_in, arms_with, read_setting
 from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.train_step import BenchArm, BenchTrainer
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
+from llava_pdrop.cost.plan import RESERVE
 from llava_pdrop.cost.step_time import CARDS
 from llava_pdrop.report.units import GIB
 from tests.messages import says
