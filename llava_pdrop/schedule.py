@@ -140,7 +140,8 @@ class Schedule:
         if len(set(layers)) < len(layers):
             raise UserError(
                 f"pyramid_drop.layers {list(self.layers)}, written for {depth} layers, would be {layers} "
-                f"of {num_layers}: two drops at one layer; set pyramid_drop.layers"
+                f"of {num_layers}: two drops at one layer; set pyramid_drop.layers of {num_layers}, and "
+                "pyramid_drop.depth=null"
             )
         return replace(self, layers=tuple(layers), inject=inject).check(num_layers)
 

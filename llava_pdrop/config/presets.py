@@ -42,6 +42,8 @@ def read_sections(layers: Layers) -> Layers:
             continue
         path = _file(name, section)
         content = read_mapping(path, wanted="a schedule")
+        if not content:
+            raise ConfigError(f"{path}: holds no keys: give layers with ratios or keep; {KEY}=null drops nothing")
         found += [(name, {**layer, KEY: None}), (str(path), {KEY: content})]
     return found
 

@@ -325,7 +325,7 @@ class Config:
                 try:
                     schedule = schedule.single_drop(layer, num_layers, schedule.ranker)
                 except UserError as error:
-                    raise Problem(key, f"{key}: {error}") from None
+                    raise Problem(key, f"{key}: {error} (compare.training_free=null compares with none)") from None
             schedules[name] = self._check_one(schedule, key, num_layers)
         return schedules
 

@@ -104,13 +104,19 @@ def test_what_is_wrong_with_a_preset_names_its_file(tiny_config, tmp_path):
     for content, message in [
         ("layers: [1]\nratios: [2.0]\n", says("pyramid_drop.ratios", "[0, 1]")),
         ("layer: [1]\n", says("'pyramid_drop.layer'", meant("pyramid_drop.layers'"))),
-        ("layers: [1, 2, 3]\nratios: [1, 1, 1]\ndepth: 32\n", says("pyramid_drop.layers", "[0, 0, 0]", "32", "4")),
+        (
+            "layers: [1, 2, 3]\nratios: [1, 1, 1]\ndepth: 32\n",
+            says("pyramid_drop.layers", "[0, 0, 0]", "32", "4", "pyramid_drop.depth=null"),
+        ),
         ("layers: [1]\nratios: [1]\ndepth: all\n", says("pyramid_drop.depth", "'all'")),
     ]:
         said = complaint(content)
         assert said.startswith(f"{mine}: ") and "\n" not in said
         assert re.search(message, said), said
     assert complaint("- 1\n").startswith(f"{mine}: ")
+    assert re.search(says("mine.yaml", "layers", "ratios", "pyramid_drop=null"), complaint("# nothing\n"))
+    counts = complaint("layers: [1]\nkeep: [9]\n", "compare.training_free={early: {single_drop: 1}}")
+    assert re.search(says("compare.training_free.early", "counts tokens", "compare.training_free=null"), counts)
     near = meant("configs/schedules/fastv")
     with pytest.raises(ValueError, match=says("command line", "configs/schedules/fastv2.yaml", near)):
         load_config(file, ["pyramid_drop=configs/schedules/fastv2.yaml"])
