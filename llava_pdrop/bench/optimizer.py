@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_pdrop.cost.states import States
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import check_name
 
 STATE_BYTES = 16
 """Bytes per trainable parameter of mixed-precision AdamW: weight and gradient in half precision, weight and two moments
@@ -72,8 +72,7 @@ def choose(name: str, parameters: list[nn.Parameter], device: torch.device) -> s
     Raises:
         UserError: an unknown name.
     """
-    if name not in CHOICES:
-        raise UserError(f"unknown --optimizer {name!r}: choose one of {list(CHOICES)}")
+    check_name("--optimizer", name, CHOICES)
     if name != "auto":
         return name
     room = HEADROOM * free_bytes(device)

@@ -96,9 +96,11 @@ def run_train(asked: TrainSettings) -> list[dict[str, Any]]:
         card_named(asked.card)
     name, shape = chosen_shape(asked.shape, asked.overrides, device.type == "cuda")
     attention = asked.attention or shape.attention
-    check_backend(attention)
-    check_kernels(kernels := asked.kernels or shape.kernels)
-    kernels = resolve(kernels, device)
+    check_backend(attention, "--attention" if asked.attention else "model.attention")
+    kernels = asked.kernels or shape.kernels
+    key = "--kernels" if asked.kernels else "model.kernels"
+    check_kernels(kernels, key)
+    kernels = resolve(kernels, device, key)
     check_out(asked.out)
     depth, recomputed = shape.text["num_hidden_layers"], shape.recomputed
     schedules = read_schedules(asked.schedule, depth)

@@ -21,7 +21,7 @@ from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.nominal import full_picture, model_of, recomputed_by, samples_of
-from llava_pdrop.errors import ConfigError, UserError, did_you_mean
+from llava_pdrop.errors import ConfigError, UserError, check_name
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.model.vlm import PyramidLlava
@@ -96,8 +96,7 @@ def shape_named(name: str) -> Shape:
     Raises:
         UserError: there is none, or this package was installed without its configs.
     """
-    if name not in NAMED:
-        raise UserError(f"unknown shape {name!r}: choose one of {list(NAMED)}" + did_you_mean(name, NAMED))
+    check_name("--shape", name, NAMED)
     file = CONFIGS / NAMED[name]
     if not file.is_file():
         raise UserError(

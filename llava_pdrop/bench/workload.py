@@ -16,7 +16,7 @@ from torch import Tensor
 from llava_pdrop.bench.shapes import Shape
 from llava_pdrop.cost.mixtures import LLAVA_15, OPEN_LLAVA_NEXT, Component
 from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, full_picture
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import check_name
 from llava_pdrop.geometry import Size
 from llava_pdrop.types import IGNORE_INDEX, ImageInput, PackedBatch, Sample
 
@@ -57,8 +57,7 @@ class Workload:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.images not in IMAGES:
-            raise UserError(f"unknown images {self.images!r}: choose one of {list(IMAGES)}")
+        check_name("--images", self.images, IMAGES)
 
     @property
     def mixture(self) -> tuple[Component, ...]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_pdrop.cost.flops import head_size, key_value_heads
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import check_name
 from llava_pdrop.model.kernels import AUTO
 
 HALF, FLOAT = 2, 4
@@ -75,8 +75,7 @@ def check_kernels(kernels: str) -> None:
     Raises:
         UserError: they are none of `KERNELS`.
     """
-    if kernels not in KERNELS:
-        raise UserError(f"unknown kernels {kernels!r} of the time model: choose one of {list(KERNELS)}")
+    check_name("--kernels", kernels, KERNELS)
 
 
 def layer_bytes(text: Any, tokens: int, learns: bool = True, kernels: str = "eager") -> Moved:

@@ -36,7 +36,7 @@ from llava_pdrop.cost.elementwise import (
     tower_layer_bytes,
 )
 from llava_pdrop.cost.flops import Product, Recomputed, StepPart, Work, step_parts
-from llava_pdrop.errors import UserError, did_you_mean
+from llava_pdrop.errors import UserError, check_name
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.rankers import RANKERS
 from llava_pdrop.model.stream import layouts_of
@@ -110,10 +110,7 @@ def card_named(name: str) -> Card:
     Raises:
         UserError: there is none.
     """
-    if name not in CARDS:
-        raise UserError(
-            f"--card {name!r} is none of the known cards: choose one of {list(CARDS)}" + did_you_mean(name, CARDS)
-        )
+    check_name("--card", name, CARDS)
     return CARDS[name]
 
 

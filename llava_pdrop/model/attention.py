@@ -40,19 +40,19 @@ class Segments:
     backend: str = "auto"
 
 
-def check_backend(backend: str) -> None:
-    """Says before the first step what would fail in it.
+def check_backend(backend: str, key: str = "model.attention") -> None:
+    """Says before the first step what would fail in it. ``key``: where it was given.
 
     Raises:
         UserError: an unknown backend, or one whose package or device is not there.
     """
-    check_name("model.attention", backend, BACKENDS)
+    check_name(key, backend, BACKENDS)
     if backend in ("auto", "sdpa"):
         return
     if backend == "flash_attn" and find_spec("flash_attn") is None:
-        raise UserError("model.attention: flash_attn needs the package flash-attn: install it, or set 'auto'")
+        raise UserError(f"{key}: flash_attn needs the package flash-attn: install it, or set 'auto'")
     if not torch.cuda.is_available():
-        raise UserError(f"model.attention: {backend} needs a CUDA device, and there is none: set 'auto' or 'sdpa'")
+        raise UserError(f"{key}: {backend} needs a CUDA device, and there is none: set 'auto' or 'sdpa'")
 
 
 def packed_attention(

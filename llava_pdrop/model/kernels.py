@@ -69,19 +69,19 @@ class _OfThisThread(threading.local):
 _now = _OfThisThread()
 
 
-def check_kernels(choice: str) -> None:
-    """Says before the first step what would fail in it.
+def check_kernels(choice: str, key: str = "model.kernels") -> None:
+    """Says before the first step what would fail in it. ``key``: where it was given.
 
     Raises:
         UserError: an unknown choice, or one whose package or device is not there.
     """
-    check_name("model.kernels", choice, CHOICES)
+    check_name(key, choice, CHOICES)
     if choice == "liger":
-        resolve(choice, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        resolve(choice, torch.device("cuda" if torch.cuda.is_available() else "cpu"), key)
 
 
-def resolve(choice: str, device: torch.device) -> str:
-    """What ``choice`` comes to on ``device``: ``eager``, ``torch`` or ``liger``.
+def resolve(choice: str, device: torch.device, key: str = "model.kernels") -> str:
+    """What ``choice``, given by ``key``, comes to on ``device``: ``eager``, ``torch`` or ``liger``.
 
     Raises:
         UserError: a package, a compiler or a device is not there.
@@ -90,7 +90,7 @@ def resolve(choice: str, device: torch.device) -> str:
         wanted = AUTO.get(device.type, "eager")
         return "eager" if missing(wanted, device) else wanted
     if (reason := missing(choice, device)) is not None:
-        raise UserError(f"model.kernels: {choice} {reason}, or set 'auto' or 'eager'")
+        raise UserError(f"{key}: {choice} {reason}, or set 'auto' or 'eager'")
     return choice
 
 
