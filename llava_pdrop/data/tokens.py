@@ -37,7 +37,6 @@ from llava_pdrop.data.labels import (
     SURROGATE,
     Encoded,
     Expanded,
-    Size,
     bos_ids,
     encode_pieces,
     expand_slots,
@@ -45,7 +44,7 @@ from llava_pdrop.data.labels import (
 )
 from llava_pdrop.data.marks import control_tokens
 from llava_pdrop.errors import RecordError, Unfit, UserError, check_name
-from llava_pdrop.geometry import ImageGeometry
+from llava_pdrop.geometry import ImageGeometry, Size
 from llava_pdrop.types import IGNORE_INDEX, IMAGE_MARKER, ImageInput, Record, Sample
 
 Truncation = Literal["turns", "tokens"]

@@ -11,14 +11,14 @@ from tests.messages import says
 
 def run(name: str, seconds: float, again: tuple[bool, int | None, bool], **more: Any) -> dict[str, Any]:
     modelled = {"step_ms": 900 * seconds, "parts": [{"name": "tower", "forward_ms": 9.0}]}
-    modelled["parts"] += [{"name": f"layers {k}", "forward_ms": 100.0 + k} for k in range(2)]
+    modelled["parts"] += [{"name": f"layers {k}-{k}", "forward_ms": 100.0 + k} for k in range(2)]
     keys = ("recompute", "recompute_layers", "recompute_tower")
     return {
         "name": name,
+        "schedule": {"layers": [1], "ratios": [0.5]},
         "error": None,
         "kernels": "eager",
         "quartiles": {"step": [seconds, seconds, seconds]},
-        "schedule": {"layers": [1], "ratios": [0.5]},
         "stages": [{"tokens": 10, "seconds": seconds / 4}, {"tokens": 5, "seconds": seconds / 8}],
         "steps": {"image_tokens": [[8, 4], [10, 5]]},
         "modelled": modelled,
