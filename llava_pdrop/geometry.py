@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isqrt
 from typing import Literal
 
 import numpy as np
@@ -84,6 +85,15 @@ class ImageGeometry:
         """Patches of one tile."""
         return self.patches_per_side**2
 
+    def side(self, budget: int) -> int:
+        """Features along a side of a tile that is pooled to the largest square grid of at most ``budget`` (0: it is not
+        pooled)."""
+        return min(self.patches_per_side, isqrt(budget)) if budget else self.patches_per_side
+
+    def features(self, budget: int) -> int:
+        """Features of one tile that is pooled so."""
+        return self.side(budget) ** 2
+
     def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """The (width, height) a picture of ``size`` (width, height) is fitted into: the canvas that keeps the most
         of its pixels, then wastes the least."""
@@ -105,8 +115,11 @@ class ImageGeometry:
         width, height = self.canvas(size)
         return 1 + (width // self.tile) * (height // self.tile)
 
-    def num_tokens(self, size: tuple[int, int]) -> int:
-        """Image tokens of a picture of ``size`` (width, height): the length of its `merge_index`, without making it."""
+    def num_tokens(self, size: tuple[int, int], budget: int = 0) -> int:
+        """Image tokens of a picture of ``size`` (width, height): the length of its `merge_index`, without making it;
+        of a picture that is pooled to ``budget`` features a tile the length of its `pooled_index`."""
+        if self.features(budget) < self.patches:
+            return len(self.pooled_index(size, budget)[0])
         if self.aspect == "pad" or self.merge != "spatial_unpad":
             return self.num_tiles(size) * self.patches
         columns, rows = (length // self.patch for length in self.canvas(size))
@@ -129,6 +142,20 @@ class ImageGeometry:
         (tiles * patches, D), tile 0 being the whole picture and the others row-major; `NEWLINE` for a newline."""
         return _merge_index(self, size)
 
+    def pooled_index(self, size: tuple[int, int], budget: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a picture whose tiles are pooled to at most ``budget`` features each: which of its tokens (`merge_index`)
+        stay, (tokens,) int64, and which pooled feature each of them takes, `NEWLINE` for a newline.
+
+        The first token of every cell stays, and the newline of every row in which one does. So a cell that shows any of
+        the picture is a token, and nothing has to be rounded once more.
+        """
+        return _pooled_index(self, size, self.side(budget))
+
+    def cell_of_patch(self, side: int) -> np.ndarray:
+        """(patches,) int64: the cell of a grid of ``side`` by ``side`` that each patch of a tile lies in."""
+        cell = np.arange(self.patches_per_side) * side // self.patches_per_side
+        return (cell[:, None] * side + cell).reshape(-1)
+
     def _round(self, value: float) -> int:
         return int(value) if self.rounding == "original" else int(round(value, 7))
 
@@ -149,3 +176,19 @@ def _merge_index(geometry: ImageGeometry, size: tuple[int, int]) -> np.ndarray:
         grid = grid[rows, columns]
         grid = np.concatenate([grid, np.full((len(grid), 1), NEWLINE)], axis=1)
     return np.concatenate([base, grid.reshape(-1)])
+
+
+@lru_cache(maxsize=4096)
+def _pooled_index(geometry: ImageGeometry, size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
+    index = geometry.merge_index(size)
+    if side == geometry.patches_per_side:
+        return np.arange(len(index)), index
+    tile, patch = np.divmod(index, geometry.patches)
+    feature = np.where(index == NEWLINE, NEWLINE, tile * side**2 + geometry.cell_of_patch(side)[patch])
+    stays = np.zeros(len(index), dtype=bool)
+    stays[np.unique(feature, return_index=True)[1]] = True
+    newlines = int((index == NEWLINE).sum())
+    if newlines:
+        rows = stays[geometry.patches :].reshape(newlines, -1)
+        rows[:, -1] = rows[:, :-1].any(1)
+    return np.flatnonzero(stays), feature[stays]

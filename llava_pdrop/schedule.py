@@ -43,6 +43,10 @@ class Schedule:
     """What becomes of dropped tokens: nothing (``none``), or each is averaged into the survivor of its picture that is
     ``nearest`` to it, by the cosine of hidden states. The survivor keeps its position."""
 
+    downsample: int = 0
+    """Features of every tile are averaged, before the projector, to the largest square grid of at most so many
+    (576 to 16x16 for 270); 0: they are not. ``ratios`` and ``keep`` count from what is left. Needs no ``layers``."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "ratios", tuple(float(ratio) for ratio in self.ratios))
@@ -59,6 +63,10 @@ class Schedule:
             raise UserError(f"pyramid_drop.positions must be 'auto', 'renumber' or 'keep', got {self.positions!r}")
         if self.merge not in ("none", "nearest"):
             raise UserError(f"pyramid_drop.merge must be 'none' or 'nearest', got {self.merge!r}")
+        if self.downsample < 0:
+            raise UserError(
+                f"pyramid_drop.downsample must be a number of features a tile, or 0 for all: got {self.downsample}"
+            )
 
     def _check_layers(self) -> None:
         one_each: dict[str, tuple[Any, ...]] = {"keep" if self.keep else "ratios": self.amounts}
@@ -96,6 +104,16 @@ class Schedule:
                 )
 
     @property
+    def vanilla(self) -> bool:
+        """Whether every layer sees all tokens."""
+        return not self.layers and not self.downsample
+
+    @property
+    def shortening(self) -> tuple[int, ...]:
+        """The layers before which a prompt loses image tokens: `layers`, and before these where pooled ones enter."""
+        return (self.inject,) * bool(self.downsample) + self.layers
+
+    @property
     def amounts(self) -> tuple[int | float, ...]:
         """What stays after each drop: shares of the original tokens, and counts where they are whole numbers."""
         return self.keep or self.ratios
@@ -104,6 +122,13 @@ class Schedule:
     def amounts_text(self) -> str:
         """The same in words."""
         return ", ".join(f"{amount:.1%}" if isinstance(amount, float) else str(amount) for amount in self.amounts)
+
+    @property
+    def told(self) -> str:
+        """Where tokens leave, in words."""
+        pools = f"pools tiles to at most {self.downsample} features" if self.downsample else ""
+        drops = f"drops after layers {list(self.layers)}" if self.layers or not pools else ""
+        return " and ".join(filter(None, (pools, drops)))
 
     @property
     def rankers(self) -> tuple[str, ...]:
@@ -198,7 +223,7 @@ class Schedule:
         """The ``pyramid_drop`` section of a config.json or YAML file. Of the keys that came later only those are in it
         that are used: older schedules are written as they were."""
         section = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        unused = {"keep": [], "inject": 0, "merge": "none"}
+        unused = {"keep": [], "inject": 0, "merge": "none", "downsample": 0}
         return {name: value for name, value in section.items() if name not in unused or value != unused[name]}
 
     @staticmethod

@@ -165,6 +165,11 @@ class PrefillBench:
             raise UserError(f"--attention {attention!r} does not work here: {error}") from error
         hf.generation_config.eos_token_id = None  # every answer has the same length
         hf.generation_config.pad_token_id = 0
+        if shape.schedule.downsample:
+            raise UserError(
+                "bench prefill encodes its pictures before the clock starts, so that pyramid_drop.downsample cannot be "
+                "measured: set it to 0"
+            )
         dropping = {"PyramidDrop": shape.schedule} if shape.schedule.layers else {}
         methods = {"vanilla": Schedule(), **dropping, "FastV": FASTV}
         return cls(hf, shape, device, methods, runs, seed, attention, *peak_flops(device, dtype))

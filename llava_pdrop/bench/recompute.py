@@ -137,7 +137,7 @@ def _arm_with(
     towers = (False, True) if "vision_tower" in trainer.shape.trainable else (False,)
     counts = [None if number == depth else number for number in numbers]
     choices = [replace(arm, recomputed=Recomputed(count, tower)) for tower in towers for count in counts]
-    layouts = [layouts_of(batch, arm.schedule) for batch in batches]
+    layouts = [layouts_of(batch, arm.schedule, trainer.shape.geometry) for batch in batches]
 
     def peak(choice: BenchArm) -> float:
         return max(trainer.predicted_peak_mib(choice, *known) for known in zip(batches, layouts)) * MIB

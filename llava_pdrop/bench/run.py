@@ -104,7 +104,7 @@ def run_train(asked: TrainSettings) -> list[dict[str, Any]]:
     check_out(asked.out)
     depth, recomputed = shape.text["num_hidden_layers"], shape.recomputed
     schedules = read_schedules(asked.schedule, depth)
-    if not schedules and shape.schedule.layers:
+    if not schedules and not shape.schedule.vanilla:
         schedules = {"PyramidDrop": shape.schedule}
     if asked.recompute is not None and asked.recompute != bool(recomputed):
         recomputed = ALL_LAYERS if asked.recompute else Recomputed()
@@ -195,7 +195,7 @@ def read_schedules(files: Sequence[Path], layers: int) -> dict[str, Schedule]:
 def _schedule_of(file: Path, layers: int) -> Schedule:
     """The schedule that a YAML file is, or that its section ``pyramid_drop`` is."""
     content = read_mapping(file)
-    if "layers" in content:
+    if content.keys() & {"layers", "downsample"}:
         return bare_schedule(content, layers)
     section = load_config(file).pyramid_drop
     if section is None:

@@ -341,7 +341,7 @@ def _bytes(runs: Sequence[dict[str, Any]], key: str) -> list[float | None]:
 
 def _settings(report: dict[str, Any]) -> Table:
     stock, peak = report["workload"], report["peak_flops"]["per_second"]
-    schedules = {run["name"]: _schedule(run["schedule"]) for run in report["runs"] if run["schedule"]["layers"]}
+    schedules = {run["name"]: told for run in report["runs"] if (told := _schedule(run["schedule"]))}
     return settings(
         report["environment"],
         kernels=report["runs"][0]["kernels"],
@@ -362,10 +362,12 @@ def _verdict(run: dict[str, Any]) -> str:
 
 
 def _schedule(schedule: dict[str, Any]) -> str:
+    pools = f"pool tiles to at most {schedule['downsample']} features" if schedule.get("downsample") else ""
     layers, kept = (
         ", ".join(map(str, values)) for values in (schedule["layers"], schedule.get("keep") or schedule["ratios"])
     )
-    return f"before layers {layers} keep {kept} ({schedule['ranker']}, {schedule['positions']})"
+    drops = f"before layers {layers} keep {kept} ({schedule['ranker']}, {schedule['positions']})" if layers else ""
+    return "; ".join(filter(None, (pools, drops)))
 
 
 def step_bars(report: dict[str, Any]) -> Any:

@@ -209,7 +209,7 @@ class BenchTrainer:
         config, shape = self.model.hf.config, self.shape
         count = step_flops(config, batch, arm.schedule, shape.geometry, shape.trainable, arm.recomputed)
         if arm.full_logits:
-            rows = layouts_of(batch, arm.schedule)[-1].tokens
+            rows = layouts_of(batch, arm.schedule, shape.geometry)[-1].tokens
             count = replace(count, head=count.head * rows / len(batch.label_positions))
         return count.total
 
@@ -310,7 +310,7 @@ def _one_step(
         result.tokens.append(sum(samples.seq_lens))
         result.model_flops.append(trainer.model_flops(arm, samples))
         result.hardware_flops.append(trainer.hardware_flops(arm, batch))
-        result.stage_flops.append(stage_flops(trainer.model.hf.config, batch, arm.schedule))
+        result.stage_flops.append(stage_flops(trainer.model.hf.config, batch, arm.schedule, trainer.shape.geometry))
         result.times.append(trainer.modelled_time(arm, batch))
         if cuda and not arm.full_logits:
             result.predicted_peak_mib.append(trainer.predicted_peak_mib(arm, batch))

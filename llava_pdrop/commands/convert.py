@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     prepare = _serving(args.source, args.template)
     source = convert(args.source, target, args.to, args.base, args.vision_tower, dtype, args.overwrite, prepare)
     schedule = source.schedule
-    drops = "says nothing about dropping" if schedule is None else f"drops after layers {list(schedule.layers)}"
+    drops = "says nothing about dropping" if schedule is None else schedule.told
     weights = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 1e9
     lines = [f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}"]
     for line in [*lines, *source.notes]:

@@ -32,9 +32,9 @@ def plan(ablation: Ablation) -> list[VariantRow]:
     rows = []
     for variant in ablation.variants:
         config, predicted = variant.config, None
-        if config.schedule.layers and ablation.checkpoint is None:
+        if not config.schedule.vanilla and ablation.checkpoint is None:
             predicted = plan_step(config).reduction
-        elif config.schedule.layers:
+        elif not config.schedule.vanilla:
             model = model_of(config)
             batch = nominal_batch(model.geometry, config)
             predicted = predicted_reduction(model.config, [batch], config.schedule, model.geometry, trainable=())

@@ -61,7 +61,7 @@ def with_predictions(rows: Sequence[VariantRow]) -> list[VariantRow]:
     were timed, else of those in its first steps. Runs with the same data, one after the other, read them once."""
     asked, found, completed = None, None, []
     for row in rows:
-        if row.schedule.layers and row.timing:
+        if not row.schedule.vanilla and row.timing:
             predicted, config = row.saving.predicted if row.saving else None, row.config
             if predicted is None:
                 alike = replace(config, name="", output_dir="", pyramid_drop=None, pretrain=None, paper=None)

@@ -48,7 +48,7 @@ def step_times(rows: Sequence[VariantRow]) -> Any:
     rows = [row for row in rows if row.timing]
     seconds = [row.seconds or 0.0 for row in rows]
     unit = time_unit(seconds)
-    full = next((row.seconds for row in rows if row.seconds and not row.schedule.layers), None)
+    full = next((row.seconds for row in rows if row.seconds and row.schedule.vanilla), None)
     predicted = [full * (1 - row.predicted) / unit.size if full and row.predicted else None for row in rows]
     figure, axes = subplots(figsize=(7.2, 0.9 + 0.75 * len(rows)), layout="constrained")
     texts = [f"{unit.text(row.seconds)} {unit.name}{_less(row.realised)}" for row in rows]
@@ -105,7 +105,7 @@ def _lines(axes: Any, rows: Sequence[VariantRow]) -> None:
 def _bars(axes: Any, rows: Sequence[VariantRow], values: Values, texts: Sequence[str], marks: Marks) -> None:
     """A bar for every row with its text in it, or behind it where it is short."""
     ends = [value or 0.0 for value in values]
-    kinds = ["pyramid_drop" if row.schedule.layers else "vanilla" for row in rows]
+    kinds = ["vanilla" if row.schedule.vanilla else "pyramid_drop" for row in rows]
     axes.barh(range(len(rows)), ends, 0.6, color=[COLOURS[kind] for kind in kinds])
     axes.margins(x=0.1)
     axes.grid(axis="y", visible=False)

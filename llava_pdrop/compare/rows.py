@@ -122,7 +122,7 @@ class VariantRow:
     @property
     def saved_in_paper(self) -> float | None:
         """Share of the GPU hours that the paper saves."""
-        return self.paper.saved if self.paper and self.schedule.layers else None
+        return self.paper.saved if self.paper and not self.schedule.vanilla else None
 
     @property
     def accuracy(self) -> float | None:
@@ -185,7 +185,7 @@ def table(rows: Sequence[VariantRow], title: str) -> Table:
     return Table.of_columns(
         [
             ("variant", [row.name for row in rows]),
-            ("after layers", [", ".join(map(str, row.schedule.layers)) or "-" for row in rows]),
+            ("after layers", [", ".join(map(str, row.schedule.shortening)) or "-" for row in rows]),
             ("image tokens per stage", [_image_tokens(row) for row in rows]),
             ("average", cells(".0f", lambda row: row.plan.average_tokens if row.plan else None)),
             ("TFLOP", cells(".3g", lambda row: row.plan.paper.dropping if row.plan else None)),

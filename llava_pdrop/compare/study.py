@@ -98,7 +98,7 @@ def missing_lines(configs: Sequence[Config]) -> list[str]:
     """What the table will lack because of what the ``configs`` of its rows leave out, one line each."""
     lines = {
         "no run without drops: no realised saving, and no training-free rows (compare.vanilla is false, or no variant "
-        "of the ablation is vanilla: {pyramid_drop: null})": all(config.schedule.layers for config in configs),
+        "of the ablation is vanilla: {pyramid_drop: null})": all(not config.schedule.vanilla for config in configs),
         "data.eval is null: no accuracy, chance or image tokens per stage, and no example pictures": all(
             config.data.eval is None for config in configs
         ),

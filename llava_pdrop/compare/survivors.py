@@ -42,8 +42,8 @@ def examples(
             continue
         result = answer(settings, respondent, [question], schedule, None, trace=True)
         prompt, picture = result.steps[0], load_image(question.record.images[0])
-        tokens = range(parts.geometry.num_tokens(picture.size))
-        stages = [list(tokens), *(prompt.kept(drop)[0] for drop in range(len(schedule.layers)))]
+        entered, _ = parts.geometry.pooled_index(picture.size, schedule.downsample)
+        stages = [entered.tolist(), *(prompt.kept(drop)[0] for drop in range(len(schedule.layers)))]
         kept = [patch_grid(parts.geometry, picture.size, stage) for stage in stages]
         text = result.predictions[0]
         seen = as_seen(parts.geometry, picture, parts.image_processor.image_mean)

@@ -69,11 +69,11 @@ def saving_of_pairs(
 def with_savings(rows: Sequence[VariantRow], in_turns: bool = True) -> list[VariantRow]:
     """Adds to every row with drops what they save of the time of the row without, of the same model and measured alike.
     ``in_turns``: see `saving`."""
-    vanilla = {_alike(row): row.seconds for row in rows if not row.schedule.layers}
+    vanilla = {_alike(row): row.seconds for row in rows if row.schedule.vanilla}
 
     def completed(row: VariantRow) -> VariantRow:
         before = vanilla.get(_alike(row))
-        if not row.schedule.layers or before is None or row.seconds is None:
+        if row.schedule.vanilla or before is None or row.seconds is None:
             return row
         return replace(row, saving=saving(row, before, row.seconds, in_turns))
 

@@ -143,7 +143,7 @@ def advise(config: Config, gpus: int, gib: float, mfu: float = MFU, batch: int |
             f"--gpus {gpus}: a global batch of {batch} samples ({told}) cannot be shared out evenly: give another "
             f"number of GPUs, or --global-batch {near}"
         )
-    names = ["vanilla", "dropping"] if config.schedule.layers else ["vanilla"]
+    names = ["vanilla"] if config.schedule.vanilla else ["vanilla", "dropping"]
     found: dict[str, AdviceSetting] = {}
     least: dict[str, AdviceSetting] = {}
     for settings in _by_engine(config, gpus, batch // gpus):
@@ -206,7 +206,7 @@ def overrides(config: Config, arm: AdviceArm) -> str:
     }
     if config.data.tokens_per_batch is not None:
         words["data.tokens_per_batch"] = "null"
-    if arm.name == "vanilla" and config.schedule.layers:
+    if arm.name == "vanilla" and not config.schedule.vanilla:
         words["pyramid_drop"] = "null"
     return " ".join(f"{name}={value}" for name, value in words.items())
 

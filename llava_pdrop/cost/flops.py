@@ -153,10 +153,10 @@ def step_flops(
     )
 
 
-def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule) -> list[float]:
+def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule, geometry: ImageGeometry) -> list[float]:
     """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
     stages, layer = [0.0] * (len(schedule.layers) + 1), 0
-    for part in _stages(config.text_config, layouts_of(batch, schedule), schedule, (), Recomputed()):
+    for part in _stages(config.text_config, layouts_of(batch, schedule, geometry), schedule, (), Recomputed()):
         stages[schedule.stage(layer)] += part.forward.flops
         layer += part.layers
     return stages
@@ -201,12 +201,12 @@ def step_parts(
         split: layers before which a part begins though nothing is dropped there, to stand beside a schedule's.
     """
     text, tiles = config.text_config, tiles_of(batch, geometry)
-    layouts = layouts or layouts_of(batch, schedule)
+    layouts = layouts or layouts_of(batch, schedule, geometry)
     logits = (Product(len(batch.label_positions), text.hidden_size, text.vocab_size),)
     back = Work(_backward(logits, "language_model" in trainable)) if trainable else Work()
     return [
         _tower(config, tiles, "vision_tower" in trainable, recomputed.tower),
-        _projector(config, tiles * geometry.patches, trainable),
+        _projector(config, tiles * geometry.features(schedule.downsample), trainable),
         *_stages(text, layouts, schedule, trainable, recomputed, split),
         *([_rankings(text, layouts, schedule, bool(trainable))] if schedule.layers else []),
         StepPart("head", "head and loss", layouts[-1].tokens, Work(logits), back),

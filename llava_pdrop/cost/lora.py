@@ -11,6 +11,7 @@ from typing import Any
 from llava_pdrop.checkpoint.lora import by_pattern
 from llava_pdrop.config.schema import Config, LoraSection
 from llava_pdrop.cost.flops import head_size, key_value_heads
+from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.stream import layout_of_layers, layouts_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
@@ -44,10 +45,15 @@ def adapter_parameters(text: Any, section: LoraSection | None) -> list[int]:
 
 
 def adapter_flops(
-    text: Any, section: LoraSection | None, batch: PackedBatch, schedule: Schedule, recomputed: int | None
+    text: Any,
+    section: LoraSection | None,
+    batch: PackedBatch,
+    schedule: Schedule,
+    geometry: ImageGeometry,
+    recomputed: int | None,
 ) -> float:
     """Operations of the adapters in a step that runs the first ``recomputed`` layers (None: all) forward again."""
-    layouts = layout_of_layers(layouts_of(batch, schedule), schedule, text.num_hidden_layers)
+    layouts = layout_of_layers(layouts_of(batch, schedule, geometry), schedule, text.num_hidden_layers)
     again = range(text.num_hidden_layers)[:recomputed]
     return float(
         sum(

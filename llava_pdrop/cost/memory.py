@@ -131,12 +131,12 @@ def predicted_peak(
     """
     counts, layers = Parameters.of(config), config.text_config.num_hidden_layers
     decoder = replace(counts, embedding=0, layer=adapters // layers, head=0) if adapters else counts
-    layouts = layouts_of(batch, schedule) if layouts is None else layouts
+    layouts = layouts_of(batch, schedule, geometry) if layouts is None else layouts
     again = range(layers)[: recomputed.layers]
     tiles = tiles_of(batch, geometry)
     blocks = [
         *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, recomputed.tower, states),
-        _projector_block(config, counts, tiles * geometry.patches, trainable, states),
+        _projector_block(config, counts, tiles * geometry.features(schedule.downsample), trainable, states),
         *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, again, states),
     ]
     total, learning = counts.total(config) + adapters, sum(block.learning for block in blocks)

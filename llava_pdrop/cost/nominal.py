@@ -94,9 +94,9 @@ def model_of(config: Config) -> NominalModel:
     return NominalModel(whole, geometry)
 
 
-def paper_tokens(geometry: ImageGeometry, size: tuple[int, int]) -> int:
+def paper_tokens(geometry: ImageGeometry, size: tuple[int, int], budget: int = 0) -> int:
     """Image tokens of a picture as the paper counts them: all patches of all tiles, without newlines."""
-    return geometry.num_tiles(size) * geometry.patches
+    return geometry.num_tiles(size) * geometry.features(budget)
 
 
 def nominal_batch(geometry: ImageGeometry, config: Config) -> PackedBatch:

@@ -5,8 +5,9 @@ Numbers only: no weights, no pixels. `report` prints them, `nominal` says what a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from llava_pdrop.config.schema import Config
@@ -106,23 +107,24 @@ def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICT
     model = model_of(config)
     schedule = config.schedule.check(model.layers)
 
-    def row(size: tuple[int, int], n: int) -> PlanRow:
-        return PlanRow(size, image_tokens_by_stage([n], schedule), model.tflop(n), model.tflop(n, schedule))
+    def row(size: tuple[int, int], count: Callable[..., int]) -> PlanRow:
+        n = count(size, schedule.downsample)
+        return PlanRow(size, image_tokens_by_stage([n], schedule), model.tflop(count(size)), model.tflop(n, schedule))
 
-    full = full_picture(model.geometry)
-    n = model.geometry.num_tokens(full)
+    full, tokens = full_picture(model.geometry), model.geometry.num_tokens
+    whole, n = tokens(full), tokens(full, schedule.downsample)
     edges = sorted({0, schedule.inject, *schedule.layers, model.layers})
     by_layer = schedule.tokens_per_layer(n, model.layers)
-    stages = [PlanStage(a, b - 1, by_layer[a], by_layer[a] / n) for a, b in pairwise(edges)]
+    stages = [PlanStage(a, b - 1, by_layer[a], by_layer[a] / whole) for a, b in pairwise(edges)]
     return Plan(
         schedule=schedule,
         layers=model.layers,
-        average=schedule.average_ratio(model.layers, n),
+        average=schedule.average_ratio(model.layers, n) * n / whole,
         average_tokens=model.average_tokens(n, schedule),
-        rows=[row(size, model.geometry.num_tokens(size)) for size in pictures],
+        rows=[row(size, tokens) for size in pictures],
         picture=full,
         stages=stages,
-        paper=row(full, paper_tokens(model.geometry, full)),
+        paper=row(full, partial(paper_tokens, model.geometry)),
     )
 
 
@@ -138,12 +140,12 @@ def solve(config: Config, average_tokens: float | None = None, tflop: float | No
     model = model_of(config)
     full = full_picture(model.geometry)
     if average_tokens is not None:
-        n = model.geometry.num_tokens(full)
+        n = model.geometry.num_tokens(full, config.schedule.downsample)
         return solve_budget(
             lambda schedule: model.average_tokens(n, schedule), average_tokens, n, model.layers, config.schedule
         )
     assert tflop is not None
-    n = paper_tokens(model.geometry, full)
+    n = paper_tokens(model.geometry, full, config.schedule.downsample)
     return solve_budget(lambda schedule: model.tflop(n, schedule), tflop, n, model.layers, config.schedule)
 
 
@@ -164,7 +166,7 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Plan
 
     def operations(schedule: Schedule, again: Recomputed) -> StepFlops:
         flops = step_flops(model.config, batch, schedule, model.geometry, learning(config), again)
-        adapters = adapter_flops(model.config.text_config, config.lora, batch, schedule, again.layers)
+        adapters = adapter_flops(model.config.text_config, config.lora, batch, schedule, model.geometry, again.layers)
         return replace(flops, decoder=flops.decoder + adapters)
 
     return PlanStep(
@@ -183,7 +185,7 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
     adapters = sum(adapter_parameters(model.config.text_config, config.lora))
 
     def peaks(schedule: Schedule) -> list[Memory]:
-        options, layouts = (model.geometry, config.model.trainable), layouts_of(batch, schedule)
+        options, layouts = (model.geometry, config.model.trainable), layouts_of(batch, schedule, model.geometry)
         return [
             predicted_peak(model.config, batch, schedule, *options, Recomputed.first(count), states, adapters, layouts)
             for count in recomputed

@@ -161,10 +161,10 @@ def page(config: Config, report: PlanReport) -> Page:
 
 def paper_note(plan: Plan) -> str:
     """The cost of the picture as the paper counts its tokens, and what the paper's tables print for it."""
-    paper = plan.paper
+    paper, pooled = plan.paper, " after pooling" if plan.schedule.downsample else ""
     line = (
-        f"As the paper counts ({paper.tokens[0]} image tokens, no newlines): {digits(paper.vanilla)} TFLOP vanilla, "
-        f"{digits(paper.dropping)} with this schedule"
+        f"As the paper counts ({paper.tokens[0]} image tokens{pooled}, no newlines): {digits(paper.vanilla)} TFLOP "
+        f"vanilla, {digits(paper.dropping)} with this schedule"
     )
     ratios = tuple(round(ratio, 6) for ratio in plan.schedule.ratios)
     printed = PAPER_7B.get((paper.tokens[0], plan.schedule.layers, ratios)) if plan.layers == 32 else None
@@ -202,6 +202,9 @@ def _pictures(config: Config, plan: Plan) -> Table:
         costs = (digits(row.vanilla), digits(row.dropping), f"{saved(row.vanilla, row.dropping):.1%}")
         rows.append((size, *(f"{count:,}" for count in row.tokens), *costs))
     own = "has its own budget" if plan.schedule.keep else "keeps int(n * ratio) of its own n"
+    if plan.schedule.downsample:
+        pooled = f"is pooled to at most {plan.schedule.downsample} features a tile"
+        own = f"{pooled} and {own}" if plan.schedule.layers else pooled
     title = f"{config.name}: image tokens of one picture; every picture {own}"
     return Table(("picture", *stages, "TFLOP vanilla", "TFLOP dropping", "saved"), rows, title)
 

@@ -142,7 +142,7 @@ def timed_parts(
     text, learns = config.text_config, "language_model" in trainable
     if not is_modelled(config):
         raise UserError(f"the time of a step is modelled for {' and '.join(MODELLED)} with CLIP, not {text.model_type}")
-    layouts = layouts_of(batch, schedule)
+    layouts = layouts_of(batch, schedule, geometry)
     found = []
     for part in step_parts(config, batch, schedule, geometry, trainable, recomputed, layouts, split):
         moved, back = Moved(0.0, 0.0), bool(part.backward.products)

@@ -112,7 +112,7 @@ def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str | None
     mine = learning_parameters(model.config, trainable) / states.shards
     moved = 0.0 if states.offloaded else optimizer_bytes(mine, not states.float32) / accumulation
     again, arms = recomputed_by(config, model.layers), {}
-    for name, chosen in {"vanilla": Schedule(), **({"dropping": schedule} if schedule.layers else {})}.items():
+    for name, chosen in {"vanilla": Schedule(), **({"dropping": schedule} if not schedule.vanilla else {})}.items():
         options = (model.config, batch, chosen, model.geometry, trainable)
         parts = timed_parts(*options, again, kernels=kernels, split=schedule.layers)
         arms[name] = ArmTime(parts, moved, step_flops(*options).total)

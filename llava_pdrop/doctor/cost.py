@@ -85,7 +85,7 @@ def stage_tokens(sizes: np.ndarray, times: np.ndarray, geometry: ImageGeometry, 
     """Image tokens of pictures of ``sizes`` (m, 2), (width, height), each shown ``times`` (m,) times."""
     keys, which = np.unique(sizes[:, 0].astype(np.int64) << 32 | sizes[:, 1], return_inverse=True)
     shown = np.bincount(which, weights=times, minlength=len(keys)).astype(np.int64).tolist()
-    counts = [geometry.num_tokens((key >> 32, key & 0xFFFFFFFF)) for key in keys.tolist()]
+    counts = [geometry.num_tokens((key >> 32, key & 0xFFFFFFFF), schedule.downsample) for key in keys.tolist()]
     total = [sum(n * many for n, many in zip(counts, shown))]
     for stage in range(len(schedule.layers)):
         total.append(sum(schedule.kept(n, stage) * many for n, many in zip(counts, shown)))
@@ -117,8 +117,9 @@ def cost_of(config: Config, model: NominalModel, geometry: ImageGeometry, batche
 
     def operations(schedule: Schedule) -> float:
         whole = [step_flops(model.config, batch, schedule, geometry, learns, again).total for batch in packed]
+        options = (schedule, geometry, again.layers)
         text, adapters = model.config.text_config, config.lora
-        return sum(whole) + sum(adapter_flops(text, adapters, batch, schedule, again.layers) for batch in packed)
+        return sum(whole) + sum(adapter_flops(text, adapters, batch, *options) for batch in packed)
 
     vanilla, dropping = operations(Schedule()), operations(config.schedule.check(model.layers))
     records = sum(len(batch.seq_lens) for batch in packed)
@@ -161,7 +162,7 @@ def _rate_of_run(directory: Path, cost: Cost) -> Rate:
         raise UserError(f"{file}: holds a step of no time: it is not a file that a run has written")
     seconds = median(row["step_seconds"] / row["samples"] for row in rows[min(2, len(rows) - 1) :])
     saved = directory / RUN_FILE
-    dropped = saved.is_file() and bool(load_config(saved).schedule.layers)
+    dropped = saved.is_file() and not load_config(saved).schedule.vanilla
     rate = (cost.dropping if dropped else cost.vanilla) / seconds
     how = "with" if dropped else "without"
     source = f"measured: {len(rows)} log lines of {directory} ({how} dropping), {1 / seconds:.3g} records/s"
@@ -174,8 +175,8 @@ def _rate_of_bench(file: Path, config: Config) -> Rate:
         report = json.loads(file.read_text(encoding="utf-8"))
         peak = report["peak_flops"]["per_second"]
         runs = [run for run in report["runs"] if run.get("hfu")]
-        vanilla = [run for run in runs if not run["schedule"]["layers"]]
-        dropping = [run for run in runs if run["schedule"]["layers"]]
+        vanilla = [run for run in runs if Schedule.from_dict(run["schedule"]).vanilla]
+        dropping = [run for run in runs if run not in vanilla]
     except FileNotFoundError:
         raise MissingFileError(f"{file}: no such bench JSON or run directory") from None
     except (ValueError, KeyError, TypeError) as error:

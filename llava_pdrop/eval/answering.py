@@ -93,7 +93,7 @@ def answer_all(
             if turn >= len(left):
                 break
             torch.manual_seed(seed + team.task(turn))
-            new = _batch(respondent, next(ready), max_new_tokens, strict)
+            new = _batch(respondent, next(ready), schedule, max_new_tokens, strict)
             own.answers += new
             if keep is not None and new:
                 keep(new)
@@ -160,7 +160,11 @@ def _prepared(
 
 
 def _batch(
-    respondent: Respondent, batch: Sequence[tuple[Question, Any]], max_new_tokens: int, strict: bool
+    respondent: Respondent,
+    batch: Sequence[tuple[Question, Any]],
+    schedule: Schedule,
+    max_new_tokens: int,
+    strict: bool,
 ) -> list[Answer]:
     """The answers to the questions of a batch that can be asked; the others are empty."""
     start, answers = time.perf_counter(), dict[str, Answer]()
@@ -171,15 +175,15 @@ def _batch(
             answers[question.id] = Answer(question.id, "", problem=str(own))
     asked = [(question, own) for question, own in batch if not isinstance(own, UserError)]
     try:
-        given = respondent.inputs([own for _, own in asked]) if asked else None
+        given = respondent.inputs([own for _, own in asked], schedule) if asked else None
     except UserError:  # of one of them at least; the others are asked without it
-        refused = {question.id: _refusal(respondent, own) for question, own in asked}
+        refused = {question.id: _refusal(respondent, own, schedule) for question, own in asked}
         for id, problem in refused.items() if strict else ():
             if problem is not None:
                 raise UserError(f"question {clip(id)}: {problem}") from None
         answers |= {id: Answer(id, "", problem=problem) for id, problem in refused.items() if problem is not None}
         asked = [(question, own) for question, own in asked if refused[question.id] is None]
-        given = respondent.inputs([own for _, own in asked]) if asked else None
+        given = respondent.inputs([own for _, own in asked], schedule) if asked else None
     if given is not None:
         inputs, image_tokens = given
         device = next(respondent.hf.parameters()).device
@@ -200,10 +204,10 @@ def _batch(
     return [answers[question.id] for question, _ in batch]
 
 
-def _refusal(respondent: Respondent, prepared: Any) -> str | None:
+def _refusal(respondent: Respondent, prepared: Any, schedule: Schedule) -> str | None:
     """Why the model cannot be given a question, None if it can."""
     try:
-        respondent.inputs([prepared])
+        respondent.inputs([prepared], schedule)
     except UserError as error:
         return str(error)
     return None

@@ -224,7 +224,7 @@ def measure_run(
     others: Mapping[str, Schedule] | None = None,
 ) -> list[Score]:
     """`measure` of the finished run of ``config`` in ``directory``, with ``others`` (column -> schedule) too."""
-    own = DROPPING if config.schedule.layers else VANILLA
+    own = VANILLA if config.schedule.vanilla else DROPPING
     columns = {**columns_of(config, own, respondent.hf.config.get_text_config().num_hidden_layers), **(others or {})}
     paper = {own: config.paper.scores} if config.paper else {}
     found = measure(AnswerSettings.of(config), respondent, loaded, columns, directory, team, paper)

@@ -73,8 +73,9 @@ class Respondent(Protocol):
             UserError: a picture cannot be read, or the question cannot be put in this format.
         """
 
-    def inputs(self, prepared: Sequence[Any]) -> tuple[dict[str, Tensor], list[list[int]]]:
-        """What ``generate`` is given, padded on the left, and the tokens of every picture of every question."""
+    def inputs(self, prepared: Sequence[Any], schedule: Schedule) -> tuple[dict[str, Tensor], list[list[int]]]:
+        """What ``generate`` is given, padded on the left, and of every picture of every question the tokens that enter
+        the decoder under ``schedule``."""
 
     def sharing(self, prepared: Sequence[Any]) -> AbstractContextManager[None]:
         """In its block pictures that several of the questions show are encoded once."""
@@ -134,9 +135,10 @@ class LlavaRespondent:
         _whole(question, self.text(question))
         return prompt_sample(question, self)
 
-    def inputs(self, prepared: Sequence[Sample]) -> tuple[dict[str, Tensor], list[list[int]]]:
-        spans = [[stop - start for start, stop in sample.image_spans] for sample in prepared]
-        return model_inputs(prepared, self.tokenizer, self.hf), spans
+    def inputs(self, prepared: Sequence[Sample], schedule: Schedule) -> tuple[dict[str, Tensor], list[list[int]]]:
+        count = self.parts.geometry.num_tokens
+        tokens = [[count(image.size, schedule.downsample) for image in sample.images] for sample in prepared]
+        return model_inputs(prepared, self.tokenizer, self.hf), tokens
 
     def sharing(self, prepared: Sequence[Sample]) -> AbstractContextManager[None]:
         return shared_features(self.hf, [image for sample in prepared for image in sample.images])
@@ -220,7 +222,14 @@ class ProcessorRespondent:
         _whole(question, text)
         return text, [load_image(picture) for picture in question.record.images]
 
-    def inputs(self, prepared: Sequence[tuple[str, list[Any]]]) -> tuple[dict[str, Tensor], list[list[int]]]:
+    def inputs(
+        self, prepared: Sequence[tuple[str, list[Any]]], schedule: Schedule
+    ) -> tuple[dict[str, Tensor], list[list[int]]]:
+        if schedule.downsample:
+            raise UserError(
+                "pyramid_drop.downsample is evaluated with LLaVAs that can be trained here: how the processor of this "
+                f"{type(self.hf).__name__} lays out tiles is not known"
+            )
         texts, pictures = [text for text, _ in prepared], [own for _, own in prepared]
         bos = self.tokenizer.bos_token
         self.tokenizer.padding_side = "left"

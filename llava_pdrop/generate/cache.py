@@ -23,7 +23,7 @@ from llava_pdrop.schedule import Schedule
 @dataclass(frozen=True)
 class PromptStages:
     """The pruned prompt, one entry in every list per drop; two before these, where image tokens enter late: the text
-    alone, and the whole prompt.
+    alone, and the whole prompt. (What pooling leaves out is a drop here.)
 
     Attributes:
         real_BN: (B, N_stage) bool, False at the padding on the left.
@@ -47,7 +47,7 @@ class PromptStages:
     @property
     def from_first_layer(self) -> bool:
         """Whether the first layer has not seen the whole prompt."""
-        return self.schedule.inject > 0 or self.schedule.layers[0] == 0
+        return self.schedule.inject > 0 or self.schedule.shortening[0] == 0
 
     def rows(self, index: Tensor) -> PromptStages:
         """The stages of the batch rows ``index`` (beams that survive, repeated samples)."""

@@ -35,6 +35,24 @@ from llava_pdrop.schedule import Schedule
 
 
 @dataclass
+class Generation:
+    """A running ``generate``: the plug-in whose it is, the columns of its prompt (assisted decoding and
+    ``use_cache=False`` feed more than that to an empty cache; None: not known), its arguments, and whether the features
+    that it made before its first forward were ``pooled``."""
+
+    owner: Any
+    columns: int | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+    pooled: bool = False
+
+    @property
+    def begins(self) -> bool:
+        """Whether its prompt is the first."""
+        cache = cache_in(self.given)
+        return cache is None or not int(cache.get_seq_length())
+
+
+@dataclass
 class Call:
     """State of one forward on its way through the decoder layers.
 
@@ -47,6 +65,7 @@ class Call:
         prompt: whether this is a prompt with pictures that is being pruned.
         stages: of the pruned prompt: out of the cache, or from the first drop on.
         shown: what the encoders have made.
+        pooled: whether the features that went through the projector were pooled.
         prefill: the plan of a prompt, from the decoder on.
         stage: how many drops came before the layer that runs.
         entry: which entry of `PromptStages` holds at that layer; None: the prompt is as it was given.
@@ -67,6 +86,7 @@ class Call:
     prompt: bool
     stages: PromptStages | None
     shown: Shown = field(default_factory=Shown)
+    pooled: bool = False
     prefill: Prefill | None = None
     stage: int = 0
     entry: int | None = None
@@ -85,13 +105,13 @@ class Call:
             if inject and index in (0, inject):
                 hidden_BND = self._enter(index, layer, hidden_BND, kwargs) if self.prompt else hidden_BND
                 self._next()
-            if index in self.schedule.layers:
+            for _ in range(self.schedule.shortening.count(index)):
                 hidden_BND = self._drop(index, layer, hidden_BND, kwargs) if self.prompt else hidden_BND
                 self.stage += 1
                 self._next()
         kwargs = kwargs | self._placed(index, hidden_BND, kwargs)
         before_drop = self.prompt and index + 1 in self.schedule.layers
-        if before_drop and RANKERS[self.schedule.rankers[self.stage]].looks_back:
+        if before_drop and RANKERS[self.schedule.rankers[self.schedule.stage(index)]].looks_back:
             self.before = (layer, hidden_BND, kwargs)
         if self.step is not None and kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
@@ -135,18 +155,21 @@ class Call:
         here = kwargs | self._placed(index, hidden_BND, kwargs)
         frame, after = prefill.stages[stage].frame, prefill.stages[stage + 1].frame
         picture_T, column_T = (x.to(hidden_BND.device) for x in (self.picture_T, self.column_T))
-        ranker = RANKERS[self.schedule.rankers[stage]]
-        look = functools.partial(self._look, ranker, layer, hidden_BND, here)
-        candidates, score_V, index_K = prefill.rank(stage, picture_T, ranker, look)
+        x_TD, pooled = frame.pack(hidden_BND), stage == 0 and prefill.entering is not None
+        if pooled:
+            index_K = prefill.entering.to(hidden_BND.device)
+        else:
+            ranker = RANKERS[self.schedule.rankers[self.schedule.stage(index) - 1]]
+            look = functools.partial(self._look, ranker, layer, hidden_BND, here)
+            candidates, score_V, index_K = prefill.rank(stage, picture_T, ranker, look)
+            if self.schedule.merge == "nearest":
+                x_TD = merged(x_TD, score_V, candidates)
         if self.step is not None:
-            self.step.drop(index_K)
+            self.step.drop(index_K, pooled)
         self.picture_T, self.column_T = picture_T.index_select(0, index_K), column_T.index_select(0, index_K)
         self.column_BN = after.unpack(self.column_T)
         if self.stages.column_BN is not None:
             self.stages.column_BN.append(self.column_BN)
-        x_TD = frame.pack(hidden_BND)
-        if self.schedule.merge == "nearest":
-            x_TD = merged(x_TD, score_V, candidates)
         return after.unpack(x_TD.index_select(0, index_K))
 
     def _begin(self, prefill: Prefill, layer: nn.Module, hidden_BND: Tensor, kwargs: dict) -> PromptStages:

@@ -36,8 +36,9 @@ from transformers import Cache
 from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import cache_in, check_implementation
 from llava_pdrop.generate.families import Family, family_of, resolved
-from llava_pdrop.generate.forward import Call
+from llava_pdrop.generate.forward import Call, Generation
 from llava_pdrop.generate.pictures import check_prompt, pictures_of
+from llava_pdrop.generate.pooling import Pooling
 from llava_pdrop.generate.prefill import ForwardStep, Prefill
 from llava_pdrop.generate.unhook import bare, unwrapped
 from llava_pdrop.model.attention import check_transformers
@@ -52,9 +53,8 @@ _HANDLE = "_pyramid_drop"  # attribute of an attached model
 _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 """The forward that is running; None where no prompt is pruned and no cache was."""
 
-_PROMPT: ContextVar[tuple[Any, int | None, dict[str, Any]] | None] = ContextVar("prompt", default=None)
-"""The plug-in whose ``generate`` is running, the columns of its prompt (assisted decoding and ``use_cache=False`` feed
-more than the prompt to an empty cache), and the arguments of ``generate``."""
+_PROMPT: ContextVar[Generation | None] = ContextVar("prompt", default=None)
+"""The ``generate`` that is running."""
 
 SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
 """How far logits may be from vanilla at ratio 1.0, in parts of the largest one, before an unchecked class is refused;
@@ -123,6 +123,7 @@ class _Plugin:
             raise UserError(
                 f"pyramid_drop.ranker dart needs the final norm of {type(self.decoder).__name__}: has it none?"
             )
+        self.pooling = Pooling.of(model, base, schedule.downsample, unchecked) if schedule.downsample else None
         self.given = schedule
         self.schedule = resolved(schedule.check(len(self.decoder.layers)), self.family, model)
         config: Any = model.config
@@ -153,6 +154,8 @@ class _Plugin:
         for index, layer in enumerate(self.decoder.layers):
             hook = functools.partial(self._before_layer, index)
             self.hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if self.pooling is not None:
+            self.hooks += self.pooling.hooks(self.base.multi_modal_projector, self._encoding)
         # generate() knows where the prompt ends; and for static caches it would build the masks of layer 0 for all.
         patches: dict[tuple[nn.Module, str], Callable] = {(model, "__reduce_ex__"): MethodType(_reduce, model)}
         if hasattr(model, "generate"):
@@ -192,7 +195,7 @@ class _Plugin:
             raise UserError(
                 "this cache was pruned by another schedule than the attached one: start with an empty cache"
             )
-        prompt = bool(self.schedule.layers) and stages is None and self._is_prompt(given, cache)
+        prompt = not self.schedule.vanilla and stages is None and self._is_prompt(given, cache)
         if (prompt or stages) and mask is not None and getattr(mask, "ndim", 0) != 2:
             raise UserError("attach() builds the masks of pruned layers itself: give a 2-D attention_mask or none")
         if stages and not self.family.causal and self._shows(given):
@@ -213,7 +216,7 @@ class _Plugin:
         _CALL.set(None)
         if output is None or call is None or not call.prompt:  # no output: an error is on its way
             return
-        if call.stage < len(self.schedule.layers):
+        if call.stage < len(self.schedule.shortening):
             raise UserError(f"attach() cannot drop: {type(module).__name__} does not run all of its decoder layers")
 
     def _is_prompt(self, given: dict[str, Any], cache: Any) -> bool:
@@ -252,19 +255,20 @@ class _Plugin:
         real = mask.to(ids.device) if mask is not None else torch.ones_like(ids)
         ids_BN, real_BN = torch.stack([ids, real.to(ids.dtype)]).cpu().numpy()
         prompt = _PROMPT.get()
-        ours = prompt if prompt is not None and prompt[0] is self else (self, None, {})
+        ours = prompt if prompt is not None and prompt.owner is self else Generation(self)
         encoded = call.given.get("mm_encoder_outputs") or {}
         for name in ("image", "video"):
             if encoded.get(name) is not None:
                 call.shown = call.shown.noting(name, encoded[name])
         clips = next(
-            (pixels for place in (call.given, ours[2]) if (pixels := place.get("pixel_values_videos")) is not None),
+            (pixels for place in (call.given, ours.given) if (pixels := place.get("pixel_values_videos")) is not None),
             None,
         )
         call.shown.frames = None if clips is None else clips.shape[1]
         picture_BN = pictures_of(ids_BN, real_BN != 0, self.family, self.image_token, self.video_token, call.shown)
         check_prompt(picture_BN, real_BN != 0, cached and prompt is None, self.schedule.positions == "renumber")
-        return Prefill.build(picture_BN, real_BN != 0, ours[1], self.schedule, ids.device)
+        staying = None if self.pooling is None else functools.partial(self.pooling.staying, call, ours)
+        return Prefill.build(picture_BN, real_BN != 0, ours.columns, self.schedule, ids.device, staying)
 
     def _try_once(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of a model of an unchecked class: at its first prompt with a picture, keeping all tokens has to give
@@ -297,10 +301,23 @@ class _Plugin:
             )
         self.untried = False
 
+    def _pruning(self) -> Call | None:
+        """The running forward, where it is of this model and prunes a prompt."""
+        call = _CALL.get()
+        return call if call is not None and call.owner is self and call.prompt else None
+
+    def _encoding(self) -> Call | Generation | None:
+        """Whose prompt is to be pruned that the projector makes features for: of the running forward, or since
+        transformers 5.18 of a ``generate`` before its first one."""
+        if _CALL.get() is not None:
+            return self._pruning()
+        prompt = _PROMPT.get()
+        return prompt if prompt is not None and prompt.owner is self and prompt.begins else None
+
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of the decoder: plans the drops of a prompt, whose pictures the encoders have seen by now."""
-        call = _CALL.get()
-        if call is not None and call.owner is self and call.prompt:
+        call = self._pruning()
+        if call is not None:
             cached = cache_in(kwargs) is not None or bool(kwargs.get("use_cache"))
             call.prefill = self._plan(call, cached)
 
@@ -348,10 +365,10 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     settings: Any = kwargs.get("generation_config") or model.generation_config
     chunked = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
     pictures = any(kwargs.get(name) is not None for name in kwargs if name.startswith("pixel_values"))
-    if plugin.schedule.layers and chunked is not None and pictures:
+    if not plugin.schedule.vanilla and chunked is not None and pictures:
         raise UserError("attach() ranks with the end of the prompt: generate without prefill_chunk_size")
     own = plugin.shadowed[model, "generate"] or MethodType(type(model).generate, model)
-    token = _PROMPT.set((plugin, None if prompt is None else prompt.shape[1], kwargs))
+    token = _PROMPT.set(Generation(plugin, None if prompt is None else prompt.shape[1], kwargs))
     try:
         return own(*args, **kwargs)
     finally:
@@ -366,7 +383,7 @@ def _two_dimensional_mask(model: nn.Module, *, attention_mask: Tensor | None, **
 def _refuse_labels(parameters: list[str], model: nn.Module, args: tuple, kwargs: dict) -> None:
     given = {**dict(zip(parameters, args)), **kwargs}
     images = any(value is not None for name, value in given.items() if name.startswith("pixel_values"))
-    if images and given.get("labels") is not None and getattr(model, _HANDLE).schedule.layers:
+    if images and given.get("labels") is not None and not getattr(model, _HANDLE).schedule.vanilla:
         raise UserError("an attached model drops tokens, so labels no longer line up: train with PyramidLlava")
 
 

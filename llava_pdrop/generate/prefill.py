@@ -29,19 +29,26 @@ class ForwardStep:
 
     Attributes:
         position_ids: per decoder layer that was given some, (B, tokens fed), or (axes, B, tokens fed).
+        entered: where pictures are pooled, the positions of that stream (see ``survivors``) which enter the decoder.
         survivors: per drop, the positions that survive it in the stream of the prompt's real tokens, row after row;
             empty lists in a forward that drops nothing.
         pictures: of every picture, where its tokens lie in that stream.
     """
 
     position_ids: list[Tensor] = field(default_factory=list)
+    entered: list[int] | None = None
     survivors: list[list[int]] = field(default_factory=list)
     pictures: list[list[int]] = field(default_factory=list)
 
-    def drop(self, index_K: Tensor) -> None:
-        """Notes a drop, of which ``index_K`` are the survivors among those of the drop before."""
-        index = index_K.tolist()
-        self.survivors.append([self.survivors[-1][position] for position in index] if self.survivors else index)
+    def drop(self, index_K: Tensor, pooled: bool = False) -> None:
+        """Notes a drop, of which ``index_K`` are the survivors among those of the drop before; or, ``pooled``, what
+        enters before any drop."""
+        before = self.survivors[-1] if self.survivors else self.entered
+        index = index_K.tolist() if before is None else [before[position] for position in index_K.tolist()]
+        if pooled:
+            self.entered = index
+        else:
+            self.survivors.append(index)
 
     def kept(self, drop: int) -> list[list[int]]:
         """Per picture, which of its original tokens 0..n-1 survive drop number ``drop``."""
@@ -94,11 +101,12 @@ class Prefill:
     """A prompt about to be pruned.
 
     Attributes:
-        stages: one more than there are drops.
+        stages: one more than there are drops; pooling is the first of these.
         alone: the text alone, and its places in the stream (X,), where image tokens enter late.
         picture_T: (T,) number of the picture of every token before any drop, -1 for text.
         text_tail: how many of the last columns hold text in every row.
         places: of every picture, where its tokens lie in the stream before any drop.
+        entering: (K,) the positions of that stream that pooling leaves; None: pictures are not pooled.
     """
 
     stages: list[PromptStage]
@@ -106,10 +114,16 @@ class Prefill:
     picture_T: Tensor
     text_tail: int
     places: list[list[int]]
+    entering: Tensor | None
 
     @staticmethod
     def build(
-        picture_BN: np.ndarray, real_BN: np.ndarray, prompt: int | None, schedule: Schedule, device: torch.device
+        picture_BN: np.ndarray,
+        real_BN: np.ndarray,
+        prompt: int | None,
+        schedule: Schedule,
+        device: torch.device,
+        staying: Callable[[list[int], np.ndarray], list[np.ndarray]] | None = None,
     ) -> Prefill:
         """Plans the drops of a batch.
 
@@ -117,6 +131,7 @@ class Prefill:
             picture_BN: (B, N) number of the picture of every token, rising in reading order; -1 for text.
             real_BN: (B, N) bool, which columns are no padding.
             prompt: columns of the prompt, whose last token ranks; None: the last real token of each row ranks.
+            staying: given tokens and row of every picture, which of them pooling leaves; None: it does not pool.
         """
         stream_T = picture_BN[real_BN]
         seq_lens, rows = real_BN.sum(1), np.arange(len(real_BN)).repeat(real_BN.sum(1))
@@ -137,9 +152,16 @@ class Prefill:
         )
         alone_I = (text_B[row_of] == 0) & (np.append(np.diff(row_of), 1) > 0) & (totals > 0)
         sent: dict[str, np.ndarray] = {"picture_T": stream_T}
+        places = np.split(np.argsort(stream_T, kind="stable")[-int(totals.sum()) :], totals.cumsum()[:-1])
+        enters, keeping = totals.tolist(), list[list[int]]()
+        if staying is not None:
+            stays = [place[left] for place, left in zip(places, staying(enters, row_of))]
+            sent["entering"] = np.sort(np.concatenate([np.flatnonzero(stream_T < 0), *stays]))
+            enters = [len(left) for left in stays]
+            keeping.append(enters)
+        keeping += [[schedule.kept(count, drop) for count in enters] for drop in range(len(schedule.layers))]
         lengths, counts, shapes = [seq_lens], [totals], [real_BN.shape]
-        for drop in range(len(schedule.layers)):
-            kept = [schedule.kept(int(total), drop) for total in totals]
+        for kept in keeping:
             counts.append(np.maximum(kept, alone_I.astype(int)))
             lost_B = np.bincount(row_of, weights=totals - counts[-1], minlength=len(seq_lens)).astype(np.int64)
             lengths.append(seq_lens - lost_B)
@@ -156,7 +178,7 @@ class Prefill:
             asks_B = length_B.cumsum() - behind_B
             sent[f"query_Q {stage}"] = asks_B[shows_B] - 1
             sent[f"text_Q {stage}"] = np.concatenate([np.arange(ask - n, ask) for ask, n in zip(asks_B, texts_B)])
-            if stage < len(schedule.layers):
+            if stage < len(keeping):
                 columns = candidate_columns(np.arange(len(totals)), counts[stage], counts[stage + 1])
                 sent |= {f"{name} {stage}": column for name, column in columns.items()}
         on_device = send({name: torch.from_numpy(row.astype(np.int64)) for name, row in sent.items()}, device)
@@ -164,7 +186,7 @@ class Prefill:
         for stage, (length_B, shape) in enumerate(zip(lengths, shapes)):
             frame = Frame(on_device[f"row_T {stage}"], on_device[f"last_B {stage}"], shape)
             known: dict[str, Any] | None = None
-            if stage < len(schedule.layers):
+            if stage < len(keeping):
                 known = {name: on_device[f"{name} {stage}"] for name in columns}
                 known |= {"counts": counts[stage].tolist(), "keeps": counts[stage + 1].tolist()}
                 known |= {"samples": row_of.tolist(), "survivors": int(lengths[stage + 1].sum())}
@@ -174,13 +196,13 @@ class Prefill:
             stages.append(PromptStage(frame, length_B.tolist(), position_T, instruction, text, known))
         alone = (stages.pop(), on_device["row_X"]) if schedule.inject else None
         last_image = int(np.nonzero((picture_BN >= 0).any(0))[0][-1])
-        places = np.split(np.argsort(stream_T, kind="stable")[-int(totals.sum()) :], totals.cumsum()[:-1])
         return Prefill(
             stages,
             alone,
             on_device["picture_T"],
             picture_BN.shape[1] - 1 - last_image,
             [place.tolist() for place in places],
+            on_device.get("entering"),
         )
 
     @torch.no_grad()

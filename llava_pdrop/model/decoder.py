@@ -41,7 +41,7 @@ def check_decoder(config: Any, schedule: Schedule = Schedule()) -> None:
     kind, window = config.model_type, getattr(config, "sliding_window", None)
     if kind not in COVERED:
         raise UserError(f"a decoder of type {kind} cannot be trained here: the tests cover {', '.join(COVERED)}")
-    if schedule.layers and schedule.positions == "keep" and window and window < config.max_position_embeddings:
+    if not schedule.vanilla and schedule.positions == "keep" and window and window < config.max_position_embeddings:
         raise UserError(
             f"pyramid_drop.positions: keep cannot be trained with a sliding window ({window} of "
             f"{config.max_position_embeddings} positions), which counts surviving tokens: set 'renumber'"

@@ -8,7 +8,7 @@ that the device needs in one copy; the forward then never waits for the device t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -121,9 +121,13 @@ class Layout:
         return sum(stop - start for start, stop in self.image_spans)
 
 
-def layouts_of(batch: PackedBatch, schedule: Schedule) -> list[Layout]:
-    """The layout of every stage of ``batch``: before any drop and after each one."""
+def layouts_of(batch: PackedBatch, schedule: Schedule, geometry: ImageGeometry) -> list[Layout]:
+    """The layout of every stage of ``batch``: before any drop and after each one. Pooled pictures enter the first with
+    the tokens that are left of them, from which every stage's budget is taken."""
     layouts = [Layout.of(batch)]
+    if schedule.downsample:
+        left = [len(rows) for rows, _ in _pooled(batch, schedule, geometry)]
+        layouts = [replace(layouts[0].after_drop(left), image_totals=left)]
     for stage in range(len(schedule.layers)):
         layouts.append(layouts[-1].after_drop(layouts[0].kept(schedule, stage)))
     return layouts
@@ -193,14 +197,14 @@ class StreamPlan:
         Raises:
             UserError: an image has more placeholders than its size gives features.
         """
-        layouts = layouts_of(batch, schedule)
-        image_at, feature_at = _feature_rows(batch, geometry)
+        layouts = layouts_of(batch, schedule, geometry)
+        entering, image_at, feature_at = _feature_rows(batch, schedule, geometry)
         image_row, feature_row = _index(image_at), _index(feature_at)
         rows = {
-            "text_T": batch.input_ids.index_fill(0, image_row, 0),
+            "text_T": batch.input_ids.index_select(0, _index(entering)).index_fill(0, image_row, 0),
             "image_row": image_row,
             "feature_row": feature_row,
-            "label_L": batch.labels.index_select(0, _index(layouts[0].label_positions)),
+            "label_L": batch.labels.index_select(0, _index(batch.label_positions)),
             "predict_row": _index(np.asarray(layouts[-1].label_positions) - 1),
         }
         once = list(rows)  # the others are there once a stage
@@ -220,7 +224,10 @@ class StreamPlan:
             lengths = layouts[0].text_alone().seq_lens
             rows["alone offsets"] = _index(np.cumsum([0, *lengths]))
             rows["alone position_X"] = _index(np.concatenate([np.arange(length) for length in lengths]))
-            rows["alone row_X"] = _index(np.delete(np.arange(layouts[0].tokens), image_at.astype(np.int64)))
+            rows["alone row_X"] = _index(np.delete(np.arange(layouts[0].tokens), image_at))
+        if schedule.positions == "keep":
+            whole = np.concatenate([np.arange(length) for length in batch.seq_lens])
+            rows["position_T 0"] = _index(whole[entering])
         sent = send(rows, device)
 
         stages = []
@@ -263,24 +270,33 @@ def _text_before(batch: PackedBatch) -> list[int]:
     return counts
 
 
-def _feature_rows(batch: PackedBatch, geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
-    """Stream position of every image token, and its row in the table of all features (the newline is row -1)."""
-    positions, features, first = [], [], 0
-    for (start, stop), size in zip(batch.image_spans, batch.image_sizes):
-        index = geometry.merge_index(size)
-        if stop - start > len(index):
+def _pooled(batch: PackedBatch, schedule: Schedule, geometry: ImageGeometry) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of every image, which of its placeholders stay, and which of its features each of them takes."""
+    for (start, stop), size in zip(batch.image_spans, batch.image_sizes, strict=True):
+        rows, index = geometry.pooled_index(size, schedule.downsample)
+        here = rows < stop - start  # a sample cut at the maximum length may have lost the end of its image
+        yield rows[here], index[here]
+
+
+def _feature_rows(
+    batch: PackedBatch, schedule: Schedule, geometry: ImageGeometry
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions in the batch of the tokens that enter the decoder; of the image tokens among them the position in that
+    stream, and the row in the table of all features (the newline is its last one)."""
+    is_text, is_image = np.ones(len(batch.input_ids), dtype=bool), np.zeros(len(batch.input_ids), dtype=bool)
+    features, first = [np.empty(0, dtype=np.int64)], 0
+    for (start, stop), size, (rows, index) in zip(
+        batch.image_spans, batch.image_sizes, _pooled(batch, schedule, geometry)
+    ):
+        if stop - start > (most := geometry.num_tokens(size)):
             raise UserError(
-                f"an image of {size[0]}x{size[1]} pixels has {stop - start} placeholders, "
-                f"but only {len(index)} features"
+                f"an image of {size[0]}x{size[1]} pixels has {stop - start} placeholders, but only {most} features"
             )
-        index = index[: stop - start]  # a sample cut at the maximum length may have lost the end of its image
-        positions.append(np.arange(start, stop))
+        is_text[start:stop], is_image[start + rows] = False, True
         features.append(np.where(index < 0, -1, index + first))
-        first += geometry.num_tiles(size) * geometry.patches
-    if not positions:
-        return np.empty(0), np.empty(0)
-    feature_row = np.concatenate(features)
-    return np.concatenate(positions), np.where(feature_row < 0, first, feature_row)
+        first += geometry.num_tiles(size) * geometry.features(schedule.downsample)
+    feature_row, entering = np.concatenate(features), np.flatnonzero(is_text | is_image)
+    return entering, np.flatnonzero(is_image[entering]), np.where(feature_row < 0, first, feature_row)
 
 
 def _candidates(layout: Layout, after: Layout) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

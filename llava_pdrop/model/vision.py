@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from itertools import islice
+from math import isqrt
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_pdrop.geometry import ImageGeometry
 
 
-def image_features(hf: nn.Module, pixels: Tensor) -> Tensor:
-    """(tiles, 3, height, width) -> projected patch features (tiles * patches, D), tile after tile.
+def image_features(hf: nn.Module, pixels: Tensor, side: int | None = None) -> Tensor:
+    """(tiles, 3, height, width) -> projected patch features (tiles * patches, D), tile after tile; pooled ones
+    (tiles * side^2, D) where a ``side`` is given.
 
     ``hf`` is a Hugging Face LLaVA. The hidden layer is its config's ``vision_feature_layer`` (-2 in all of LLaVA);
     the class token is left out.
@@ -23,7 +26,17 @@ def image_features(hf: nn.Module, pixels: Tensor) -> Tensor:
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         pixels = pixels.to(dtype=next(tower.parameters()).dtype)
         hidden_ITD = tower_hidden(tower, pixels, used_tower_layers(hf.config))
-    return hf.model.multi_modal_projector(hidden_ITD[:, 1:]).flatten(0, 1)
+    feature_IPW = hidden_ITD[:, 1:] if side is None else pooled(hidden_ITD[:, 1:], side)
+    return hf.model.multi_modal_projector(feature_IPW).flatten(0, 1)
+
+
+def pooled(feature_IPW: Tensor, side: int) -> Tensor:
+    """The features (tiles, patches, W) of square tiles averaged to a grid, (tiles, side^2, W): PyTorch's adaptive
+    average pooling, whose cells overlap by a patch where ``side`` does not divide the patches of a side. Source: DeCo
+    (arXiv 2405.20985) pools so, before its projector. (VTC-Bench, arXiv 2510.07143, shrinks the picture instead.)"""
+    patches = isqrt(feature_IPW.shape[1])
+    grid_IWHH = feature_IPW.transpose(1, 2).unflatten(2, (patches, patches))
+    return F.adaptive_avg_pool2d(grid_IWHH, side).flatten(2).transpose(1, 2)
 
 
 def used_tower_layers(config: Any) -> int:

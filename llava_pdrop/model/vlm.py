@@ -117,7 +117,8 @@ class PyramidLlava(nn.Module):
         """The stream (T, D) that enters the decoder: text embeddings with image features at the placeholders."""
         x_TD = self.hf.get_input_embeddings()(plan.text_T)
         pixels = batch.pixels if len(batch.image_spans) else dummy_pixels(self.hf, x_TD.device)
-        table_FD = image_features(self.hf, pixels)
+        side = self.geometry.side(self.schedule.downsample) if self.schedule.downsample else None
+        table_FD = image_features(self.hf, pixels, side)
         newline_D = getattr(self.hf.model, "image_newline", None)
         if newline_D is not None:
             table_FD = torch.cat([table_FD, newline_D[None].to(table_FD.dtype)])

@@ -171,8 +171,9 @@ def surviving_labels(sample, length):
         PYRAMID,
         replace(PYRAMID, inject=2, ranker=("visual_attention", "dart", "cdpruner")),
         replace(PYRAMID, layers=(0, 3, 5), ranker=("divprune", "all_text", "v2drop")),
+        replace(PYRAMID, downsample=9),
     ],
-    ids=["paper", "injected", "from layer 0"],
+    ids=["paper", "injected", "from layer 0", "pooled"],
 )
 def test_text_only_batch_runs_every_module_and_has_every_gradient(schedule):
     """All ranks must run the same modules and touch the same parameters, whatever their data."""
@@ -242,7 +243,9 @@ class CountSyncs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("more", [{}, {"inject": 1, "merge": "nearest"}], ids=["", "late and merged"])
+@pytest.mark.parametrize(
+    "more", [{}, {"inject": 1, "merge": "nearest"}, {"downsample": 9}], ids=["", "late and merged", "pooled"]
+)
 @pytest.mark.parametrize("ranker", RANKERS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_dropping_never_waits_for_the_device(geometry, ranker, more):

@@ -14,6 +14,7 @@ from llava_pdrop.errors import ConfigError
 from llava_pdrop.geometry import NEWLINE, PAPER_PINPOINTS_5_TILES, PINPOINTS, PINPOINTS_9_TILES, ImageGeometry
 from tests.messages import meant, says
 from tests.parity.test_export import sources  # noqa: F401
+from tests.slow_pooling import slow_tokens
 
 ROOT = Path(__file__).parents[2]
 NEXT = ROOT / "configs" / "llava_next_7b" / "finetune.yaml"
@@ -55,6 +56,28 @@ def test_the_largest_pictures_of_the_paper():
     assert nine.num_tokens((672, 1344)) == nine.num_tokens((2688, 336)) == 5184
     assert max(nine.num_tiles(size) for size in PINPOINTS_9_TILES) == 9
     assert set(PAPER_PINPOINTS_5_TILES) < set(PINPOINTS_9_TILES) and len(set(PINPOINTS_9_TILES)) == 19
+
+
+@pytest.mark.parametrize("budget", [1, 5, 144, 270, 575])
+@pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize("size", SIZES)
+def test_pooling_leaves_the_first_token_of_every_cell(size, merge, budget):
+    geometry = replace(ANYRES, merge=merge)
+    rows, feature = geometry.pooled_index(size, budget)
+    side = geometry.side(budget)
+    assert side**2 <= budget < (side + 1) ** 2
+    assert list(zip(rows.tolist(), feature.tolist())) == slow_tokens(geometry, size, side)
+    assert geometry.num_tokens(size, budget) == len(rows)
+    if merge != "spatial_unpad":
+        assert sorted(feature.tolist()) == list(range(geometry.num_tiles(size) * geometry.features(budget)))
+
+
+@pytest.mark.parametrize("budget", [0, 576, 600])
+def test_pooling_to_all_features_leaves_every_token(budget):
+    rows, feature = ANYRES.pooled_index((640, 480), budget)
+    assert rows.tolist() == list(range(ANYRES.num_tokens((640, 480)))) and ANYRES.features(budget) == 576
+    assert np.array_equal(feature, ANYRES.merge_index((640, 480)))
+    assert ANYRES.num_tokens((640, 480), budget) == len(rows)
 
 
 def test_a_new_pinpoint_set_is_one_row(monkeypatch):

@@ -30,6 +30,7 @@ PAPER = Schedule(layers=(8, 16, 24), ratios=(0.5, 0.25, 0.125))
         ({"layers": [8], "ratios": [0.5], "inject": -1}, says("pyramid_drop.inject", "-1")),
         ({"layers": [8], "ratios": [0.5], "merge": "all"}, says("pyramid_drop.merge", "'nearest'", "'all'")),
         ({"inject": 3}, says("pyramid_drop.inject", "[]", "3")),
+        ({"downsample": -1}, says("pyramid_drop.downsample", "-1")),
         ({"layers": [8], "keep": [9], "ratios": [0.5]}, says("pyramid_drop.keep", "pyramid_drop.ratios", "not both")),
         (
             {"layers": [8], "ratios": [0.5], "ranker": ["random", "fastv"]},

@@ -89,6 +89,11 @@ def test_cache_bytes_are_the_predicted_ones(hf, method, batch, image_tokens):
     assert run.cache_bytes == predicted_cache_bytes(hf.config, case, METHODS[method], torch.float32)
 
 
+def test_pooling_cannot_be_measured_where_pictures_come_encoded():
+    with pytest.raises(ValueError, match=says("bench prefill", "pyramid_drop.downsample")):
+        PrefillBench.make(replace(SHAPE, schedule=Schedule(downsample=9)), CPU)
+
+
 def test_the_bench_leaves_the_model_as_it_was(hf):
     def hooks() -> list[int]:
         return [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in hf.modules()]

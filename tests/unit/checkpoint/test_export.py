@@ -102,6 +102,19 @@ def test_a_training_run_is_canonical_and_brings_its_schedule(tiny_config, tmp_pa
     assert not read_json(tmp_path / "original" / "config.json")["unfreeze_mm_vision_tower"]
 
 
+def test_a_run_with_pooled_pictures_opens_as_one_and_as_its_vanilla_self(tiny_config, tmp_path):
+    drop = {"layers": [2], "ratios": [0.5], "downsample": 9}
+    sections = {"train": {"max_steps": 2, "use_cpu": True, "disable_tqdm": True}, "pyramid_drop": drop}
+    run = train(load_config(tiny_config(**sections)))
+    schedule = Schedule((2,), (0.5,), downsample=9).at("renumber")
+    for layout in ("llava-hf", "llava"):
+        convert(str(run), tmp_path / layout, layout)
+        assert build_parts(str(tmp_path / layout)).schedule == schedule
+    fields = read_json(run / "config.json")
+    assert fields["pyramid_drop"]["downsample"] == 9
+    assert fields["image_seq_length"] == 16, "the processor's placeholders: those of the vanilla model"
+
+
 def test_a_vanilla_run_says_so(tmp_path):
     model = PyramidLlava(make_tiny_hf(), Schedule())
     save_pretrained(model.hf, None, tmp_path)

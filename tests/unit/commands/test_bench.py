@@ -88,6 +88,17 @@ def test_a_drop_before_the_decoder_and_a_late_entry_have_their_stages(tmp_path: 
         assert sum(modelled) == pytest.approx(sum(layers))
 
 
+def test_pooled_pictures_are_a_run_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text("downsample: 9\n")
+    words = ["bench", "train", "--shape", "tiny", "--steps", "1", "--warmup", "0", "--device", "cpu", "--samples", "1"]
+    assert main([*words, "--schedule", str(tmp_path / "small.yaml"), "--card", "H100", "--out", str(tmp_path)]) == 0
+    vanilla, small = json.loads((tmp_path / "train-tiny-cpu.json").read_text())["runs"]
+    assert small["schedule"]["downsample"] == 9 and len(small["stages"]) == 1
+    assert small["steps"]["image_tokens"][0][0] < vanilla["steps"]["image_tokens"][0][0]
+    assert 0 < small["predicted_reduction"] < 1
+    assert "pool tiles to at most 9 features" in (tmp_path / "train-tiny-cpu.md").read_text()
+
+
 def test_like_is_compared_with_like(headline: Path) -> None:
     """Operations are of forward and backward, and so is the time beside them."""
     report = json.loads((headline / "train-tiny-cpu-full.json").read_text())

@@ -11,6 +11,7 @@ from llava_pdrop.config.presets import CHECKOUT
 from llava_pdrop.config.values import read_mapping
 from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.errors import ConfigError
+from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.rankers import check_rankers
 from llava_pdrop.schedule import Schedule
 from tests.messages import meant, says
@@ -40,6 +41,8 @@ FIGURES = [
     ("divprune", "tokens", 56, OURS, "the ratio 0.098 of its scripts"),
     ("random", "tokens", 270, OURS, "the paper's stages"),
     ("uniform", "tokens", 270, OURS, "the paper's stages"),
+    ("downsample", "tokens", 256, OURS, "16x16, the largest square grid not above 270"),
+    ("downsample", "TFLOP", 1.68, OURS, "the same, by the paper's formula"),
 ]
 
 
@@ -54,8 +57,9 @@ def test_every_preset_has_a_figure():
 @pytest.mark.parametrize(("name", "what", "figure", "kind", "source"), FIGURES)
 def test_a_preset_costs_what_is_said_of_it(name, what, figure, kind, source):
     schedule = preset(name)
-    tokens = sum(schedule.tokens_per_layer(576, 32)) / 32
-    cost = {"tokens": tokens, "TFLOP": paper_tflop(576, 32, 4096, 11008, schedule)}[what]
+    enters = ImageGeometry(336, 14).num_tokens((336, 336), schedule.downsample)
+    tokens = sum(schedule.tokens_per_layer(enters, 32)) / 32
+    cost = {"tokens": tokens, "TFLOP": paper_tflop(enters, 32, 4096, 11008, schedule)}[what]
     assert cost == pytest.approx(figure, abs=0.05 if what == "tokens" else 0.006 if figure > 1 else 0.0006)
     head = (HOME / f"{name}.yaml").read_text(encoding="utf-8").split("depth:")[0]
     assert f"{figure:g}" in head, "the comment on top of the file says it"

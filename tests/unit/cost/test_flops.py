@@ -92,6 +92,8 @@ CASES = [
     (Schedule((0, 2), keep=(9, 0), ranker=("divprune", "fastv")), EVERYTHING[:2], False, None),
     (Schedule((1, 2), (0.5, 0.25), inject=1), EVERYTHING[:2], True, 2),
     (Schedule((2, 3), (0.5, 0.25), inject=1), EVERYTHING, False, None),
+    (Schedule(downsample=9), EVERYTHING, True, 2),
+    (Schedule((1, 2), (0.5, 0.25), "all_text", downsample=4), EVERYTHING[:2], False, None),
     *(
         (Schedule((1, 2), (0.5, 0.25), merge="nearest"), parts, True, None)
         for parts in (EVERYTHING[:2], EVERYTHING[:1])
@@ -147,7 +149,7 @@ def test_attention_is_the_causal_half_of_what_torch_would_count():
     net = model(DROP)
     packed = batch()
     ours = step_flops(net.hf.config, packed, DROP, GEOMETRY, trainable=())
-    stages = layouts_of(packed, DROP)
+    stages = layouts_of(packed, DROP, GEOMETRY)
     lengths = [stages[0].seq_lens, stages[1].seq_lens, stages[2].seq_lens, stages[2].seq_lens]
     full = sum(4 * n * n * 32 for layer in lengths for n in layer)
     diagonal = sum(4 * n * 32 for layer in lengths for n in layer)
@@ -178,6 +180,6 @@ def test_stages_add_up_to_the_forward_of_the_layers(schedule):
     """With nothing to learn `step_flops` counts a forward: its decoder and attention, split at the drops."""
     config = model(schedule).hf.config
     whole = step_flops(config, batch(), schedule, GEOMETRY, trainable=())
-    stages = stage_flops(config, batch(), schedule)
+    stages = stage_flops(config, batch(), schedule, GEOMETRY)
     assert len(stages) == len(schedule.layers) + 1
     assert sum(stages) == whole.decoder + whole.attention

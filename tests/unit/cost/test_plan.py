@@ -66,6 +66,36 @@ def test_stages_of_a_full_picture():
     assert plan.average_tokens == (2928 + 1464 + 732 + 366) / 4
 
 
+POOLED = ("pyramid_drop.layers=[]", "pyramid_drop.ratios=[]")
+"""No drop, so that pooling is all."""
+
+
+def test_pooled_pictures_are_planned_with_what_enters():
+    plan, vanilla = (make_plan(load_config(ONE, [*POOLED, f"pyramid_drop.downsample={n}"])) for n in (270, 0))
+    assert (plan.rows[0].tokens, plan.paper.tokens, vanilla.rows[0].tokens) == ([256], [256], [576])
+    assert [(stage.image_tokens, stage.share) for stage in plan.stages] == [(256, 256 / 576)]
+    assert (plan.average_tokens, plan.average) == (256, pytest.approx(256 / 576))
+    assert plan.paper.vanilla == vanilla.paper.vanilla > plan.paper.dropping
+    anyres = load_config(NEXT, ["pyramid_drop.downsample=144"])
+    assert [stage.image_tokens for stage in make_plan(anyres).stages] == [144 + 24 * 25, 372, 186, 93]
+    assert "720 image tokens after pooling" in paper_note(make_plan(anyres))
+
+
+def test_a_step_on_pooled_pictures_costs_less_everywhere_behind_the_tower():
+    config = load_config(NEXT, [*POOLED, "pyramid_drop.downsample=144"])
+    step = plan_step(config)
+    assert step.dropping.tower == step.vanilla.tower and step.dropping.head == step.vanilla.head
+    assert step.dropping.projector == pytest.approx(step.vanilla.projector / 4) and step.dropping.ranking == 0
+    share = (744 + 200) / (2928 + 200)
+    assert step.dropping.decoder == pytest.approx(share * step.vanilla.decoder)
+    for row in plan_memory(config, (0, 32), States(3, 8)):
+        assert row.dropping.activations < 0.5 * row.vanilla.activations
+    lora = load_config(LORA, [*POOLED, "pyramid_drop.downsample=144"])
+    assert plan_step(lora).reduction > 0.4
+    solution = solve(load_config(NEXT, ["pyramid_drop.downsample=144"]), average_tokens=300)
+    assert solution.schedule.downsample == 144 and 0 <= 300 - solution.cost < 1
+
+
 def test_the_full_picture_is_the_squarest_largest_canvas():
     pinpoints = ((336, 1344), (672, 672), (1344, 336), (336, 336))
     assert full_picture(ImageGeometry(336, 14, "anyres", "flat", pinpoints)) == (672, 672)

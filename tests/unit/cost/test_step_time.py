@@ -124,7 +124,7 @@ def test_its_operations_are_those_that_are_counted(recomputed, trainable):
         ):
             assert by_name[name].whole.flops == pytest.approx(flops, rel=1e-12)
         stages = [part.forward.flops for part in parts if part.name.startswith("layers")]
-        assert stages == pytest.approx(stage_flops(model.config, batch, chosen), rel=1e-12)
+        assert stages == pytest.approx(stage_flops(model.config, batch, chosen, model.geometry), rel=1e-12)
 
 
 def test_bounds_are_the_data_sheets_and_nothing_is_faster():

@@ -157,7 +157,7 @@ def test_an_image_that_no_query_sees_stays_whole(tokenizer, image_token_id):
 
     def kept(*texts):
         sample = Encoder(QA, tokenizer, image_token_id, PAD).train(make_record(*texts), [IMAGE, IMAGE])
-        layout = layouts_of(PackedBatch.pack([sample]), schedule)[1]
+        layout = layouts_of(PackedBatch.pack([sample]), schedule, PAD)[1]
         return [stop - start for start, stop in layout.image_spans]
 
     assert kept("<image>\nShow me", "Here: <image> it is") == [8, 16]

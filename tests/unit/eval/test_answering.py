@@ -103,10 +103,10 @@ def test_a_question_that_a_processor_refuses_costs_no_other_one(respondent, ques
     """As PaliGemma's does that has no picture."""
     original = LlavaRespondent.inputs
 
-    def inputs(self, prepared):
+    def inputs(self, prepared, schedule):
         if not all(sample.images for sample in prepared):
             raise UserError("a picture is wanted")
-        return original(self, prepared)
+        return original(self, prepared, schedule)
 
     monkeypatch.setattr(LlavaRespondent, "inputs", inputs)
     found = answer_all(respondent, questions, DROP, batch_size=8, max_new_tokens=2, strict=False)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,11 @@ def test_llava_next_batches_hold_images_of_different_tiles(tiny_files, tmp_path)
     assert one.predictions == together.predictions
     totals = [parts.geometry.num_tokens(size) for size in sizes]
     assert one.image_tokens[1] == pytest.approx(sum(int(n * 0.5) for n in totals) / 3)
+    pooled = replace(DROP, downsample=9)
+    one, together = (run(parts, questions, pooled, batch_size=size) for size in (1, 3))
+    assert one.predictions == together.predictions
+    totals = [parts.geometry.num_tokens(size, 9) for size in sizes]
+    assert one.image_tokens[:2] == pytest.approx([sum(totals) / 3, sum(int(n * 0.5) for n in totals) / 3])
 
 
 def test_a_record_without_answer_is_refused(tmp_path):

@@ -45,7 +45,7 @@ def test_the_tower_sees_a_picture_once_and_all_logits_stay(respondent, questions
     hf, tower = respondent.hf.eval(), []
     prepared = [respondent.prepare(question) for question in questions]
     images = [image for sample in prepared for image in sample.images]
-    inputs, _ = respondent.inputs(prepared)
+    inputs, _ = respondent.inputs(prepared, Schedule())
     count = hf.model.vision_tower.register_forward_hook(lambda _module, _args, out: tower.append(len(out[0])))
     with torch.inference_mode():
         alone = hf(**inputs).logits

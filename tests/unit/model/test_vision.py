@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from llava_pdrop.model.vision import image_features, tower_hidden, used_tower_layers
+from llava_pdrop.model.vision import image_features, pooled, tower_hidden, used_tower_layers
+from tests.slow_pooling import slow_pooled
 from tests.tiny import make_tiny_hf
 
 LAYERS = 4
@@ -56,3 +57,21 @@ def test_no_hidden_state_outlives_the_next_layer_without_gradients():
         layer.register_forward_hook(remember)
     image_features(hf, torch.randn(1, 3, 28, 28))
     assert alive == [1, 2, 2]  # its own output, and the input it was computed from
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", [1, 2, 4, 5, 6])
+def test_a_pooled_feature_is_the_mean_of_its_cell(side, dtype):
+    feature_IPW = torch.randn(2, 36, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours = pooled(feature_IPW, side)
+    expected = slow_pooled(feature_IPW.float(), side)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.float(), expected, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+def test_pooled_features_are_projected():
+    hf = make_tiny_hf()
+    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    hidden = tower_hidden(hf.model.vision_tower, pixels, used_tower_layers(hf.config))[:, 1:]
+    expected = hf.model.multi_modal_projector(slow_pooled(hidden, 3)).flatten(0, 1)
+    torch.testing.assert_close(image_features(hf, pixels, 3), expected, atol=1e-6, rtol=1e-5)

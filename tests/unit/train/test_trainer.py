@@ -135,7 +135,7 @@ def test_the_layouts_of_a_micro_batch_are_worked_out_once(make_trainer, monkeypa
     monkeypatch.setattr(trainer, "training_step", counted_step)
     monkeypatch.setattr(trainer.meter, "drain", lambda *given: sums.append(trainer.meter.flops) or drain(*given))
     trainer.train()
-    assert len(planned) == 3 * 2 and {schedule for _, schedule in planned} == {trainer.model.schedule}
+    assert len(planned) == 3 * 2 and {schedule for _, schedule, _ in planned} == {trainer.model.schedule}
     *micro_batches, counted = sums
     assert len(micro_batches) == 3 * 2 and counted == pytest.approx(sum(micro_batches))
     assert trainer.state.total_flos == pytest.approx(counted) or checkpointing
