@@ -11,6 +11,7 @@ import torch
 
 from llava_pdrop.bench import prefill_report, train_report
 from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillBench, PrefillCase
+from llava_pdrop.bench.rankings import ranker_costs
 from llava_pdrop.bench.recompute import arms_in, read_setting
 from llava_pdrop.bench.shapes import chosen_shape
 from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
@@ -130,6 +131,9 @@ def run_train(asked: TrainSettings) -> list[dict[str, Any]]:
         for group in compare(trainer, arms[:2]) if asked.compare else ():
             train_report.add_comparison(report, group)
             train_report.write(report, stem)  # a time limit that ends the run costs one group, not all of it
+        if asked.compare:
+            report["rankers"] = ranker_costs(trainer, arms[0])
+            train_report.write(report, stem)
         train_report.page(report, "").show()
         print(f"written: {', '.join(map(str, files))}")
         reports.append(report)

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from llava_pdrop.bench import optimizer
+from llava_pdrop.bench.rankings import table_of_rankers
 from llava_pdrop.bench.recompute import from_json, to_json
 from llava_pdrop.bench.train_step import BenchTrainer, Measured
 from llava_pdrop.bench.variants import Compared
@@ -114,6 +115,7 @@ def training_report(
         "compared": COMPARED,
         "runs": [_run(result, vanilla[result.arm.setting], rate, card) for result in results],
         "compare": [],
+        "rankers": [],
     }
 
 
@@ -262,7 +264,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
         modelled = [ms and ms / 1e3 for run in runs if "stages" in run for ms in modelled_stages(run)]
         columns.append(column(f"modelled for {report['model']['card']}", modelled))
     found.append(Table.of_columns(columns, "Decoder layers by stage, forward"))
-    return [*found, *([_variants(report["compare"])] if report["compare"] else [])]
+    more = ((_variants, report["compare"]), (table_of_rankers, report["rankers"]))
+    return [*found, *(table(entries) for table, entries in more if entries)]
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:

@@ -84,7 +84,8 @@ class Measured:
         predicted_peak_mib: of CUDA's allocator, by `cost.memory`; empty on the CPU.
         tokens: of the samples, without padding; ``stage_tokens`` and ``image_tokens``: of the stream at every stage.
         model_flops: operations that the samples ask for: no recomputation, padding or logits that nobody needs;
-            ``hardware_flops``: operations that were done (`cost.flops`).
+            ``hardware_flops``: operations that were done (`cost.flops`), ``ranking_flops`` those of the
+            ranking.
         times: the model of its time (`BenchTrainer.modelled_time`).
         error: why there are fewer steps than asked for.
     """
@@ -102,6 +103,7 @@ class Measured:
     image_tokens: list[list[int]] = field(default_factory=list)
     model_flops: list[float] = field(default_factory=list)
     hardware_flops: list[float] = field(default_factory=list)
+    ranking_flops: list[float] = field(default_factory=list)
     times: list[ArmTime | None] = field(default_factory=list)
     error: str | None = None
 
@@ -203,6 +205,10 @@ class BenchTrainer:
         """Operations that a step of ``arm`` on ``batch`` cannot do without."""
         shape = self.shape
         return step_flops(self.model.hf.config, batch, arm.schedule, shape.geometry, shape.trainable).total
+
+    def ranking_flops(self, arm: BenchArm, batch: PackedBatch) -> float:
+        """Those of them that rank."""
+        return step_flops(self.model.hf.config, batch, arm.schedule, self.shape.geometry, self.shape.trainable).ranking
 
     def hardware_flops(self, arm: BenchArm, batch: PackedBatch) -> float:
         """Operations that it does, recomputation and logits without a label included."""
@@ -309,6 +315,7 @@ def _one_step(
         result.add(*taken, cuda=cuda)
         result.tokens.append(sum(samples.seq_lens))
         result.model_flops.append(trainer.model_flops(arm, samples))
+        result.ranking_flops.append(trainer.ranking_flops(arm, batch))
         result.hardware_flops.append(trainer.hardware_flops(arm, batch))
         result.stage_flops.append(stage_flops(trainer.model.hf.config, batch, arm.schedule, trainer.shape.geometry))
         result.times.append(trainer.modelled_time(arm, batch))

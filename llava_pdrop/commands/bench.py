@@ -72,7 +72,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", metavar="NAME", help="auto, eager, torch or liger (default: as CONFIG, else auto)")
     parser.add_argument(
         "--compare", action="store_true",
-        help="also measure each design choice against its alternative, in the (first) setting of recomputation",
+        help="also measure each design choice against its alternative, and every ranker at one drop, in the (first) "
+        "setting of recomputation",
     )  # fmt: skip
 
 

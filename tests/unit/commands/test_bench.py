@@ -15,6 +15,7 @@ from llava_pdrop.bench.run import read_schedules
 from llava_pdrop.bench.train_report import modelled_stages, step_bars, tables
 from llava_pdrop.bench.train_step import BenchArm
 from llava_pdrop.errors import UserError
+from llava_pdrop.model.rankers import RANKERS
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 
@@ -97,6 +98,24 @@ def test_pooled_pictures_are_a_run_of_their_own(tmp_path: Path) -> None:
     assert small["steps"]["image_tokens"][0][0] < vanilla["steps"]["image_tokens"][0][0]
     assert 0 < small["predicted_reduction"] < 1
     assert "pool tiles to at most 9 features" in (tmp_path / "train-tiny-cpu.md").read_text()
+
+
+def test_every_ranker_has_its_cost(files: Path) -> None:
+    report = json.loads((files / "train-tiny-cpu.json").read_text())
+    costs = {entry["name"]: entry for entry in report["rankers"]}
+    depth = report["shape"]["text"]["num_hidden_layers"]
+    assert list(costs) == list(RANKERS)
+    for entry in costs.values():
+        assert (entry["layer"], entry["kept"], entry["error"]) == (depth // 2, 0.5, None)
+        low, median, high = entry["ranking"]
+        assert 0 < low <= median <= high and 0 < entry["ranking_share"] < 1
+        assert all(entry["step"])
+    free = {name for name, entry in costs.items() if not entry["flop"]}
+    assert free == {"random", "uniform", "v2drop"}, "what multiplies no matrices"
+    assert costs["all_text"]["flop"] > costs["last_instruction"]["flop"] > costs["key_norm"]["flop"]
+    table = (files / "train-tiny-cpu.md").read_text().split("Rankers: 50% of the image tokens stay")[1]
+    for name in RANKERS:
+        assert re.search(rf"^\| {name} \| [\d.,]+ \| [\d.,]+ \[", table, re.MULTILINE), name
 
 
 def test_like_is_compared_with_like(headline: Path) -> None:
