@@ -155,8 +155,8 @@ class Call:
         here = kwargs | self._placed(index, hidden_BND, kwargs)
         frame, after = prefill.stages[stage].frame, prefill.stages[stage + 1].frame
         picture_T, column_T = (x.to(hidden_BND.device) for x in (self.picture_T, self.column_T))
-        x_TD, pooled = frame.pack(hidden_BND), stage == 0 and prefill.entering is not None
-        if pooled:
+        x_TD, score_V = frame.pack(hidden_BND), None
+        if stage == 0 and prefill.entering is not None:
             index_K = prefill.entering.to(hidden_BND.device)
         else:
             ranker = RANKERS[self.schedule.rankers[self.schedule.stage(index) - 1]]
@@ -165,7 +165,7 @@ class Call:
             if self.schedule.merge == "nearest":
                 x_TD = merged(x_TD, score_V, candidates)
         if self.step is not None:
-            self.step.drop(index_K, pooled)
+            self.step.drop(index_K, score_V)
         self.picture_T, self.column_T = picture_T.index_select(0, index_K), column_T.index_select(0, index_K)
         self.column_BN = after.unpack(self.column_T)
         if self.stages.column_BN is not None:

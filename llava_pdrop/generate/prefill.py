@@ -32,22 +32,25 @@ class ForwardStep:
         entered: where pictures are pooled, the positions of that stream (see ``survivors``) which enter the decoder.
         survivors: per drop, the positions that survive it in the stream of the prompt's real tokens, row after row;
             empty lists in a forward that drops nothing.
+        scores: per drop, those (V,) of the tokens that it could take, picture after picture.
         pictures: of every picture, where its tokens lie in that stream.
     """
 
     position_ids: list[Tensor] = field(default_factory=list)
     entered: list[int] | None = None
     survivors: list[list[int]] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
     pictures: list[list[int]] = field(default_factory=list)
 
-    def drop(self, index_K: Tensor, pooled: bool = False) -> None:
-        """Notes a drop, of which ``index_K`` are the survivors among those of the drop before; or, ``pooled``, what
-        enters before any drop."""
+    def drop(self, index_K: Tensor, score_V: Tensor | None) -> None:
+        """Notes a drop by ``score_V``, of which ``index_K`` are the survivors among those of the drop before; or, with
+        None, what enters before any drop."""
         before = self.survivors[-1] if self.survivors else self.entered
         index = index_K.tolist() if before is None else [before[position] for position in index_K.tolist()]
-        if pooled:
+        if score_V is None:
             self.entered = index
         else:
+            self.scores.append(score_V.cpu())
             self.survivors.append(index)
 
     def kept(self, drop: int) -> list[list[int]]:
