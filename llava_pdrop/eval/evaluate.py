@@ -186,8 +186,11 @@ def leave(
     return found
 
 
-def finished(config: Config) -> Path:
+def finished(config: Config, writes: bool = True) -> Path:
     """The directory of the finished run, where answers can be written.
+
+    Args:
+        writes: whether they are to lie there.
 
     Raises:
         ConfigError: there is none, or nothing can.
@@ -198,7 +201,7 @@ def finished(config: Config) -> Path:
         inside = sorted(str(file.parent) for file in directory.glob("*/config.json"))
         remedy = f"name one of {', '.join(inside)}" if inside else "train it first"
         raise ConfigError(f"{config.file}: output_dir: {directory} holds no finished run: {remedy}")
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if writes and not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(f"{config.file}: {directory} is to hold the answers and cannot be written to: copy it first")
     return directory
 

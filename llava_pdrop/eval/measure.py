@@ -133,14 +133,14 @@ def measure(
     scores, facts = list[Score](), model_facts(model or directory) if loaded else {}
     for benchmark, questions in loaded.items():
         for column, schedule in columns.items():
-            asked = _Asked(settings, benchmark, questions, column, schedule, directory, facts)
+            asked = Asked(settings, benchmark, questions, column, schedule, directory, facts)
             score = _measure_one(asked, respondent, team, paper.get(column, {}))
             scores += [] if score is None else [score]
     return paired(scores)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """The questions of one benchmark, to be answered with one schedule."""
 
     settings: AnswerSettings
@@ -171,7 +171,7 @@ class _Asked:
         return Kept(self.directory / HOME / self.benchmark.name, self.column, facts)
 
 
-def _measure_one(asked: _Asked, respondent: Respondent, team: Team, reported: Mapping[str, float]) -> Score | None:
+def _measure_one(asked: Asked, respondent: Respondent, team: Team, reported: Mapping[str, float]) -> Score | None:
     """None on all but the first process."""
     benchmark, questions, kept = asked.benchmark, asked.questions, asked.kept(respondent)
     found = answer_all(

@@ -21,9 +21,12 @@ CHAT = "chat"
 """Instead of the name of a template: the chat template that the checkpoint brings along. For evaluation only."""
 
 
-def subject_config(path: Path, overrides: list[str]) -> Config:
+def subject_config(path: Path, overrides: list[str], asks: bool = True) -> Config:
     """The config that ``path`` stands for: a file, or a directory, in which a run or another model is evaluated as it
     lies there.
+
+    Args:
+        asks: whether the ``overrides`` must name questions where nothing else can.
 
     Raises:
         ConfigError: the directory holds neither, or as `load_config` and `foreign_config` say.
@@ -35,22 +38,22 @@ def subject_config(path: Path, overrides: list[str]) -> Config:
             raise ConfigError(
                 f"{path} is no run and no model: it has neither {RUN_FILE} nor config.json{runs_in(path)}"
             )
-        return foreign_config(path, overrides)
+        return foreign_config(path, overrides, asks)
     whole = [f"model.path={path}", "model.language_model=null", "model.vision_tower=null", "model.projector=null"]
     config = load_config(path / RUN_FILE, whole + overrides)
     return replace(config, paper=load_config(path / RUN_FILE, overrides).paper)  # it is about this very run
 
 
-def foreign_config(directory: Path, overrides: list[str]) -> Config:
+def foreign_config(directory: Path, overrides: list[str], asks: bool = True) -> Config:
     """The config by which the model in ``directory`` is evaluated: with the schedule in its config.json, if any, and
     asked as its files say.
 
     Raises:
-        ConfigError: the ``overrides`` name no questions. MissingFileError, UserError: its config.json cannot be read,
-            or nothing says how it is asked.
+        ConfigError: it ``asks``, and the ``overrides`` name no questions. MissingFileError, UserError: its config.json
+            cannot be read, or nothing says how it is asked.
     """
     names = {word.split("=", 1)[0] for word in overrides}
-    if not names & {"data.eval", "benchmarks", "eval.benchmarks"}:
+    if asks and not names & {"data.eval", "benchmarks", "eval.benchmarks"}:
         raise ConfigError(
             f"{directory} has no {RUN_FILE} that names questions: add data.eval=FILE data.image_root=DIR, or "
             "benchmarks=NAME"

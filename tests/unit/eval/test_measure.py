@@ -15,7 +15,7 @@ from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.benchmarks import BENCHMARKS
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import AnswerSettings
-from llava_pdrop.eval.measure import _Asked, chosen, columns_of, first_units
+from llava_pdrop.eval.measure import Asked, chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.rules.grades import Grade, means
 from llava_pdrop.eval.score import beside_paper, paired, score_of
@@ -96,7 +96,7 @@ def test_all_that_answers_depend_on_has_a_directory_of_its_own(tiny_config, tmp_
     def kept(prompt="p", end=2, model="m", words=()):
         respondent = SimpleNamespace(text=lambda question: prompt, ends=[end], stops=())
         config = load_config(file, list(words))
-        return _Asked(
+        return Asked(
             AnswerSettings.of(config), TOY, QUESTIONS, "c", config.schedule, tmp_path, {"weights": model}
         ).kept(respondent)
 
