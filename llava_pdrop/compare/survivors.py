@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,17 @@ from PIL import Image
 from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
 from llava_pdrop.eval.evaluate import AnswerSettings, answer
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.respondent import LlavaRespondent
+from llava_pdrop.eval.respondent import LlavaRespondent, Respondent
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
-from llava_pdrop.report.pictures import GRID, subplots
+from llava_pdrop.report.pictures import GRID, INK, subplots
 from llava_pdrop.schedule import Schedule
+from llava_pdrop.types import ImageSource
 
 
 @dataclass(frozen=True)
 class Example:
     """A question with its picture (as the tower sees it, ``patch`` pixels per patch) and, for every stage, which
-    patches (rows, columns) still have their image token."""
+    patches (rows, columns) still have their image token. ``gold`` is empty where nobody knows the answer."""
 
     question: str
     gold: str
@@ -32,23 +33,53 @@ class Example:
     kept: list[np.ndarray]
 
 
+@dataclass(frozen=True)
+class Sight:
+    """A ``picture`` as a model sees it, ``patch`` pixels per patch, and ``grid``, which says what patches (rows,
+    columns) the image tokens of these numbers show."""
+
+    picture: Image.Image
+    patch: int
+    grid: Callable[[Sequence[int]], np.ndarray]
+
+
 def examples(
     settings: AnswerSettings, respondent: LlavaRespondent, questions: Sequence[Question], schedule: Schedule
 ) -> list[Example]:
     """Answers ``questions`` and looks at what ``generate`` kept of their first image at every stage."""
-    shown, parts = [], respondent.parts
-    for question in questions:
-        if not question.record.images:
-            continue
-        result = answer(settings, respondent, [question], schedule, None, trace=True)
-        prompt, picture = result.steps[0], load_image(question.record.images[0])
-        entered, _ = parts.geometry.pooled_index(picture.size, schedule.downsample)
-        stages = [entered.tolist(), *(prompt.kept(drop)[0] for drop in range(len(schedule.layers)))]
-        kept = [patch_grid(parts.geometry, picture.size, stage) for stage in stages]
-        text = result.predictions[0]
-        seen = as_seen(parts.geometry, picture, parts.image_processor.image_mean)
-        shown.append(Example(text.question, text.gold, text.answer, seen, parts.geometry.patch, kept))
-    return shown
+    shown = [question for question in questions if question.record.images]
+    return [
+        example(settings, respondent, question, schedule, lambda source, _: llava_sight(respondent, source))
+        for question in shown
+    ]
+
+
+def example(
+    settings: AnswerSettings,
+    respondent: Respondent,
+    question: Question,
+    schedule: Schedule,
+    see: Callable[[ImageSource, int], Sight],
+) -> Example:
+    """Answers ``question`` and looks at what ``generate`` kept of its first image at every stage.
+
+    Args:
+        see: given that image and how many tokens it has, how the model sees it.
+    """
+    result = answer(settings, respondent, [question], schedule, None, trace=True)
+    prompt = result.steps[0]
+    sight = see(question.record.images[0], len(prompt.pictures[0]))
+    stages = [prompt.entering(), *(prompt.kept(drop) for drop in range(len(schedule.layers)))]
+    kept = [sight.grid(pictures[0]) for pictures in stages]
+    text = result.predictions[0]
+    return Example(text.question, text.gold, text.answer, sight.picture, sight.patch, kept)
+
+
+def llava_sight(respondent: LlavaRespondent, source: ImageSource) -> Sight:
+    """How a LLaVA sees a picture."""
+    picture, parts = load_image(source), respondent.parts
+    seen = as_seen(parts.geometry, picture, parts.image_processor.image_mean)
+    return Sight(seen, parts.geometry.patch, lambda kept: patch_grid(parts.geometry, picture.size, kept))
 
 
 def as_seen(geometry: ImageGeometry, picture: Image.Image, mean: Sequence[float]) -> Image.Image:
@@ -110,5 +141,7 @@ def _caption(axes: Any, example: Example) -> None:
     )
     where = {"xycoords": "axes fraction", "ha": "right", "fontsize": 9}
     axes.annotate("\n".join(textwrap.wrap(question, 22)), (-0.08, 0.98), va="top", **where)
-    text, colour = f"gold: {gold}\nmodel: {answer or '(nothing)'}", "#2B7A4B" if right else "#B3372F"
+    text, colour = f"model: {answer or '(nothing)'}", INK
+    if gold:
+        text, colour = f"gold: {gold}\n{text}", "#2B7A4B" if right else "#B3372F"
     axes.annotate(text, (-0.08, 0.02), va="bottom", fontweight="bold", color=colour, **where)

@@ -55,7 +55,15 @@ class ForwardStep:
 
     def kept(self, drop: int) -> list[list[int]]:
         """Per picture, which of its original tokens 0..n-1 survive drop number ``drop``."""
-        alive = set(self.survivors[drop])
+        return self._of_pictures(self.survivors[drop])
+
+    def entering(self) -> list[list[int]]:
+        """Per picture, which of its tokens 0..n-1 enter the decoder: all of them, unless pictures are pooled."""
+        everything = [place for places in self.pictures for place in places]
+        return self._of_pictures(everything if self.entered is None else self.entered)
+
+    def _of_pictures(self, positions: list[int]) -> list[list[int]]:
+        alive = set(positions)
         return [[number for number, place in enumerate(places) if place in alive] for places in self.pictures]
 
 
