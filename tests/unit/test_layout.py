@@ -24,7 +24,7 @@ MADE_BY_RUNNING = {"checkpoints", "build", "dist", "runs", "wandb", "__pycache__
 PARTS = (
     "errors", "files", "world", "types", "geometry", "schedule",
     "report", "model", "config", "generate", "checkpoint", "runtime", "data", "cost", "train", "eval", "compare",
-    "doctor", "bench", "serve", "commands",
+    "study", "doctor", "bench", "serve", "commands",
 )  # fmt: skip
 """Files and folders of the package. Each may import those before it, and itself."""
 

@@ -1,0 +1,232 @@
+"""Runs a study: asks every cell of the grid, looks at the attention, seeks schedules for budgets and asks them too, and
+writes the page. Every answer is kept as soon as it is there, so a second start goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_pdrop.checkpoint.lora import config_directory
+from llava_pdrop.config.schema import Config
+from llava_pdrop.errors import ConfigError, UserError
+from llava_pdrop.eval.benchmarks.base import Benchmark
+from llava_pdrop.eval.evaluate import (
+    MAX_NEW_TOKENS,
+    VANILLA,
+    AnswerSettings,
+    check_scorer,
+    finished,
+    load_questions,
+    respondent_in,
+)
+from llava_pdrop.eval.kept import FACTS, model_facts
+from llava_pdrop.eval.measure import Asked, chosen, load_benchmarks, measure
+from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.respondent import Respondent
+from llava_pdrop.eval.rules.grades import Grade, grader, known, means
+from llava_pdrop.eval.score import Score
+from llava_pdrop.eval.scorers import SCORERS
+from llava_pdrop.eval.subject import is_ours
+from llava_pdrop.eval.team import Team, team_of
+from llava_pdrop.files import read_json, save_text, write_json
+from llava_pdrop.generate.families import ATTACHABLE
+from llava_pdrop.report.console import say
+from llava_pdrop.report.environment import check_out, environment
+from llava_pdrop.report.units import text_of
+from llava_pdrop.runtime.ranks import by_first_rank
+from llava_pdrop.schedule import Schedule
+from llava_pdrop.study.attention import LayerAttention, look, probe_schedule
+from llava_pdrop.study.budget import Losses, as_yaml, plans
+from llava_pdrop.study.findings import Findings
+from llava_pdrop.study.grid import ATTENTION, SHARES, Grid
+from llava_pdrop.study.report import Study, page
+
+HOME, OWN = "study", "data_eval"
+"""Directory of a study below that of its run; name of the benchmark that ``data.eval`` is."""
+
+SEEN = "attention.json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is studied; empty: the defaults of `Grid.of` and `plans`."""
+
+    layers: tuple[int, ...] = ()
+    shares: tuple[float, ...] = SHARES
+    ranker: str = ATTENTION
+    budgets: tuple[float, ...] = ()
+
+
+def study(config: Config, wanted: Wanted = Wanted(), out: Path | None = None) -> list[Score]:
+    """Studies the finished run of ``config``, or another model, prints the tables and writes ``NAME.md``,
+    ``NAME.json``, ``NAME.png`` and a YAML file for each budget, NAME being the benchmark. The processes that a launcher
+    has started share the questions; the first one prints and writes.
+
+    Args:
+        out: where everything goes; default: ``study`` below the run.
+
+    Returns:
+        all scores; nothing on all but the first process.
+
+    Raises:
+        ConfigError: not one set of questions with known answers, or there is no finished run. UserError: layers,
+            shares or budgets that do not fit the model.
+    """
+    directory = finished(config, writes=out is None)
+    out = directory / HOME if out is None else out
+    check_out(out)
+    benchmark, questions = questions_of(config, is_ours(config_directory(directory)))
+    with team_of(config, out) as team:
+        lab = Lab(
+            AnswerSettings.of(config), respondent_in(directory, config), benchmark, questions, out, team, directory
+        )
+        hf, positions = lab.respondent.hf, config.schedule.positions
+        depth = hf.config.get_text_config().num_hidden_layers
+        first = ATTACHABLE[hf.config.model_type].first_drop(hf.config) if hf.config.model_type in ATTACHABLE else 0
+        grid = Grid.of(depth, wanted.layers, wanted.shares, wanted.ranker, first)
+        like = Schedule(ranker=grid.ranker, positions=positions)
+        found = lab.ask({VANILLA: Schedule()})
+        tokens = by_first_rank(lambda: image_tokens(found[VANILLA]))
+        nothing = Losses.of(dict.fromkeys(grid.places, 0.0))
+        by_first_rank(lambda: plans(nothing, depth, tokens, wanted.budgets, like))  # a budget is refused before hours
+        found |= lab.ask({cell.name: cell.schedule(positions) for cell in grid.cells})
+        seen = lab.look(probe_schedule(first, depth, positions))
+        sought = by_first_rank(lambda: plans(losses(grid, found), depth, tokens, wanted.budgets, like))
+        names = {plan.schedule: plan.name for plan in reversed(sought)}  # one schedule is asked once
+        found |= lab.ask({name: schedule for schedule, name in names.items()})
+    if not team.first:
+        return []
+    measured = [found[names[plan.schedule]] for plan in sought]
+    front = losses(grid, found).front(depth)
+    made = Study(config.name, findings(grid, found), tokens, seen, front, sought, measured)
+    write(made, out, environment(lab.settings.device, config.seed))
+    return list(found.values())
+
+
+def questions_of(config: Config, llava: bool) -> tuple[Benchmark, list[Question]]:
+    """The one benchmark of ``eval.benchmarks``, or ``data.eval`` as one, with its questions.
+
+    Args:
+        llava: whether a LLaVA is asked.
+
+    Raises:
+        ConfigError: there is none or more than one, or its answers are not known here.
+    """
+    if len(chosen(config)) > 1:
+        raise ConfigError(f"{config.file}: eval.benchmarks: a study is of one: give benchmarks=NAME")
+    ((benchmark, questions),) = (
+        load_benchmarks(config, llava) or {own_questions(config): load_questions(config)}
+    ).items()
+    if not questions:
+        raise ConfigError(
+            f"{config.file}: data.eval: names no file with questions: add data.eval=FILE or benchmarks=NAME"
+        )
+    if benchmark.grade is None or benchmark.total is None or not known(questions):
+        raise ConfigError(
+            f"{config.file}: eval.benchmarks: the answers of {benchmark.title} are known to a server or judge only: "
+            "study another one"
+        )
+    return benchmark, questions
+
+
+def own_questions(config: Config) -> Benchmark:
+    """``data.eval`` as a benchmark: the mean of what ``eval.scorer`` says of its answers, in percent."""
+    check_scorer(config)
+    score = SCORERS[config.eval.scorer]
+    return Benchmark(
+        name=OWN,
+        title=Path(str(config.data.eval)).name,
+        folder="",
+        wanted=(),
+        rule=f"eval.scorer {config.eval.scorer}",
+        split="",
+        read=lambda directory, llava: load_questions(config),
+        grade=grader(lambda question, answer: Grade(score(answer, question.gold))),
+        total=means,
+        headline="Overall",
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A model and the questions of a study. Answers are kept below ``out``."""
+
+    settings: AnswerSettings
+    respondent: Respondent
+    benchmark: Benchmark
+    questions: list[Question]
+    out: Path
+    team: Team
+    model: Path
+
+    def ask(self, schedules: Mapping[str, Schedule]) -> dict[str, Score]:
+        """Name -> score with that schedule, each printed as soon as it is known; nothing on all but the first
+        process."""
+        found = {}
+        for number, (name, schedule) in enumerate(schedules.items(), 1):
+            asked, one = {self.benchmark: self.questions}, {name: schedule}
+            for score in measure(self.settings, self.respondent, asked, one, self.out, self.team, {}, self.model):
+                say(f"{number} of {len(schedules)}: {self.benchmark.title}, {name}: {text_of(score.value, '.1f')}")
+                found[name] = score
+        return found
+
+    def look(self, schedule: Schedule) -> list[LayerAttention]:
+        """`look`, kept like an answer."""
+        facts = model_facts(self.model)
+        asked = Asked(self.settings, self.benchmark, self.questions, "attention", schedule, self.out, facts)
+        kept = asked.kept(self.respondent)
+        file = kept.directory / SEEN
+        if file.is_file():
+            return [LayerAttention(**row) for row in read_json(file)["layers"]]
+        options = self.settings.options(self.respondent, self.team)
+        seen = look(
+            self.respondent, self.questions, schedule, progress="attention" if self.team.first else None, **options
+        )
+        if self.team.first:
+            write_json(kept.directory / FACTS, kept.facts)
+            write_json(file, {"layers": seen})
+        return seen
+
+
+def image_tokens(vanilla: Score) -> float:
+    """Of a question, before any drop.
+
+    Raises:
+        UserError: no question shows a picture, or none is one that the score is about.
+    """
+    if vanilla.value is None:
+        raise UserError(f"{vanilla.benchmark.title}: none of {vanilla.questions} questions counts: raise eval.limit")
+    if not vanilla.image_tokens[0]:
+        raise UserError(
+            f"{vanilla.benchmark.title}: none of its {vanilla.questions} questions could be asked about a picture"
+        )
+    return vanilla.image_tokens[0]
+
+
+def findings(grid: Grid, found: Mapping[str, Score]) -> Findings:
+    """What the scores of the cells, by name, say."""
+    return Findings(grid, found[VANILLA], {cell: found[cell.name] for cell in grid.cells})
+
+
+def losses(grid: Grid, found: Mapping[str, Score]) -> Losses:
+    """What drops by the ranker were measured to cost."""
+    own = findings(grid, found).losses
+    return Losses.of({place: own[grid.cell(*place, grid.ranker)].value for place in grid.places})
+
+
+def write(made: Study, out: Path, machine: Mapping[str, Any]) -> None:
+    """Prints the study and writes its files."""
+    name, shown = made.findings.vanilla.benchmark.name, page(made, machine)
+    shown.show()
+    files = shown.write(out, f"{name}.md", f"{name}.json")
+    for plan in made.plans:
+        if plan.budget is not None:
+            title = (
+                f"Least predicted loss for {plan.budget:.4g} of {made.tokens:.4g} image tokens, by {name}.md beside it."
+            )
+            file = out / f"{name}-{plan.name}.yaml"
+            files.append(save_text(file, as_yaml(plan, made.findings.grid.depth, title)))
+    say(f"study: {', '.join(map(str, files))}")
