@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_pdrop.generate.plugin import attach, detach
     from llava_pdrop.schedule import Schedule
+    from llava_pdrop.study.show import show
 
-__all__ = ["Schedule", "attach", "detach"]
+__all__ = ["Schedule", "attach", "detach", "show"]
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ HOMES = {
     "Schedule": "llava_pdrop.schedule",
     "attach": "llava_pdrop.generate.plugin",
     "detach": "llava_pdrop.generate.plugin",
+    "show": "llava_pdrop.study.show",
 }
 """Name -> the module it is imported from when it is asked for, since ``attach`` needs torch and transformers."""
 

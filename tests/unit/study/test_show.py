@@ -1,0 +1,110 @@
+"""Which patches survive, for one question: our own models, and others by their processors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import llava_pdrop
+from llava_pdrop.__main__ import main
+from llava_pdrop.config.load import load_config
+from llava_pdrop.errors import UserError
+from llava_pdrop.eval.questions import ask
+from llava_pdrop.study.show import processor_sight, show, unnormalised
+from llava_pdrop.train.run import train
+from tests.messages import says
+
+DROP = "pyramid_drop={layers: [1, 2, 3], ratios: [0.5, 0.25, 0.125]}"
+QUESTION = "Which colour is it"
+
+
+@pytest.fixture
+def run(tiny_config) -> Path:
+    return train(load_config(tiny_config(), ["train.max_steps=1"]))
+
+
+@pytest.fixture
+def picture(tiny_files: Path) -> Path:
+    return sorted((tiny_files / "data/images").glob("*.png"))[0]
+
+
+def test_what_survives_is_drawn(run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "drawn.png"
+    assert main(["show", str(run), str(picture), QUESTION, DROP, "--out", str(out)]) == 0
+    assert re.search(says("16 -> 8 -> 4 -> 2", QUESTION), capsys.readouterr().out)
+    assert Image.open(out).size > (500, 100)
+    found = llava_pdrop.show(run, picture, QUESTION, overrides=[DROP])
+    assert llava_pdrop.show is show and [kept.sum() for kept in found.kept] == [16, 8, 4, 2]
+    assert all((later <= earlier).all() for earlier, later in zip(found.kept, found.kept[1:]))
+    assert found.picture.size == (48, 48) and found.kept[0].shape == (4, 4) and not found.gold
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], says("pyramid_drop", "configs/schedules/pyramiddrop.yaml")),
+        ([DROP, "--out", "drawn.xyz"], says("drawn.xyz", ".png")),
+        (["pyramid_drop=configs/schedules/pyramiddropp.yaml"], says("pyramiddropp.yaml")),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    run: Path, picture: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", str(run), str(picture), QUESTION, *words]) == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_picture_or_a_run_that_is_not_there_is_one_line(run: Path, picture: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says("gone.png")):
+        show(run, tmp_path / "gone.png", QUESTION, overrides=[DROP])
+    with pytest.raises(UserError, match=says(str(tmp_path), "llava_pdrop.yaml", "config.json")):
+        show(tmp_path, picture, QUESTION)
+
+
+def test_another_family_is_drawn_by_its_processor(vip: Path, picture: Path) -> None:
+    found = show(vip, picture, QUESTION, overrides=[DROP])
+    assert [kept.sum() for kept in found.kept] == [16, 8, 4, 2] and found.picture.size == (48, 48)
+    centre = np.asarray(found.picture)[24, 24].astype(int)
+    assert abs(centre - Image.open(picture).convert("RGB").getpixel((20, 24))).max() <= 1, "as it was drawn, one colour"
+
+
+def respondent(images: SimpleNamespace, **inputs: object) -> SimpleNamespace:
+    """What `processor_sight` asks of a model with its own processor."""
+    processor = SimpleNamespace(image_processor=images)
+    return SimpleNamespace(
+        processor=processor, prepare=lambda question: question, inputs=lambda prepared: (inputs, [[0]])
+    )
+
+
+def test_a_square_is_drawn_as_the_processor_made_it(picture: Path) -> None:
+    images = SimpleNamespace(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.2])
+    shown = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    pixels = torch.tensor((shown / 255 - images.image_mean) / images.image_std).permute(2, 0, 1)
+    sight = processor_sight(respondent(images, pixel_values=pixels[None]), ask("q", "?", [picture], "q", ""), 16)
+    assert sight.patch == 7 and (np.asarray(sight.picture) == shown).all()
+    assert np.argwhere(sight.grid([0, 5, 15])).tolist() == [[0, 0], [1, 1], [3, 3]]
+    assert unnormalised(np.zeros((3, 2, 2)), SimpleNamespace()).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_a_grid_is_as_the_processor_says(picture: Path) -> None:
+    images = SimpleNamespace(merge_size=2, patch_size=14)
+    given = respondent(images, image_grid_thw=torch.tensor([[1, 4, 6]]), pixel_values=torch.zeros(24, 5))
+    sight = processor_sight(given, ask("q", "?", [picture], "q", ""), 6)
+    assert sight.picture.size == (84, 56) and sight.patch == 28
+    assert np.argwhere(sight.grid([4])).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 3, 28, 28), (1, 5, 3, 28, 28), (1, 3, 28, 28)], ids=["tiles", "rows", "15 tokens"]
+)
+def test_tiles_are_refused(picture: Path, shape: tuple[int, ...]) -> None:
+    given = respondent(SimpleNamespace(), pixel_values=torch.zeros(shape))
+    with pytest.raises(UserError, match=says("q", "image tokens", "SimpleNamespace")):
+        processor_sight(given, ask("q", "?", [picture], "q", ""), 15 if shape == (1, 3, 28, 28) else 16)
