@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from llava_pdrop.compare import figures
+from llava_pdrop.compare.candidates import Candidate, run_variants
 from llava_pdrop.compare.rows import VariantRow, publish
-from llava_pdrop.compare.study import Candidate, run_variants
 from llava_pdrop.compare.variants import Ablation
 from llava_pdrop.cost.flops import predicted_reduction
 from llava_pdrop.cost.nominal import model_of, nominal_batch

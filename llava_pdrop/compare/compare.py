@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from llava_pdrop.compare import figures
+from llava_pdrop.compare.candidates import Candidate, run_variants, subrun
 from llava_pdrop.compare.rows import VariantRow, publish
-from llava_pdrop.compare.study import Candidate, run_variants, subrun
 from llava_pdrop.compare.survivors import surviving_tokens
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError

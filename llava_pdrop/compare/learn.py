@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
 from llava_pdrop.checkpoint.grow import grow_decoder, grow_projector
+from llava_pdrop.compare.candidates import Candidate, asked, exam_of, subrun
 from llava_pdrop.compare.rows import VariantRow
-from llava_pdrop.compare.study import Candidate, asked, exam_of, subrun
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError

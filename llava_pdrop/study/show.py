@@ -18,6 +18,7 @@ from llava_pdrop.eval.respondent import LlavaRespondent, ProcessorRespondent
 from llava_pdrop.eval.subject import subject_config
 from llava_pdrop.report.console import say
 from llava_pdrop.report.pictures import save_picture
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import ImageSource
 
 
@@ -77,7 +78,7 @@ def processor_sight(respondent: ProcessorRespondent, question: Question, tokens:
     Raises:
         UserError: it is cut into tiles, or its ``tokens`` lie otherwise.
     """
-    inputs, _ = respondent.inputs([respondent.prepare(question)])
+    inputs, _ = respondent.inputs([respondent.prepare(question)], Schedule())
     images, pixels = respondent.processor.image_processor, inputs.get("pixel_values")
     rows = columns = isqrt(tokens)
     patch, seen = 0, None

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from llava_pdrop.__main__ import main
 from llava_pdrop.compare import study
 from llava_pdrop.compare.ablate import plan
+from llava_pdrop.compare.candidates import missing_lines
 from llava_pdrop.compare.rows import table
-from llava_pdrop.compare.study import missing_lines
 from llava_pdrop.compare.variants import load_ablation
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError

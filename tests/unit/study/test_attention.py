@@ -13,6 +13,7 @@ from llava_pdrop.eval.answering import answer_all
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.respondent import LlavaRespondent
 from llava_pdrop.eval.team import ALONE
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.study.attention import concentration, look, probe_schedule
 
 
@@ -59,7 +60,7 @@ def test_it_is_the_attention_that_the_model_pays(respondent, questions, batch_si
         for question in questions:
             sample = respondent.prepare(question)
             with torch.inference_mode():
-                output = hf(**respondent.inputs([sample])[0], output_attentions=True, use_cache=False)
+                output = hf(**respondent.inputs([sample], Schedule())[0], output_attentions=True, use_cache=False)
             for own, weight_1HQK in zip(expected, output.attentions):
                 weight_K = weight_1HQK[0, :, -1].mean(0)
                 own += [concentration(weight_K[start:stop]) for start, stop in sample.image_spans]
