@@ -79,7 +79,7 @@ def respondent(images: SimpleNamespace, **inputs: object) -> SimpleNamespace:
     """What `processor_sight` asks of a model with its own processor."""
     processor = SimpleNamespace(image_processor=images)
     return SimpleNamespace(
-        processor=processor, prepare=lambda question: question, inputs=lambda prepared: (inputs, [[0]])
+        processor=processor, prepare=lambda question: question, inputs=lambda prepared, schedule: (inputs, [[0]])
     )
 
 
