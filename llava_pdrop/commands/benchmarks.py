@@ -16,7 +16,9 @@ RULES = ["benchmark", "in the paper", "split", "number", "rule"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to list (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="benchmarks to list; paper: those of its tables (default: all)"
+    )
     parser.add_argument("--root", type=a_path, metavar="DIR", help="where they lie (default: playground/data/eval)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--rules", action="store_true", help="list splits and rules instead of files")
@@ -31,18 +33,14 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a name that no benchmark has; answers or files that are not what they should be.
     """
-    from llava_pdrop.errors import UserError, did_you_mean
-    from llava_pdrop.eval.benchmarks import BENCHMARKS, BY_NAME
+    from llava_pdrop.errors import UserError
+    from llava_pdrop.eval.benchmarks import BENCHMARKS, benchmarks_of
     from llava_pdrop.eval.benchmarks.files import ROOT
     from llava_pdrop.report.page import Table
 
     names = [name for names in args.names for name in names.split(",")]
-    for name in names:
-        if name.lower() not in BY_NAME:
-            hint = did_you_mean(name, BY_NAME)
-            raise UserError(f"unknown benchmark {name!r}: choose among {', '.join(BENCHMARKS)}{hint}")
-    wanted = {BY_NAME[name.lower()].name for name in names}
-    rows = [row for row in BENCHMARKS.values() if not names or row.name in wanted]
+    wanted = benchmarks_of(names, "NAME")
+    rows = [row for row in BENCHMARKS.values() if not names or row in wanted]
     if args.rules:
         Table(RULES, rules(rows), "How benchmarks are scored", left=len(RULES)).show()
         return

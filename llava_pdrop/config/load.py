@@ -31,7 +31,7 @@ from llava_pdrop.config.schema import (
     TrainSection,
 )
 from llava_pdrop.config.values import at_least, convert, convert_fields, keys_of, nearest_key, read_mapping
-from llava_pdrop.errors import ConfigError, Problem, clip, did_you_mean, first_line
+from llava_pdrop.errors import ConfigError, Problem, check_name, clip, did_you_mean, first_line
 from llava_pdrop.geometry import PINPOINTS
 from llava_pdrop.schedule import Schedule
 
@@ -379,16 +379,11 @@ def with_engine(train: Mapping[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in train.items() if name != "engine"}
     if engine is None:
         return rest
-    if isinstance(engine, str) and engine in ENGINES:
-        chosen = ENGINES[engine]
-    elif isinstance(engine, str) and engine.endswith(".json"):
+    if isinstance(engine, str) and engine.endswith(".json"):
         chosen = {"deepspeed": engine}
     else:
-        raise Problem(
-            "train.engine",
-            f"train.engine cannot be {engine!r}: choose one of {list(ENGINES)}, or name a DeepSpeed file (*.json)"
-            f"{did_you_mean(str(engine), ENGINES)}",
-        )
+        check_name("train.engine", str(engine), [*ENGINES, "FILE.json"])
+        chosen = ENGINES[str(engine)]
     for name in SET_BY_ENGINE:
         if name in rest:
             raise Problem(

@@ -9,10 +9,10 @@ from typing import Any
 
 from llava_pdrop.checkpoint.lora import config_directory
 from llava_pdrop.config.schema import Config
-from llava_pdrop.errors import ConfigError, UserError, did_you_mean
+from llava_pdrop.errors import ConfigError, UserError, check_name
 from llava_pdrop.eval import score_table as table
 from llava_pdrop.eval.answering import answer_all
-from llava_pdrop.eval.benchmarks import BENCHMARKS, BY_NAME
+from llava_pdrop.eval.benchmarks import benchmarks_of
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.files import ROOT
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA, AnswerSettings, finished, respondent_in
@@ -25,9 +25,6 @@ from llava_pdrop.eval.team import Team, team_of
 from llava_pdrop.report.console import say
 from llava_pdrop.schedule import Schedule
 
-PAPER = "paper"
-"""Instead of names: the benchmarks that the paper reports for the run, or all that it has."""
-
 
 def chosen(config: Config) -> list[Benchmark]:
     """The benchmarks that ``eval.benchmarks`` names.
@@ -35,20 +32,8 @@ def chosen(config: Config) -> list[Benchmark]:
     Raises:
         ConfigError: a name that none has.
     """
-    rows: list[Benchmark] = []
-    for name in config.eval.benchmarks:
-        if name == PAPER:
-            reported = config.paper.scores if config.paper else {}
-            told = [BY_NAME[key.lower()] for key in reported if key.lower() in BY_NAME]
-            rows += told or [row for row in BENCHMARKS.values() if row.total is not None]
-        elif name.lower() in BY_NAME:
-            rows.append(BY_NAME[name.lower()])
-        else:
-            raise ConfigError(
-                f"{config.file}: eval.benchmarks: unknown benchmark {name!r}: choose among {', '.join(BENCHMARKS)} or "
-                f"{PAPER!r}{did_you_mean(name, BY_NAME)}"
-            )
-    return list(dict.fromkeys(rows))
+    reported = config.paper.scores if config.paper else {}
+    return benchmarks_of(config.eval.benchmarks, "eval.benchmarks", reported, config.file)
 
 
 def load_benchmarks(config: Config, llava: bool) -> dict[Benchmark, list[Question]]:
@@ -90,14 +75,10 @@ def columns_of(config: Config, own: str, layers: int) -> dict[str, Schedule]:
     if not config.eval.training_free:
         return found
     known = {"vanilla": Schedule()} | config.training_free(layers)
-    if known["vanilla"].layers:
+    if not known["vanilla"].vanilla:
         raise ConfigError(f"{config.file}: compare.training_free.vanilla: drops: give it another name")
     for name in config.eval.training_free:
-        if name not in known:
-            raise ConfigError(
-                f"{config.file}: eval.training_free: {name!r} is none of {', '.join(known)} (compare.training_free "
-                f"makes others){did_you_mean(name, known)}"
-            )
+        check_name("eval.training_free (names of compare.training_free)", name, known, config.file)
         if known[name] in found.values():
             continue
         if name == own:

@@ -91,6 +91,11 @@ def test_several_names(capsys) -> None:
     assert [row.name for row in BENCHMARKS.values() if row.name in shown] == ["mmbench_cn", "scienceqa", "gqa"]
 
 
+def test_paper_stands_for_the_papers_tables(capsys) -> None:
+    shown = {line.split(" ")[0] for line in listed(capsys, "paper", "--rules").splitlines()}
+    assert {"mme", "pope", "docvqa"} <= shown and shown & set(BENCHMARKS) < set(BENCHMARKS)
+
+
 def test_an_unknown_name(capsys) -> None:
     assert main(["benchmarks", "pope,mmbnch"]) == 2
     assert re.search(says("'mmbnch'", "did you mean 'mmbench'"), capsys.readouterr().err)

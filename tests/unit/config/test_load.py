@@ -442,7 +442,7 @@ def test_one_file_says_its_engine_once(tiny_config):
     ("override", "line"),
     [
         ("train.engine=zero", says("train.engine", "'zero'", meant("zero2"))),
-        ("train.engine=3", says("train.engine", "3", "'ddp'")),
+        ("train.engine=3", says("train.engine", "'3'", "ddp")),
         ("train.engine=[zero2]", says("train.engine", "['zero2']")),
         ("train.deepspeed=null", says("train.deepspeed", "train.engine", "zero2")),
         ("train.fsdp=true", says("train.fsdp", "train.engine", "zero2")),
