@@ -215,11 +215,12 @@ def original_config(
 
 
 def _schedule_fields(schedule: Schedule | None) -> dict[str, Any]:
-    """Ours, and for readers of the official names those as well."""
+    """Ours, and for readers of the official names those as well, where layers and ratios say all that there is."""
     if schedule is None:
         return {}
     lists = {"layer_list": list(schedule.layers), "image_token_ratio_list": list(schedule.ratios)}
-    return {"pyramid_drop": schedule.to_dict(), **(lists if schedule.ratios else {})}
+    alone = schedule.ratios and schedule.at("renumber") == Schedule(schedule.layers, schedule.ratios).at("renumber")
+    return {"pyramid_drop": schedule.to_dict(), **(lists if alone else {})}
 
 
 def dtype_of(tensors: Mapping[str, Any]) -> torch.dtype:

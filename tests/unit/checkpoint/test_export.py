@@ -110,6 +110,8 @@ def test_a_run_with_pooled_pictures_opens_as_one_and_as_its_vanilla_self(tiny_co
     for layout in ("llava-hf", "llava"):
         convert(str(run), tmp_path / layout, layout)
         assert build_parts(str(tmp_path / layout)).schedule == schedule
+    original = read_json(tmp_path / "llava" / "config.json")
+    assert "layer_list" not in original, "official code would drop and not pool"
     fields = read_json(run / "config.json")
     assert fields["pyramid_drop"]["downsample"] == 9
     assert fields["image_seq_length"] == 16, "the processor's placeholders: those of the vanilla model"
