@@ -20,7 +20,7 @@ from llava_pdrop.files import write_json
 from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Note, Page, Picture, Table, plain
 from llava_pdrop.report.pictures import subplots
-from llava_pdrop.report.units import MEMORY, MIB, column, digits, saved, text_of, time_unit
+from llava_pdrop.report.units import MEMORY, MIB, column, digits, less, saved, text_of, time_unit
 from llava_pdrop.runtime.clock import REGIONS, parts_of, quartiles
 from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.schedule import Schedule
@@ -359,8 +359,8 @@ def _verdict(run: dict[str, Any]) -> str:
     ratio = run["realised_over_predicted"]
     share = "" if ratio is None else f", of which {ratio:.3f} is realised"
     return (
-        f"{run['name']}: a step takes {run['realised_reduction']:.1%} less time than vanilla, forward and backward "
-        f"{run['compute_reduction']:.1%}; their operations predict {run['predicted_reduction']:.1%}{share}."
+        f"{run['name']}: a step takes {less(run['realised_reduction'], 'time')} than vanilla, forward and backward "
+        f"{less(run['compute_reduction'])}; their operations predict {less(run['predicted_reduction'])}{share}."
     )
 
 

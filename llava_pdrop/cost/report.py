@@ -19,8 +19,8 @@ from llava_pdrop.cost.paper import Solution
 from llava_pdrop.cost.plan import (
     RESERVE,
     MemoryRow,
-    Plan,
     PlanStep,
+    TokenPlan,
     least_recomputed,
     make_plan,
     plan_memory,
@@ -29,7 +29,7 @@ from llava_pdrop.cost.plan import (
 from llava_pdrop.cost.states import States
 from llava_pdrop.cost.time_report import TimeModel, time_blocks, time_json
 from llava_pdrop.report.page import Block, Code, Page, Table
-from llava_pdrop.report.units import GIB, column, digits, saved
+from llava_pdrop.report.units import GIB, column, digits, less, saved
 from llava_pdrop.schedule import Schedule
 
 PAPER_7B = {
@@ -57,7 +57,7 @@ class PlanReport:
     of LoRA adapters; ``advice``: how to train on GPUs of a known size, where asked; ``time``: of the step on one GPU,
     or why it is not modelled."""
 
-    plan: Plan
+    plan: TokenPlan
     step: PlanStep
     states: States
     memory: list[MemoryRow]
@@ -141,7 +141,7 @@ def page(config: Config, report: PlanReport) -> Page:
         paper_note(plan),
         _operations(step),
         f"{step.samples} samples, each {step.text_tokens} text tokens and a full picture, {again}. "
-        f"Predicted step time: {step.reduction:.1%} less.",
+        f"Predicted step time: {less(step.reduction)}.",
         _memory(report),
     ]
     if report.adapters:
@@ -151,7 +151,7 @@ def page(config: Config, report: PlanReport) -> Page:
         answer = "does not fit" if count is None else f"recompute {count} of {plan.layers} decoder layers"
         blocks.append(f"{report.budget:g} GiB with {RESERVE:.0%} left free, {name}: {answer}.")
     if report.fitting is not None:
-        blocks.append(f"Step time with just that recomputation: {report.fitting.reduction:.1%} less.")
+        blocks.append(f"Step time with just that recomputation: {less(report.fitting.reduction)}.")
     if report.time is not None:
         blocks += time_blocks(time_json(report.time))
     if report.advice is not None:
@@ -159,7 +159,7 @@ def page(config: Config, report: PlanReport) -> Page:
     return Page(config.name, blocks)
 
 
-def paper_note(plan: Plan) -> str:
+def paper_note(plan: TokenPlan) -> str:
     """The cost of the picture as the paper counts its tokens, and what the paper's tables print for it."""
     paper, pooled = plan.paper, " after pooling" if plan.schedule.downsample else ""
     line = (
@@ -186,13 +186,13 @@ def schedule_yaml(schedule: Schedule) -> str:
     return "\n".join(["pyramid_drop:", *lines])
 
 
-def _stages(plan: Plan) -> Table:
+def _stages(plan: TokenPlan) -> Table:
     width, height = plan.picture
     rows = [(f"{s.first}-{s.last}", f"{s.image_tokens:,}", f"{s.share:.1%}") for s in plan.stages]
     return Table(("layers", "image tokens", "share"), rows, f"Full picture, {width}x{height}")
 
 
-def _pictures(config: Config, plan: Plan) -> Table:
+def _pictures(config: Config, plan: TokenPlan) -> Table:
     edges = pairwise((plan.schedule.inject, *plan.schedule.layers, plan.layers))
     stages = (f"layers {first}-{stop - 1}" if first < stop else "whole" for first, stop in edges)
     same = len({tuple(row.tokens) for row in plan.rows}) == 1

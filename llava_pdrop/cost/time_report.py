@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.elementwise import MODELLED, check_kernels, kernels_of, optimizer_bytes
+from llava_pdrop.cost.elementwise import MODELLED, check_modelled, kernels_of, optimizer_bytes
 from llava_pdrop.cost.flops import StepPart, Work, step_flops
 from llava_pdrop.cost.memory import learning_parameters
 from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by, states_of
 from llava_pdrop.cost.step_time import NOTE, Card, card_named, is_modelled, timed_parts
 from llava_pdrop.report.page import Block, Table
-from llava_pdrop.report.units import saved, time_unit
+from llava_pdrop.report.units import less, saved, time_unit
 from llava_pdrop.schedule import Schedule
 
 
@@ -97,7 +97,7 @@ def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str | None
     Raises:
         ConfigError: the numbers of the model are not on this machine. UserError: unknown ``card`` or ``kernels``.
     """
-    check_kernels(kernels := kernels_of(config.model.kernels) if kernels is None else kernels)
+    check_modelled(kernels := kernels_of(config.model.kernels) if kernels is None else kernels)
     card_named(card)
     model, states = model_of(config), states_of(config, gpus)
     if config.lora is not None:
@@ -146,7 +146,7 @@ def time_blocks(told: dict[str, Any]) -> list[Block]:
     """What `time_json` has ``told``, as a table with what it means."""
     if "not_modelled" in told:
         return [f"Time of a step: not modelled: {told['not_modelled']}."]
-    arms, less = told["arms"], told["saved"]
+    arms, shares = told["arms"], told["saved"]
     unit = time_unit(arm["step_ms"] / 1e3 for arm in arms.values())
 
     def row(name: str, figures: Sequence[dict[str, float] | None]) -> list[str]:
@@ -164,8 +164,8 @@ def time_blocks(told: dict[str, Any]) -> list[Block]:
     rows.append(["MFU", *(cell for arm in arms.values() for cell in ("", "", f"{arm['mfu']:.1%}"))])
     head = [f"{name}: {title}" for name in arms for title in ("FLOP", "bytes", "time")]
     title = f"Modelled, not measured: a micro-batch on one {told['card']}, {told['kernels']} kernels, in {unit.name}"
-    reduction = less and (
-        f"By this model dropping takes {less['step']:.1%} less time, {less['forward_backward']:.1%} without the "
+    reduction = shares and (
+        f"By this model dropping takes {less(shares['step'], 'time')}, {less(shares['forward_backward'])} without the "
         "optimizer."
     )
     return [

@@ -14,7 +14,7 @@ from llava_pdrop.doctor.checks import PROBLEM_KINDS
 from llava_pdrop.doctor.examine import Findings
 from llava_pdrop.report.page import Block, Note, Page, Picture, Table
 from llava_pdrop.report.pictures import subplots
-from llava_pdrop.report.units import OPERATIONS, time_text, unit_of
+from llava_pdrop.report.units import OPERATIONS, less, time_text, unit_of
 
 SHOWN = 5
 """Problems of one kind that the Markdown shows."""
@@ -234,7 +234,7 @@ def _cost(cost: Mapping[str, Any]) -> list[Block]:
         blocks += [
             f"Of {step['records']:,} records in {step['batches']} micro-batches: {unit.text(operations[0])} "
             f"{unit.name} per record without dropping, {unit.text(operations[1])} with the schedule of this config; "
-            f"predicted step time: {step['predicted_reduction']:.1%} less.",
+            f"predicted step time: {less(step['predicted_reduction'])}.",
             f"1,000 records take {vanilla} without dropping, {dropping} with it "
             f"({hours['unit'].replace('hours', 'time')}; {hours['source']}).",
         ]

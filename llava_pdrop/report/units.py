@@ -81,3 +81,8 @@ def text_of(value: float | None, style: str) -> str:
 def saved(before: float, after: float) -> float:
     """Share of ``before`` that is saved where ``after`` is enough: 0.25 of 4 and 3, less than 0 where it takes more."""
     return 1 - after / before
+
+
+def less(share: float, what: str = "") -> str:
+    """A `saved` share in words, of ``what``: ``12.3% less time``, ``0.6% more time``."""
+    return f"{abs(share):.1%} {'less' if share >= 0 else 'more'} {what}".rstrip()

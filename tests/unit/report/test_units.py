@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava_pdrop.report.units import MEMORY, Unit, column, digits, saved, text_of, time_text, time_unit
+from llava_pdrop.report.units import MEMORY, Unit, column, digits, less, saved, text_of, time_text, time_unit
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,7 @@ def test_no_value_is_no_text() -> None:
 
 def test_what_is_saved_is_a_share_of_what_it_took_before() -> None:
     assert saved(4.0, 3.0) == 0.25 and saved(2.0, 2.0) == 0 and saved(2.0, 3.0) == -0.5
+
+
+def test_a_share_in_words_says_less_or_more() -> None:
+    assert (less(0.123, "time"), less(-0.006)) == ("12.3% less time", "0.6% more")
