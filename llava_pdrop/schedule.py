@@ -159,16 +159,18 @@ class Schedule:
         ``round(l * num_layers / depth)`` instead of l layers (halves go to the even number).
 
         Raises:
-            UserError: two drops would come at one layer, or one before a layer that is not there.
+            UserError: two drops would come at one layer, or one before a layer that is not there or cannot have it.
         """
         inject, *layers = (round(layer * num_layers / depth) for layer in (self.inject, *self.layers))
+        written = f"pyramid_drop.layers {list(self.layers)}, written for {depth} layers"
+        moved = f"{written}, would be {layers} of {num_layers}"
+        remedy = f"set pyramid_drop.layers of {num_layers}, and pyramid_drop.depth=null"
         if len(set(layers)) < len(layers):
-            raise UserError(
-                f"pyramid_drop.layers {list(self.layers)}, written for {depth} layers, would be {layers} "
-                f"of {num_layers}: two drops at one layer; set pyramid_drop.layers of {num_layers}, and "
-                "pyramid_drop.depth=null"
-            )
-        return replace(self, layers=tuple(layers), inject=inject).check(num_layers)
+            raise UserError(f"{moved}: two drops at one layer; {remedy}")
+        try:
+            return replace(self, layers=tuple(layers), inject=inject).check(num_layers)
+        except UserError as error:
+            raise UserError(f"{moved}: {error}; {remedy}") from None
 
     def kept(self, image_tokens: int, stage: int) -> int:
         """Tokens an image of ``image_tokens`` has left after drop number ``stage``."""

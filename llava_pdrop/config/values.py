@@ -28,7 +28,8 @@ def read_mapping(path: Path, resolve: bool = False, wanted: str = "a config") ->
     Raises:
         ConfigError: it cannot be read, or is no mapping.
     """
-    remedy = f"give {wanted}, a YAML file of keys (configs/README.md), which names records by data.train or data.eval"
+    names = ", which names records by data.train or data.eval" if wanted == "a config" else ""
+    remedy = f"give {wanted}, a YAML file of keys (configs/README.md){names}"
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=resolve)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: also of a lone number

@@ -24,6 +24,7 @@ from llava_pdrop.cost.nominal import (
 )
 from llava_pdrop.cost.paper import Solution, solve_budget
 from llava_pdrop.cost.states import States
+from llava_pdrop.data.conversation import template_of
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.report.units import GIB, saved
@@ -57,7 +58,7 @@ class PlanStage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TokenPlan:
     """``rows`` has one entry per picture, ``stages`` one per stage of the ``picture`` that fills the canvas;
     ``average`` is the mean share of image tokens over the ``layers``, ``average_tokens`` their mean number.
     ``paper`` is the picture as the paper counts it: all patches of all tiles, nothing cut off, no newlines.
@@ -98,13 +99,14 @@ class MemoryRow:
     dropping: Memory
 
 
-def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICTURES) -> Plan:
+def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICTURES) -> TokenPlan:
     """Token counts and costs of ``config`` for ``pictures`` (width, height), from config.json numbers alone.
 
     Raises:
-        ConfigError: neither config.json nor ``model.reference_shape`` gives the numbers.
+        ConfigError: neither config.json nor ``model.reference_shape`` gives the numbers; an unknown template.
     """
     model = model_of(config)
+    template_of(config)  # a plan needs none, but should not be drawn of a config that names one that is not there
     schedule = config.schedule.check(model.layers)
 
     def row(size: tuple[int, int], count: Callable[..., int]) -> PlanRow:
@@ -116,7 +118,7 @@ def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICT
     edges = sorted({0, schedule.inject, *schedule.layers, model.layers})
     by_layer = schedule.tokens_per_layer(n, model.layers)
     stages = [PlanStage(a, b - 1, by_layer[a], by_layer[a] / whole) for a, b in pairwise(edges)]
-    return Plan(
+    return TokenPlan(
         schedule=schedule,
         layers=model.layers,
         average=schedule.average_ratio(model.layers, n) * n / whole,

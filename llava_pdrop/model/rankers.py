@@ -263,5 +263,6 @@ def check_rankers(schedule: Schedule, key: str = "pyramid_drop") -> None:
         raise Problem(
             f"{key}.ranker",
             f"{key}.ranker {schedule.rankers[0]} looks at the layer that has run, and image tokens have been in none "
-            f"before layer {schedule.inject}: choose one of {', '.join(fitting)}, or a later layer",
+            f"before layer {schedule.inject}: choose one of {', '.join(fitting)}, or a later layer "
+            f"({key}.depth scales the layers of a preset; null leaves them as they stand)",
         )

@@ -45,7 +45,7 @@ def show(
             no grid that this knows, or nothing can be drawn as ``out``.
     """
     config = subject_config(Path(run), list(overrides), asks=False)
-    if not config.schedule.layers:
+    if config.schedule.vanilla:
         raise ConfigError(
             f"{config.file}: pyramid_drop: drops nothing, so all tokens survive: give a schedule, such as "
             "pyramid_drop=configs/schedules/pyramiddrop.yaml"

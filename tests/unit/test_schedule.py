@@ -117,7 +117,9 @@ def test_layers_are_scaled_to_the_depth():
     assert Schedule((4,), (0.5,)).scaled_to(6, depth=8).layers == (3,)
     with pytest.raises(ValueError, match=says("pyramid_drop.layers", "[10, 14, 16, 18, 25]", "[2, 4, 4, 4, 6]", "8")):
         Schedule((10, 14, 16, 18, 25), keep=(215, 10, 5, 1, 0)).scaled_to(8)
-    with pytest.raises(ValueError, match=says("pyramid_drop.layers", "4", "4 layers")):
+    with pytest.raises(
+        ValueError, match=says("pyramid_drop.layers", "[31]", "[4] of 4", "4 layers", "pyramid_drop.depth=null")
+    ):
         Schedule((31,), (0.5,)).scaled_to(4)
 
 

@@ -127,3 +127,14 @@ def test_what_is_wrong_with_a_preset_names_its_file(tiny_config, tmp_path):
     (tmp_path / "child.yaml").write_text(f"base: {file}\npyramid_drop: nothing.yaml\n")
     with pytest.raises(ValueError, match=says("child.yaml", "pyramid_drop", "nothing.yaml")):
         load_config(tmp_path / "child.yaml")
+
+
+def test_a_preset_whose_ranker_cannot_look_back_in_a_flat_decoder_names_the_depth(tiny_config):
+    with pytest.raises(ConfigError, match=says("ranker fastv", "layer 0", "pyramid_drop.depth", "null")):
+        load_config(tiny_config(), ["pyramid_drop=configs/schedules/fastv.yaml"])
+
+
+def test_a_file_that_is_no_schedule_is_one_line(tiny_config, tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{says('list.yaml', 'holds a list', 'give a schedule')}(?!.*data.train)"):
+        load_config(tiny_config(), [f"pyramid_drop={tmp_path / 'list.yaml'}"])

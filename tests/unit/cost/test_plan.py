@@ -20,6 +20,7 @@ from llava_pdrop.cost.nominal import full_picture, model_of, nominal_batch, stat
 from llava_pdrop.cost.plan import least_recomputed, make_plan, plan_memory, plan_step, solve
 from llava_pdrop.cost.report import PAPER_7B, make_report, paper_note, schedule_yaml
 from llava_pdrop.cost.states import States
+from llava_pdrop.errors import ConfigError
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.units import GIB
 from llava_pdrop.schedule import Schedule
@@ -288,3 +289,8 @@ def test_what_is_not_modelled_of_lora_is_said(capsys):
     assert json.loads(capsys.readouterr().out)["lora"]["adapter_parameters"] == 319_815_680
     assert main(["plan", ONE, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lora"] is None
+
+
+def test_a_template_that_is_not_there_is_not_planned_with():
+    with pytest.raises(ConfigError, match=says("model.template", "'vicuna'", "did you mean 'vicuna_v1'")):
+        make_plan(load_config("configs/llava15_7b/finetune_pdrop.yaml", ["model.template=vicuna"]))
