@@ -26,7 +26,7 @@ from llava_pdrop.types import IMAGE_MARKER
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """A Hugging Face LLaVA with all that is needed to feed it. ``image_processor`` makes one square tile (CLIP's);
     ``geometry`` says how a picture is cut into tiles; ``schedule`` is the one the checkpoint was trained with (an empty
     one: without dropping), None where the checkpoint says nothing; ``notes`` are lines for the user on what its files
@@ -44,7 +44,7 @@ class Parts:
         return make_processor(self.tokenizer, self.image_processor, self.geometry)
 
 
-def require_tokenizer(parts: Parts, directory: str | Path) -> None:
+def require_tokenizer(parts: ModelParts, directory: str | Path) -> None:
     """Raises `MissingFileError` if ``directory``, which ``parts`` were read from, holds no tokenizer."""
     if parts.tokenizer is None:
         raise MissingFileError(
@@ -94,7 +94,7 @@ def build_parts(
     image_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     pad_vocabulary: bool = True,
-) -> Parts:
+) -> ModelParts:
     """Loads a model.
 
     Args:
@@ -129,11 +129,11 @@ def build_parts(
     return parts
 
 
-def load_source(source: Source, dtype: torch.dtype = torch.float32) -> Parts:
+def load_source(source: Source, dtype: torch.dtype = torch.float32) -> ModelParts:
     """Reads an opened checkpoint one tensor at a time: the memory needed is that of the model in ``dtype`` and of its
     largest tensor."""
     hf = empty_hf_model(source.config, dtype)
     load_strictly(hf, source.tensors, source.origin, {name for name, _ in hf.named_parameters() if is_projector(name)})
     hf.generation_config = source.generation
     pack_by_geometry(hf, source.geometry)
-    return Parts(hf, source.tokenizer, source.image_processor, source.geometry, source.schedule, source.notes)
+    return ModelParts(hf, source.tokenizer, source.image_processor, source.geometry, source.schedule, source.notes)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.build import ModelParts, build_parts
 from llava_pdrop.compare.rows import VariantRow
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.flops import predicted_reduction
@@ -36,7 +36,7 @@ class RunBatches:
     geometry: ImageGeometry
 
     @classmethod
-    def of(cls, parts: Parts, dataset: ConversationDataset, plan: BatchPlan, steps: Iterable[int]) -> RunBatches:
+    def of(cls, parts: ModelParts, dataset: ConversationDataset, plan: BatchPlan, steps: Iterable[int]) -> RunBatches:
         """Those of ``steps`` in the first epoch of ``plan``."""
         size, made = plan.gradient_accumulation, plan.micro_batches(0)
 

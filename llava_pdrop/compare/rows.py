@@ -10,7 +10,7 @@ from typing import Any
 from llava_pdrop.compare.survivors import Example
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config, PaperRow
-from llava_pdrop.cost.plan import Plan
+from llava_pdrop.cost.plan import TokenPlan
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import EVALUATION_FILE
@@ -87,7 +87,7 @@ class VariantRow:
 
     name: str
     config: Config
-    plan: Plan | None = None
+    plan: TokenPlan | None = None
     timing: Timing | None = None
     hours: float | None = None
     evaluation: dict[str, Any] | None = None

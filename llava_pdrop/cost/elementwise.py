@@ -69,7 +69,7 @@ def kernels_of(choice: str) -> str:
     return "eager" if chosen == "eager" else "fused"
 
 
-def check_kernels(kernels: str) -> None:
+def check_modelled(kernels: str) -> None:
     """Whether ``kernels`` are modelled.
 
     Raises:
@@ -88,7 +88,7 @@ def layer_bytes(text: Any, tokens: int, learns: bool = True, kernels: str = "eag
     Raises:
         UserError: kernels that are none of `KERNELS`.
     """
-    check_kernels(kernels)
+    check_modelled(kernels)
     hidden, gate = text.hidden_size, text.intermediate_size
     rotated = (text.num_attention_heads + key_value_heads(text)) * head_size(text)
     norm, norm_back, norm_weight = NORM[kernels]
@@ -111,7 +111,7 @@ def tower_layer_bytes(vision: Any, tokens: int) -> Moved:
 
 def norm_bytes(hidden: int, tokens: int, learns: bool = True, kernels: str = "eager") -> Moved:
     """Bytes of one RMSNorm, ``hidden`` wide, on ``tokens`` tokens."""
-    check_kernels(kernels)
+    check_modelled(kernels)
     forward, backward, weight = NORM[kernels]
     return Moved(tokens * hidden * forward, tokens * hidden * (backward + weight * learns))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llava_pdrop.checkpoint.build import Parts, build_parts, require_tokenizer
+from llava_pdrop.checkpoint.build import ModelParts, build_parts, require_tokenizer
 from llava_pdrop.checkpoint.lora import config_directory, is_lora
 from llava_pdrop.config.load import RUN_FILE
 from llava_pdrop.config.schema import Config
@@ -296,7 +296,7 @@ def answer(
     )
 
 
-def respondent_of(parts: Parts, config: Config) -> LlavaRespondent:
+def respondent_of(parts: ModelParts, config: Config) -> LlavaRespondent:
     """A LLaVA that is asked by ``model.template``.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from llava_pdrop.checkpoint.build import Parts
+from llava_pdrop.checkpoint.build import ModelParts
 from llava_pdrop.checkpoint.ends import ids_of
 from llava_pdrop.checkpoint.hf_files import reading
 from llava_pdrop.checkpoint.lora import is_lora
@@ -88,7 +88,7 @@ class LlavaRespondent:
     ``template``: its conversation format; None: the chat template of its tokenizer.
     """
 
-    parts: Parts
+    parts: ModelParts
     template: Template | None
 
     @property

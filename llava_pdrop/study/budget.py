@@ -36,7 +36,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """A ``schedule``: the ``name`` of its answers, its ``average`` share of the image tokens, and the points that it
     is ``predicted`` to lose (None: it drops where nothing was measured). ``budget``: image tokens, mean of the layers,
     that it was sought for."""
@@ -115,7 +115,7 @@ def _best(options: list[Option]) -> list[Option]:
     return found
 
 
-def plans(losses: Losses, depth: int, tokens: float, budgets: Sequence[float], like: Schedule) -> list[Plan]:
+def plans(losses: Losses, depth: int, tokens: float, budgets: Sequence[float], like: Schedule) -> list[BudgetPlan]:
     """The paper's schedule, where the decoder is deep enough for it, and the one of least predicted loss for each of
     the ``budgets``; none: for what the paper's keeps, or half of the tokens, or as few as there can be.
 
@@ -126,10 +126,10 @@ def plans(losses: Losses, depth: int, tokens: float, budgets: Sequence[float], l
     Raises:
         UserError: a budget that no schedule on this grid meets.
     """
-    found = list[Plan]()
+    found = list[BudgetPlan]()
     if depth >= SHALLOWEST:
         paper = _like(PAPER.scaled_to(depth), like)
-        found.append(Plan("paper", paper, paper.average_ratio(depth), losses.predicted(paper)))
+        found.append(BudgetPlan("paper", paper, paper.average_ratio(depth), losses.predicted(paper)))
     least, front = losses.least(depth), losses.front(depth)
     for budget in budgets or [tokens * max(least, found[0].average if found else 0.5)]:
         if not least * tokens - 1e-6 <= budget < tokens:
@@ -140,7 +140,7 @@ def plans(losses: Losses, depth: int, tokens: float, budgets: Sequence[float], l
             )
         option = [option for option in front if option.average <= budget / tokens + 1e-9][-1]
         schedule = _like(losses.schedule(option, depth), like)
-        found.append(Plan(f"budget-{budget:.4g}", schedule, option.average, option.loss, budget))
+        found.append(BudgetPlan(f"budget-{budget:.4g}", schedule, option.average, option.loss, budget))
     return found
 
 
@@ -148,7 +148,7 @@ def _like(schedule: Schedule, like: Schedule) -> Schedule:
     return replace(schedule, ranker=like.ranker, positions=like.positions)
 
 
-def as_yaml(plan: Plan, depth: int, title: str) -> str:
+def as_yaml(plan: BudgetPlan, depth: int, title: str) -> str:
     """The plan as a file for ``pyramid_drop``, under a comment: scaled to a decoder of another depth like the
     presets."""
     lines = {"depth": depth} | plan.schedule.to_dict()

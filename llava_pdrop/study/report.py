@@ -12,7 +12,7 @@ from llava_pdrop.report.page import Block, Note, Page, Picture, Table
 from llava_pdrop.report.pictures import COLOURS, INK, subplots
 from llava_pdrop.report.units import text_of
 from llava_pdrop.study.attention import TOP, LayerAttention
-from llava_pdrop.study.budget import Option, Plan
+from llava_pdrop.study.budget import BudgetPlan, Option
 from llava_pdrop.study.findings import ERRORS, Difference, Findings, horizon
 from llava_pdrop.study.grid import RANDOM
 
@@ -36,7 +36,7 @@ class Study:
     tokens: float
     seen: Sequence[LayerAttention]
     front: Sequence[Option]
-    plans: Sequence[Plan]
+    plans: Sequence[BudgetPlan]
     measured: Sequence[Score]
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from llava_pdrop.checkpoint.build import Parts, build_parts, require_tokenizer
+from llava_pdrop.checkpoint.build import ModelParts, build_parts, require_tokenizer
 from llava_pdrop.checkpoint.load import PROJECTOR_FILE
 from llava_pdrop.config.load import to_yaml
 from llava_pdrop.config.schema import Config
@@ -197,7 +197,7 @@ def train_watched(
     return True
 
 
-def learning_model(config: Config, args: TrainingArguments) -> tuple[Parts, PyramidLlava]:
+def learning_model(config: Config, args: TrainingArguments) -> tuple[ModelParts, PyramidLlava]:
     """What the run starts from, and the training model around it, with what does not learn frozen."""
     parts = load_parts(config)
     for line in parts.notes:
@@ -219,7 +219,7 @@ def kernels_in_use(asked: str, args: TrainingArguments) -> str:
     return found if asked == found else f"{found} ({asked}, {reason})"
 
 
-def load_parts(config: Config) -> Parts:
+def load_parts(config: Config) -> ModelParts:
     """The model that ``config`` starts from, with float32 weights (DeepSpeed and autocast have their own precision).
 
     Raises:
@@ -250,14 +250,14 @@ def load_parts(config: Config) -> Parts:
         raise named from error
 
 
-def build_model(config: Config, parts: Parts) -> PyramidLlava:
+def build_model(config: Config, parts: ModelParts) -> PyramidLlava:
     """The training model of ``config`` around ``parts``."""
     recompute = config.train.recompute_layers
     section = config.model
     return PyramidLlava(parts.hf, config.schedule, parts.geometry, section.attention, recompute, section.kernels)
 
 
-def build_dataset(config: Config, parts: Parts) -> ConversationDataset:
+def build_dataset(config: Config, parts: ModelParts) -> ConversationDataset:
     """The training samples, after a pass over all records that counts their tokens and finds what cannot be used. The
     model learns here, too, at which tokens ``generate`` will stop.
 

@@ -17,7 +17,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.build import ModelParts, build_parts
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.images import load_image, preprocess
@@ -51,7 +51,7 @@ def case_files() -> list[Path]:
 
 
 @lru_cache(maxsize=4)
-def load_parts(directory: Path, padded: bool, device: str) -> Parts:
+def load_parts(directory: Path, padded: bool, device: str) -> ModelParts:
     parts = build_parts(str(directory), pad_vocabulary=padded)
     parts.hf.to(device)
     return parts
@@ -100,7 +100,7 @@ class Case:
     def schedule(self) -> Schedule:
         return Schedule(self.info["layer_list"], self.info["image_token_ratio_list_arg"])
 
-    def parts(self, padded: bool = False) -> Parts:
+    def parts(self, padded: bool = False) -> ModelParts:
         return load_parts(self.model_directory, padded, self.device)
 
     def geometry(self) -> ImageGeometry:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.build import ModelParts, build_parts
 from llava_pdrop.checkpoint.convert import convert
 from llava_pdrop.checkpoint.layouts import CANONICAL, OBSOLETE
 from llava_pdrop.model.vlm import PyramidLlava
@@ -37,9 +37,9 @@ def identify(directory: Path) -> str:
 class ConvertedCase(Case):
     """A golden case whose model was read from another directory."""
 
-    read: Parts | None = None
+    read: ModelParts | None = None
 
-    def parts(self, padded: bool = False) -> Parts:
+    def parts(self, padded: bool = False) -> ModelParts:
         return self.read
 
 

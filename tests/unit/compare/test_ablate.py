@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_pdrop.__main__ import main
-from llava_pdrop.compare import study
+from llava_pdrop.compare import candidates
 from llava_pdrop.compare.ablate import plan
 from llava_pdrop.compare.candidates import missing_lines
 from llava_pdrop.compare.rows import table
@@ -227,9 +227,9 @@ def test_a_whole_ablation_interrupted_once(
     assert "variant 2 of 3: lambda_04" in printed and "variant 3" not in printed and "finished before" not in printed
     assert end.value.code == PREEMPTED_EXIT and not (tmp_path / "ab" / "ablation.md").exists()
 
-    read, load_benchmarks = [], study.load_benchmarks
+    read, load_benchmarks = [], candidates.load_benchmarks
     monkeypatch.setattr(
-        study, "load_benchmarks", lambda *args, **options: read.append(1) or load_benchmarks(*args, **options)
+        candidates, "load_benchmarks", lambda *args, **options: read.append(1) or load_benchmarks(*args, **options)
     )
     assert main(["ablate", str(file), *words]) == 0
     assert len(read) == 1, "variants that ask the same share the questions"
