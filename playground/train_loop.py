@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from llava_pdrop.checkpoint.build import Parts, build_parts
+from llava_pdrop.checkpoint.build import ModelParts, build_parts
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.mixture import read_data
@@ -55,7 +55,7 @@ def prepare_pages() -> None:
     subprocess.run(command, check=True)
 
 
-def load_parts(projector: Path = TINY / "projector" / "model.safetensors") -> Parts:
+def load_parts(projector: Path = TINY / "projector" / "model.safetensors") -> ModelParts:
     """A Hugging Face LLaVA made of the shipped tower, decoder and projector, with its tokenizer and image processor."""
     return build_parts(
         language_model=str(TINY / "language_model"),
@@ -67,7 +67,7 @@ def load_parts(projector: Path = TINY / "projector" / "model.safetensors") -> Pa
 
 
 def train(
-    model: PyramidLlava, parts: Parts, file: str, learns: tuple[str, ...], rate: float, steps: int = STEPS
+    model: PyramidLlava, parts: ModelParts, file: str, learns: tuple[str, ...], rate: float, steps: int = STEPS
 ) -> Iterator[tuple[int, float]]:
     """One stage. Yields (step, loss per label token) after every optimizer step."""
     weights = choose(model, learns)
@@ -97,7 +97,7 @@ def choose(model: PyramidLlava, learns: tuple[str, ...]) -> list[torch.nn.Parame
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def batches(parts: Parts, file: str) -> Iterator[PackedBatch]:
+def batches(parts: ModelParts, file: str) -> Iterator[PackedBatch]:
     """Packed batches without end. Records become samples (ids, labels, one placeholder per image token), samples become
     streams without padding, in the order of a plan that is a function of lengths and seed alone."""
     encoder = Encoder(TEMPLATES["qa"], parts.tokenizer, parts.hf.config.image_token_id, parts.geometry, max_length=2048)
