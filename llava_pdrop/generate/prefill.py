@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -163,8 +164,9 @@ class Prefill:
         )
         alone_I = (text_B[row_of] == 0) & (np.append(np.diff(row_of), 1) > 0) & (totals > 0)
         sent: dict[str, np.ndarray] = {"picture_T": stream_T}
-        places = np.split(np.argsort(stream_T, kind="stable")[-int(totals.sum()) :], totals.cumsum()[:-1])
         enters, keeping = totals.tolist(), list[list[int]]()
+        shown_V = np.argsort(stream_T, kind="stable")[len(stream_T) - sum(enters) :]
+        places = [shown_V[end - count : end] for count, end in zip(enters, accumulate(enters))]  # what dynamo can trace
         if staying is not None:
             stays = [place[left] for place, left in zip(places, staying(enters, row_of))]
             sent["entering"] = np.sort(np.concatenate([np.flatnonzero(stream_T < 0), *stays]))
