@@ -56,9 +56,9 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 BF16 = {"bf16": True}
 OFFLOAD = ("zero2_offload", "zero3_offload")
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
-OTHERS = {  # what else a schedule can have the modules do: the final norm early, a layer that waits for its pictures
+OTHERS = {  # what else a schedule can have the modules do: pool, the final norm early, a layer that waits for its pictures
     "layers": [1, 2, 3], "keep": [0.75, 6, 2], "ranker": ["cdpruner", "dart", "salient_text"], "inject": 1,
-    "merge": "nearest",
+    "merge": "nearest", "downsample": 9,
 }  # fmt: skip
 ADAPTERS = {"r": 4, "alpha": 8, "dropout": 0.0}  # two ranks would draw other dropout than one process
 
