@@ -56,7 +56,7 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 BF16 = {"bf16": True}
 OFFLOAD = ("zero2_offload", "zero3_offload")
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
-OTHERS = {  # what else a schedule can have the modules do: pool, the final norm early, a layer that waits for its pictures
+OTHERS = {  # what else modules can be made to do: pool, the final norm early, a layer that waits for its pictures
     "layers": [1, 2, 3], "keep": [0.75, 6, 2], "ranker": ["cdpruner", "dart", "salient_text"], "inject": 1,
     "merge": "nearest", "downsample": 9,
 }  # fmt: skip
