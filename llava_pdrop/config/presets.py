@@ -40,7 +40,7 @@ def read_sections(layers: Layers) -> Layers:
         if not isinstance(section, str):
             found.append((name, layer))
             continue
-        path = _file(name, section)
+        path = file_of(name, section)
         content = read_mapping(path, wanted="a schedule")
         if not content:
             raise ConfigError(f"{path}: holds no keys: give layers with ratios or keep; {KEY}=null drops nothing")
@@ -48,7 +48,7 @@ def read_sections(layers: Layers) -> Layers:
     return found
 
 
-def _file(name: str, given: str) -> Path:
+def file_of(name: str, given: str) -> Path:
     """The file, relative to the working directory or to the checkout."""
     try:
         path = Path(expanded(KEY, given))

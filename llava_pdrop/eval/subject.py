@@ -12,10 +12,13 @@ from llava_pdrop.checkpoint.hf_files import chat_template_in, reading
 from llava_pdrop.checkpoint.lora import config_directory, is_lora
 from llava_pdrop.checkpoint.original import original_schedule
 from llava_pdrop.config.load import RUN_FILE, config_of, load_config, runs_in
+from llava_pdrop.config.presets import file_of
 from llava_pdrop.config.schema import Config
+from llava_pdrop.config.values import read_mapping
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.files import read_json
+from llava_pdrop.generate.families import ATTACHABLE
 
 CHAT = "chat"
 """Instead of the name of a template: the chat template that the checkpoint brings along. For evaluation only."""
@@ -74,7 +77,22 @@ def foreign_config(directory: Path, overrides: list[str], asks: bool = True) -> 
         "data": {"train": data, "samples_per_batch": 1},
         "pyramid_drop": schedule.to_dict() if schedule else None,
     }
-    return config_of(values, overrides, directory / RUN_FILE)
+    config = config_of(values, overrides, directory / RUN_FILE)
+    kind = ATTACHABLE.get(str(fields.get("model_type")))
+    if config.pyramid_drop is None or kind is None or kind.positions == "renumber" or _says_positions(overrides):
+        return config
+    return replace(config, pyramid_drop=replace(config.pyramid_drop, positions=kind.positions))
+
+
+def _says_positions(overrides: list[str]) -> bool:
+    """Whether the schedule that ``overrides`` give says how positions go on: what a config leaves open is meant for a
+    LLaVA, whose positions have one axis."""
+    for name, value in (word.partition("=")[::2] for word in overrides):
+        if name == "pyramid_drop.positions" or (name == "pyramid_drop" and "positions" in value):
+            return True
+        if name == "pyramid_drop" and value.endswith((".yaml", ".yml")):
+            return "positions" in read_mapping(file_of("command line", value), wanted="a schedule")
+    return False
 
 
 def is_ours(directory: Path) -> bool:
