@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava_pdrop.checkpoint.build import build_parts
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
 
@@ -99,3 +102,25 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def vip(tiny_files: Path, tmp_path: Path) -> Path:
+    """A model of another family, asked by its own processor: a VipLlava, pictures of 48 pixels in patches of 12."""
+    torch.manual_seed(0)
+    parts = build_parts(language_model=str(tiny_files / "llm"), vision_tower=str(tiny_files / "tower"))
+    config = transformers.VipLlavaConfig(
+        text_config=parts.hf.config.text_config,
+        vision_config=parts.hf.config.vision_config,
+        image_token_index=parts.hf.config.image_token_id,
+        vision_feature_layers=[-2, -1],
+        tie_word_embeddings=False,
+    )
+    transformers.VipLlavaForConditionalGeneration(config).save_pretrained(tmp_path / "vip")
+    processor = parts.processor()
+    processor.chat_template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+        "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    processor.save_pretrained(tmp_path / "vip")
+    return tmp_path / "vip"

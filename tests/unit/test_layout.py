@@ -28,7 +28,7 @@ PARTS = (
 )  # fmt: skip
 """Files and folders of the package. Each may import those before it, and itself."""
 
-PLANNED = {"serve"}
+PLANNED = set[str]()
 
 LAZY = {
     "bench.gpu.__main__": "torch, in the process that only starts others",

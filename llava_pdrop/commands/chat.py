@@ -1,0 +1,62 @@
+"""Arguments of ``llava-pdrop chat``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from llava_pdrop.commands.arguments import a_path
+
+EMBEDDED = Path("checkpoints/tiny/finetune_pdrop/pyramid_drop")
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes. (What is not given is as `serve.conversation.Settings` has it.)"""
+    parser.description = (
+        f"{parser.description}. Every question prefills the whole conversation, so that the new question ranks its "
+        "image tokens. /help lists what can be typed."
+    )
+    parser.add_argument(
+        "directory", nargs="?", type=a_path, metavar="DIR",
+        help="a run, an original checkpoint or any other model that attach() knows (default: the embedded run)",
+    )  # fmt: skip
+    parser.add_argument(
+        "words", nargs="*", metavar="PICTURE",
+        help="pictures for the first question; section.key=value changes a key, pyramid_drop=FILE the schedule",
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0, the default: the likeliest token")
+    parser.add_argument("--seed", type=int, metavar="N", help="of tokens that are drawn (default: 0)")
+    parser.add_argument(
+        "--reuse-cache", action="store_true", default=None,
+        help="later questions go on with the cache: faster, but what the first question dropped is lost to them",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command.
+
+    Raises:
+        UserError: there is no model, or a picture cannot be read.
+    """
+    from llava_pdrop.config.presets import CHECKOUT
+    from llava_pdrop.errors import UserError
+    from llava_pdrop.serve.chat import Chat
+    from llava_pdrop.serve.conversation import Conversation, Settings
+
+    words = [*([args.directory] if args.directory else []), *args.words]
+    overrides = [word for word in words if OVERRIDE.match(word) and not Path(word).exists()]
+    names = [word for word in words if word not in overrides]
+    directory = Path(names[0]) if names else next((p for p in (EMBEDDED, CHECKOUT / EMBEDDED) if p.is_dir()), None)
+    if directory is None:
+        raise UserError(
+            f"{EMBEDDED}: the embedded run is not there: name a model, or make it: scripts/finetune_pdrop.sh"
+        )
+    given = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed", "reuse_cache")}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    conversation = Conversation.of(directory, overrides, settings)
+    for picture in names[1:]:
+        conversation.show(Path(a_path(picture)))
+    Chat(conversation).run()
