@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -88,11 +89,52 @@ def solve_budget(
     )
 
 
-def _geometric(cost: Callable[[Schedule], float], budget: float, schedule: Schedule) -> Solution:
-    """The largest lambda at the layers of ``schedule`` that costs at most ``budget``; 0 where even that costs more."""
+def solve_shape(
+    cost: Callable[[Schedule], float], budget: float, image_tokens: int, num_layers: int, wanted: Schedule
+) -> Solution:
+    """``wanted`` at the same layers, with ratios that cost ``budget``: all of them raised to one power, so that the
+    schedule keeps its shape. lambda, lambda^2, ... become those of another lambda, 0 stays an early exit, and a count
+    of tokens becomes the power of its share of ``image_tokens``. `Solution.ratio` is the largest of them.
+
+    Ours: the papers report their schedules at budgets of their own choice.
+
+    Args:
+        cost: never falls when a schedule keeps more tokens.
+
+    Raises:
+        UserError: the layers before the first drop cost more, those that image tokens reach at all cost less, or
+            nothing in between leaves every drop a token that ``wanted`` leaves one.
+    """
+    shares = [wanted.check(num_layers).kept(image_tokens, drop) / image_tokens for drop in range(len(wanted.layers))]
+    if not wanted.keep:
+        shares = list(wanted.ratios)  # not cut down to whole tokens
+    own = max((share for share in shares if 0 < share < 1), default=0.5)
+    exponents = [math.inf if share == 0 else math.log(share) / math.log(own) for share in shares]
+    free = replace(wanted, ratios=(1.0,) * len(shares), keep=())
+    most = cost(replace(free, ratios=tuple(float(share > 0) for share in shares)))
+    found = _geometric(cost, budget, free, exponents)
+    starved = any(share > 0 and not found.schedule.kept(image_tokens, k) for k, share in enumerate(shares))
+    if most < budget or found.cost > budget or starved:
+        least = cost(replace(free, ratios=tuple(float(share == 1) for share in shares)))
+        raise UserError(
+            f"drops after layers {list(wanted.layers)} that leave a token where they left one cost more than "
+            f"{least:.4g} and at most {most:.4g}: {budget:g} is out of reach"
+        )
+    return replace(found, reason=f"layers {list(wanted.layers)}: the schedule's own")
+
+
+def _geometric(
+    cost: Callable[[Schedule], float], budget: float, schedule: Schedule, exponents: Sequence[float] = ()
+) -> Solution:
+    """The largest lambda at the layers of ``schedule`` that costs at most ``budget``; 0 where even that costs more.
+
+    Args:
+        exponents: those of lambda, one per drop; none: 1, 2, 3, ...
+    """
+    exponents = exponents or range(1, len(schedule.layers) + 1)
 
     def dropping(ratio: float) -> Schedule:
-        return replace(schedule, ratios=tuple(round(ratio ** (k + 1), 6) for k in range(len(schedule.layers))))
+        return replace(schedule, ratios=tuple(round(ratio**exponent, 6) for exponent in exponents))
 
     low, high = 0.0, 1.0
     while high - low > 1e-6:

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from llava_pdrop.cost.paper import LEAST_RATIO, paper_tflop, solve_budget
+from llava_pdrop.cost.paper import LEAST_RATIO, paper_tflop, solve_budget, solve_shape
+from llava_pdrop.errors import UserError
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 
@@ -81,3 +82,55 @@ def test_quarters_of_a_deeper_decoder():
 def test_impossible_budgets(budget, layers, message):
     with pytest.raises(ValueError, match=message):
         solve_budget(average(576, layers), budget, 576, layers)
+
+
+SHAPES = {
+    "pyramiddrop": Schedule((8, 16, 24), (0.5, 0.25, 0.125)),
+    "one drop": Schedule((2,), (0.5,), ranker="fastv"),
+    "early exit": Schedule((8, 16), (0.5, 0.0)),
+    "counts": Schedule((2, 6, 15), keep=(300, 200, 110)),
+    "before the decoder": Schedule((0,), (0.098,), ranker="divprune"),
+    "late entry": Schedule((10, 14, 25), keep=(215, 10, 0), inject=8),
+    "all at first": Schedule((4, 8), keep=(1.0, 64)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_shape_meets_a_budget_at_its_own_layers(shape):
+    cost = average(576, 32)
+    for budget in (0.95 * cost(shape), 1.2 * cost(shape)):
+        solution = solve_shape(cost, budget, 576, 32, shape)
+        found = solution.schedule
+        assert (found.layers, found.inject, found.ranker) == (shape.layers, shape.inject, shape.ranker)
+        assert 0 <= budget - cost(found) < 2 and solution.cost == cost(found) and not found.keep
+        for drop, ratio in enumerate(found.ratios):
+            own = shape.kept(576, drop)
+            assert (ratio == 0) == (own == 0) and (ratio == 1) == (own == 576)
+        assert solution.ratio == pytest.approx(max(ratio for ratio in found.ratios if ratio < 1), abs=1e-5)
+
+
+def test_a_shape_keeps_its_powers():
+    lower = Schedule((8, 16, 24), (0.4, 0.16, 0.064))
+    found = solve_shape(average(576, 32), 270, 576, 32, lower).schedule
+    same = solve_budget(average(576, 32), 270, 576, 32, lower).schedule
+    assert found.ratios == pytest.approx(same.ratios, abs=2e-6)
+    steep = Schedule((8, 16), (0.5, 0.5**3))
+    first, second = solve_shape(average(576, 32), 200, 576, 32, steep).schedule.ratios
+    assert second == pytest.approx(first**3, abs=1e-5)
+    single = Schedule((8, 16, 24), (0.5, 0.25, 0.125)).single_drop(2, 32, "fastv")
+    found = solve_shape(average(576, 32), 270, 576, 32, SHAPES["one drop"]).schedule
+    assert found.ratios == pytest.approx(single.ratios, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "budget", "parts"),
+    [
+        (Schedule((16, 24), (0.5, 0.0)), 270, ["[16, 24]", "288", "432", "270"]),
+        (Schedule((16, 24), (0.5, 0.0)), 500, ["432", "500"]),
+        (Schedule((24,), (0.0,)), 300, ["432", "300"]),
+        (Schedule((1, 2, 3), (0.5, 0.05, 0.001)), 20, ["[1, 2, 3]", "20"]),
+    ],
+)
+def test_a_shape_that_cannot_cost_that(shape, budget, parts):
+    with pytest.raises(UserError, match=says(*parts)):
+        solve_shape(average(576, 32), budget, 576, 32, shape)
