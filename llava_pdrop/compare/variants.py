@@ -1,9 +1,12 @@
 """An ablation is a YAML file: a config, and what is changed in it, by name (``variants``) or as a product (``grid``).
 
 base: ../tiny/finetune_pdrop.yaml
+seeds: [0, 1, 2]
+budgets: [own, same]
 variants:
   vanilla: {pyramid_drop: null}
   lambda_04: ../tiny/another_config.yaml
+  hidrop: {pyramid_drop: configs/schedules/hidrop.yaml, seeds: [0]}
 grid:
   pyramid_drop.ratios: [[0.5, 0.25, 0.125], [0.6, 0.36, 0.216]]
   pyramid_drop.ranker: [last_instruction, random]
@@ -11,90 +14,137 @@ grid:
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.config.load import OVERRIDES, load_config
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from llava_pdrop.compare.budgets import Budget, rows_of
+from llava_pdrop.compare.entries import SET_HERE, Entry, beside, entries_of, load_entry, without_what_is_null
+from llava_pdrop.config.load import OVERRIDES
 from llava_pdrop.config.paths import missing_model
 from llava_pdrop.config.places import expanded
 from llava_pdrop.config.schema import AblationFile, CompareSection, Config
 from llava_pdrop.config.values import convert_fields, hints_of, read_mapping
-from llava_pdrop.errors import ConfigError, Problem, did_you_mean
+from llava_pdrop.errors import ConfigError, Problem, did_you_mean, first_line
 
 VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names of variants, which are names of directories too."""
 
-SET_HERE = ("name", "output_dir")
-"""Keys of a run that an ablation gives to its variants."""
+OF_THE_ABLATION = ("checkpoint", "seeds", "budgets", "also_training_free")
+"""Words of the command line, besides `SET_HERE`, that are keys of the ablation and not of its runs."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of an ablation: where it is trained, ``llava-pdrop train`` with ``words`` is the same run."""
+    """One run of an ablation: where it is trained, ``llava-pdrop train`` with ``words`` is the same run.
+
+    Attributes:
+        row: what tables call it: runs that differ in their seed only are one row.
+        budgets: in whose tables it stands.
+    """
 
     name: str
     words: tuple[str, ...]
     config: Config
+    row: str
+    budgets: tuple[Budget, ...] = (Budget(),)
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Without ``checkpoint`` every variant is trained; with one, that model is evaluated with every schedule."""
+    """Without ``checkpoint`` every variant is trained; with one, that model is evaluated with every schedule.
+
+    Attributes:
+        budgets: a table each.
+        notes: which variants are one run at a budget.
+    """
 
     file: str
     name: str
     output_dir: Path
     checkpoint: str | None
     variants: tuple[Variant, ...]
+    budgets: tuple[Budget, ...] = (Budget(),)
+    also_training_free: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
     """Reads the ablation ``path`` with the config of every variant.
 
     Args:
-        overrides: ``key=value`` for all variants; ``name``, ``output_dir`` and ``checkpoint`` are the ablation's own.
+        overrides: ``key=value`` for all variants; `SET_HERE` and `OF_THE_ABLATION` are the ablation's own.
 
     Raises:
         ConfigError: the file or a variant is wrong; one line that names file, variant and key.
     """
     path = Path(os.path.expanduser(path))
-    own = {name: word for word in overrides for name in [word.partition("=")[0]] if name in (*SET_HERE, "checkpoint")}
+    ours = (*SET_HERE, *OF_THE_ABLATION)
+    own = {name: word for word in overrides for name in [word.partition("=")[0]] if name in ours}
     common = [word for word in overrides if word not in own.values()]
-    given = {name: word.partition("=")[2] for name, word in own.items()}
-    file = _read(path, {name: None if value in ("", "null") else value for name, value in given.items()})
+    given = {name: _own_value(name, word.partition("=")[2]) for name, word in own.items()}
+    file = _read(path, given)
     name = file.name or f"{path.parent.name}/{path.stem}"
     output_dir = Path(file.output_dir or f"checkpoints/{name}")
     problem = missing_model(file.checkpoint) if file.checkpoint is not None else None
     if problem:
         raise ConfigError(f"{path}: checkpoint: {problem}")
-    _load(path, None, _beside(path, file.base), common)  # what is wrong for all is said once
+    whole = _of_checkpoint(file.checkpoint) if file.checkpoint is not None else []
+    base = load_entry(path, None, beside(path, file.base), [*common, *whole])  # what is wrong for all is said once
 
+    entries = list[Entry]()
+    for entry in entries_of(path, file):
+        if not VARIANT_NAME.fullmatch(entry.name):
+            raise ConfigError(f"{path}: {entry.name!r} cannot name a directory: use letters, digits and . _ -")
+        if any(entry.name == other.name for other in entries):
+            raise ConfigError(f"{path}: two variants are called {entry.name!r}: rename one of them")
+        words = without_what_is_null([*entry.words, *common])
+        named = {key: getattr(file, key) for key in ("seeds", "budgets") if key in given}  # nearer than the file
+        entries.append(replace(entry, base=beside(path, entry.base), words=words, **named))
+    rows, budgets, notes = rows_of(path, entries, whole, base)
     variants: dict[str, Variant] = {}
-    for variant, base, changes in _all_changes(path, file):
-        if not VARIANT_NAME.fullmatch(variant):
-            raise ConfigError(f"{path}: {variant!r} cannot name a directory: use letters, digits and . _ -")
-        if variant in variants:
-            raise ConfigError(f"{path}: two variants are called {variant!r}: rename one of them")
-        config_file = _beside(path, base)
-        words = _without_what_is_null([*changes, *common])
-        if words and file.checkpoint is None:  # a config as it stands is its own run, in its own directory
-            words += [f"name={name}/{variant}", f"output_dir={output_dir / variant}"]
-        whole = _of_checkpoint(file.checkpoint) if file.checkpoint is not None else []
-        config = _load(path, variant, config_file, [*words, *whole])
-        variants[variant] = Variant(variant, (config_file, *words), config)
-    _check_different(path, list(variants.values()))
+    for row in rows:
+        for seed in row.seeds or (row.config.seed,):
+            run, words = row.name, list(row.words)
+            if seed != row.config.seed:
+                run, words = f"{row.name}-seed_{seed}", [*words, f"seed={seed}"]
+            if words and file.checkpoint is None:  # a config as it stands is its own run, in its own directory
+                words += [f"name={name}/{run}", f"output_dir={output_dir / run}"]
+            if run in variants:
+                raise ConfigError(f"{path}: two variants are called {run!r}: rename one of them")
+            config = load_entry(path, row.name, row.base, [*words, *whole])
+            variants[run] = Variant(run, (row.base, *words), config, row.name, row.budgets)
+    made = tuple(variants.values())
+    _check_different(path, made)
     if file.checkpoint is not None:
-        _check_schedules_only(path, list(variants.values()))
-    return Ablation(str(path), name, output_dir, file.checkpoint, tuple(variants.values()))
+        _check_schedules_only(path, made)
+    if file.also_training_free:
+        _check_training_free(path, file, made)
+    return Ablation(str(path), name, output_dir, file.checkpoint, made, budgets, file.also_training_free, notes)
 
 
-def _read(path: Path, own: Mapping[str, str | None]) -> AblationFile:
+def _own_value(key: str, text: str) -> Any:
+    """A word of the command line for a key of the ablation."""
+    if text in ("", "null"):
+        return None
+    return text if key in (*SET_HERE, "checkpoint") else _yaml(key, text)
+
+
+def _yaml(key: str, text: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]))[key]  # type: ignore[index,call-overload]
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{OVERRIDES}: {key}={text}: {first_line(error)}") from None
+
+
+def _read(path: Path, own: Mapping[str, Any]) -> AblationFile:
     if not path.is_file():
         raise ConfigError(f"no ablation file {path}{did_you_mean(str(path), map(str, path.parent.glob('*.yaml')))}")
     content = read_mapping(path, resolve=True, wanted="an ablation")
@@ -104,7 +154,8 @@ def _read(path: Path, own: Mapping[str, str | None]) -> AblationFile:
             "what is to be changed into a file with it as base: (configs/README.md)"
         )
     try:
-        fields = {**convert_fields(content, AblationFile, ""), **own}
+        merged = {key: value for key, value in {**content, **own}.items() if value is not None or key not in own}
+        fields = convert_fields(merged, AblationFile, "")
         paths = [name for name in ("base", "output_dir", "checkpoint") if fields.get(name) is not None]
         return AblationFile(**fields | {name: expanded(name, str(fields[name])) for name in paths})
     except Problem as problem:
@@ -112,69 +163,10 @@ def _read(path: Path, own: Mapping[str, str | None]) -> AblationFile:
         raise ConfigError(f"{path}: {problem}{hint}") from None
 
 
-def _all_changes(path: Path, file: AblationFile) -> Iterator[tuple[str, str, list[str]]]:
-    """(name, config, words that change it) of every variant, then of every point of the grid."""
-    for name, entry in file.variants.items():
-        changes = {"base": entry} if isinstance(entry, str) else entry
-        if not isinstance(changes, dict):
-            raise ConfigError(
-                f"{path}: variants.{name} must be keys to change, such as {{seed: 1}}, or a config: {entry!r}"
-            )
-        for key in SET_HERE:
-            if key in changes:
-                raise ConfigError(f"{path}: variants.{name}.{key}: is the ablation's to give: leave it out")
-        rest = {key: value for key, value in changes.items() if key != "base"}
-        yield str(name), str(changes.get("base", file.base)), list(_words(rest))
-    for key, values in file.grid.items():
-        if key in (*SET_HERE, "base"):
-            raise ConfigError(f"{path}: grid.{key}: names no setting to vary: use variants")
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"{path}: grid.{key} must be a list of one value or more, got {values!r}")
-    for point in itertools.product(*file.grid.values()) if file.grid else ():
-        changes = dict(zip(file.grid, point))
-        name = "-".join(f"{str(key).rsplit('.', 1)[-1]}_{_slug(value)}" for key, value in changes.items())
-        yield name, file.base, list(_words(changes))
-
-
-def _words(changes: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Nested or dotted keys as ``a.b=value``."""
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and value:
-            yield from _words(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={json.dumps(value, separators=(',', ':'))}"
-
-
-def _without_what_is_null(words: Sequence[str]) -> list[str]:
-    """``words`` less those below a key that is taken away: a variant with ``pyramid_drop=null`` stays vanilla whatever
-    the ranker of the others is."""
-    null = tuple(word.removesuffix("=null") + "." for word in words if word.endswith("=null"))
-    return [word for word in words if not word.startswith(null)]
-
-
-def _slug(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_")
-
-
-def _beside(path: Path, name: str) -> str:
-    return os.path.normpath(path.parent / name)
-
-
 def _of_checkpoint(checkpoint: str) -> list[str]:
     """A config's model is taken from ``checkpoint``, whole."""
     parts = ("language_model", "vision_tower", "projector")
     return [f"model.path={checkpoint}", *(f"model.{part}=null" for part in parts), "pretrain=null"]
-
-
-def _load(path: Path, variant: str | None, file: str, words: Sequence[str]) -> Config:
-    """The config ``file`` with ``words``, those of the command line alone where it is for no ``variant``."""
-    try:
-        return load_config(file, words)
-    except ConfigError as error:
-        if variant is None and str(error).startswith(f"{OVERRIDES}: "):
-            raise
-        raise ConfigError(f"{path}: {variant or 'base'}: {str(error).removeprefix(f'{OVERRIDES}: ')}") from None
 
 
 def _check_different(path: Path, variants: Sequence[Variant]) -> None:
@@ -185,6 +177,28 @@ def _check_different(path: Path, variants: Sequence[Variant]) -> None:
             if run == other:
                 raise ConfigError(f"{path}: {name} and {variant.name} are the same run: take one of them away")
         seen.append((variant.name, run))
+
+
+def _check_training_free(path: Path, file: AblationFile, variants: Sequence[Variant]) -> None:
+    """The schedules of all others can be tried on the runs of one variant without drops."""
+    key = f"{path}: also_training_free"
+    if file.checkpoint is not None:
+        raise ConfigError(f"{key}: with checkpoint= nothing is trained, so every row is training-free: leave it out")
+    rows = {variant.row for variant in variants if variant.config.schedule.vanilla}
+    if len(rows) != 1:
+        raise ConfigError(
+            f"{key}: wants one variant without drops, such as vanilla: {{pyramid_drop: null}}, on whose runs the "
+            f"others' schedules are tried: there are {len(rows)}"
+        )
+    models = {variant.config.seed: variant for variant in variants if variant.row in rows}
+    for variant in variants:
+        model = models.get(variant.config.seed)
+        if model is None:
+            raise ConfigError(
+                f"{key}: {variant.row} has seed {variant.config.seed}, which {rows.pop()} has not: add it"
+            )
+        if model.config.model != variant.config.model:
+            raise ConfigError(f"{key}: {variant.row}: its model is not that of {model.row}: leave it out")
 
 
 def _check_schedules_only(path: Path, variants: Sequence[Variant]) -> None:

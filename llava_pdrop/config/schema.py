@@ -357,3 +357,32 @@ class AblationFile:
     """Name -> keys to change, or another config."""
     grid: dict[str, Any] = field(default_factory=dict)
     """Key -> list of values; every combination is a variant. One of ``variants`` and ``grid`` is needed."""
+    seeds: tuple[int, ...] = ()
+    """Every variant is trained once per seed, and its row shows the mean and its standard error; ``[]``: once, with the
+    config's seed. A variant may have ``seeds`` of its own."""
+    budgets: tuple[Literal["own", "same"] | float, ...] = ("own",)
+    """A table each: schedules as they are written (``own``), or with ratios solved anew so that all average as many
+    image tokens as the base's (``same``), or so many (a number). A variant may have ``budgets`` of its own."""
+    also_training_free: bool = False
+    """Also evaluate the runs of the variant without drops with the schedules of all others: rows ``vanilla + NAME``."""
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds, "seeds")
+        check_budgets(self.budgets, "budgets")
+
+
+def check_seeds(seeds: tuple[int, ...], key: str) -> None:
+    """Raises `Problem` where one cannot be, or stands twice."""
+    for seed in seeds:
+        at_least(0, key, seed)
+    if len(set(seeds)) < len(seeds):
+        raise Problem(key, f"{key}: a seed stands twice: {list(seeds)}")
+
+
+def check_budgets(budgets: tuple[str | float, ...], key: str) -> None:
+    """Raises `Problem` where there is none, or one cannot be."""
+    if not budgets:
+        raise Problem(key, f"{key} is empty, so nothing would be run: give own, same or a number of image tokens")
+    for budget in budgets:
+        if not isinstance(budget, str) and budget <= 0:
+            raise Problem(key, f"{key}: an average number of image tokens is above 0, got {budget:g}")
