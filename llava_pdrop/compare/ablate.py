@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from llava_pdrop.compare import figures
+from llava_pdrop.compare.budgets import Budget
 from llava_pdrop.compare.candidates import Candidate, run_variants
-from llava_pdrop.compare.rows import VariantRow, publish
-from llava_pdrop.compare.variants import Ablation
+from llava_pdrop.compare.pareto import Shown, marks, shown_rows
+from llava_pdrop.compare.rows import VariantRow, publish, table
+from llava_pdrop.compare.variants import Ablation, Variant
 from llava_pdrop.cost.flops import predicted_reduction
 from llava_pdrop.cost.nominal import model_of, nominal_batch
 from llava_pdrop.cost.plan import make_plan, plan_step
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.report.environment import environment
 from llava_pdrop.report.page import Note, Picture, Table
+from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.checks import checked
 
 ABLATION_FILE, RESULTS_FILE, PICTURE_FILE = "ablation.md", "ablation.json", "ablation.png"
+FRONT_FILE = "pareto.png"
+
+ABOUT_FRONT = (
+    "On the Pareto front is a row than which no other has at least its score in at most its time, and one of the two "
+    "better. Means decide: what lies within the errors of another may be there by chance. The time of *training* is "
+    "without stage 1, and where *realised* is known it is what that leaves of vanilla's; a training-free row has that "
+    "of its model. The time of an *answer* holds what else the machine did. A *baseline* looks at nothing: tokens are "
+    "drawn, spread evenly or pooled. Vanilla stands first, then the best score."
+)
 
 
 def plan(ablation: Ablation) -> list[VariantRow]:
@@ -57,7 +69,10 @@ def ablate(ablation: Ablation, rows: Sequence[VariantRow]) -> None:
     """
     if ablation.checkpoint is None:
         runs = [checked(row.config) for row in rows]
-        models = [Candidate((row,), run) for row, run in zip(rows, runs)]
+        models = [
+            Candidate((row,), run, _tried_on(variant, ablation) if ablation.also_training_free else None)
+            for row, run, variant in zip(rows, runs, ablation.variants)
+        ]
     elif rows[0].config.eval.training_free:
         raise ConfigError(f"{ablation.file}: eval.training_free: the variants are the schedules: leave the word out")
     else:
@@ -67,29 +82,54 @@ def ablate(ablation: Ablation, rows: Sequence[VariantRow]) -> None:
         return
     words = [(variant.name, f"`{shlex.join(variant.words)}`") for variant in ablation.variants]
     device = torch.device("cuda" if any(row.device == "cuda" for row in measured) else "cpu")
+    shown = shown_rows(ablation.variants, measured)
+    drawn = [each.row for each in shown]
+    pictures = [Picture(PICTURE_FILE, "image tokens, what is saved, accuracy", lambda: figures.variants(drawn))]
+    notes = [Note(text) for text in ablation.notes]
+    if sum(bool(each.score and each.times) for each in shown) > 1:
+        pictures.append(Picture(FRONT_FILE, "Pareto front: score over time", lambda: figures.pareto(shown)))
+        notes.append(Note(ABOUT_FRONT))
     publish(
-        measured,
+        drawn,
         ablation.name,
         ablation.output_dir,
         (ABLATION_FILE, RESULTS_FILE),
-        [Picture(PICTURE_FILE, "image tokens, what is saved, accuracy", lambda: figures.variants(measured))],
-        [Note(Table(("variant", "what it is"), words, left=2).markdown())],
+        pictures,
+        [*notes, Note(Table(("variant", "what it is"), words, left=2).markdown())],
         {
             "name": ablation.name,
             "checkpoint": ablation.checkpoint,
             "environment": environment(device, rows[0].config.seed),
             "variants": [_facts(row, variant.words) for variant, row in zip(ablation.variants, measured)],
+            "training_free": [_facts(row, ()) for row in measured[len(ablation.variants) :]],
+            "rows": [each.facts() for each in shown],
         },
+        [_table(shown, budget) for budget in ablation.budgets],
     )
 
 
+def _tried_on(model: Variant, ablation: Ablation) -> Callable[[int], Mapping[str, Schedule]] | None:
+    """The schedules of all variants of the same seed, for the vanilla run ``model``; None for other runs."""
+    if not model.config.schedule.vanilla:
+        return None
+    others = [each for each in ablation.variants if each.config.seed == model.config.seed]
+    schedules = {each.row: each.config.schedule for each in others if not each.config.schedule.vanilla}
+    return lambda layers: schedules
+
+
+def _table(shown: Sequence[Shown], budget: Budget) -> Table:
+    """Of the rows that have the ``budget``, and of the vanilla ones."""
+    found = [each for each in shown if budget in each.budgets]
+    return table([each.row for each in found], budget.title, marks(found))
+
+
 def _facts(row: VariantRow, words: Sequence[str]) -> dict[str, Any]:
-    assert row.plan is not None
+    plan = row.plan or make_plan(row.config, ())
     return {
         **row.facts(),
         "words": words,
         "pyramid_drop": row.schedule.to_dict(),
-        "image_tokens": [stage.image_tokens for stage in row.plan.stages],
-        "average_tokens": row.plan.average_tokens,
-        "tflop_paper_formula": row.plan.paper.dropping,
+        "image_tokens": [stage.image_tokens for stage in plan.stages],
+        "average_tokens": plan.average_tokens,
+        "tflop_paper_formula": plan.paper.dropping,
     }

@@ -7,13 +7,26 @@ from typing import Any
 
 import numpy as np
 
+from llava_pdrop.compare.pareto import ANSWER, TRAINING, Shown
 from llava_pdrop.compare.rows import VariantRow
 from llava_pdrop.report.pictures import COLOURS, INK, subplots
-from llava_pdrop.report.units import time_unit
+from llava_pdrop.report.units import Unit, time_unit
 
 Values = Sequence[float | None]
 Marks = dict[str, tuple[str, Values]]
 """Label -> (marker, where it is on the bar of each row)."""
+
+PANEL = (5.6, 5.0)
+"""Inches."""
+
+MARKERS = {False: "o", True: "^"}
+"""Of points that were trained, and that are training-free."""
+
+TIMES = {TRAINING: "time of training", ANSWER: "time of an answer"}
+"""The panels of a Pareto front."""
+
+KINDS = {"vanilla": COLOURS["vanilla"], "drops": COLOURS["pyramid_drop"], "simple baseline": "#2A6F97"}
+"""Its colours."""
 
 LABELS = {"vanilla": "vanilla", "pyramid_drop": "PyramidDrop"}
 
@@ -94,6 +107,64 @@ def variants(rows: Sequence[VariantRow]) -> Any:
     if any(axes.get_legend_handles_labels()[0] for axes in grid):
         figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     return figure
+
+
+def pareto(shown: Sequence[Shown]) -> Any:
+    """Score over the time of a training, and over that of an answer, with standard errors over seeds. A line joins the
+    Pareto front of each; what lies behind it is pale. Names that would cover another are left out."""
+    scored = [each for each in shown if each.score]
+    panels = [key for key in TIMES if any(key in each.times for each in scored)]
+    percent = 100 if any(each.row.accuracy is not None for each in scored) else 1
+    size = (PANEL[0] * len(panels), PANEL[1])
+    figure, ((*grid,),) = subplots(1, len(panels), sharey=True, figsize=size, layout="constrained", squeeze=False)
+    for kind, free in dict.fromkeys((_kind(each), each.training_free) for each in scored):
+        label = f"{kind}, training-free" if free else kind
+        grid[0].plot([], [], MARKERS[free], color=KINDS[kind], label=label)
+    for axes, key in zip(grid, panels):
+        timed = [each for each in scored if key in each.times]
+        share = key == TRAINING and timed[0].relative
+        unit = Unit("% of vanilla's", 0.01) if share else time_unit([each.times[key][0] for each in timed])
+        names = list[tuple[float, float, str, bool]]()
+        for each in timed:
+            x, x_error = (value / unit.size for value in each.times[key])
+            y, y_error = (value * percent for value in each.score or ())
+            on, several = key in each.fronts, len(each.row.runs) > 1
+            axes.errorbar(
+                *(x, y, y_error if several else None, x_error if several else None),
+                fmt=MARKERS[each.training_free],
+                color=KINDS[_kind(each)],
+                alpha=1.0 if on else 0.35,
+                markersize=7,
+                capsize=2,
+            )
+            names.append((x, y, each.row.name.replace("vanilla + ", "+ "), on))
+        axes.plot(*zip(*sorted((x, y) for x, y, _, on in names if on)), color=INK, linewidth=1, zorder=1)
+        axes.set(xlabel=f"{TIMES[key]}, {unit.name}")
+        axes.margins(x=0.2, y=0.08)
+        _names(axes, names)
+    grid[0].set_ylabel("accuracy, %" if percent == 100 else "score")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def _names(axes: Any, names: Sequence[tuple[float, float, str, bool]]) -> None:
+    """Writes (x, y, name, on the front) beside their points, those on the front first, as long as there is room."""
+    axes.autoscale_view()  # so that the places are known
+    taken = list[tuple[float, float, float, float]]()
+    for x, y, name, on in sorted(names, key=lambda each: not each[3]):
+        across, up = (72 * 0.8 * side * part for side, part in zip(PANEL, axes.transLimits.transform((x, y))))
+        size = 8 if on else 6
+        right, top = across + 5 + 0.62 * size * len(name), up + 1.3 * size
+        if any(across < r and right > a and up < t and top > u for a, u, r, t in taken):
+            continue
+        taken.append((across, up, right, top))
+        axes.annotate(
+            name, (x, y), (5, 4), textcoords="offset points", fontsize=size, color=INK, alpha=1.0 if on else 0.6
+        )
+
+
+def _kind(each: Shown) -> str:
+    return "vanilla" if each.row.schedule.vanilla else "simple baseline" if each.baseline else "drops"
 
 
 def _lines(axes: Any, rows: Sequence[VariantRow]) -> None:

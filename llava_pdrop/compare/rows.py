@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llava_pdrop.eval.score_table import refuse_unread
 from llava_pdrop.files import read_json
 from llava_pdrop.report.console import say
 from llava_pdrop.report.page import Block, Note, Page, Picture, Table
-from llava_pdrop.report.units import MEMORY, MIB, column, text_of
+from llava_pdrop.report.units import MEMORY, MIB, TIME, Unit, mean_and_error, spread_of, text_of, unit_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.train.metrics import METRICS_FILE, Timing, timing_of
@@ -83,6 +84,7 @@ class VariantRow:
         paper: what it reports for the run.
         scores: of ``eval.benchmarks``.
         examples: which image tokens survive, on held-out pictures.
+        over: the runs of several seeds that this row is the mean of.
     """
 
     name: str
@@ -98,6 +100,12 @@ class VariantRow:
     paper: PaperRow | None = None
     scores: tuple[Score, ...] = ()
     examples: tuple[Example, ...] = ()
+    over: tuple[VariantRow, ...] = ()
+
+    @property
+    def runs(self) -> tuple[VariantRow, ...]:
+        """The rows of single runs: itself, or what it is the mean of."""
+        return self.over or (self,)
 
     @property
     def schedule(self) -> Schedule:
@@ -173,32 +181,44 @@ def with_times(row: VariantRow, directory: Path) -> VariantRow:
     return replace(row, timing=timing, hours=hours)
 
 
-def table(rows: Sequence[VariantRow], title: str) -> Table:
-    """The rows as a table. Columns of which nothing is known are left out."""
+def table(rows: Sequence[VariantRow], title: str, more: Sequence[tuple[str, Sequence[str]]] = ()) -> Table:
+    """The rows as a table. Columns of which nothing is known are left out; a row of several runs has their means, with
+    the standard error.
+
+    Args:
+        more: (head, cells) of columns behind the names.
+    """
 
     def cells(style: str, value: Callable[[VariantRow], float | None]) -> list[str]:
-        return [text_of(value(row), style) for row in rows]
+        return [spread_of([value(run) for run in row.runs], lambda mean: text_of(mean, style)) for row in rows]
+
+    def measured(
+        title: str, value: Callable[[VariantRow], float | None], units: Sequence[Unit] = TIME
+    ) -> tuple[str, list[str]]:
+        values = [[value(run) for run in row.runs] for row in rows]
+        unit = unit_of([found[0] if (found := mean_and_error(runs)) else None for runs in values], units)
+        return f"{title}, {unit.name}", [spread_of(runs, unit.text) for runs in values]
 
     cuda = any(row.device == "cuda" for row in rows)
-    peaks = [row.timing.peak_mib * MIB if row.timing and row.timing.peak_mib else None for row in rows]
-    benchmarks = dict.fromkeys(score.benchmark for row in rows for score in row.scores)
+    benchmarks = dict.fromkeys(score.benchmark for row in rows for run in row.runs for score in run.scores)
     return Table.of_columns(
         [
             ("variant", [row.name for row in rows]),
+            *more,
             ("after layers", [", ".join(map(str, row.schedule.shortening)) or "-" for row in rows]),
             ("image tokens per stage", [_image_tokens(row) for row in rows]),
             ("average", cells(".0f", lambda row: row.plan.average_tokens if row.plan else None)),
             ("TFLOP", cells(".3g", lambda row: row.plan.paper.dropping if row.plan else None)),
             ("saved, predicted", cells(".1%", lambda row: row.predicted)),
             ("saved, realised", [_realised(row) for row in rows]),
-            column("CPU time of a step", [row.timing.cpu if row.timing else None for row in rows]),
-            column("wall time of a step", [row.timing.wall if row.timing else None for row in rows]),
-            column(f"peak {'CUDA' if cuda else 'RSS'}", peaks, MEMORY),
+            measured("CPU time of a step", lambda row: row.timing.cpu if row.timing else None),
+            measured("wall time of a step", lambda row: row.timing.wall if row.timing else None),
+            measured(f"peak {'CUDA' if cuda else 'RSS'}", _peak, MEMORY),
             ("device hours", cells(".3g", lambda row: row.hours)),
             ("accuracy", cells(".1%", lambda row: row.accuracy)),
             ("chance", cells(".1%", lambda row: row.evaluation.get("chance") if row.evaluation else None)),
-            column(f"{'GPU' if cuda else 'CPU'} time of an answer", [row.answer_seconds for row in rows]),
-            *((benchmark.title, [_score(row, benchmark) for row in rows]) for benchmark in benchmarks),
+            measured(f"{'GPU' if cuda else 'CPU'} time of an answer", lambda row: row.answer_seconds),
+            *((benchmark.title, cells(".1f", partial(_score, benchmark))) for benchmark in benchmarks),
             ("paper", [row.paper.table if row.paper else "" for row in rows]),
             ("paper: TFLOP", cells(".3g", lambda row: row.paper.tflop if row.paper else None)),
             ("paper: saved", cells(".1%", lambda row: row.saved_in_paper)),
@@ -229,6 +249,10 @@ def legend(rows: Sequence[VariantRow]) -> str:
         f"Accuracy is measured by generation on {found.get('questions', 'the')} held-out questions "
         f"(`{found.get('scorer')}`); chance is what answering at random from the distribution of the gold answers "
         "would reach (the sum of their squared shares).": bool(found),
+        "A figure ± another is a mean over seeds and its standard error, which holds what seeds change: the start of "
+        "fresh weights, the order of batches, what is drawn. The questions are the same.": any(
+            len(row.runs) > 1 for row in rows
+        ),
         "A row `a + b` is the model of row `a` with the schedule `b` at inference only.": any(
             " + " in row.name for row in rows
         ),
@@ -247,6 +271,7 @@ def publish(
     pictures: Sequence[Picture],
     more: Sequence[Block] = (),
     facts: Any = None,
+    tables: Sequence[Table] = (),
 ) -> Path:
     """Prints the table and writes the page into ``out``; returns its path.
 
@@ -254,12 +279,13 @@ def publish(
         files: name of the page, and of the JSON file with the ``facts`` where there are any.
         pictures: below the table.
         more: what stands at the end.
+        tables: in the place of the one of all ``rows``.
 
     Raises:
         SystemExit: with status 1, after all is written, where too many pictures of a benchmark cannot be read.
     """
-    scores = [score for row in rows for score in row.scores]
-    blocks: list[Block] = [table(rows, "Variants"), Note(legend(rows)), *pictures]
+    scores = [score for row in rows for run in row.runs for score in run.scores]
+    blocks: list[Block] = [*(tables or [table(rows, "Variants")]), Note(legend(rows)), *pictures]
     blocks += [
         Note(f"The paper's {row.paper.table} for {row.name}: {', '.join(f'{k} {v:g}' for k, v in reported.items())}.")
         for row in rows
@@ -283,7 +309,11 @@ def _image_tokens(row: VariantRow) -> str:
 
 
 def _realised(row: VariantRow) -> str:
-    """The realised saving, its quartiles where there are any, and how much of the predicted one it is."""
+    """The realised saving, its quartiles where there are any, and how much of the predicted one it is. Of several runs
+    the mean and its standard error."""
+    if len(row.runs) > 1:
+        return spread_of([run.realised for run in row.runs], lambda share: text_of(share, ".1%"))
+    (row,) = row.runs
     if row.saving is None:
         return ""
     inside = []
@@ -294,7 +324,11 @@ def _realised(row: VariantRow) -> str:
     return f"{row.saving.realised:.1%}" + (f" ({'; '.join(inside)})" if inside else "")
 
 
-def _score(row: VariantRow, benchmark: Benchmark) -> str:
+def _peak(row: VariantRow) -> float | None:
+    """Bytes."""
+    return row.timing.peak_mib * MIB if row.timing and row.timing.peak_mib else None
+
+
+def _score(benchmark: Benchmark, row: VariantRow) -> float | None:
     """Of the variant's own schedule."""
-    own = next((score.value for score in row.scores if (score.benchmark, score.column) == (benchmark, row.name)), None)
-    return text_of(own, ".1f")
+    return next((score.value for score in row.scores if (score.benchmark, score.column) == (benchmark, row.name)), None)

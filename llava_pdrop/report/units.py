@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import floor, log10
+from collections.abc import Callable, Iterable, Sequence
+from math import floor, log10, sqrt
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 MIB, GIB = 2**20, 2**30
@@ -76,6 +77,24 @@ def digits(value: float | None, count: int = 3) -> str:
 def text_of(value: float | None, style: str) -> str:
     """``value`` for a cell of a table, by a format specification; nothing for None."""
     return "" if value is None else format(value, style)
+
+
+def mean_and_error(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """Mean and its standard error, by the standard deviation of the sample; 0.0 for one value. None where there is no
+    value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return fmean(known), stdev(known) / sqrt(len(known)) if len(known) > 1 else 0.0
+
+
+def spread_of(values: Sequence[float | None], text: Callable[[float | None], str]) -> str:
+    """A cell for ``values``, each written by ``text``: the value, of several their mean ± its standard error; nothing
+    where there is none."""
+    found, known = mean_and_error(values), sum(value is not None for value in values)
+    if found is None:
+        return ""
+    return text(found[0]) + (f" ± {text(found[1])}" if known > 1 else "")
 
 
 def saved(before: float, after: float) -> float:
