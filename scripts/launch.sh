@@ -60,7 +60,9 @@ launch() {
     cd "$ROOT" || fail "$ROOT is gone"
 
     processes="$(gpus)"
-    case "/$config" in */configs/tiny/* | */configs/ablations/tiny* | */checkpoints/tiny/*) processes=1 ;; esac
+    case "/$config" in
+        */configs/tiny/* | */configs/ablations/tiny* | */configs/ablations/presets* | */checkpoints/tiny/*) processes=1 ;;
+    esac
     processes="${NPROC_PER_NODE:-$((processes > 1 ? processes : 1))}"
     local nodes="${NNODES:-1}" port="${MASTER_PORT:-29500}" inside more=()
     count NPROC_PER_NODE "$processes" 1

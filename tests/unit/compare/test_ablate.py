@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from llava_pdrop.__main__ import main
 from llava_pdrop.compare import candidates
 from llava_pdrop.compare.ablate import plan
+from llava_pdrop.compare.budgets import Budget, average_tokens
 from llava_pdrop.compare.candidates import missing_lines
 from llava_pdrop.compare.rows import table
 from llava_pdrop.compare.variants import load_ablation
@@ -186,11 +187,34 @@ def test_shipped_ablations(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head, lines = shown.head, shown.rows
     assert len(lines) == len(ablation.variants) > 3 and lines[0][1] == "-"
     rows = [dict(zip(head, line)) for line in lines]
-    assert ("paper: TFLOP" in head) == (file.stem != "tiny")
-    for row in rows if file.stem != "tiny" else ():
+    ours = file.stem in ("tiny", "presets")
+    assert ("paper: TFLOP" in head) == (not ours)
+    for row in () if ours else rows:
         printed = "1.39" if row["variant"] == "stages_5" else row["paper: TFLOP"]  # Table 9 is off by a digit there
         assert row["TFLOP"] == printed
-    assert [float(row["saved, predicted"].rstrip("%")) > 10 for row in rows[1:]] == [True] * (len(rows) - 1)
+    dropping = [row for row in rows if row["after layers"] != "-"]
+    assert len(dropping) > 2 and all(float(row["saved, predicted"].rstrip("%")) > 10 for row in dropping)
+
+
+def test_the_shipped_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every preset is a variant, or is refused by 4 layers and named with its reason; at the budget all have 120
+    tokens, a pooled picture the 100 of the largest square."""
+    monkeypatch.chdir(ROOT)
+    file = Path("configs/ablations/presets.yaml")
+    ablation, text = load_ablation(file), file.read_text()
+    assert ablation.also_training_free
+    for preset in sorted(Path("configs/schedules").glob("*.yaml")):
+        if f"{preset}" in text:
+            continue
+        assert f"#   {preset.stem}: " in text
+        with pytest.raises(ConfigError):
+            load_config("configs/tiny/finetune_pdrop.yaml", [f"pyramid_drop={preset}", "compare.training_free=null"])
+    equal = {run.row: run for run in ablation.variants if Budget(120.0) in run.budgets}
+    averages = {name: average_tokens(run.config) for name, run in equal.items()}
+    assert averages.pop("vanilla") == 256 and averages.pop("downsample") == 100
+    assert len(averages) == 8 and all(119 <= tokens <= 120 for tokens in averages.values())
+    baselines = {"vanilla", "pyramiddrop", "random", "uniform", "downsample"}
+    assert {run.row for run in ablation.variants if run.config.seed == 2} == baselines
 
 
 @pytest.fixture
