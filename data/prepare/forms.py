@@ -27,6 +27,7 @@ import functools
 import json
 import string
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,12 +139,7 @@ def plan_page(
     """
     if grid * grid < 4 * fields or not 0 <= fields <= len(LETTERS):
         raise ValueError(f"{fields} fields do not fit on a page of {grid} x {grid} tiles")
-    words = np.full(grid * grid, BLANK, np.int64)
-    other = rng.random(grid * grid)
-    stray = rng.integers(0, 10, grid * grid)
-    words[other < clutter] = MARK
-    words[other < 0.6 * clutter] = FIRST_DIGIT + stray[other < 0.6 * clutter]
-
+    words = scatter_clutter(rng, grid, clutter)
     taken: set[int] = set()
     letters = rng.permutation(len(LETTERS))[:fields]
     starts = iter(rng.permutation(grid * grid).tolist())
@@ -154,12 +150,49 @@ def plan_page(
         words[start], words[start + 1] = FIRST_LETTER + letter, FIRST_DIGIT + digit
         answers[LETTERS[letter]] = str(digit)
 
-    scans = np.full(grid * grid, -1, np.int64)
-    pick = rng.random(grid * grid)
+    return Page(grid, words, choose_scans(rng, words, split), answers)
+
+
+def scatter_clutter(rng: np.random.Generator, grid: int, clutter: float) -> np.ndarray:
+    """Words (grid * grid,) of a page without fields: stray digits, pen marks and empty tiles (`plan_page`)."""
+    words = np.full(grid * grid, BLANK, np.int64)
+    other = rng.random(grid * grid)
+    stray = rng.integers(0, 10, grid * grid)
+    words[other < clutter] = MARK
+    words[other < 0.6 * clutter] = FIRST_DIGIT + stray[other < 0.6 * clutter]
+    return words
+
+
+def choose_scans(rng: np.random.Generator, words: np.ndarray, split: str) -> np.ndarray:
+    """Number of the scan that shows each digit among ``words``, -1 where there is none; same shape."""
+    scans = np.full(len(words), -1, np.int64)
+    pick = rng.random(len(words))
     for digit, pool in enumerate(_scans_by_label(split)):
         here = words == FIRST_DIGIT + digit
         scans[here] = pool[(pick[here] * len(pool)).astype(np.int64)]
-    return Page(grid, words, scans, answers)
+    return scans
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is drawn and asked: this file's `FORMS`, and the chains of chains.py.
+
+    ``plan(rng, grid, split)`` plans a page whose ``fields`` (so many) map the letter that ends a question to its
+    answer; ``grid`` and ``counts`` are the defaults of the command line.
+    """
+
+    name: str
+    plan: Callable[[np.random.Generator, int, str], Page]
+    question: str
+    short_question: str
+    fields: int
+    grid: int
+    counts: dict[str, int]
+
+
+FORMS = Task(
+    "forms", plan_page, QUESTION, SHORT_QUESTION, len(LETTERS), 16, {"pretrain": 1280, "train": 1920, "eval": 500}
+)
 
 
 def draw_page(page: Page, rng: np.random.Generator) -> np.ndarray:
@@ -182,10 +215,12 @@ def draw_page(page: Page, rng: np.random.Generator) -> np.ndarray:
     return tiles.reshape(grid, grid, TILE, TILE, 3).swapaxes(1, 2).reshape(grid * TILE, grid * TILE, 3)
 
 
-def make_page(seed: int, split: str, number: int, grid: int) -> tuple[Page, np.ndarray, np.random.Generator]:
+def make_page(
+    seed: int, split: str, number: int, grid: int, task: Task = FORMS
+) -> tuple[Page, np.ndarray, np.random.Generator]:
     """Page ``number`` of a split with its picture, a pure function of the arguments, and the generator for its text."""
     rng = np.random.default_rng([seed, _SPLIT_NUMBER[split], number])
-    page = plan_page(rng, grid, "eval" if split == "eval" else "train")
+    page = task.plan(rng, grid, "eval" if split == "eval" else "train")
     return page, draw_page(page, rng), rng
 
 
@@ -199,18 +234,23 @@ def make_record(page: Page, rng: np.random.Generator, name: str, question: str, 
     return {"id": name, "image": f"images/{name}.png", "conversations": conversations}
 
 
-def write_page(number: int, out: Path, seed: int, split: str, grid: int, question: str, turns: int) -> dict:
+def write_page(number: int, out: Path, seed: int, split: str, grid: int, turns: int, task: Task = FORMS) -> dict:
     """Draws page ``number`` of a split into a file and returns its record."""
-    page, picture, rng = make_page(seed, split, number, grid)
+    page, picture, rng = make_page(seed, split, number, grid, task)
+    question = task.short_question if split == "pretrain" else task.question
     record = make_record(page, rng, f"{split}_{number:05d}", question, turns)
     Image.fromarray(picture).save(out / record["image"], compress_level=1)
     return record
 
 
-def prepare(out: Path, seed: int, grid: int, counts: dict[str, int], turns: int, workers: int = 1) -> bool:
+def prepare(
+    out: Path, seed: int, grid: int, counts: dict[str, int], turns: int, workers: int = 1, task: Task = FORMS
+) -> bool:
     """Writes the data set into ``out``, the same with any number of ``workers`` (processes); returns False if it was
     there already."""
     manifest = {"format": FORMAT_VERSION, "seed": seed, "grid": grid, "turns": turns, "counts": counts}
+    if task.name != FORMS.name:
+        manifest["task"] = task.name
     path = out / "manifest.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == manifest:
         return False
@@ -219,12 +259,9 @@ def prepare(out: Path, seed: int, grid: int, counts: dict[str, int], turns: int,
     for split in counts:
         for stale in (out / "images").glob(f"{split}_*.png"):
             stale.unlink()
-    text = {"pretrain": (SHORT_QUESTION, len(LETTERS)), "train": (QUESTION, turns), "eval": (QUESTION, 1)}
+    asked = {"pretrain": task.fields, "train": turns, "eval": 1}
     for split, count in counts.items():
-        question, asked = text[split]
-        write = functools.partial(
-            write_page, out=out, seed=seed, split=split, grid=grid, question=question, turns=asked
-        )
+        write = functools.partial(write_page, out=out, seed=seed, split=split, grid=grid, turns=asked[split], task=task)
         if workers > 1:
             with ProcessPoolExecutor(workers) as pool:
                 records = list(pool.map(write, range(count), chunksize=16))
@@ -235,29 +272,31 @@ def prepare(out: Path, seed: int, grid: int, counts: dict[str, int], turns: int,
     return True
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, task: Task = FORMS) -> None:
     """Command line: see the top of the file."""
-    parser = argparse.ArgumentParser(description="Makes pages of printed letters and handwritten digits.")
+    parser = argparse.ArgumentParser(
+        description=f"Makes pages of printed letters and handwritten digits: the {task.name!r} data set."
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grid", type=int, default=16, help="tiles per side: 16 = 256 image tokens, 24 = 576")
-    parser.add_argument("--pretrain", type=int, default=1280, metavar="N", help="pages for stage 1")
-    parser.add_argument("--train", type=int, default=1920, metavar="N", help="pages for stage 2")
-    parser.add_argument("--eval", type=int, default=500, metavar="N", help="held-out pages")
+    parser.add_argument("--grid", type=int, default=task.grid, help="tiles per side: 16 = 256 image tokens")
+    parser.add_argument("--pretrain", type=int, default=task.counts["pretrain"], metavar="N", help="pages for stage 1")
+    parser.add_argument("--train", type=int, default=task.counts["train"], metavar="N", help="pages for stage 2")
+    parser.add_argument("--eval", type=int, default=task.counts["eval"], metavar="N", help="held-out pages")
     parser.add_argument("--turns", type=int, default=8, help="questions per training page")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: at least one process has to draw")
     if not 11 <= args.grid <= 64:
-        parser.error(f"--grid {args.grid}: 26 fields need at least 11 tiles per side, at most 64 are possible")
-    if not 1 <= args.turns <= len(LETTERS):
-        parser.error(f"--turns {args.turns}: a page has {len(LETTERS)} fields to ask for")
+        parser.error(f"--grid {args.grid}: the fields need at least 11 tiles per side, at most 64 are possible")
+    if not 1 <= args.turns <= task.fields:
+        parser.error(f"--turns {args.turns}: a page has {task.fields} fields to ask for")
     if min(args.seed, args.pretrain, args.train, args.eval) < 0:
         parser.error("the seed and the numbers of pages cannot be negative")
     counts = {"pretrain": args.pretrain, "train": args.train, "eval": args.eval}
     try:
-        made = prepare(args.out, args.seed, args.grid, counts, args.turns, args.workers)
+        made = prepare(args.out, args.seed, args.grid, counts, args.turns, args.workers, task)
     except OSError as error:
         sys.exit(f"{args.out}: cannot be written ({error.strerror})")
     what = ", ".join(f"{count} {split}" for split, count in counts.items())
