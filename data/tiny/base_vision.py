@@ -88,7 +88,7 @@ def train_tower(seed: int, log: Log, steps: int = 800, pages: int = 4, lr: float
 def train_projector(
     tower: CLIPVisionModel, words_VD: Tensor, seed: int, log: Log, steps: int = 200, lr: float = 3e-3
 ) -> LlavaMultiModalProjector:
-    """Maps what the tower says of a tile to the decoder's embedding of its word, ``words_VD`` (words, HIDDEN).
+    """Maps what the tower says of a tile to the decoder's embedding of its word, ``words_VD`` (words, D).
 
     This stands in for CLIP's alignment with text, and stops early: the rest is for stage 1 to learn. No page is read
     and no question answered here, because the decoder does not take part, only its embedding table.
@@ -97,7 +97,9 @@ def train_projector(
     rng = np.random.default_rng([seed, 30])
     projector = LlavaMultiModalProjector(
         LlavaConfig(
-            vision_config=tower.config, text_config=LlamaConfig(hidden_size=HIDDEN), projector_hidden_act="gelu"
+            vision_config=tower.config,
+            text_config=LlamaConfig(hidden_size=words_VD.shape[1], num_attention_heads=1),
+            projector_hidden_act="gelu",
         )
     )
     for layer in (projector.linear_1, projector.linear_2):
