@@ -12,7 +12,7 @@ COMPATIBILITY := tests/unit/model tests/unit/generate tests/unit/train tests/uni
 on_transformers = set -e; overlay=$$(bash scripts/overlay.sh $(1)); PYTHONPATH=$$overlay OMP_NUM_THREADS=1 \
 	$(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(COMPATIBILITY) $(PYTEST_ARGS)
 
-.PHONY: help setup test test-newest test-oldest test-fast test-slurm test-long test-faults test-golden test-gpu check bench format tiny-bases test-readme clean
+.PHONY: help setup test test-newest test-oldest test-fast test-slurm test-long test-faults test-golden test-gpu check bench format tiny-bases lab-bases test-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,9 +66,12 @@ bench: setup ## measure a training step of the tiny shape, vanilla beside droppi
 tiny-bases: setup ## remake the shipped miniature models (data/tiny), by seed
 	$(PYTHON_VENV) data/tiny/make_bases.py
 
+lab-bases: setup ## remake the shipped models of the laboratory (data/lab), by seed
+	$(PYTHON_VENV) data/lab/make_bases.py
+
 test-readme: ## clone the last commit into a temporary directory and run the commands of the README there
 	bash scripts/test_readme.sh
 
 clean: ## remove caches and prepared data; .venv and checkpoints stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache data/tiny/prepared
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache data/tiny/prepared data/lab/prepared
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ LONGEST_README = 120
 """Lines: what a newcomer reads before he turns back."""
 
 FOLDERS = ("llava_pdrop", "configs", "scripts", "data", "playground", "tests", ".github")
-MADE_BY_RUNNING = ("data/tiny/prepared", "playground/data", "playground/benchmarks")
+MADE_BY_RUNNING = ("data/tiny/prepared", "data/lab/prepared", "playground/data", "playground/benchmarks")
 """Places whose contents are not in the repository, or not for sure."""
 
 HISTORY = ("playground/LOG.md",)

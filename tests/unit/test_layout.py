@@ -51,6 +51,7 @@ OF_THE_WHOLE = {
     "test_documents.py": "what the documents name",
     "test_encoding.py": "files and screens under other locales",
     "test_kinds.py": "tests/kinds.py: which tests start a process or train",
+    "test_lab.py": "the laboratory: its pages, its recipe and the decoder it ships",
     "test_launch.py": "the launch scripts in every world",
     "test_layout.py": "this file",
     "test_package.py": "importing the package",
