@@ -167,7 +167,7 @@ def _mean_over(looks_BQV: Tensor, tiles_BV: Tensor) -> Tensor:
 def train_decoder(
     tokenizer: PreTrainedTokenizerBase, seed: int, log: Log, steps: int = 480, lr: float = 2e-3
 ) -> LlamaForCausalLM:
-    """Teaches a decoder to follow paths on pages of text: half of the time on 8 x 8 tiles with 3 to 6 keys, then on
+    """Teaches a decoder to follow paths on pages of text: half of the time on 8 x 8 tiles with 3 to 5 keys, then on
     12 x 12 tiles with 12 keys, with noise on their words."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 40])
