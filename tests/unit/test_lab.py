@@ -136,6 +136,7 @@ def test_the_shipped_decoder_reads_at_the_taught_depths(scripts, tokenizer, deco
             assert looks[layer][:, 0].exp().gather(2, tiles[..., None]).mean() >= 0.8
 
 
+@pytest.mark.trains
 def test_a_lesson_learns(scripts, tokenizer) -> None:
     """A few steps of the recipe on one small batch: every part of the loss falls."""
     recipe = scripts["decoder"]
