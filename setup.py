@@ -60,5 +60,8 @@ setup(
         "psutil>=6",
     ],
     extras_require={**EXTRAS, "all": sorted({name for group in EXTRAS.values() for name in group})},
-    entry_points={"console_scripts": ["llava-pdrop = llava_pdrop.__main__:main"]},
+    entry_points={
+        "console_scripts": ["llava-pdrop = llava_pdrop.__main__:main"],
+        "lmms_eval.models": ["llava_pdrop = llava_pdrop.eval.lmms:manifest"],  # lmms-eval itself is no requirement
+    },
 )

@@ -1,0 +1,115 @@
+"""Pictures that a task of lmms-eval hands out (PIL, decoded at every look) as sources of a record."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+from PIL import Image, ImageOps
+
+from llava_pdrop.errors import UserError, clip
+
+WIDE = ("I", "F")
+"""How PIL's modes of greys above 8 bits begin: `load_image` scales them, so they are handed on as they are."""
+
+
+@dataclass(frozen=True)
+class TaskPicture:
+    """The ``place``-th picture that ``look`` returns. Pixels are not kept: ``size`` (width, height) is what batches are
+    made by, and a picture is decoded again when its turn comes. Equal pixels are one picture, as one file is."""
+
+    digest: bytes
+    size: tuple[int, int]
+    wide: bool
+    name: str = field(compare=False)
+    place: int = field(compare=False)
+    look: Callable[[], list[Image.Image]] = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """An uncompressed file of it. Its header is there without a look at the picture."""
+        if self.wide:
+            file = io.BytesIO()
+            self.look()[self.place].save(file, "TIFF")
+            file.seek(0)
+            return file
+        header = b"P6\n# a picture of a task\n%d %d\n255\n" % self.size
+        return cast(BinaryIO, io.BufferedReader(_Lazy(header, lambda: self.look()[self.place].tobytes())))
+
+
+class Unshown(UserError):
+    """A picture of a question cannot be read: the others can be asked without it."""
+
+
+def pictures_of(name: str, visuals: Callable[[], Any]) -> tuple[TaskPicture, ...]:
+    """The pictures of one question.
+
+    Args:
+        name: of the question, for error messages.
+        visuals: what the task shows of it; called again whenever pixels are wanted.
+
+    Raises:
+        Unshown: one cannot be read. UserError: one is no picture.
+    """
+
+    def look() -> list[Image.Image]:
+        try:
+            return [_upright(name, entry) for entry in visuals() or ()]
+        except (OSError, SyntaxError) as error:  # PIL's for a picture that it cannot decode
+            raise Unshown(f"{name}: its picture cannot be read: {clip(error)}") from None
+
+    found = []
+    for place, image in enumerate(look()):
+        digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
+        digest.update(image.tobytes())
+        wide, title = image.mode.startswith(WIDE), f"{name}, picture {place + 1}"
+        found.append(TaskPicture(digest.digest(), image.size, wide, title, place, look))
+    return tuple(found)
+
+
+def _upright(name: str, entry: Any) -> Image.Image:
+    """As `load_image` makes it of the file: a picture that a task has decoded may still say how it is to be turned."""
+    if not isinstance(entry, Image.Image):
+        kind = type(entry).__name__
+        raise UserError(f"{name}: shows {clip(repr(entry), 60)} ({kind}): pictures are answered, no films or sounds")
+    image = ImageOps.exif_transpose(entry)
+    if image.mode.startswith(WIDE):
+        return image
+    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+
+
+class _Lazy(io.RawIOBase):
+    """A file of a ``header`` and what ``rest`` returns, which is called when somebody reads beyond the header."""
+
+    def __init__(self, header: bytes, rest: Callable[[], bytes]) -> None:
+        self._parts, self._rest, self._at = [header], rest, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("its end is not known before it is read")
+        self._at = max(0, offset + (self._at if whence == io.SEEK_CUR else 0))
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        start = len(self._parts[0])
+        if self._at >= start and len(self._parts) == 1:
+            self._parts.append(self._rest())
+        part, offset = (self._parts[0], self._at) if self._at < start else (self._parts[1], self._at - start)
+        piece = memoryview(part)[offset : offset + len(buffer)]
+        memoryview(buffer)[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
