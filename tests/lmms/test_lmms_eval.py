@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.config.load import load_config
 from llava_pdrop.data.records import read_records
 from llava_pdrop.eval.evaluate import PREDICTIONS_FILE
+from llava_pdrop.eval.lmms.requests import limits_of
 from llava_pdrop.train.run import train
 from llava_pdrop.types import IMAGE_MARKER
 from tests.messages import says
@@ -250,3 +252,44 @@ def test_what_a_task_asks_otherwise_is_one_line(home: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="2"):
         given(home, "pretrained=run", "temperature=0.5,do_sample=true")
     assert re.search("error: " + says("pages", "sampling", "0.5", "do_sample=false"), capsys.readouterr().err)
+
+
+def test_other_kinds_of_requests_are_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llava_pdrop.eval.lmms.model import LlavaPdrop
+
+    model = LlavaPdrop(pretrained=str(home / "run"))
+    for method, kind in ((model.loglikelihood, "loglikelihood"), (model.generate_until_multi_round, "multi_round")):
+        assert method([]) == []
+        with pytest.raises(SystemExit, match="2"):
+            method([SimpleNamespace(task_name="seedbench_ppl")])
+        assert re.search(f"error: .*seedbench_ppl.*{kind}", capsys.readouterr().err)
+
+
+def test_pictures_that_cannot_be_read(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = home / "broken"
+    other.mkdir()
+    (other / "none.png").write_bytes(b"no picture")
+    rows = json.loads((home / "pages.json").read_text())[:2]
+    rows[0]["image"] = str(other / "none.png")
+    (other / "pages.json").write_text(json.dumps(rows))
+    with pytest.raises(SystemExit, match="2"):
+        given(other, f"pretrained={home}/run")
+    assert re.search("error: " + says("1 of 2", "none.png", "eval.max_unread"), capsys.readouterr().err)
+    found = given(other, f"pretrained={home}/run,eval.max_unread=0.5")
+    assert found[0] == "" and found[1]
+    assert re.search(says("1 of 2", "none.png", "empty"), capsys.readouterr().out)
+
+
+def test_the_tasks_that_the_page_names_are_there_and_ask_for_what_is_offered() -> None:
+    from lmms_eval import utils
+
+    page = (ROOT / "llava_pdrop/eval/lmms/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w-]+) \| `(\w+)` \|(.*)", page, re.MULTILINE)
+    named = {name for _, name, more in rows for name in [name, *re.findall(r"`((?:mmbench|vqav2|vizwiz)_\w+)`", more)]}
+    assert len(rows) == 16 and len(named) == 19
+    for name in sorted(named):
+        settings = utils.load_yaml_config(tasks().task_index[name]["yaml_path"], mode="simple")
+        assert settings["task"] == name and settings.get("output_type", "generate_until") == "generate_until"
+        limits_of(name, settings.get("generation_kwargs") or {})
+    listed = re.search(r"^    tasks=(.*)", page, re.MULTILINE)[1].split(",")
+    assert set(listed) <= named
