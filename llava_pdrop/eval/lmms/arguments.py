@@ -33,6 +33,9 @@ LISTS = ("layers", "ratios", "keep")
 OWN = "own"
 """As ``schedule``: the one in the checkpoint."""
 
+SET_ELSEWHERE, UNREAD = ("data", "eval", "compare"), "eval.max_unread"
+"""Sections of a config that are about questions, which lmms-eval brings along; the one key that holds for these too."""
+
 SEPARATOR = re.compile(r",(?![^\[{]*[\]}])")
 """A comma that is in no list."""
 
@@ -104,6 +107,11 @@ def config_for(given: Mapping[str, str]) -> Config:
             raise UserError(
                 f"model_args: unknown key {clip(name)!r}{did_you_mean(name, known)}: the keys are {', '.join(known)}, "
                 "and those of a config, with a dot"
+            )
+        if name.split(".")[0] in SET_ELSEWHERE and name != UNREAD:
+            raise UserError(
+                f"model_args: {clip(name)} would change nothing: lmms-eval has --tasks, --limit, --batch_size and "
+                "--gen_kwargs max_new_tokens=N"
             )
         if name.split(".")[0] == KEY:
             raise UserError(f"model_args: {clip(name)}: is written without {KEY}: {name.partition('.')[2]}=VALUE")

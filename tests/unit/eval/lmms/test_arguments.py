@@ -92,8 +92,9 @@ def test_a_family_whose_positions_have_several_axes_keeps_them(tmp_path):
 
 
 def test_words_with_a_dot_are_the_configs(run):
-    config = config_for({"pretrained": run, "train.bf16": "true", "model.template": "v1"})
-    assert config.train.arguments["bf16"] is True and config.model.template == "v1"
+    words = {"train.bf16": "true", "model.template": "v1", "eval.max_unread": "0.5"}
+    config = config_for({"pretrained": run, **words})
+    assert config.train.arguments["bf16"] is True and config.model.template == "v1" and config.eval.max_unread == 0.5
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,8 @@ def test_words_with_a_dot_are_the_configs(run):
     [
         ({"layer": "1"}, ("'layer'", meant("layers"))),
         ({"pyramid_drop.layers": "[1]"}, ("pyramid_drop.layers", "layers=VALUE")),
+        ({"eval.max_new_tokens": "3"}, ("eval.max_new_tokens", "--gen_kwargs")),
+        ({"data.eval": "x.json"}, ("data.eval", "--tasks")),
         ({"schedule": "hydrop"}, ("schedule", "'hydrop'", meant("hidrop"))),
         ({"schedule": "none.yaml"}, ("none.yaml",)),
         ({"schedule": "own", "layers": "1"}, ("schedule=own", "layers")),
