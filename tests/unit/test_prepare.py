@@ -10,17 +10,20 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.messages import says
 
 PREPARE = Path(__file__).resolve().parents[2] / "data" / "prepare"
+TINY = PREPARE.parent / "tiny"
 SMALL = {"pretrain": 2, "train": 3, "eval": 3}
 
 
-def load(name: str) -> ModuleType:
+def load(name: str, folder: Path = PREPARE) -> ModuleType:
     """A script of data/prepare as a module (the directory is no package, and one name is also a package's)."""
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", PREPARE / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -215,3 +218,80 @@ def test_easy_vqa_installed_package(tmp_path: Path) -> None:
     easy_vqa.main(["--out", str(tmp_path), "--train", "3", "--eval", "3"])
     check_records(tmp_path, "train.json")
     check_records(tmp_path, "eval.json")
+
+
+def test_easy_vqa_one_question_a_record_asks_the_same(fake_package: Path, tmp_path: Path) -> None:
+    arguments = ["--package", str(fake_package), "--turns", "4"]
+    several, single = tmp_path / "several", tmp_path / "single"
+    easy_vqa.main(["--out", str(several), *arguments])
+    easy_vqa.main(["--out", str(single), *arguments, "--single"])
+    assert (several / "eval.json").read_bytes() == (single / "eval.json").read_bytes()
+    together, apart = check_records(several, "train.json"), check_records(single, "train.json")
+    assert [len(record["conversations"]) for record in apart] == [2] * 12
+
+    def asked(records: list[dict]) -> list[tuple[str, str]]:
+        return [(r["image"], turn["value"].removeprefix("<image>\n")) for r in records for turn in r["conversations"]]
+
+    assert asked(together) == asked(apart)
+
+
+def test_a_directory_with_several_questions_a_record_is_not_taken_for_one_with_single_ones(
+    fake_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--package", str(fake_package), "--out", str(tmp_path / "out")]
+    easy_vqa.main(arguments)
+    assert set(json.loads((tmp_path / "out" / "manifest.json").read_text())) == {"format", "seed", "turns", "counts"}
+    easy_vqa.main([*arguments, "--single"])
+    assert "already there" not in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out" / "train.json").read_text())) == 15
+
+
+@pytest.fixture
+def vision(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What makes the tower of the easy-vqa runs."""
+    monkeypatch.syspath_prepend(str(TINY))
+    monkeypatch.setitem(sys.modules, "easy_vqa", easy_vqa)  # its name is also the package's
+    return load("easy_vqa_vision", TINY)
+
+
+def test_the_easy_vqa_tower_is_made_of_training_pictures(vision: ModuleType, tmp_path: Path) -> None:
+    """The package has no test part here, and a picture whose questions leave its colour open is left out."""
+    folder = tmp_path / "data" / "train"
+    (folder / "images").mkdir(parents=True)
+    questions = [
+        ["what is the teal shape?", "circle", 0],
+        ["is there a red shape?", "yes", 1],
+        ["is no triangle present?", "no", 1],
+        ["is there not a rectangle?", "no", 2],
+        ["is there a brown shape?", "no", 2],
+        ["is there not a blue shape?", "yes", 2],
+    ]
+    (folder / "questions.json").write_text(json.dumps(questions))
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / "images" / f"{number}.png")
+    pictures = vision.read_pictures(tmp_path)
+    assert [vision.SHAPES[number] for number in pictures.shapes] == ["circle", "triangle"]
+    assert [vision.COLORS[number] for number in pictures.colors] == ["teal", "red"]
+    assert pictures.pixels[:, 0, 0, 0].tolist() == [0, 1]
+
+
+def test_a_moved_shape_is_whole_and_its_patches_are_those_that_show_it(vision: ModuleType) -> None:
+    pixels = np.full((64, 64, 3), 240, np.uint8)
+    pixels[5:21, 30:62] = (0, 0, 255)
+    pictures = vision.Pictures(pixels[None], np.array([1]), np.array([2]))
+    for seed in range(5):
+        moved, mask = vision.move_shape(pixels, np.random.default_rng(seed))
+        assert mask.sum() == 16 * 32 and (moved[mask] == (0, 0, 255)).all() and (moved[~mask] == 240).all()
+        batch, share = vision.draw_batch(pictures, np.array([0]), np.random.default_rng(seed))
+        assert batch.shape == (1, 3, 96, 96) and share.shape == (1, 144)
+        assert share.sum().item() == pytest.approx(16 * 32 / 64**2 * 144, rel=0.05)
+        blue_minus_red = (batch[0, 2] - batch[0, 0]).unfold(0, 8, 8).unfold(1, 8, 8).mean((2, 3)).flatten()
+        assert torch.corrcoef(torch.stack([blue_minus_red, share[0]]))[0, 1] > 0.98
+
+
+def test_the_shipped_easy_vqa_weights_are_small() -> None:
+    """Under 1 MB, all in bfloat16."""
+    found = sorted((TINY / "easy_vqa").rglob("*.safetensors"))
+    assert [path.parent.name for path in found] == ["projector", "tower"]
+    assert sum(path.stat().st_size for path in found) < 1e6
+    assert {tensor.dtype for path in found for tensor in load_file(path).values()} == {torch.bfloat16}
