@@ -92,9 +92,8 @@ def prepare(out: Path, package: Path, seed: int, counts: dict[str, int], turns: 
         train = split == "train"
         questions = read_questions(package, split)
         records = make_records(questions, split, count, turns if train else 1, seed, single and train)
-        for picture, record in records:
-            source = package / "data" / SPLITS[split] / "images" / f"{picture}.png"
-            shutil.copyfile(source, out / record["image"])
+        for picture, image in {(picture, record["image"]) for picture, record in records}:  # each once
+            shutil.copyfile(package / "data" / SPLITS[split] / "images" / f"{picture}.png", out / image)
         (out / f"{split}.json").write_text(
             json.dumps([record for _, record in records], indent=1) + "\n", encoding="utf-8"
         )
