@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class PromptStages:
     length: int
     text_tail: int
     schedule: Schedule
+
+    @cached_property
+    def shift_SB(self) -> Tensor:
+        """(S, B) int64: ``shift_B`` of all stages."""
+        return torch.stack(self.shift_B)
 
     @property
     def from_first_layer(self) -> bool:

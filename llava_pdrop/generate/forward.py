@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,38 @@ from llava_pdrop.model.decoder import project
 from llava_pdrop.model.pyramid_drop import Candidates, Projections, Ranking, Rows, merged
 from llava_pdrop.model.rankers import RANKERS, Ranker
 from llava_pdrop.schedule import Schedule
+
+SAME_FOR_ALL_LENGTHS = ("default", "linear", "llama3", "yarn")
+"""Types of rotary embedding whose frequencies are the same whatever the positions are."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What is known of the decoder layers before any forward, one entry per layer.
+
+    Attributes:
+        entries: which entry of `PromptStages` holds there in a forward behind the prompt; None: no drop came before.
+        windows: the sliding window, or None.
+        types: what the rotary embedding is given besides positions: nothing, or the type of the layer.
+    """
+
+    entries: Sequence[int | None]
+    windows: Sequence[int | None]
+    types: Sequence[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, decoder: Any, schedule: Schedule) -> Layers:
+        """Of the layers of ``decoder`` under ``schedule``."""
+        numbers = range(len(decoder.layers))
+        starts = [*schedule.shortening, *((0, schedule.inject) if schedule.inject else ())]
+        behind = [sum(start <= number for start in starts) for number in numbers]
+        rotary = getattr(decoder, "rotary_emb", None)
+        typed = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        return cls(
+            [count - 1 if count else None for count in behind],
+            [sliding_window(decoder.config, number) for number in numbers],
+            [(decoder.config.layer_types[number],) if typed else () for number in numbers],
+        )
 
 
 @dataclass
@@ -58,7 +90,7 @@ class Call:
 
     Attributes:
         owner: the plug-in that opened it.
-        decoder, schedule: the plug-in's.
+        decoder, layers, schedule: the plug-in's.
         cheap: whether queries and keys may be projected by `project`, which is exact for few decoders.
         given: arguments of the model by name.
         attention_mask: (B, N) of the whole sequence; None where nothing is padding.
@@ -79,6 +111,7 @@ class Call:
 
     owner: Any
     decoder: nn.Module
+    layers: Layers
     schedule: Schedule
     cheap: bool
     given: dict[str, Any]
@@ -118,6 +151,50 @@ class Call:
             positions = positions.expand(*positions.shape[:-2], len(hidden_BND), -1)
             self.step.position_ids.append(positions.detach().cpu().clone())
         return hidden_BND, kwargs
+
+    def behind(self, index: int, hidden_BND: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What other arguments layer number ``index`` is to be given in a forward behind a pruned prompt: `at`, without
+        all that only prompts need. It runs for every layer of every token of an answer, and layers of one stage and
+        kind are given the same."""
+        entry, kind = self.layers.entries[index], self.layers.types[index]
+        if entry is None:
+            return {}
+        window, ids, unmasked = self.layers.windows[index], kwargs.get("position_ids"), not _masked(kwargs)
+        found = self.made.get((entry, window, kind, unmasked, id(ids)))
+        if found is None:
+            changed = self._behind(index, entry, kind, hidden_BND, kwargs)
+            found = self.made[entry, window, kind, unmasked, id(ids)] = (ids, changed)
+        return found[1]
+
+    def _behind(
+        self, index: int, entry: int, kind: tuple[str, ...], hidden_BND: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        stages, window = self.stages, self.layers.windows[index]
+        assert stages is not None, "asked only behind a pruned prompt"
+        given = self.attention_mask if _masked(kwargs) else None  # without a mask: the model has found no padding
+        mask = stage_mask(
+            self.decoder.config._attn_implementation,
+            stages, entry, given, cache_in(kwargs), index, hidden_BND, window,
+        )  # fmt: skip
+        changed: dict[str, Any] = {"attention_mask": mask} if mask is not None or _masked(kwargs) else {}
+        ids, rope = kwargs.get("position_ids"), kwargs.get("position_embeddings")
+        if self.schedule.positions == "renumber":
+            ids_SBN = self._once("ids", ids, lambda: ids - stages.shift_SB.to(hidden_BND.device)[..., None])
+            changed["position_ids"] = ids_SBN[entry]
+            if rope is not None:
+                changed["position_embeddings"] = self._turned(entry, kind, hidden_BND, ids_SBN)
+        return changed
+
+    def _turned(self, entry: int, kind: tuple[str, ...], hidden_BND: Tensor, ids_SBN: Tensor) -> Any:
+        """The rotary embedding of the positions of one stage; those of all stages are made in one go where that changes
+        nothing: a call is a dozen small kernels."""
+        rotary = self.decoder.rotary_emb
+        types: Any = getattr(rotary, "rope_type", None)
+        if (types[kind[0]] if kind and isinstance(types, dict) else types) not in SAME_FOR_ALL_LENGTHS:
+            return self._once(("rope", entry, *kind), None, lambda: rotary(hidden_BND, ids_SBN[entry], *kind))
+        parts = self._once(("rope", *kind), None, lambda: rotary(hidden_BND, ids_SBN.flatten(0, 1), *kind))
+        batch = ids_SBN.shape[1]
+        return tuple(part[entry * batch : (entry + 1) * batch] for part in parts)
 
     def _next(self) -> None:
         self.entry = 0 if self.entry is None else self.entry + 1
@@ -236,8 +313,7 @@ class Call:
             else:
                 shift_B = self.stages.shift_B[self.entry].to(hidden_BND.device)
                 ids = self._once("ids", ids, lambda: ids - shift_B[:, None])
-            typed = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
-            extra = (self.decoder.config.layer_types[index],) if typed else ()
+            extra = self.layers.types[index]
             if rope is not None:
                 rope = self._once(("rope", *extra), None, lambda: self.decoder.rotary_emb(hidden_BND, ids, *extra))
         elif self.prompt:
@@ -253,7 +329,7 @@ class Call:
     def _mask(self, index: int, hidden_BND: Tensor, kwargs: dict) -> Any:
         """The mask of a layer behind a drop, in the form its attention implementation takes."""
         config, own, cache = self.decoder.config, kwargs.get("attention_mask"), cache_in(kwargs)
-        window, implementation = sliding_window(config, index), config._attn_implementation
+        window, implementation = self.layers.windows[index], config._attn_implementation
         stages, entry = self.stages, self.entry
         assert stages is not None and entry is not None, "here the prompt's stages are known"
         if self.prompt and isinstance(own, Tensor) and own.ndim == 4:
@@ -274,6 +350,10 @@ class Call:
             None,
             lambda: stage_mask(implementation, stages, entry, self.attention_mask, cache, index, hidden_BND, window),
         )
+
+
+def _masked(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("attention_mask") is not None
 
 
 def _taken(x: Tensor, column_BN: Tensor, dim: int) -> Tensor:

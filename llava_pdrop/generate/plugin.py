@@ -36,7 +36,7 @@ from transformers import Cache
 from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import cache_in, check_implementation
 from llava_pdrop.generate.families import Family, family_of, resolved
-from llava_pdrop.generate.forward import Call, Generation
+from llava_pdrop.generate.forward import Call, Generation, Layers
 from llava_pdrop.generate.pictures import check_prompt, pictures_of
 from llava_pdrop.generate.pooling import Pooling
 from llava_pdrop.generate.prefill import ForwardStep, Prefill
@@ -132,10 +132,10 @@ class _Plugin:
         if self.image_token is None:
             raise UserError(f"the config of {type(model).__name__} has no image_token_id: which tokens are images?")
         check_implementation(self.decoder.config._attn_implementation)
-        self.unchecked, self.trace = unchecked, trace
-        self.untried = unchecked
+        self.unchecked, self.untried, self.trace = unchecked, unchecked, trace
         self.cheap = self.decoder.config.model_type in COVERED and not unchecked
         self.parameters = list(inspect.signature(base.forward).parameters)
+        self.layers = Layers.of(self.decoder, self.schedule)
         self.layer_parameters = list(inspect.signature(self.decoder.layers[0].forward).parameters)
 
     def install(self, model: nn.Module) -> None:
@@ -203,7 +203,7 @@ class _Plugin:
                 f"{type(module).__name__} masks pictures in its own way, which a pruned cache does not allow for: give "
                 "a turn with a picture an empty cache"
             )
-        call = Call(self, self.decoder, self.schedule, self.cheap, given, mask, prompt, stages)
+        call = Call(self, self.decoder, self.layers, self.schedule, self.cheap, given, mask, prompt, stages)
         if self.trace is not None:
             call.step = ForwardStep()
             self.trace.append(call.step)
@@ -326,6 +326,9 @@ class _Plugin:
         call = _CALL.get()
         if call is None or call.owner is not self:
             return None
+        if not call.prompt and call.step is None and len(args) == 1:  # every token of every answer comes this way
+            changed = call.behind(index, args[0], kwargs)
+            return (args, kwargs | changed) if changed else None
         kwargs = {**dict(zip(self.layer_parameters, args)), **kwargs}
         hidden_BND, kwargs = call.at(index, layer, kwargs.pop(self.layer_parameters[0]), kwargs)
         return (hidden_BND,), kwargs
