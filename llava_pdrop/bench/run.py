@@ -9,11 +9,12 @@ from typing import Any, Self
 
 import torch
 
-from llava_pdrop.bench import prefill_report, train_report
+from llava_pdrop.bench import generate_report, prefill_report, train_report
 from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillBench, PrefillCase
 from llava_pdrop.bench.rankings import ranker_costs
 from llava_pdrop.bench.recompute import arms_in, read_setting
 from llava_pdrop.bench.shapes import chosen_shape
+from llava_pdrop.bench.subjects import Subject
 from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
 from llava_pdrop.bench.variants import arms_of, compare
 from llava_pdrop.bench.workload import Workload
@@ -80,6 +81,17 @@ class PrefillSettings(BenchSettings):
     new_tokens: int = 32
     runs: int = 10
     attention: str = "sdpa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(BenchSettings):
+    """What ``bench generate`` is asked for; the first of ``overrides`` may be a directory with weights."""
+
+    batch: Sequence[int] = (1, 4)
+    image_tokens: Sequence[int] = ()
+    new_tokens: int = 32
+    runs: int = 5
+    attention: str | None = None
 
 
 def run_train(asked: TrainSettings) -> list[dict[str, Any]]:
@@ -169,6 +181,45 @@ def run_prefill(asked: PrefillSettings) -> dict[str, Any]:
     report = prefill_report.bench_prefill(name, bench, cases)
     stem = file_name("prefill", name, device_label(device))
     page = prefill_report.page(report, f"{stem}.png")
+    page.show()
+    print(f"written: {', '.join(map(str, page.write(asked.out, f'{stem}.md', f'{stem}.json')))}")
+    return report
+
+
+def run_generate(asked: GenerateSettings) -> dict[str, Any]:
+    """Measures answers token by token; returns the report.
+
+    Raises:
+        UserError: a model, shape, device or attention that is not there, one without a schedule, a count that is too
+            small, or ``--image-tokens`` for a model whose processor says how many there are.
+    """
+    check_counts(asked, batch=1, image_tokens=1, new_tokens=2, runs=1)
+    check_out(asked.out)
+    device = device_named(asked.device)
+    directory = Path(asked.overrides[0]) if asked.overrides else None
+    if directory is not None and directory.is_dir():
+        if asked.shape is not None:
+            raise UserError(f"--shape {asked.shape} and {directory} exclude each other: give one of them")
+        if asked.image_tokens:
+            raise UserError(
+                f"--image-tokens: {directory} says itself how many tokens a picture has: leave it out, or give a CONFIG"
+            )
+        name = directory.resolve().name
+        subject = Subject.of_directory(directory, list(asked.overrides[1:]), device, asked.seed, asked.attention)
+    else:
+        name, shape = chosen_shape(asked.shape, asked.overrides, device.type == "cuda")
+        room = shape.text_config().max_position_embeddings - sum(TEXT_TOKENS)
+        longest = max(asked.image_tokens, default=paper_tokens(shape.geometry, full_picture(shape.geometry)))
+        if longest + asked.new_tokens > room:
+            raise UserError(
+                f"--image-tokens and --new-tokens must be at most {room} together, got {longest} and "
+                f"{asked.new_tokens}: the decoder has no positions for more"
+            )
+        subject = Subject.of_shape(shape, device, asked.seed, asked.attention or "sdpa")
+    cases = [(batch, tokens) for tokens in asked.image_tokens or (None,) for batch in asked.batch]
+    report = generate_report.bench_generate(name, subject, device, cases, asked.new_tokens, asked.runs, asked.seed)
+    stem = file_name("generate", name, device_label(device))
+    page = generate_report.page(report, f"{stem}.png")
     page.show()
     print(f"written: {', '.join(map(str, page.write(asked.out, f'{stem}.md', f'{stem}.json')))}")
     return report

@@ -1,4 +1,4 @@
-"""``llava-pdrop bench train`` and ``llava-pdrop bench prefill``: their arguments, and what runs them."""
+"""``llava-pdrop bench train``, ``bench prefill`` and ``bench generate``: their arguments, and what runs them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from llava_pdrop.commands.arguments import a_place
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes. (No import of torch: this also runs for ``--help``.)"""
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, summary, add in (
-        ("train", "a training step, vanilla beside dropping", add_train_arguments),
-        ("prefill", "prompt and answer at inference", add_prefill_arguments),
-    ):
+    synthetic = "with random weights and synthetic batches"
+    for name, summary, how, add in (
+        ("train", "a training step, vanilla beside dropping", synthetic, add_train_arguments),
+        ("prefill", "prompt and answer at inference", synthetic, add_prefill_arguments),
+        (
+            "generate", "time to the first token, per token, cache and throughput, vanilla beside dropping",
+            "of the model in a directory with its weights, or of a shape with random ones", add_generate_arguments,
+        ),
+    ):  # fmt: skip
         own = kinds.add_parser(
             name,
             help=summary,
-            description=f"Measure {summary}, with random weights and synthetic batches, on one device.",
+            description=f"Measure {summary}, {how}, on one device.",
             argument_default=argparse.SUPPRESS,  # what is not given is as `bench.run` has it
         )
         add(own)
@@ -27,10 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs one bench."""
-    from llava_pdrop.bench.run import PrefillSettings, TrainSettings, run_prefill, run_train
+    from llava_pdrop.bench.run import (
+        GenerateSettings,
+        PrefillSettings,
+        TrainSettings,
+        run_generate,
+        run_prefill,
+        run_train,
+    )
 
     if args.what == "train":
         run_train(TrainSettings.of(vars(args)))
+    elif args.what == "generate":
+        run_generate(GenerateSettings.of(vars(args)))
     else:
         run_prefill(PrefillSettings.of(vars(args)))
 
@@ -83,7 +97,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="CONFIG",
         help="YAML file or directory of a run, and section.key=value overrides: measures its model, without "
-        "weights and data",
+        "weights and data (generate: of a directory, a run or any model of attach(), with its weights)",
     )  # fmt: skip
     parser.add_argument("--shape", help="a model shape instead of CONFIG (default: llava-next-7b on CUDA, else tiny)")
     parser.add_argument("--seed", type=int, help="seed of weights, lengths, prompts and pictures")
@@ -101,3 +115,17 @@ def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, metavar="N", help="tokens per answer")
     parser.add_argument("--runs", type=int, metavar="N", help="measured runs per method")
     parser.add_argument("--attention", help="attn_implementation of the Hugging Face model")
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``bench generate``."""
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch sizes, in prompts (default: 1 4)")
+    parser.add_argument(
+        "--image-tokens", type=int, nargs="+", metavar="N",
+        help="image tokens per prompt of a shape or CONFIG (default: its largest picture)",
+    )  # fmt: skip
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="tokens per answer (default: 32)")
+    parser.add_argument("--runs", type=int, metavar="N", help="measured answers per method (default: 5)")
+    parser.add_argument(
+        "--attention", help="attn_implementation of the Hugging Face model (default: sdpa, or as the directory's)"
+    )
