@@ -4,9 +4,10 @@
 # stage has a time limit and saves its results before the next one begins. It uses a Python that has CUDA, creates no
 # environment, installs nothing and needs no network. Exit status 1 if a stage did not measure all that the README needs.
 #
-#   --stages A,B     only these stages; default: all but learn, which needs a call of its own (ranks needs several GPUs)
+#   --stages A,B     only these stages; default: all but learn and generate, each of which needs a call of its own (ranks
+#                    needs several GPUs)
 #   --seconds N      time limit of all stages together; default: the sum of their limits: 580 for the default stages on
-#                    one GPU, 820 on several, 240 for learn
+#                    one GPU, 820 on several, 240 for learn, 120 for generate
 #   --device cpu     a rehearsal at tiny shapes
 #   --out DIR        for summary.txt, gpu_check.json and gpu_check.tar.gz; default: checkpoints/gpu_check. Unpack the
 #                    archive in the checkout to put every bench file into playground/benchmarks

@@ -23,7 +23,7 @@ def main(words: list[str] | None = None) -> int:
         epilog="Stages: " + ", ".join(f"{name} (up to {stage.seconds} s)" for name, stage in STAGES.items()),
     )
     parser.add_argument(
-        "--stages", metavar="A,B", help="only these (default: all but learn; ranks only with several GPUs)"
+        "--stages", metavar="A,B", help="only these (default: all but learn and generate; ranks only with several GPUs)"
     )
     parser.add_argument(
         "--seconds", type=float, metavar="N",

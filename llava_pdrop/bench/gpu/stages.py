@@ -26,6 +26,11 @@ FORCED = (*TRAINING, "forced.vanilla.step_ms", "forced.dropping.step_ms", "force
 
 PREFILL = ("vanilla_ms", "dropping_ms", "speedup", "speedup_predicted", "ranking_share", "decode_tokens_per_s")
 
+GENERATE = (
+    "vanilla_first_token_ms", "dropping_first_token_ms", "vanilla_token_ms", "dropping_token_ms", "tokens_per_s",
+    "cache_gib", "speedup", "prefill_realised_over_predicted", "hooks_share",
+)  # fmt: skip
+
 LEARN = ("accuracy", "standard_error", "seconds_per_step", "image_tokens")
 
 NULL_ON_CPU = frozenset(
@@ -80,16 +85,20 @@ STAGES: dict[str, CheckStage] = {
         (*(f"arms.{arm}.{key}" for arm in ("vanilla", "pyramid_drop", "random", "fastv") for key in LEARN), "chance",
          "questions"),
     ),
+    "generate": CheckStage(
+        "answers", 120, tuple(f"batch_{n}.{key}" for n in (1, 4, 8) for key in GENERATE)
+    ),
 }  # fmt: skip
 """Stages by name, in the order in which they run."""
 
-LATER = ("ranks", "learn")
-"""Not among the stages of one call on one GPU: `ranks` needs several, `learn` has a call of its own."""
+LATER = ("ranks", "learn", "generate")
+"""Not among the stages of one call on one GPU: `ranks` needs several, `learn` and `generate` have a call of their
+own."""
 
 
 def chosen(words: str | None, device: str, gpus: int) -> list[str]:
-    """The stages that are asked for, in their order. By default all on a CPU (a rehearsal); on a GPU all but ``learn``,
-    and ``ranks`` where there are several.
+    """The stages that are asked for, in their order. By default all on a CPU (a rehearsal); on a GPU all but ``learn``
+    and ``generate``, and ``ranks`` only where there are several.
 
     Raises:
         UserError: one that there is not.

@@ -53,7 +53,13 @@ def test_the_rehearsal_finds_all_that_the_readme_needs(tmp_path: Path) -> None:
     with tarfile.open(out / "gpu_check.tar.gz") as packed:
         names = set(packed.getnames())
     assert {"gpu_check.json", "summary.txt", "logs/tests.log", "logs/inside-dropping.txt"} <= names
-    for stage, bench in (("next", "train"), ("l15", "train"), ("p9", "train"), ("prefill", "prefill")):
+    for stage, bench in (
+        ("next", "train"),
+        ("l15", "train"),
+        ("p9", "train"),
+        ("prefill", "prefill"),
+        ("generate", "generate"),
+    ):
         assert f"playground/benchmarks/gpu/{stage}/{bench}-tiny-cpu.json" in names
 
 

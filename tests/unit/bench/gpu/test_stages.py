@@ -25,7 +25,7 @@ def test_stages_and_their_time() -> None:
     assert chosen("learn, env", "cuda", gpus=1) == ["env", "learn"]
 
 
-@pytest.mark.parametrize("words", [None, "learn", "ranks", "env,tests,next"])
+@pytest.mark.parametrize("words", [None, "learn", "generate", "ranks", "env,tests,next"])
 def test_by_default_no_stage_is_cut_short_by_others(words: str | None) -> None:
     names = chosen(words, "cuda", gpus=8)
     times = [0.0, *ends(names, limit_of(names)).values()]
@@ -33,11 +33,11 @@ def test_by_default_no_stage_is_cut_short_by_others(words: str | None) -> None:
 
 
 def test_the_script_names_its_default_limits() -> None:
-    """One GPU, several, and ``learn``: in its help, where whoever books a machine looks."""
+    """One GPU, several, ``learn`` and ``generate``: in its help, where whoever books a machine looks."""
     text = (ROOT / "scripts" / "gpu_check.sh").read_text()
     one, several = (limit_of(chosen(None, "cuda", gpus)) for gpus in (1, 8))
-    assert re.search(says(f"{one:g} for", "one GPU", f"{several:g} on several", f"{limit_of(['learn']):g} for learn"),
-                     text.replace("\n#", " "))  # fmt: skip
+    assert re.search(says(f"{one:g} for", "one GPU", f"{several:g} on several", f"{limit_of(['learn']):g} for learn",
+                          f"{limit_of(['generate']):g} for generate"), text.replace("\n#", " "))  # fmt: skip
 
 
 def test_what_is_missing_is_named() -> None:
