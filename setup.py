@@ -16,6 +16,7 @@ EXTRAS = {
         "easy-vqa==1.0",  # a small third-party VQA set, no dependencies
         "scikit-learn>=1.6",  # its scans of digits stand on the pages of data/prepare/forms.py
     ],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30"],  # llava-pdrop serve
     "test": [
         "pytest>=8,!=9.2.0",  # with 9.2.0, xdist 3.8 does not keep groups of tests together
         "pytest-xdist>=3",
@@ -26,6 +27,10 @@ EXTRAS = {
         "deepspeed>=0.18",
         "wandb",
         "tensorboard",
+        "fastapi>=0.115",
+        "uvicorn>=0.30",
+        "httpx>=0.27",
+        "openai>=2",  # the official client, which tests ask the server with
     ],
 }
 
