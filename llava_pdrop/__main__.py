@@ -57,6 +57,7 @@ COMMANDS = {
     "study": "measure what image tokens are worth at which depth, and find the schedule that loses least for a budget",
     "show": "draw which image tokens survive every drop, for one picture and question",
     "chat": "talk with a model about pictures, and see what every answer took",
+    "serve": "answer requests in the form of the OpenAI API, many at a time",
     "plan": "show tokens per stage, operations and memory of a config, or solve for a budget; needs no weights",
     "bench": "measure training and inference at a model's real shape",
     "doctor": "check a data set before training: records, images, lengths, cost",

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from llava_pdrop.config import presets
 from llava_pdrop.config.places import expanded
-from llava_pdrop.errors import Problem
+from llava_pdrop.errors import Problem, UserError
+
+EMBEDDED = Path("checkpoints/tiny/finetune_pdrop/pyramid_drop")
+"""The run that needs no data of one's own, below the working directory or the checkout."""
+
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 
 
 def a_path(text: str) -> str:
@@ -27,3 +35,20 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG and its overrides."""
     parser.add_argument("config", type=a_path, metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
+
+
+def model_in(words: Sequence[str]) -> tuple[Path, list[str], list[str]]:
+    """The directory of a model, the overrides and the other names in the words of a command line whose first name is
+    the model; where there is none, it is the embedded run.
+
+    Raises:
+        UserError: that is not there.
+    """
+    overrides = [word for word in words if OVERRIDE.match(word) and not Path(word).exists()]
+    names = [word for word in words if word not in overrides]
+    if names:
+        return Path(names[0]), overrides, names[1:]
+    for directory in (EMBEDDED, presets.CHECKOUT / EMBEDDED):
+        if directory.is_dir():
+            return directory, overrides, []
+    raise UserError(f"{EMBEDDED}: the embedded run is not there: name a model, or make it: scripts/finetune_pdrop.sh")

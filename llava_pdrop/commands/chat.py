@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
-from llava_pdrop.commands.arguments import a_path
-
-EMBEDDED = Path("checkpoints/tiny/finetune_pdrop/pyramid_drop")
-OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
+from llava_pdrop.commands.arguments import a_path, model_in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +37,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: there is no model, or a picture cannot be read.
     """
-    from llava_pdrop.config.presets import CHECKOUT
-    from llava_pdrop.errors import UserError
     from llava_pdrop.serve.chat import Chat
     from llava_pdrop.serve.conversation import Conversation, Settings
 
-    words = [*([args.directory] if args.directory else []), *args.words]
-    overrides = [word for word in words if OVERRIDE.match(word) and not Path(word).exists()]
-    names = [word for word in words if word not in overrides]
-    directory = Path(names[0]) if names else next((p for p in (EMBEDDED, CHECKOUT / EMBEDDED) if p.is_dir()), None)
-    if directory is None:
-        raise UserError(
-            f"{EMBEDDED}: the embedded run is not there: name a model, or make it: scripts/finetune_pdrop.sh"
-        )
+    directory, overrides, pictures = model_in([*([args.directory] if args.directory else []), *args.words])
     given = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed", "reuse_cache")}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     conversation = Conversation.of(directory, overrides, settings)
-    for picture in names[1:]:
+    for picture in pictures:
         conversation.show(Path(a_path(picture)))
     Chat(conversation).run()

@@ -46,6 +46,10 @@ class Late(UserError):
     """The time for an answer is over."""
 
 
+class Unable(UserError):
+    """The server cannot answer, whatever is asked."""
+
+
 @dataclass(eq=False)
 class Job:
     """One request.
@@ -86,10 +90,10 @@ class Live:
         """Writes the next token, given its logits (vocabulary,) on the host.
 
         Raises:
-            UserError: they are no numbers.
+            Unable: they are no numbers.
         """
         if bool(logits_V.isnan().any()):
-            raise UserError("the model computes logits that are no numbers: its weights do not fit this precision")
+            raise Unable("the model computes logits that are no numbers: its weights do not fit this precision")
         self.token = self.job.sampler.pick(logits_V)
         self.tokens += 1
         self.stream.put(torch.tensor([self.token]))
@@ -149,6 +153,11 @@ class Loop:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
+    def check(self, schedule: Schedule) -> None:
+        """Raises `UserError` unless ``schedule`` fits the model; before `start`."""
+        attach(self.hf, schedule)
+        detach(self.hf)
+
     def start(self) -> Loop:
         """Starts the thread; the model is in evaluation mode from here on."""
         self.hf.eval()
@@ -166,11 +175,11 @@ class Loop:
         """Puts ``job`` at the end of the queue.
 
         Raises:
-            UserError: the loop has ended.
+            Unable: the loop has ended.
         """
         with self._changed:
             if self._stopping:
-                raise UserError("the server is stopping")
+                raise Unable("the server is stopping")
             self._waiting.append(job)
             self._changed.notify()
 
@@ -203,7 +212,7 @@ class Loop:
                 self._groups.clear()
                 self._waiting.clear()
             for job in left:
-                job.end(UserError("the server is stopping"))
+                job.end(Unable("the server is stopping"))
 
     def _turn(self) -> None:
         """Frees the rows of those who have left, lets one request join, and writes a token of every answer."""
