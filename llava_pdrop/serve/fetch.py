@@ -20,9 +20,6 @@ from llava_pdrop.errors import UserError, clip
 REDIRECTS = 3
 """Redirects that are followed."""
 
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
-"""IPv6 addresses that stand for an IPv4 one."""
-
 
 def fetched(url: str, most: int, seconds: float) -> bytes:
     """The bytes behind ``url``.
@@ -53,8 +50,6 @@ def is_public(address: str) -> bool:
     found = ipaddress.ip_address(address.split("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
-        if inner is None and found in NAT64:
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
         if inner is not None and not is_public(str(inner)):
             return False
         if found.ipv4_mapped is not None:
