@@ -6,6 +6,7 @@ cannot be joined (`batch.why_alone`) answer one request after the other, by ``ge
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -29,6 +30,10 @@ from llava_pdrop.serve.sampling import Sampler
 from llava_pdrop.serve.stream import AnswerStream
 
 log = logging.getLogger(__name__)
+
+TIDY = 32
+"""Answers after which freed memory is given back to the system. Tensors of ever new lengths leave holes between them,
+which the C library would keep: a server's memory would grow for hours."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ class Loop:
         self._solo: Live | None = None
         self._attached: Schedule | None = None
         self._stopping = False
+        self._answered = 0
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
     def check(self, schedule: Schedule) -> None:
@@ -225,6 +232,13 @@ class Loop:
             if not self._guarded(jobs, partial(self._advance, schedule, group)) or not group.lives:
                 del self._groups[schedule]
 
+    def _tidy(self, answered: int) -> None:
+        """Gives freed memory back, now and then."""
+        self._answered += answered
+        if self._answered >= TIDY and self._trim is not None:
+            self._answered = 0
+            self._trim(0)
+
     def _guarded(self, jobs: Sequence[Job], act: Callable[[], None]) -> bool:
         """Does ``act``; whatever goes wrong ends ``jobs``, and nothing else."""
         try:
@@ -289,6 +303,7 @@ class Loop:
         group.leave([place for place, live in enumerate(group.lives) if live.ended or not took[place]])
         for live in finished:
             live.finish()
+        self._tidy(len(finished))
 
     def _write_alone(self, live: Live, inputs: dict[str, Tensor]) -> None:
         """Writes a whole answer by ``generate``."""
@@ -310,6 +325,7 @@ class Loop:
             raise Late("the time for this answer is over")
         live.stages = self._stages(live.job, output.past_key_values)
         live.finish()
+        self._tidy(1)
 
     def _stages(self, job: Job, cache: Any) -> tuple[int, ...]:
         """Image tokens that enter, and that are left after every drop."""
