@@ -172,7 +172,9 @@ class Conversation:
         inputs, image_tokens = own.inputs([prepared], self.schedule)
         ids, trace = inputs["input_ids"], list[ForwardStep]()
         room = self._room(ids.shape[1])
-        reused = self._goes_on(ids[0].tolist())
+        held = self._cache if self._goes_on(ids[0].tolist()) else None
+        reused = held is not None
+        self.forget_cache()  # generate writes into it: what an error or Ctrl-C leaves there is no prompt
         if reused:
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         device = next(own.hf.parameters()).device
@@ -185,7 +187,7 @@ class Conversation:
             torch.manual_seed(settings.seed)
             output = own.hf.generate(
                 **{name: value.to(device) for name, value in inputs.items()},
-                **({"past_key_values": self._cache} if reused else {}),
+                **({"past_key_values": held} if reused else {}),
                 **(sampling if settings.temperature > 0 else {"do_sample": False}),
                 max_new_tokens=room,
                 pad_token_id=own.tokenizer.pad_token_id,
@@ -195,7 +197,6 @@ class Conversation:
                 return_dict_in_generate=True,
             )
         stages = self._last_stages if reused else _stages(trace[0], sum(image_tokens[0]))
-        self._cache, self._cached_ids = None, []
         if settings.reuse_cache:
             self._cache, self._cached_ids, self._last_stages = (
                 output.past_key_values,

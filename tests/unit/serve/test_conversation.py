@@ -69,6 +69,19 @@ def test_a_reused_cache_goes_on_where_it_is(conversation: Conversation, pictures
     assert not conversation.ask("Really").reused, "a schedule taken anew starts anew"
 
 
+def test_a_cache_is_not_gone_on_with_after_an_answer_that_was_stopped(conversation: Conversation) -> None:
+    def stop(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    conversation.settings = replace(conversation.settings, reuse_cache=True)
+    conversation.ask("Which colour is it")
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("Are you sure", stop)
+    assert conversation._cache is None, "it may hold the stopped answer"
+    reply = conversation.ask("And this")
+    assert not reply.reused and reply.text == expected(conversation)
+
+
 def test_a_prompt_that_begins_otherwise_is_not_gone_on_with(conversation: Conversation) -> None:
     conversation.settings = replace(conversation.settings, reuse_cache=True)
     conversation.ask("Which colour is it")
