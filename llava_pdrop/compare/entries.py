@@ -59,7 +59,8 @@ def entries_of(path: Path, file: AblationFile) -> Iterator[Entry]:
     for point in itertools.product(*file.grid.values()) if file.grid else ():
         changes = dict(zip(file.grid, point))
         name = "-".join(f"{str(key).rsplit('.', 1)[-1]}_{_slug(value)}" for key, value in changes.items())
-        yield Entry(name, file.base, list(words_of(changes)), file.seeds, file.budgets)
+        words = list(words_of(changes))
+        yield Entry(name, file.base, under_null(words, words), file.seeds, file.budgets)
 
 
 def _own(path: Path, variant: str, key: str, value: Any) -> Any:
@@ -81,10 +82,10 @@ def words_of(changes: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}={json.dumps(value, separators=(',', ':'))}"
 
 
-def without_what_is_null(words: Sequence[str]) -> list[str]:
-    """``words`` less those below a key that is taken away: a variant with ``pyramid_drop=null`` stays vanilla whatever
-    the ranker of the others is."""
-    null = tuple(word.removesuffix("=null") + "." for word in words if word.endswith("=null"))
+def under_null(words: Sequence[str], own: Sequence[str]) -> list[str]:
+    """``words`` less those below a key that ``own`` take away: a variant with ``pyramid_drop=null`` stays vanilla
+    whatever the ranker of the others is. (What stands below it in the variant itself is a section anew.)"""
+    null = tuple(word.removesuffix("=null") + "." for word in own if word.endswith("=null"))
     return [word for word in words if not word.startswith(null)]
 
 

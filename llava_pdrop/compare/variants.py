@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from llava_pdrop.compare.budgets import Budget, rows_of
-from llava_pdrop.compare.entries import SET_HERE, Entry, beside, entries_of, load_entry, without_what_is_null
+from llava_pdrop.compare.entries import SET_HERE, Entry, beside, entries_of, load_entry, under_null
 from llava_pdrop.config.load import OVERRIDES
 from llava_pdrop.config.paths import missing_model
 from llava_pdrop.config.places import expanded
@@ -105,7 +105,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
             raise ConfigError(f"{path}: {entry.name!r} cannot name a directory: use letters, digits and . _ -")
         if any(entry.name == other.name for other in entries):
             raise ConfigError(f"{path}: two variants are called {entry.name!r}: rename one of them")
-        words = without_what_is_null([*entry.words, *common])
+        words = [*entry.words, *under_null(common, entry.words)]
         named = {key: getattr(file, key) for key in ("seeds", "budgets") if key in given}  # nearer than the file
         entries.append(replace(entry, base=beside(path, entry.base), words=words, **named))
     rows, budgets, notes = rows_of(path, entries, whole, base)

@@ -110,6 +110,8 @@ def test_vanilla_stays_vanilla(write) -> None:
     """Keys below one that is taken away would bring the section of the base back."""
     vanilla, low, _ = load_ablation(write(variants=LAMBDAS), ["pyramid_drop.ranker=fastv"]).variants
     assert vanilla.config.pyramid_drop is None and low.config.schedule.ranker == "fastv"
+    anew = {"pyramid_drop": None, "pyramid_drop.layers": [2], "pyramid_drop.ratios": [0.5]}
+    assert load_ablation(write(variants={"anew": anew})).variants[0].config.schedule.layers == (2,)
     grid = {"pyramid_drop": [None, DROP], "pyramid_drop.ranker": ["fastv", "random"]}
     said = says("pyramid_drop_null-ranker_fastv", "pyramid_drop_null-ranker_random", "same")
     assert re.search(said, complaint(write(grid=grid)))
