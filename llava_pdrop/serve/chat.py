@@ -33,25 +33,27 @@ class Chat:
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
         self.saved = set[Path]()
+        self.ended = False
         self.commands: dict[str, Callable[[list[str]], None]] = {
             "/image": self._image,
             "/schedule": self._schedule,
-            "/vanilla": lambda words: self._take(Schedule()),
+            "/vanilla": _alone("/vanilla", lambda: self._take(Schedule())),
             "/save": self._save,
-            "/clear": lambda words: self.conversation.clear(),
-            "/help": lambda words: say(HELP),
+            "/clear": _alone("/clear", self.conversation.clear),
+            "/help": _alone("/help", lambda: say(HELP)),
+            "/quit": _alone("/quit", self._quit),
         }
 
     def run(self) -> None:
         """Until the input ends, or ``/quit``. An error is one line, and the conversation goes on as it was."""
         say(described(self.conversation.schedule))
         say("Ask, or /help.")
-        while True:
+        if hasattr(sys.stdin, "reconfigure"):  # `obey` refuses a line that is not in its encoding
+            sys.stdin.reconfigure(errors="surrogateescape")
+        while not self.ended:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()
             except EOFError:
-                return
-            if line == "/quit":
                 return
             try:
                 self.obey(line)
@@ -66,14 +68,19 @@ class Chat:
         """
         if not line:
             return
+        if any("\udc80" <= letter <= "\udcff" for letter in line):
+            raise UserError(f"the line is not text in {sys.stdin.encoding}: write it in that encoding")
         if not line.startswith("/"):
             return self._ask(line)
         try:
             name, *words = shlex.split(line)
         except ValueError as error:
             raise UserError(f"{line}: {error}: close the quotation mark") from None
-        check_name("a line that begins with /", name, [*self.commands, "/quit"])
+        check_name("a line that begins with /", name, self.commands)
         self.commands[name](words)
+
+    def _quit(self) -> None:
+        self.ended = True
 
     def _ask(self, text: str) -> None:
         shown = console()
@@ -106,6 +113,17 @@ class Chat:
         write_json(file, [self.conversation.as_record()])
         self.saved.add(file)
         say(f"saved: {file}")
+
+
+def _alone(name: str, do: Callable[[], None]) -> Callable[[list[str]], None]:
+    """A command ``name`` that takes nothing."""
+
+    def checked(words: list[str]) -> None:
+        if words:
+            raise UserError(f"{name} takes nothing behind it, got {' '.join(words)}")
+        do()
+
+    return checked
 
 
 def parsed(words: Sequence[str], depth: int) -> Schedule:

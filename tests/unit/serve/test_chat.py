@@ -64,6 +64,9 @@ def test_a_conversation(
         ("/schedule 1,9 0.5,0.2", says("9", "4 layers")),
         ("/schedule gone.yaml", says("gone.yaml")),
         ("/save kept.txt", says(".json")),
+        ("/vanilla now", says("/vanilla", "now")),
+        ("/clear all", says("/clear", "all")),
+        ("/quit now", says("/quit", "now")),
         ("what is an <image>", says("<image>")),
     ],
 )
@@ -74,6 +77,16 @@ def test_what_is_wrong_is_one_line_and_it_goes_on(
     errors = [shown for shown in capsys.readouterr().out.splitlines() if shown.startswith("error: ")]
     assert len(errors) == 1 and re.search(message, errors[0])
     assert len(conversation.replies) == 1
+
+
+def test_a_line_in_another_encoding_is_refused(conversation: Conversation, monkeypatch, capsys) -> None:
+    lines = io.TextIOWrapper(
+        io.BytesIO("Welche Farbe hat die Tür\n".encode("latin-1") + b"Which colour is it\n"), "utf-8"
+    )
+    monkeypatch.setattr("sys.stdin", lines)
+    Chat(conversation).run()
+    assert re.search(says("error", "utf-8"), capsys.readouterr().out)
+    assert [turn.text for turn in conversation.turns[::2]] == ["Which colour is it"]
 
 
 def test_a_file_that_is_there_is_not_overwritten(conversation: Conversation, tmp_path: Path) -> None:
@@ -109,7 +122,7 @@ def test_the_line_of_an_answer_says_what_it_lacks() -> None:
 
 
 def test_help_names_every_command(conversation: Conversation) -> None:
-    assert {line.split()[0] for line in HELP.splitlines()} == {*Chat(conversation).commands, "/quit"}
+    assert {line.split()[0] for line in HELP.splitlines()} == set(Chat(conversation).commands)
 
 
 def test_the_command(tiny_config, pictures: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
