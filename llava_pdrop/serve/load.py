@@ -110,6 +110,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for clients in args.clients:
             found = load(args.address, clients, args.requests, body, args.side)
             line = "{clients} clients, {requests} requests: {tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s"
+            time.sleep(1)  # until the server is at rest
             memory = f", {psutil.Process(args.pid).memory_info().rss / 2**20:.1f} MiB" if args.pid else ""
             print(line.format(**found) + memory, flush=True)
     except UserError as error:

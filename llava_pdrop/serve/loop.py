@@ -205,6 +205,8 @@ class Loop:
         try:
             with torch.inference_mode(), torch.autocast(device.type, self.dtype, self.dtype is not None):
                 while True:
+                    if not (self._waiting or self._groups):
+                        self._tidy(TIDY)  # it rests
                     with self._changed:
                         self._changed.wait_for(lambda: self._stopping or self._waiting or self._groups)
                         if self._stopping:
