@@ -154,7 +154,7 @@ class Loop:
         self._waiting = deque[Job]()
         self._groups = dict[Schedule, Group]()
         self._solo: Live | None = None
-        self._attached: Schedule | None = None
+        self._attached: tuple[Schedule, Any] | None = None
         self._stopping = False
         self._answered = 0
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -270,9 +270,10 @@ class Loop:
             job.end(Late("the time for this answer is over"))
 
     def _use(self, schedule: Schedule) -> None:
-        if self._attached != schedule:
+        """Attaches ``schedule``, unless it is: somebody else may have attached another while the loop was at rest."""
+        if self._attached != (schedule, _hooks_of(self.hf)):
             attach(self.hf, schedule)
-            self._attached = schedule
+            self._attached = schedule, _hooks_of(self.hf)
 
     def _begin(self, job: Job) -> None:
         """Prefills a prompt; its row joins those of its schedule."""
@@ -335,6 +336,11 @@ class Loop:
         text = ids.numel() - sum(int((ids == token).sum()) for token in self.pictured)
         drops = [] if stages is None else stages.real_BN[len(stages.real_BN) - len(stages.schedule.layers) :]
         return (sum(job.image_tokens), *(int(real_BN.sum()) - text for real_BN in drops))
+
+
+def _hooks_of(hf: Any) -> Any:
+    """What `attach` has left on the model; None: nothing."""
+    return vars(hf).get("_pyramid_drop")
 
 
 class _Drawn(LogitsProcessor):

@@ -207,6 +207,19 @@ def test_an_error_ends_its_request_and_no_other(
     assert [one.finish().tokens > 0 for one in good] == [True, True]
 
 
+def test_a_model_that_somebody_else_attached_in_between(
+    loop: Loop, respondent: LlavaRespondent, pictures: list[Path]
+) -> None:
+    stages = []
+    for _ in range(2):
+        one = Asked(respondent, questions(pictures)[1], DROP, 3)
+        loop.submit(one.job)
+        stages.append(one.finish().stages)
+        assert idle(loop)
+        answer_all(respondent, questions(pictures)[:1], schedule=Schedule())  # leaves it detached
+    assert stages == [(16, 8, 4, 2)] * 2
+
+
 def test_weights_that_give_no_numbers(loop: Loop, respondent: LlavaRespondent, pictures: list[Path]) -> None:
     one = Asked(respondent, questions(pictures)[1], DROP, 4)
     norm = respondent.hf.get_decoder().norm.weight
