@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from llava_pdrop.errors import UserError
@@ -48,9 +49,10 @@ class Schedule:
     (576 to 16x16 for 270); 0: they are not. ``ratios`` and ``keep`` count from what is left. Needs no ``layers``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        self._check_types()
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
         object.__setattr__(self, "ratios", tuple(float(ratio) for ratio in self.ratios))
-        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "keep", tuple(int(x) if isinstance(x, Integral) else float(x) for x in self.keep))
         if not isinstance(self.ranker, str):
             object.__setattr__(self, "ranker", tuple(self.ranker))
         if self.keep and self.ratios:
@@ -67,6 +69,27 @@ class Schedule:
             raise UserError(
                 f"pyramid_drop.downsample must be a number of features a tile, or 0 for all: got {self.downsample}"
             )
+
+    def _check_types(self) -> None:
+        """Of what a program gives; NumPy's numbers are as good as Python's. (A config has been checked before.)"""
+        kinds: dict[str, tuple[type, str]] = {
+            "layers": (Integral, "whole numbers"),
+            "ratios": (Real, "numbers"),
+            "keep": (Real, "numbers"),
+            "ranker": (str, "names"),
+        }
+        for name, (kind, words) in kinds.items():
+            given = getattr(self, name)
+            if name == "ranker" and isinstance(given, str):
+                continue
+            entries = [*given] if isinstance(given, Iterable) else [None]
+            if any(not isinstance(entry, kind) or isinstance(entry, bool) for entry in entries):
+                one = " (or one name)" if name == "ranker" else ""
+                raise UserError(f"pyramid_drop.{name} must be a list of {words}{one}, got {given!r}")
+        for name in ("inject", "downsample"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise UserError(f"pyramid_drop.{name} must be a whole number, got {value!r}")
 
     def _check_layers(self) -> None:
         one_each: dict[str, tuple[Any, ...]] = {"keep" if self.keep else "ratios": self.amounts}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from llava_pdrop.cost.paper import paper_tflop
@@ -29,6 +30,12 @@ PAPER = Schedule(layers=(8, 16, 24), ratios=(0.5, 0.25, 0.125))
         ({"layers": [8], "ratios": [0.5], "inject": 9}, says("pyramid_drop.inject", "[8]", "9")),
         ({"layers": [8], "ratios": [0.5], "inject": -1}, says("pyramid_drop.inject", "-1")),
         ({"layers": [8], "ratios": [0.5], "merge": "all"}, says("pyramid_drop.merge", "'nearest'", "'all'")),
+        ({"layers": [1.5], "ratios": [0.5]}, says("pyramid_drop.layers", "whole numbers", "1.5")),
+        ({"layers": 8, "ratios": 0.5}, says("pyramid_drop.layers", "list", "8")),
+        ({"layers": [8], "ratios": ["half"]}, says("pyramid_drop.ratios", "numbers", "half")),
+        ({"layers": [8], "keep": [True]}, says("pyramid_drop.keep", "numbers", "True")),
+        ({"layers": [8], "ratios": [0.5], "ranker": None}, says("pyramid_drop.ranker", "None")),
+        ({"downsample": 64.0}, says("pyramid_drop.downsample", "whole number", "64.0")),
         ({"inject": 3}, says("pyramid_drop.inject", "[]", "3")),
         ({"downsample": -1}, says("pyramid_drop.downsample", "-1")),
         ({"layers": [8], "keep": [9], "ratios": [0.5]}, says("pyramid_drop.keep", "pyramid_drop.ratios", "not both")),
@@ -47,6 +54,13 @@ PAPER = Schedule(layers=(8, 16, 24), ratios=(0.5, 0.25, 0.125))
 def test_impossible_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**settings)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """A float32 is no Python float, and would count as a number of tokens."""
+    schedule = Schedule(np.array([8, 16]), keep=(np.float32(0.5), np.int64(7)))
+    assert schedule == Schedule((8, 16), keep=(0.5, 7)) and schedule.kept(100, 0) == 50
+    assert json.dumps(schedule.to_dict())
 
 
 def test_layer_behind_the_decoder():
