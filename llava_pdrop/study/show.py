@@ -21,6 +21,9 @@ from llava_pdrop.report.pictures import save_picture
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import ImageSource
 
+DRAWN = (".png", ".pdf", ".svg")
+"""Endings of files that are drawn. (Without one, matplotlib adds its own.)"""
+
 
 def show(
     run: str | Path,
@@ -44,6 +47,9 @@ def show(
         ConfigError: there is no finished run, or no schedule. UserError: the picture cannot be read, its tokens lie on
             no grid that this knows, or nothing can be drawn as ``out``.
     """
+    file = None if out is None else Path(out)
+    if file is not None and (file.suffix.lower() not in DRAWN or file.is_dir()):
+        raise UserError(f"{file}: nothing is drawn: name a file that ends in .png, .pdf or .svg")
     config = subject_config(Path(run), list(overrides), asks=False)
     if config.schedule.vanilla:
         raise ConfigError(
@@ -62,11 +68,10 @@ def show(
     found = example(AnswerSettings.of(config), respondent, asked, config.schedule, see)
     stages = " -> ".join(str(int(kept.sum())) for kept in found.kept)
     say(f"{question!r}: {found.answer!r}; patches that survive {config.schedule.amounts_text}: {stages}")
-    if out is not None:
-        file = Path(out)
+    if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not save_picture(file, lambda: surviving_tokens([found]), facecolor="white"):
-            raise UserError(f"{file}: nothing is drawn: name a file that ends in .png, .pdf or .svg")
+            raise UserError(f"{file}: nothing is drawn, as the line above says")
         say(f"picture: {file}")
     return found
 

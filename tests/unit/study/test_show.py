@@ -50,6 +50,8 @@ def test_what_survives_is_drawn(run: Path, picture: Path, tmp_path: Path, capsys
     [
         ([], says("pyramid_drop", "configs/schedules/pyramiddrop.yaml")),
         ([DROP, "--out", "drawn.xyz"], says("drawn.xyz", ".png")),
+        ([DROP, "--out", "drawn"], says("drawn", ".png")),
+        ([DROP, "--out", "."], says(".png")),
         (["pyramid_drop=configs/schedules/pyramiddropp.yaml"], says("pyramiddropp.yaml")),
     ],
 )
