@@ -79,6 +79,8 @@ def study(config: Config, wanted: Wanted = Wanted(), out: Path | None = None) ->
     check_out(out)
     benchmark, questions = questions_of(config, is_ours(config_directory(directory)))
     with team_of(config, out) as team:
+        for key in left_out(config.schedule) if team.first else ():
+            say(f"pyramid_drop.{key} is left out: a study asks with drops of its own, and of all image tokens")
         lab = Lab(
             AnswerSettings.of(config), respondent_in(directory, config), benchmark, questions, out, team, directory
         )
@@ -103,6 +105,12 @@ def study(config: Config, wanted: Wanted = Wanted(), out: Path | None = None) ->
     made = Study(config.name, findings(grid, found), tokens, seen, front, sought, measured)
     write(made, out, environment(lab.settings.device, config.seed))
     return list(found.values())
+
+
+def left_out(schedule: Schedule) -> list[str]:
+    """Keys of a run's ``schedule`` by which it sees its pictures otherwise than it is asked about them here."""
+    plain = Schedule()
+    return [key for key in ("downsample", "inject", "merge") if getattr(schedule, key) != getattr(plain, key)]
 
 
 def questions_of(config: Config, llava: bool) -> tuple[Benchmark, list[Question]]:

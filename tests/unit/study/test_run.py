@@ -99,6 +99,13 @@ def test_a_run_is_studied_on_its_own_questions(run: Path, asked: list, capsys: p
     assert 0 < len(asked) - batches <= 4 * 2, "only what is new is asked: three cells, and a schedule"
 
 
+def test_what_a_study_leaves_out_of_a_schedule_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pyramid_drop.downsample=4", "--layers", "1", "--shares", "0"]
+    assert main(["study", str(run), *words]) == 0
+    assert re.search(says("pyramid_drop.downsample", "left out"), capsys.readouterr().out)
+    assert numbers(run / "study")["image_tokens"] == 16
+
+
 def test_a_study_goes_on_where_it_was_stopped(run: Path, asked: list, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["study", str(run), *GRID]) == 0
     whole, batches = {**numbers(run / "study"), "environment": None}, len(asked)
