@@ -197,6 +197,9 @@ class Conversation:
                 return_dict_in_generate=True,
             )
         stages = self._last_stages if reused else _stages(trace[0], sum(image_tokens[0]))
+        pooled = 0  # placeholders of what is averaged into others
+        if self.schedule.downsample:
+            pooled = int((ids == own.hf.config.image_token_id).sum()) - stages[0]
         if settings.reuse_cache:
             self._cache, self._cached_ids, self._last_stages = (
                 output.past_key_values,
@@ -209,7 +212,7 @@ class Conversation:
             stream.answer,
             stream.stopped or (bool(stream.ids) and stream.ids[-1] in own.ends),
             stages,
-            ids.shape[1],
+            ids.shape[1] - pooled,
             tokens,
             stream.first - start,
             stream.last - start,

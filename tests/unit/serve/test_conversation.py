@@ -55,6 +55,17 @@ def test_figures_are_those_of_the_cache(conversation: Conversation, pictures: li
     assert whole.stages == (16,) and whole.cache_bytes == whole.whole_cache_bytes
 
 
+def test_a_prompt_is_as_long_as_what_enters(conversation: Conversation, pictures: list[Path]) -> None:
+    """Pooled pictures keep the placeholders of the vanilla model, which do not."""
+    conversation.show(pictures[0])
+    whole = conversation.ask("Which colour is it").prompt_tokens
+    conversation.clear()
+    conversation.take(Schedule(downsample=4))
+    conversation.show(pictures[0])
+    reply = conversation.ask("Which colour is it")
+    assert reply.stages == (4,) and reply.prompt_tokens == whole - 12
+
+
 def test_a_reused_cache_goes_on_where_it_is(conversation: Conversation, pictures: list[Path]) -> None:
     conversation.settings = replace(conversation.settings, reuse_cache=True)
     conversation.show(pictures[0])
