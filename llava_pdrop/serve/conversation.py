@@ -37,6 +37,7 @@ class Reply:
         first_seconds: from the question to the first token, reading pictures included. seconds: to the last one.
         cache_bytes: of keys and values at the end. whole_cache_bytes: the same, had nothing been dropped.
         reused: whether an earlier cache was gone on with, so that this question ranked nothing.
+        schedule: what was in force.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Reply:
     cache_bytes: int
     whole_cache_bytes: int
     reused: bool = False
+    schedule: Schedule = Schedule()
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -219,6 +221,7 @@ class Conversation:
             cache_bytes(output.past_key_values),
             _whole_bytes(output.past_key_values, output.sequences.shape[1] - 1),
             reused,
+            self.schedule,
         )
 
     def _goes_on(self, ids: Sequence[int]) -> bool:
@@ -244,7 +247,11 @@ class Conversation:
             "id": "conversation",
             "image": [str(picture) for picture in self.images],
             "conversations": turns,
-            "replies": [{name: value for name, value in vars(own).items() if name != "text"} for own in self.replies],
+            "replies": [
+                {name: value for name, value in vars(own).items() if name != "text"}
+                | {"schedule": own.schedule.to_dict()}
+                for own in self.replies
+            ],
             "schedule": self.schedule.to_dict(),
         }
 

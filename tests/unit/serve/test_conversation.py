@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,10 +150,13 @@ def test_a_kept_conversation_is_a_record(conversation: Conversation, pictures: l
 
     conversation.show(pictures[0])
     conversation.ask("Which colour is it")
+    conversation.take(Schedule())
     conversation.ask("Are you sure")
     write_json(tmp_path / "kept.json", [conversation.as_record()])
     (record,) = read_records(tmp_path / "kept.json", None)
     assert record.turns == tuple(conversation.turns) and len(record.images) == 1
+    (kept,) = json.loads((tmp_path / "kept.json").read_text())
+    assert [Schedule.from_dict(reply["schedule"]) for reply in kept["replies"]] == [DROP, Schedule()]
 
 
 def test_runs_and_other_families(tiny_config, vip: Path, pictures: list[Path]) -> None:
