@@ -42,12 +42,15 @@ def model_in(words: Sequence[str]) -> tuple[Path, list[str], list[str]]:
     the model; where there is none, it is the embedded run.
 
     Raises:
-        UserError: that is not there.
+        UserError: that is not there, or the first name is a file that is none.
     """
     overrides = [word for word in words if OVERRIDE.match(word) and not Path(word).exists()]
     names = [word for word in words if word not in overrides]
     if names:
-        return Path(names[0]), overrides, names[1:]
+        model = Path(names[0])
+        if model.is_file() and model.suffix.lower() not in (".yaml", ".yml"):
+            raise UserError(f"{model}: is no model: name one before the pictures, such as {EMBEDDED}")
+        return model, overrides, names[1:]
     for directory in (EMBEDDED, presets.CHECKOUT / EMBEDDED):
         if directory.is_dir():
             return directory, overrides, []

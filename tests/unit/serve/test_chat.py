@@ -135,5 +135,7 @@ def test_the_command(tiny_config, pictures: list[Path], tmp_path: Path, monkeypa
     monkeypatch.setattr("llava_pdrop.config.presets.CHECKOUT", tmp_path)
     assert main(["chat"]) == 2
     assert re.search(says("embedded run", "scripts/finetune_pdrop.sh"), capsys.readouterr().err)
+    assert main(["chat", str(pictures[0])]) == 2
+    assert re.search(says(pictures[0].name, "is no model"), capsys.readouterr().err)
     assert main(["chat", str(run), "gone.png"]) == 2
     assert re.search(says("gone.png"), capsys.readouterr().err)
