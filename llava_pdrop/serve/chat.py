@@ -110,6 +110,8 @@ class Chat:
         file = Path(words[0]).expanduser()
         if file.exists() and file not in self.saved:
             raise UserError(f"{file} is there already: name another file")
+        if not self.conversation.turns:
+            raise UserError("/save: nothing has been asked yet")
         write_json(file, [self.conversation.as_record()])
         self.saved.add(file)
         say(f"saved: {file}")
@@ -148,7 +150,9 @@ def parsed(words: Sequence[str], depth: int) -> Schedule:
 
 def described(schedule: Schedule) -> str:
     """One line about what is dropped."""
-    return "vanilla: no image token is dropped" if schedule.vanilla else f"PyramidDrop: {schedule.told}"
+    if schedule.vanilla:
+        return "vanilla: no image token is dropped"
+    return f"PyramidDrop: {schedule.told}" + (f" and keeps {schedule.amounts_text}" if schedule.layers else "")
 
 
 def told(reply: Reply) -> str:

@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, StoppingCriteriaList
 
 from llava_pdrop.data.images import load_image
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.eval.evaluate import AnswerSettings, finished, respondent_in
 from llava_pdrop.eval.generation import generating
 from llava_pdrop.eval.questions import Question
@@ -122,6 +122,8 @@ class Conversation:
         Raises:
             MissingFileError, UserError: it cannot be read.
         """
+        if not picture.is_file():
+            raise MissingFileError(f"{picture}: no such picture")
         load_image(picture)
         self.waiting.append(picture)
 

@@ -46,7 +46,7 @@ def test_a_conversation(
     assert [line for line in shown.splitlines() if line.startswith("[image tokens")] and "error" not in shown
     assert re.findall(r"image tokens ([\d >]+);", shown) == ["16 > 8 > 4 > 2", "16", "16 > 8 > 4"]
     assert all(reply.text in shown for reply in conversation.replies) and len(conversation.replies) == 3
-    assert "drops after layers [1, 2]" in shown and "vanilla: no image token" in shown
+    assert "drops after layers [1, 2] and keeps 50.0%, 25.0%" in shown and "vanilla: no image token" in shown
     (record,) = json.loads(kept.read_text())
     assert len(record["conversations"]) == 6 and record["image"] == [str(pictures[0])]
 
@@ -92,6 +92,9 @@ def test_a_line_in_another_encoding_is_refused(conversation: Conversation, monke
 def test_a_file_that_is_there_is_not_overwritten(conversation: Conversation, tmp_path: Path) -> None:
     chat, mine, other = Chat(conversation), tmp_path / "mine.json", tmp_path / "other.json"
     other.write_text("{}")
+    with pytest.raises(UserError, match=says("/save", "nothing has been asked")):
+        chat.obey(f"/save {mine}")
+    conversation.ask("Which colour is it")
     chat.obey(f"/save {mine}")
     chat.obey(f"/save {mine}")  # its own
     with pytest.raises(UserError, match=says("other.json", "another")):
