@@ -53,10 +53,11 @@ class Shown:
         return " + " in self.row.name
 
     def facts(self) -> dict[str, Any]:
-        """For programs; scores between 0 and 1 where they are accuracies."""
+        """For programs; scores between 0 and 1 where they are accuracies. Of one run no error is known."""
 
-        def estimate(found: tuple[float, float] | None) -> dict[str, float] | None:
-            return None if found is None else {"mean": found[0], "standard_error": found[1]}
+        def estimate(found: tuple[float, float] | None) -> dict[str, float | None] | None:
+            error = found[1] if found is not None and len(self.row.runs) > 1 else None
+            return None if found is None else {"mean": found[0], "standard_error": error}
 
         return {
             "name": self.row.name,

@@ -151,6 +151,7 @@ def test_rows_are_means_over_seeds_and_the_best_comes_first(ablation: Ablation, 
     facts = random.facts()
     assert facts["seeds"] == [0, 1, 2] and facts["runs"] == ["random", "random-seed_1", "random-seed_2"]
     assert facts["score"] == {"mean": random.score[0], "standard_error": random.score[1]}
+    assert shown[2].facts()["score"] == {"mean": shown[2].score[0], "standard_error": None}, "one run has no error"
     lines = [dict(zip(found.head, line)) for found in [table([each.row for each in shown], "")] for line in found.rows]
     assert lines[1]["accuracy"] == "70.0% ± 5.8%" and lines[1]["saved, realised"] == "40.0% ± 5.8%"
     assert lines[2]["accuracy"] == "50.0%" and lines[1]["CPU time of an answer, s"] == "2.00 ± 0.289"
