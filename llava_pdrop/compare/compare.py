@@ -16,6 +16,7 @@ from llava_pdrop.compare import figures
 from llava_pdrop.compare.candidates import Candidate, run_variants, subrun
 from llava_pdrop.compare.rows import VariantRow, publish
 from llava_pdrop.compare.survivors import surviving_tokens
+from llava_pdrop.config.paths import decoder_layers
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import DROPPING, VANILLA
@@ -45,6 +46,8 @@ def compare(config: Config) -> Path:
         raise ConfigError(
             f"{config.file}: eval.training_free: compare measures all of compare.training_free: leave the word out"
         )
+    if config.compare.vanilla:
+        config.training_free(decoder_layers(config.model))  # one that cannot be is said before anything is trained
     whole, out = checked(config), Path(config.output_dir)
     names = tuple(benchmark.name for benchmark in chosen(config))  # the run's own, also where vanilla is asked
     config = replace(config, eval=replace(config.eval, benchmarks=names))

@@ -287,7 +287,7 @@ class Config:
         """The same run without dropping."""
         return replace(self, pyramid_drop=None, paper=None)
 
-    def training_free(self, num_layers: int) -> dict[str, Schedule]:
+    def training_free(self, num_layers: int | None) -> dict[str, Schedule]:
         """The schedules of ``compare.training_free`` for a decoder of ``num_layers`` layers.
 
         ``same`` is the schedule of this run; a mapping changes keys of it. Its extra key ``single_drop: n`` puts one
@@ -301,9 +301,12 @@ class Config:
         except Problem as problem:
             raise ConfigError(f"{self.file}: {problem}") from None
 
-    def check(self, num_layers: int | None) -> dict[str, Schedule]:
+    def check(self, num_layers: int | None, compares: bool = True) -> dict[str, Schedule]:
         """Checks all schedules, against the decoder too where its ``num_layers`` is known, and returns those of
         ``compare.training_free``.
+
+        Args:
+            compares: whether they are wanted; else one that the run's own schedule leaves no room for is left out.
 
         Raises:
             Problem: an unknown key or ranker, a wrong type, a schedule that cannot be.
@@ -325,6 +328,8 @@ class Config:
                 try:
                     schedule = schedule.single_drop(layer, num_layers, schedule.ranker)
                 except UserError as error:
+                    if not compares:
+                        continue
                     raise Problem(key, f"{key}: {error} (compare.training_free=null compares with none)") from None
             schedules[name] = self._check_one(schedule, key, num_layers)
         return schedules

@@ -123,6 +123,22 @@ def test_overrides_win_and_are_yaml(run: Path) -> None:
     assert load_config(run, ["train.learning_rate=1"]).train.arguments["learning_rate"] == 1
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compare.training_free.x={single_drop: 3}", says("compare.training_free.x", "layer 3 of 4")),
+        (
+            "pyramid_drop={layers: [1], ratios: [], keep: [9]}",
+            says("compare.training_free.early", "counts tokens", "null"),
+        ),
+    ],
+)
+def test_a_training_free_schedule_without_room_stops_only_who_wants_it(run: Path, override: str, message: str) -> None:
+    config = load_config(run, [override])
+    with pytest.raises(ConfigError, match=message):
+        config.training_free(LAYERS)
+
+
 def test_training_free_schedules(run: Path) -> None:
     schedules = load_config(run).training_free(LAYERS)
     assert schedules["same_drop"] == Schedule((1, 2, 3), (0.5, 0.25, 0.125)).at("renumber")
@@ -217,7 +233,6 @@ def test_round_trip_with_everything_set(run: Path, tmp_path: Path) -> None:
         ("compare.training_free.x={ranker: best}", says("compare.training_free.x.ranker", "'best'")),
         ("compare.training_free.x={single_drop: 4}", says("compare.training_free.x.single_drop", "from 1 to 3", "4")),
         ("compare.training_free.x={single_drop: 0}", says("compare.training_free.x.single_drop", "from 1 to 3", "0")),
-        ("compare.training_free.x={single_drop: 3}", says("compare.training_free.x", "layer 3 of 4")),
         ("seed=${nowhere}", says("seed", "nowhere")),
         ("data.index=???", says("data.index", "Missing")),
         ("data.train=${a:b}", says("data.train", "a")),

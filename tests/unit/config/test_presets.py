@@ -119,8 +119,6 @@ def test_what_is_wrong_with_a_preset_names_its_file(tiny_config, tmp_path):
         assert re.search(message, said), said
     assert complaint("- 1\n").startswith(f"{mine}: ")
     assert re.search(says("mine.yaml", "layers", "ratios", "pyramid_drop=null"), complaint("# nothing\n"))
-    counts = complaint("layers: [1]\nkeep: [9]\n", "compare.training_free={early: {single_drop: 1}}")
-    assert re.search(says("compare.training_free.early", "counts tokens", "compare.training_free=null"), counts)
     near = meant("configs/schedules/fastv")
     with pytest.raises(ValueError, match=says("command line", "configs/schedules/fastv2.yaml", near)):
         load_config(file, ["pyramid_drop=configs/schedules/fastv2.yaml"])
