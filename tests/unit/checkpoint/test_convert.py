@@ -136,7 +136,7 @@ def edited(directory: Path, file: str = "config.json", **fields) -> Path:
         ({"image_aspect_ratio": "square"}, says("image_aspect_ratio 'square'")),
         ({"layer_list": [2]}, says("image_token_ratio_list", "missing")),
         ({"pyramid_drop": {"layers": [99], "ratios": [0.5]}}, says("pyramid_drop.layers", "99", "8")),
-        ({"pyramid_drop": {"layers": [2], "ratios": ["a"]}}, says("'a'", "float")),
+        ({"pyramid_drop": {"layers": [2], "ratios": ["a"]}}, says("pyramid_drop.ratios", "numbers", "'a'")),
     ],
 )
 def test_a_config_that_says_nonsense_is_named(source, tmp_path, capsys, fields, message):
