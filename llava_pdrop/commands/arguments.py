@@ -37,6 +37,14 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """DIR, which `model_in` reads together with the words behind it."""
+    parser.add_argument(
+        "directory", nargs="?", type=a_path, metavar="DIR",
+        help="a run, an original checkpoint or any other model that attach() knows (default: the embedded run)",
+    )  # fmt: skip
+
+
 def model_in(words: Sequence[str]) -> tuple[Path, list[str], list[str]]:
     """The directory of a model, the overrides and the other names in the words of a command line whose first name is
     the model; where there is none, it is the embedded run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llava_pdrop.commands.arguments import a_path, model_in
+from llava_pdrop.commands.arguments import a_path, add_model, model_in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,10 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{parser.description}. Every question prefills the whole conversation, so that the new question ranks its "
         "image tokens. /help lists what can be typed."
     )
-    parser.add_argument(
-        "directory", nargs="?", type=a_path, metavar="DIR",
-        help="a run, an original checkpoint or any other model that attach() knows (default: the embedded run)",
-    )  # fmt: skip
+    add_model(parser)
     parser.add_argument(
         "words", nargs="*", metavar="PICTURE",
         help="pictures for the first question; section.key=value changes a key, pyramid_drop=FILE the schedule",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from llava_pdrop.commands.arguments import a_path, a_place, model_in
+from llava_pdrop.commands.arguments import a_place, add_model, model_in
 
 KEY_VARIABLE = "LLAVA_PDROP_API_KEY"
 
@@ -17,10 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{parser.description}: /v1/models and /v1/chat/completions, streaming too. Requests are answered together and "
         "may each have a schedule (pyramid_drop). Ctrl-C ends."
     )
-    parser.add_argument(
-        "directory", nargs="?", type=a_path, metavar="DIR",
-        help="a run, an original checkpoint or any other model that attach() knows (default: the embedded run)",
-    )  # fmt: skip
+    add_model(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value",
         help="override of a config key; pyramid_drop=FILE takes another schedule, pyramid_drop=null none",
