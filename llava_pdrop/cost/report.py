@@ -138,6 +138,7 @@ def page(config: Config, report: PlanReport) -> Page:
         f"Average over {plan.layers} layers: {plan.average_tokens:.1f} image tokens, {plan.average:.1%} of all. "
         "TFLOP by the paper's formula: 1e12 multiply-accumulates of image tokens in the decoder, forward, without "
         "text, tower and head.",
+        *(["pyramid_drop drops nothing here: every layer sees all image tokens."] if drops_nothing(plan) else []),
         paper_note(plan),
         _operations(step),
         f"{step.samples} samples, each {step.text_tokens} text tokens and a full picture, {again}. "
@@ -157,6 +158,12 @@ def page(config: Config, report: PlanReport) -> Page:
     if report.advice is not None:
         blocks += _advice(config, report.advice)
     return Page(config.name, blocks)
+
+
+def drops_nothing(plan: TokenPlan) -> bool:
+    """Whether a schedule that is given leaves every layer all image tokens: shares of 1, counts above what a picture
+    has, or a pooling to more features than a tile has."""
+    return bool(plan.schedule.layers or plan.schedule.downsample) and plan.average >= 1
 
 
 def paper_note(plan: TokenPlan) -> str:

@@ -38,7 +38,7 @@ from llava_pdrop.report.units import text_of
 from llava_pdrop.runtime.ranks import by_first_rank
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.study.attention import LayerAttention, look, probe_schedule
-from llava_pdrop.study.budget import Losses, as_yaml, plans
+from llava_pdrop.study.budget import BudgetPlan, Losses, as_yaml, plans
 from llava_pdrop.study.findings import Findings
 from llava_pdrop.study.grid import ATTENTION, SHARES, Grid
 from llava_pdrop.study.report import Study, page
@@ -120,7 +120,7 @@ def questions_of(config: Config, llava: bool) -> tuple[Benchmark, list[Question]
         llava: whether a LLaVA is asked.
 
     Raises:
-        ConfigError: there is none or more than one, or its answers are not known here.
+        ConfigError: there is none or more than one, it has a single question, or its answers are not known here.
     """
     if len(chosen(config)) > 1:
         raise ConfigError(f"{config.file}: eval.benchmarks: a study is of one: give benchmarks=NAME")
@@ -130,6 +130,11 @@ def questions_of(config: Config, llava: bool) -> tuple[Benchmark, list[Question]
     if not questions:
         raise ConfigError(
             f"{config.file}: data.eval: names no file with questions: add data.eval=FILE or benchmarks=NAME"
+        )
+    if len(questions) < 2:
+        raise ConfigError(
+            f"{config.file}: {benchmark.title}: one question cannot tell a difference from chance: give more, or raise "
+            "eval.limit"
         )
     if benchmark.grade is None or benchmark.total is None or not known(questions):
         raise ConfigError(
@@ -232,9 +237,16 @@ def write(made: Study, out: Path, machine: Mapping[str, Any]) -> None:
     files = shown.write(out, f"{name}.md", f"{name}.json")
     for plan in made.plans:
         if plan.budget is not None:
-            title = (
-                f"Least predicted loss for {plan.budget:.4g} of {made.tokens:.4g} image tokens, by {name}.md beside it."
-            )
             file = out / f"{name}-{plan.name}.yaml"
-            files.append(save_text(file, as_yaml(plan, made.findings.grid.depth, title)))
+            files.append(save_text(file, as_yaml(plan, made.findings.grid.depth, _origin(made, plan))))
     say(f"study: {', '.join(map(str, files))}")
+
+
+def _origin(made: Study, plan: BudgetPlan) -> str:
+    """Where a budget's file comes from. (A later study with another grid leaves it there, so it says its own.)"""
+    grid, vanilla = made.findings.grid, made.findings.vanilla
+    measured = (
+        f"layers {', '.join(map(str, grid.layers))}, shares {', '.join(f'{share:g}' for share in grid.shares)} by "
+        f"{grid.ranker}, {vanilla.questions:,} questions of {vanilla.benchmark.title}"
+    )
+    return f"Least predicted loss for {plan.budget:.4g} of {made.tokens:.4g} image tokens. Measured: {measured}"

@@ -200,6 +200,22 @@ def test_json_is_one_object(capsys):
     assert 0 < answer["step"]["predicted_reduction"] < 1
 
 
+@pytest.mark.parametrize(
+    ("schedule", "nothing"),
+    [
+        ("{layers: [], ratios: [], downsample: 5000}", True),
+        ("{layers: [], ratios: [], downsample: 575}", False),
+        ("{layers: [8], ratios: [], keep: [5000]}", True),
+        ("{layers: [8], ratios: [], keep: [575]}", False),
+        ("{layers: [8], ratios: [1.0]}", True),
+        ("{layers: [8], ratios: [0.99]}", False),
+    ],
+)
+def test_a_schedule_that_drops_nothing_says_so(schedule: str, nothing: bool, capsys) -> None:
+    assert main(["plan", ONE, f"pyramid_drop={schedule}"]) == 0
+    assert ("drops nothing here" in capsys.readouterr().out) == nothing
+
+
 def test_tables_show_the_section_and_all_parts(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["plan", ONE, "--tflops", "1.0"]) == 0

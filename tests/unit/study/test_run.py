@@ -89,6 +89,8 @@ def test_a_run_is_studied_on_its_own_questions(run: Path, asked: list, capsys: p
     assert "| layer | keep 50% | keep 0% | gain |" in text and "![" in text
     assert (out / "data_eval.png").stat().st_size > 10_000
     assert "gain" in capsys.readouterr().out
+    first = (out / "data_eval-budget-12.yaml").read_text().splitlines()[0]
+    assert first.endswith("layers 1, 3, shares 0.5, 0 by last_instruction, 6 questions of eval.json"), first
     config = load_config(run / "llava_pdrop.yaml", [f"pyramid_drop={out}/data_eval-budget-12.yaml"])
     assert list(config.schedule.layers) == budget["schedule"]["layers"]
     batches, before = len(asked), {**found, "environment": None}
@@ -158,6 +160,7 @@ def test_processes_share_a_study(run: Path, tmp_path: Path) -> None:
         (["--ranker", "fast"], says("--ranker", "'fast'", "fastv")),
         (["--average-tokens", "16"], says("--average-tokens", "16")),
         (["--average-tokens", "1"], says("--average-tokens", "1", "4")),
+        (["eval.limit=1"], says("eval.limit", "one question")),
         (["eval.scorer=bleu"], says("eval.scorer", "'bleu'")),
         (["--out", "FILE"], says("--out", "file")),
     ],
@@ -176,6 +179,6 @@ def test_questions_without_a_picture_are_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = {"id": "a", "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "yes"}]}
-    (tmp_path / "text.json").write_text(json.dumps([record]))
+    (tmp_path / "text.json").write_text(json.dumps([record, {**record, "id": "b"}]))
     assert main(["study", str(run), f"data.eval={tmp_path / 'text.json'}"]) == 2
     assert re.search(says("text.json", "picture"), capsys.readouterr().err)
