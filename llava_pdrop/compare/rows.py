@@ -183,7 +183,7 @@ def with_times(row: VariantRow, directory: Path) -> VariantRow:
 
 def table(rows: Sequence[VariantRow], title: str, more: Sequence[tuple[str, Sequence[str]]] = ()) -> Table:
     """The rows as a table. Columns of which nothing is known are left out; a row of several runs has their means, with
-    the standard error.
+    the standard error of what was measured.
 
     Args:
         more: (head, cells) of columns behind the names.
@@ -191,6 +191,11 @@ def table(rows: Sequence[VariantRow], title: str, more: Sequence[tuple[str, Sequ
 
     def cells(style: str, value: Callable[[VariantRow], float | None]) -> list[str]:
         return [spread_of([value(run) for run in row.runs], lambda mean: text_of(mean, style)) for row in rows]
+
+    def counted(style: str, value: Callable[[VariantRow], float | None]) -> list[str]:
+        """Of what runs do not measure: the mean alone."""
+        means = [mean_and_error([value(run) for run in row.runs]) for row in rows]
+        return [text_of(mean and mean[0], style) for mean in means]
 
     def measured(
         title: str, value: Callable[[VariantRow], float | None], units: Sequence[Unit] = TIME
@@ -207,16 +212,16 @@ def table(rows: Sequence[VariantRow], title: str, more: Sequence[tuple[str, Sequ
             *more,
             ("after layers", [", ".join(map(str, row.schedule.shortening)) or "-" for row in rows]),
             ("image tokens per stage", [_image_tokens(row) for row in rows]),
-            ("average", cells(".0f", lambda row: row.plan.average_tokens if row.plan else None)),
-            ("TFLOP", cells(".3g", lambda row: row.plan.paper.dropping if row.plan else None)),
-            ("saved, predicted", cells(".1%", lambda row: row.predicted)),
+            ("average", counted(".0f", lambda row: row.plan.average_tokens if row.plan else None)),
+            ("TFLOP", counted(".3g", lambda row: row.plan.paper.dropping if row.plan else None)),
+            ("saved, predicted", counted(".1%", lambda row: row.predicted)),
             ("saved, realised", [_realised(row) for row in rows]),
             measured("CPU time of a step", lambda row: row.timing.cpu if row.timing else None),
             measured("wall time of a step", lambda row: row.timing.wall if row.timing else None),
             measured(f"peak {'CUDA' if cuda else 'RSS'}", _peak, MEMORY),
             ("device hours", cells(".3g", lambda row: row.hours)),
             ("accuracy", cells(".1%", lambda row: row.accuracy)),
-            ("chance", cells(".1%", lambda row: row.evaluation.get("chance") if row.evaluation else None)),
+            ("chance", counted(".1%", lambda row: row.evaluation.get("chance") if row.evaluation else None)),
             measured(f"{'GPU' if cuda else 'CPU'} time of an answer", lambda row: row.answer_seconds),
             *((benchmark.title, cells(".1f", partial(_score, benchmark))) for benchmark in benchmarks),
             ("paper", [row.paper.table if row.paper else "" for row in rows]),

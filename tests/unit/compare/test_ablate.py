@@ -216,7 +216,9 @@ def test_the_shipped_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert averages.pop("vanilla") == 256 and averages.pop("downsample") == 100
     assert len(averages) == 8 and all(119 <= tokens <= 120 for tokens in averages.values())
     baselines = {"vanilla", "pyramiddrop", "random", "uniform", "downsample"}
-    assert {run.row for run in ablation.variants if run.config.seed == 2} == baselines
+    best = {"pyramiddrop_lambda04", "pyramiddrop_lambda06", "duet", "divprune", "sparsevlm_128"}
+    repeated = {run.row.removesuffix("-at_120") for run in ablation.variants if run.config.seed == 2}
+    assert repeated == baselines | best
 
 
 @pytest.fixture
