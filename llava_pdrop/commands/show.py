@@ -21,6 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from llava_pdrop.study.show import show
+    from llava_pdrop.study.show import show_run
 
-    show(args.run, args.picture, args.question, args.out, args.overrides)
+    show_run(args.run, args.picture, args.question, args.out, args.overrides)

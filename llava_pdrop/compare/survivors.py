@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
-from llava_pdrop.eval.evaluate import AnswerSettings, answer
+from llava_pdrop.eval.evaluate import AnswerSettings, Result, answer
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import LlavaRespondent, Respondent
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
@@ -23,7 +23,8 @@ from llava_pdrop.types import ImageSource
 @dataclass(frozen=True)
 class Example:
     """A question with its picture (as the tower sees it, ``patch`` pixels per patch) and, for every stage, which
-    patches (rows, columns) still have their image token. ``gold`` is empty where nobody knows the answer."""
+    patches (rows, columns) still have their image token, and how many ``tokens`` these are (a pooled one shows several
+    patches). ``gold`` is empty where nobody knows the answer."""
 
     question: str
     gold: str
@@ -31,16 +32,25 @@ class Example:
     picture: Image.Image
     patch: int
     kept: list[np.ndarray]
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
 class Sight:
-    """A ``picture`` as a model sees it, ``patch`` pixels per patch, and ``grid``, which says what patches (rows,
-    columns) the image tokens of these numbers show."""
+    """A ``picture`` as a model sees it, ``patch`` pixels per patch, and the number of the image token that shows each
+    patch, ``token_RC`` (rows, columns) int64, -1 where none does."""
 
     picture: Image.Image
     patch: int
-    grid: Callable[[Sequence[int]], np.ndarray]
+    token_RC: np.ndarray
+
+    def grid(self, kept: Sequence[int]) -> np.ndarray:
+        """Which patches (rows, columns) the image tokens of these numbers show."""
+        return np.isin(self.token_RC, np.asarray(kept, dtype=np.int64))
+
+    def count(self, kept: Sequence[int]) -> int:
+        """How many of these image tokens show a patch."""
+        return len(np.intersect1d(self.token_RC, kept))
 
 
 def examples(
@@ -49,7 +59,13 @@ def examples(
     """Answers ``questions`` and looks at what ``generate`` kept of their first image at every stage."""
     shown = [question for question in questions if question.record.images]
     return [
-        example(settings, respondent, question, schedule, lambda source, _: llava_sight(respondent, source))
+        example(
+            settings,
+            respondent,
+            question,
+            schedule,
+            lambda source, _: llava_sight(respondent, source, schedule.downsample),
+        )
         for question in shown
     ]
 
@@ -66,20 +82,24 @@ def example(
     Args:
         see: given that image and how many tokens it has, how the model sees it.
     """
-    result = answer(settings, respondent, [question], schedule, None, trace=True)
-    prompt = result.steps[0]
+    return seen_in(answer(settings, respondent, [question], schedule, None, trace=True), question, see)
+
+
+def seen_in(result: Result, question: Question, see: Callable[[ImageSource, int], Sight]) -> Example:
+    """What the ``result`` of one ``question``, with its trace, left of the first image at every stage; ``see`` as in
+    `example`."""
+    prompt, text = result.steps[0], result.predictions[0]
     sight = see(question.record.images[0], len(prompt.pictures[0]))
-    stages = [prompt.entering(), *(prompt.kept(drop) for drop in range(len(schedule.layers)))]
-    kept = [sight.grid(pictures[0]) for pictures in stages]
-    text = result.predictions[0]
-    return Example(text.question, text.gold, text.answer, sight.picture, sight.patch, kept)
+    stages = [own[0] for own in (prompt.entering(), *map(prompt.kept, range(len(prompt.scores))))]
+    kept, tokens = [sight.grid(stage) for stage in stages], [sight.count(stage) for stage in stages]
+    return Example(text.question, text.gold, text.answer, sight.picture, sight.patch, kept, tokens)
 
 
-def llava_sight(respondent: LlavaRespondent, source: ImageSource) -> Sight:
-    """How a LLaVA sees a picture."""
+def llava_sight(respondent: LlavaRespondent, source: ImageSource, budget: int) -> Sight:
+    """How a LLaVA sees a picture whose tiles are pooled to ``budget`` features each (0: they are not)."""
     picture, parts = load_image(source), respondent.parts
     seen = as_seen(parts.geometry, picture, parts.image_processor.image_mean)
-    return Sight(seen, parts.geometry.patch, lambda kept: patch_grid(parts.geometry, picture.size, kept))
+    return Sight(seen, parts.geometry.patch, token_grid(parts.geometry, picture.size, budget))
 
 
 def as_seen(geometry: ImageGeometry, picture: Image.Image, mean: Sequence[float]) -> Image.Image:
@@ -90,20 +110,25 @@ def as_seen(geometry: ImageGeometry, picture: Image.Image, mean: Sequence[float]
     return square.resize((geometry.tile, geometry.tile), Image.Resampling.BICUBIC)
 
 
-def patch_grid(geometry: ImageGeometry, size: tuple[int, int], kept: Sequence[int]) -> np.ndarray:
-    """Which patches (rows, columns) of the picture of ``size`` (width, height) the image tokens ``kept`` show. With
-    anyres these are the patches of the tiles; the tokens of the whole picture are left out."""
-    feature = geometry.merge_index(size)[np.asarray(kept, dtype=np.int64)]
-    side, patches = geometry.patches_per_side, geometry.patches
+def token_grid(geometry: ImageGeometry, size: tuple[int, int], budget: int = 0) -> np.ndarray:
+    """The number of the image token that shows each patch of the picture of ``size`` (width, height): (rows, columns)
+    int64, -1 where none does. With anyres these are the patches of the tiles; the tokens of the whole picture are left
+    out. A tile that is pooled to ``budget`` features has cells: the first token of a cell stays, and shows all of it.
+    """
+    feature, side = geometry.merge_index(size), geometry.patches_per_side
+    number = np.arange(len(feature))
     if geometry.aspect == "anyres":
         width, height = (length // geometry.tile for length in geometry.canvas(size))
-        feature = feature[(feature != NEWLINE) & (feature >= patches)] - patches
+        shown = (feature != NEWLINE) & (feature >= geometry.patches)
+        feature, number = feature[shown] - geometry.patches, number[shown]
     else:
         width = height = 1
-    tile, place = feature // patches, feature % patches
-    grid = np.zeros((height * side, width * side), dtype=bool)
-    grid[tile // width * side + place // side, tile % width * side + place % side] = True
-    return grid
+    tile, place = np.divmod(feature, geometry.patches)
+    cell = tile * geometry.features(budget) + geometry.cell_of_patch(geometry.side(budget))[place]
+    _, first, cell = np.unique(cell, return_index=True, return_inverse=True)
+    token_RC = np.full((height * side, width * side), -1, dtype=np.int64)
+    token_RC[tile // width * side + place // side, tile % width * side + place % side] = number[first[cell]]
+    return token_RC
 
 
 def surviving_tokens(shown: Sequence[Example]) -> Any:
@@ -113,14 +138,14 @@ def surviving_tokens(shown: Sequence[Example]) -> Any:
     size = (2.3 * columns + 1.9, (height + 0.35) * len(shown))
     figure, grid = subplots(len(shown), columns, figsize=size, layout="constrained", squeeze=False)
     for line, example in zip(grid, shown):
-        for stage, (axes, kept) in enumerate(zip(line, example.kept)):
+        for stage, (axes, kept, tokens) in enumerate(zip(line, example.kept, example.tokens)):
             axes.imshow(shade(np.asarray(example.picture), kept, example.patch), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.grid(visible=False)
             for spine in axes.spines.values():
                 spine.set(visible=True, color=GRID)
             name = "all" if stage == 0 else f"after drop {stage}"
-            axes.set_title(f"{name}: {int(kept.sum())} tokens", fontsize=9, fontweight="normal")
+            axes.set_title(f"{name}: {tokens} tokens", fontsize=9, fontweight="normal")
         _caption(line[0], example)
     return figure
 

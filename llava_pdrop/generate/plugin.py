@@ -40,15 +40,13 @@ from llava_pdrop.generate.forward import Call, Generation, Layers
 from llava_pdrop.generate.pictures import check_prompt, pictures_of
 from llava_pdrop.generate.pooling import Pooling
 from llava_pdrop.generate.prefill import ForwardStep, Prefill
-from llava_pdrop.generate.unhook import bare, unwrapped
+from llava_pdrop.generate.unhook import HANDLE, bare, plugin_of, unwrapped
 from llava_pdrop.model.attention import check_transformers
 from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.model.rankers import RANKERS, check_rankers
 from llava_pdrop.schedule import Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_HANDLE = "_pyramid_drop"  # attribute of an attached model
 
 _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 """The forward that is running; None where no prompt is pruned and no cache was."""
@@ -94,18 +92,17 @@ def attach(
     plugin = _Plugin(target, schedule, trace, unchecked)
     detach(model)
     plugin.install(target)
-    setattr(target, _HANDLE, plugin)
+    setattr(target, HANDLE, plugin)
     return model
 
 
 def detach(model: Model) -> Model:
     """Takes the schedule off again: hooks, attributes and config are as before `attach`. No-op on a model without
     one."""
-    target = unwrapped(model)
-    plugin = vars(target).get(_HANDLE)
+    target, plugin = unwrapped(model), plugin_of(model)
     if plugin is not None:
         plugin.remove(target)
-        delattr(target, _HANDLE)
+        delattr(target, HANDLE)
     return model
 
 
@@ -169,7 +166,7 @@ class _Plugin:
         for (owner, name), patch in patches.items():
             setattr(owner, name, patch)
         config: Any = model.config
-        self.configured = vars(config).get("pyramid_drop", _HANDLE)
+        self.configured = vars(config).get("pyramid_drop", HANDLE)
         config.pyramid_drop = self.given.to_dict()
 
     def remove(self, model: nn.Module) -> None:
@@ -182,7 +179,7 @@ class _Plugin:
                 setattr(owner, name, original)
         config: Any = model.config
         vars(config).pop("pyramid_drop", None)  # models may share a config
-        if self.configured is not _HANDLE:
+        if self.configured is not HANDLE:
             config.pyramid_drop = self.configured
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -363,7 +360,7 @@ def _decoder_of(model: nn.Module, base: nn.Module) -> nn.Module:
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of an attached model: the model's own, with the length of the prompt noted."""
-    plugin = getattr(model, _HANDLE)
+    plugin = getattr(model, HANDLE)
     prompt = next((p for p in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if p is not None), None)
     settings: Any = kwargs.get("generation_config") or model.generation_config
     chunked = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
@@ -386,13 +383,13 @@ def _two_dimensional_mask(model: nn.Module, *, attention_mask: Tensor | None, **
 def _refuse_labels(parameters: list[str], model: nn.Module, args: tuple, kwargs: dict) -> None:
     given = {**dict(zip(parameters, args)), **kwargs}
     images = any(value is not None for name, value in given.items() if name.startswith("pixel_values"))
-    if images and given.get("labels") is not None and not getattr(model, _HANDLE).schedule.vanilla:
+    if images and given.get("labels") is not None and not getattr(model, HANDLE).schedule.vanilla:
         raise UserError("an attached model drops tokens, so labels no longer line up: train with PyramidLlava")
 
 
 def _reduce(model: nn.Module, protocol: Any) -> tuple:
     """How an attached model is pickled and copied: as its vanilla self, which is attached again when it is read."""
-    plugin = getattr(model, _HANDLE)
+    plugin = getattr(model, HANDLE)
     return _again, (bare(model, plugin), plugin.given, plugin.unchecked)
 
 

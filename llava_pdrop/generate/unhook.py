@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+HANDLE = "_pyramid_drop"
+"""Attribute of an attached model."""
+
 
 def unwrapped(model: Any) -> Any:
     """The model inside a wrapper of PEFT or ``torch.compile``, whose ``generate`` goes past the wrapper's own hooks."""
@@ -16,6 +19,11 @@ def unwrapped(model: Any) -> Any:
             model = model._orig_mod
         else:
             return model
+
+
+def plugin_of(model: Any) -> Any:
+    """What `attach` has left on ``model``; None: nothing is attached."""
+    return vars(unwrapped(model)).get(HANDLE)
 
 
 def bare(model: nn.Module, plugin: Any) -> nn.Module:

@@ -61,6 +61,12 @@ def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]
     return figure, figure.subplots(rows, columns, **options)
 
 
+def figure_of(draw: Callable[[], Any]) -> Any:
+    """The figure that ``draw`` makes by `subplots`, in the project's style."""
+    with _imported().rc_context(STYLE):
+        return draw()
+
+
 def save_picture(file: Path, draw: Callable[[], Any], **options: Any) -> bool:
     """Saves the figure that ``draw`` makes by `subplots`, in the project's style. Returns whether it lies in ``file``:
     what else can fail, in ``draw`` or in matplotlib, is said in one line.

@@ -1,23 +1,30 @@
-"""``llava-pdrop show``: which patches of a picture keep their image token through the drops, for one question."""
+"""Which patches of a picture keep their image token through the drops, for one question: `show` for a model that
+`attach` has been applied to, `show_run` behind ``llava-pdrop show``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
 from math import isqrt
 from pathlib import Path
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
 
-from llava_pdrop.compare.survivors import Example, Sight, example, llava_sight, surviving_tokens
+from llava_pdrop.compare.survivors import Example, Sight, as_seen, llava_sight, seen_in, surviving_tokens, token_grid
 from llava_pdrop.data.images import load_image
 from llava_pdrop.errors import ConfigError, UserError
-from llava_pdrop.eval.evaluate import AnswerSettings, finished, respondent_in
+from llava_pdrop.eval.evaluate import MAX_NEW_TOKENS, AnswerSettings, answer, evaluate, finished, respondent_in
 from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.respondent import LlavaRespondent, ProcessorRespondent
+from llava_pdrop.eval.respondent import LlavaRespondent, ProcessorRespondent, Respondent
 from llava_pdrop.eval.subject import subject_config
+from llava_pdrop.generate.plugin import attach
+from llava_pdrop.generate.unhook import plugin_of
+from llava_pdrop.model.vlm import geometry_of
 from llava_pdrop.report.console import say
-from llava_pdrop.report.pictures import save_picture
+from llava_pdrop.report.pictures import figure_of, save_picture
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import ImageSource
 
@@ -25,14 +32,71 @@ DRAWN = (".png", ".pdf", ".svg")
 """Endings of files that are drawn. (Without one, matplotlib adds its own.)"""
 
 
-def show(
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A picture in memory as an `ImageSource`, equal to itself only."""
+
+    picture: Image.Image
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """The picture as a file."""
+        file = BytesIO()
+        self.picture.convert("RGB").save(file, "PNG")
+        file.seek(0)
+        return file
+
+    def __str__(self) -> str:
+        return "the picture"
+
+
+def show(model: Any, processor: Any, picture: str | Path | ImageSource | Image.Image, question: str) -> Any:
+    """Asks an attached model about a picture and draws which image tokens survive every stage of its schedule.
+
+    Args:
+        model: of Hugging Face, after `attach(model, schedule)`; it is left as it was. processor: its own, with a chat
+            template.
+        picture: a file, or a picture that is open.
+
+    Returns:
+        the `matplotlib.figure.Figure`: question and answer, the picture as the model sees it, and what is left of it
+        after every drop. ``figure.savefig("survivors.png")`` writes it.
+
+    Raises:
+        UserError: nothing is attached, or a schedule that drops nothing; the processor has no chat template; the
+            picture cannot be read, or its tokens lie on no grid that this knows.
+    """
+    plugin = plugin_of(model)
+    if plugin is None:
+        raise UserError(
+            f"show() draws what attach() drops: attach(model, Schedule(...)) to {type(model).__name__} first"
+        )
+    if plugin.given.vanilla:
+        raise UserError("show(): the attached schedule drops nothing, so all tokens survive: attach another one")
+    if not getattr(processor, "chat_template", None):
+        raise UserError(
+            f"show() asks by the processor's chat template, and {type(processor).__name__} has none: set chat_template"
+        )
+    source = (
+        Given(picture) if isinstance(picture, Image.Image) else Path(picture) if isinstance(picture, str) else picture
+    )
+    respondent = ProcessorRespondent(model, processor, plugin.given)
+    asked = ask("question", question, [source], str(source), gold="")
+    try:  # which attaches the schedule and a trace of its own, and detaches
+        result = evaluate(respondent, [asked], plugin.given, trace=True, max_new_tokens=MAX_NEW_TOKENS)
+    finally:
+        attach(model, plugin.given, plugin.trace, unchecked=plugin.unchecked)
+    found = seen_in(result, asked, lambda source, tokens: sight_of(respondent, asked, tokens, plugin.given))
+    return figure_of(lambda: surviving_tokens([found]))
+
+
+def show_run(
     run: str | Path,
     picture: str | Path,
     question: str,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Example:
-    """Asks a model about a picture and shows which image tokens survive every stage of its schedule.
+    """The same of a model in a directory, as ``llava-pdrop show`` does it.
 
     Args:
         run: config or directory of a finished run, or the directory of any model that `attach` knows.
@@ -51,23 +115,18 @@ def show(
     if file is not None and (file.suffix.lower() not in DRAWN or file.is_dir()):
         raise UserError(f"{file}: nothing is drawn: name a file that ends in .png, .pdf or .svg")
     config = subject_config(Path(run), list(overrides), asks=False)
-    if config.schedule.vanilla:
+    schedule = config.schedule
+    if schedule.vanilla:
         raise ConfigError(
             f"{config.file}: pyramid_drop: drops nothing, so all tokens survive: give a schedule, such as "
             "pyramid_drop=configs/schedules/pyramiddrop.yaml"
         )
     respondent = respondent_in(finished(config, writes=False), config)
     asked = ask("question", question, [Path(picture)], str(picture), gold="")
-
-    def see(source: ImageSource, tokens: int) -> Sight:
-        if isinstance(respondent, LlavaRespondent):
-            return llava_sight(respondent, source)
-        assert isinstance(respondent, ProcessorRespondent), "there are two kinds"
-        return processor_sight(respondent, asked, tokens)
-
-    found = example(AnswerSettings.of(config), respondent, asked, config.schedule, see)
-    stages = " -> ".join(str(int(kept.sum())) for kept in found.kept)
-    say(f"{question!r}: {found.answer!r}; patches that survive {config.schedule.amounts_text}: {stages}")
+    result = answer(AnswerSettings.of(config), respondent, [asked], schedule, None, trace=True)
+    found = seen_in(result, asked, lambda source, tokens: sight_of(respondent, asked, tokens, schedule))
+    stages = " -> ".join(map(str, found.tokens))
+    say(f"{question!r}: {found.answer!r}; patches that survive {schedule.amounts_text}: {stages}")
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not save_picture(file, lambda: surviving_tokens([found]), facecolor="white"):
@@ -76,15 +135,31 @@ def show(
     return found
 
 
+def sight_of(respondent: Respondent, question: Question, tokens: int, schedule: Schedule) -> Sight:
+    """How ``respondent`` sees the first picture of ``question``, which has ``tokens`` image tokens before any drop.
+
+    Raises:
+        UserError: as `processor_sight`.
+    """
+    if isinstance(respondent, LlavaRespondent):
+        return llava_sight(respondent, question.record.images[0], schedule.downsample)
+    assert isinstance(respondent, ProcessorRespondent), "there are two kinds"
+    return processor_sight(respondent, question, tokens)
+
+
 def processor_sight(respondent: ProcessorRespondent, question: Question, tokens: int) -> Sight:
     """How a model with its own processor sees the picture of ``question``: one grid of patches, as the processor says
-    (``image_grid_thw``), or a square one over its pixels.
+    (``image_grid_thw``), a square one over its pixels, or the tiles of a LLaVA-NeXT.
 
     Raises:
         UserError: it is cut into tiles, or its ``tokens`` lie otherwise.
     """
     inputs, _ = respondent.inputs([respondent.prepare(question)], Schedule())
     images, pixels = respondent.processor.image_processor, inputs.get("pixel_values")
+    if getattr(getattr(respondent.hf, "config", None), "model_type", None) == "llava_next":
+        geometry, picture = geometry_of(respondent.hf.config), load_image(question.record.images[0])
+        if geometry.num_tokens(picture.size) == tokens:
+            return Sight(as_seen(geometry, picture, ()), geometry.patch, token_grid(geometry, picture.size))
     rows = columns = isqrt(tokens)
     patch, seen = 0, None
     if "image_grid_thw" in inputs:
@@ -99,11 +174,7 @@ def processor_sight(respondent: ProcessorRespondent, question: Question, tokens:
             f"{question.record.origin}: its {tokens} image tokens lie on no single grid of patches, as "
             f"{type(respondent.processor).__name__} cuts it: show draws LLaVAs, and models that see a picture whole"
         )
-
-    def grid(kept: Sequence[int]) -> np.ndarray:
-        return np.isin(np.arange(tokens), kept).reshape(rows, columns)
-
-    return Sight(seen, patch, grid)
+    return Sight(seen, patch, np.arange(tokens).reshape(rows, columns))
 
 
 def unnormalised(pixels: np.ndarray, images: object) -> Image.Image:

@@ -15,7 +15,8 @@ import transformers
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from llava_pdrop.generate.cache import cached_tokens
-from llava_pdrop.generate.plugin import _HANDLE, attach, detach
+from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.generate.unhook import HANDLE
 from llava_pdrop.model import attention
 from llava_pdrop.schedule import Schedule
 from tests.families import FAMILIES, collate, make_row
@@ -40,7 +41,7 @@ def test_a_probed_layer_ranks_like_its_projections(decoder, schedule, implementa
     hf, cheap, probed = make_hf_model(decoder, implementation=implementation), [], []
     want = logits(attach(hf, schedule, cheap))
     attach(hf, schedule, probed)
-    vars(hf)[_HANDLE].cheap = False
+    vars(hf)[HANDLE].cheap = False
     got = logits(hf)
     assert cheap[0].survivors == probed[0].survivors and len(probed[0].survivors) == 3
     assert torch.equal(got, want)
@@ -51,7 +52,7 @@ def test_a_probed_layer_ranks_like_its_projections(decoder, schedule, implementa
 
 def test_a_probe_leaves_no_trace_behind_an_error(monkeypatch):
     hf = attach(make_hf_model(), PYRAMID)
-    vars(hf)[_HANDLE].cheap = False
+    vars(hf)[HANDLE].cheap = False
     layer = hf.model.language_model.layers[PYRAMID.layers[1]]
     monkeypatch.setattr(layer.self_attn.k_proj, "forward", lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -142,7 +143,7 @@ def test_models_that_share_a_config():
     second = type(first)(first.config)
     attach(first, PYRAMID), attach(second, FASTV)
     detach(first), detach(second)
-    assert _HANDLE not in vars(second)
+    assert HANDLE not in vars(second)
     detach(second)
 
 
@@ -208,7 +209,7 @@ def test_a_version_that_nobody_tried_is_refused(version, monkeypatch):
     monkeypatch.setattr(attention.transformers, "__version__", version)
     with pytest.raises(ValueError, match=says(version, attention.OLDEST, attention.NEWEST)):
         attach(hf, PYRAMID)
-    assert _HANDLE not in vars(hf)
+    assert HANDLE not in vars(hf)
 
 
 @pytest.mark.parametrize("version", ["5.17.0", "5.24.9", "5.23.0.dev0"])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from llava_pdrop.compare.survivors import as_seen, patch_grid, shade
+from llava_pdrop.compare.survivors import Sight, as_seen, shade, token_grid
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
 
 PAD = ImageGeometry(48, 12)
 ANYRES = ImageGeometry(48, 12, "anyres", "spatial_unpad", ((48, 96), (96, 48), (96, 96)))
+
+
+def patch_grid(geometry: ImageGeometry, size: tuple[int, int], kept: Sequence[int], budget: int = 0) -> np.ndarray:
+    return Sight(Image.new("RGB", (1, 1)), 12, token_grid(geometry, size, budget)).grid(kept)
 
 
 def test_pad_tokens_are_patches_row_by_row():
@@ -32,6 +38,29 @@ def test_anyres_tokens_are_patches_of_the_canvas(size):
     # the first token behind the whole picture is the top left patch of what is not padding
     assert patch_grid(ANYRES, size, [16])[rows.start, columns.start]
     assert not patch_grid(ANYRES, size, range(16)).any()
+
+
+def test_a_pooled_token_shows_its_whole_cell():
+    """4 cells of 2 by 2 patches; the first token of each cell stays."""
+    assert PAD.pooled_index((48, 48), 4)[0].tolist() == [0, 2, 8, 10]
+    assert patch_grid(PAD, (48, 48), [0, 2, 8, 10], 4).all()
+    grid = patch_grid(PAD, (48, 48), [2], 4)
+    assert np.argwhere(grid).tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    assert Sight(Image.new("RGB", (48, 48)), 12, token_grid(PAD, (48, 48), 4)).count([2, 8]) == 2
+
+
+@pytest.mark.parametrize("size", [(96, 96), (90, 40), (40, 90), (100, 70)])
+@pytest.mark.parametrize("budget", [4, 9, 10])
+def test_pooled_tiles_have_no_hole(size, budget):
+    """What stays of a pooled picture shows every patch that its tokens showed, and each token one cell of a tile."""
+    stays = ANYRES.pooled_index(size, budget)[0]
+    whole = patch_grid(ANYRES, size, range(ANYRES.num_tokens(size)))
+    assert (patch_grid(ANYRES, size, stays, budget) == whole).all()
+    token_RC = token_grid(ANYRES, size, budget)
+    for token in set(token_RC[whole].tolist()):
+        assert token in stays and 1 <= (token_RC == token).sum() <= 4
+        rows, columns = np.nonzero(token_RC == token)
+        assert len(set(rows // 4)) == len(set(columns // 4)) == 1, "in one tile"
 
 
 def test_dropped_patches_are_dark_and_kept_ones_untouched():

@@ -5,18 +5,26 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from matplotlib.figure import Figure
 from PIL import Image
 
 import llava_pdrop
 from llava_pdrop.__main__ import main
+from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.compare.survivors import shade
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.questions import ask
-from llava_pdrop.study.show import processor_sight, show, unnormalised
+from llava_pdrop.generate.plugin import attach
+from llava_pdrop.generate.unhook import plugin_of
+from llava_pdrop.schedule import Schedule
+from llava_pdrop.study.show import processor_sight, show, show_run, unnormalised
 from llava_pdrop.train.run import train
 from tests.messages import says
 
@@ -39,8 +47,8 @@ def test_what_survives_is_drawn(run: Path, picture: Path, tmp_path: Path, capsys
     assert main(["show", str(run), str(picture), QUESTION, DROP, "--out", str(out)]) == 0
     assert re.search(says("16 -> 8 -> 4 -> 2", QUESTION), capsys.readouterr().out)
     assert Image.open(out).size > (500, 100)
-    found = llava_pdrop.show(run, picture, QUESTION, overrides=[DROP])
-    assert llava_pdrop.show is show and [kept.sum() for kept in found.kept] == [16, 8, 4, 2]
+    found = show_run(run, picture, QUESTION, overrides=[DROP])
+    assert found.tokens == [16, 8, 4, 2] and [kept.sum() for kept in found.kept] == [16, 8, 4, 2]
     assert all((later <= earlier).all() for earlier, later in zip(found.kept, found.kept[1:]))
     assert found.picture.size == (48, 48) and found.kept[0].shape == (4, 4) and not found.gold
 
@@ -65,23 +73,97 @@ def test_what_cannot_be_drawn_is_one_line(
 
 def test_a_picture_or_a_run_that_is_not_there_is_one_line(run: Path, picture: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says("gone.png")):
-        show(run, tmp_path / "gone.png", QUESTION, overrides=[DROP])
+        show_run(run, tmp_path / "gone.png", QUESTION, overrides=[DROP])
     with pytest.raises(UserError, match=says(str(tmp_path), "llava_pdrop.yaml", "config.json")):
-        show(tmp_path, picture, QUESTION)
+        show_run(tmp_path, picture, QUESTION)
 
 
 def test_another_family_is_drawn_by_its_processor(vip: Path, picture: Path) -> None:
-    found = show(vip, picture, QUESTION, overrides=[DROP])
+    found = show_run(vip, picture, QUESTION, overrides=[DROP])
     assert [kept.sum() for kept in found.kept] == [16, 8, 4, 2] and found.picture.size == (48, 48)
     centre = np.asarray(found.picture)[24, 24].astype(int)
     assert abs(centre - Image.open(picture).convert("RGB").getpixel((20, 24))).max() <= 1, "as it was drawn, one colour"
+
+
+def test_pooled_patches_are_drawn_whole(run: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pools = "pyramid_drop={layers: [2], ratios: [0.5], downsample: 4}"
+    found = show_run(run, picture, QUESTION, overrides=[pools])
+    assert found.tokens == [4, 2] and [int(kept.sum()) for kept in found.kept] == [16, 8]
+    assert re.search(says("4 -> 2"), capsys.readouterr().out)
+
+
+def opened(directory: Path) -> tuple[Any, Any]:
+    """As somebody opens it who has Hugging Face's classes only."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(directory)
+    return model, transformers.AutoProcessor.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("family", ["run", "vip"])
+def test_an_attached_model_is_drawn_and_left_as_it_was(family: str, picture: Path, request, tmp_path: Path) -> None:
+    """Our own models and others: the figure says what the command writes."""
+    directory = request.getfixturevalue(family)
+    model, processor = opened(directory)
+    schedule, trace = Schedule((1, 2, 3), (0.5, 0.25, 0.125)), list[Any]()
+    attach(model, schedule, trace)
+    figure = llava_pdrop.show(model, processor, picture, QUESTION)
+    assert llava_pdrop.show is show and isinstance(figure, Figure)
+    expected = ["all: 16 tokens", "after drop 1: 8 tokens", "after drop 2: 4 tokens", "after drop 3: 2 tokens"]
+    assert [axes.get_title() for axes in figure.axes] == expected
+    dropped = np.asarray(figure.axes[3].images[0].get_array())
+    own = show_run(directory, picture, QUESTION, overrides=[DROP])
+    assert (dropped == shade(np.asarray(own.picture), own.kept[3], own.patch)).all()
+    figure.savefig(tmp_path / "shown.png")
+    assert Image.open(tmp_path / "shown.png").size > (500, 100)
+    plugin = plugin_of(model)
+    assert plugin.given == schedule and plugin.trace is trace and not trace
+    with Image.open(picture) as open_picture:
+        again = show(model, processor, open_picture, QUESTION)
+    assert (np.asarray(again.axes[3].images[0].get_array()) == dropped).all()
+
+
+def test_what_show_cannot_draw_is_one_line(run: Path, picture: Path, tmp_path: Path) -> None:
+    model, processor = opened(run)
+    with pytest.raises(UserError, match=says("attach", "LlavaForConditionalGeneration")):
+        show(model, processor, picture, QUESTION)
+    attach(model, Schedule())
+    with pytest.raises(UserError, match=says("drops nothing")):
+        show(model, processor, picture, QUESTION)
+    attach(model, Schedule((2,), (0.5,)))
+    with pytest.raises(UserError, match=says("gone.png")):
+        show(model, processor, str(tmp_path / "gone.png"), QUESTION)
+    assert plugin_of(model).given == Schedule((2,), (0.5,)), "attached again"
+    processor.chat_template = None
+    with pytest.raises(UserError, match=says("chat_template")):
+        show(model, processor, picture, QUESTION)
+
+
+def test_tiles_of_a_llava_next_are_drawn(tiny_files: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parts = build_parts(
+        language_model=str(tiny_files / "llm"), vision_tower=str(tiny_files / "tower"), aspect="anyres",
+        merge="spatial_unpad", pinpoints=((48, 96), (96, 48), (96, 96)),
+    )  # fmt: skip
+    parts.hf.save_pretrained(tmp_path / "next")
+    processor = parts.processor()
+    processor.chat_template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+        "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    processor.save_pretrained(tmp_path / "next")
+    model, processor = opened(tmp_path / "next")
+    attach(model, Schedule((2,), (0.5,)))
+    figure = show(model, processor, Image.new("RGB", (90, 40), (200, 30, 30)), QUESTION)
+    assert [axes.images[0].get_array().shape for axes in figure.axes] == [(48, 96, 3)] * 2
 
 
 def respondent(images: SimpleNamespace, **inputs: object) -> SimpleNamespace:
     """What `processor_sight` asks of a model with its own processor."""
     processor = SimpleNamespace(image_processor=images)
     return SimpleNamespace(
-        processor=processor, prepare=lambda question: question, inputs=lambda prepared, schedule: (inputs, [[0]])
+        processor=processor,
+        hf=SimpleNamespace(),
+        prepare=lambda question: question,
+        inputs=lambda prepared, schedule: (inputs, [[0]]),
     )
 
 
