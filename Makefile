@@ -12,7 +12,7 @@ COMPATIBILITY := tests/unit/model tests/unit/generate tests/unit/train tests/uni
 on_transformers = set -e; overlay=$$(bash scripts/overlay.sh $(1)); PYTHONPATH=$$overlay OMP_NUM_THREADS=1 \
 	$(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(COMPATIBILITY) $(PYTEST_ARGS)
 
-.PHONY: help setup test test-newest test-oldest test-fast test-lmms-eval test-slurm test-long test-faults test-golden test-gpu check bench format tiny-bases lab-bases test-readme clean
+.PHONY: help setup test test-newest test-oldest test-fast test-lmms-eval test-browser test-slurm test-long test-faults test-golden test-gpu check bench format tiny-bases lab-bases test-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,9 +20,9 @@ help: ## list the targets
 setup: ## make .venv and install the project with its tested versions
 	@bash scripts/setup.sh
 
-test: setup ## run all tests but the long ones and those of a real Slurm or lmms-eval (PYTEST_ARGS="-k name" for some, JOBS=1 for one after the other)
+test: setup ## run all tests but the long ones and those of a real Slurm, lmms-eval or browser (PYTEST_ARGS="-k name" for some, JOBS=1 for one after the other)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup --ignore tests/slurm --ignore tests/lmms \
-		$(PYTEST_ARGS)
+		--ignore tests/browser $(PYTEST_ARGS)
 
 test-fast: setup ## unit, parity and golden tests that start no process and train nothing (under 2 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup --fast tests/unit tests/parity tests/golden \
@@ -46,6 +46,11 @@ test-long: setup ## 10,000 cases of every property test, and the long kill tests
 test-lmms-eval: setup ## the same questions through lmms-eval, installed beside .venv, and through ours: the same answers
 	set -e; overlay=$$(bash scripts/lmms_eval.sh); PYTHONPATH=$$overlay OMP_NUM_THREADS=1 \
 		$(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup tests/lmms $(PYTEST_ARGS)
+
+test-browser: setup ## the page of llava-pdrop demo in a real Chromium (installed by root where missing), on the embedded run (made where missing)
+	set -e; overlay=$$(bash scripts/beside.sh demo); browser=$$(bash scripts/browser.sh); \
+		[[ -f checkpoints/tiny/finetune_pdrop/pyramid_drop/config.json ]] || bash scripts/finetune_pdrop.sh; \
+		PYTHONPATH=$$overlay LLAVA_PDROP_CHROMIUM=$$browser OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n0 tests/browser $(PYTEST_ARGS)
 
 test-slurm: setup ## train, preempt, requeue and resume under a real Slurm of two nodes (skipped where none is installed)
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n0 tests/slurm $(PYTEST_ARGS)

@@ -17,6 +17,7 @@ EXTRAS = {
         "scikit-learn>=1.6",  # its scans of digits stand on the pages of data/prepare/forms.py
     ],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],  # llava-pdrop serve
+    "demo": ["gradio>=6.31,<7"],  # llava-pdrop demo; gradio needs pillow below 13: an environment of its own
     "test": [
         "pytest>=8,!=9.2.0",  # with 9.2.0, xdist 3.8 does not keep groups of tests together
         "pytest-xdist>=3",
@@ -64,7 +65,7 @@ setup(
         "tqdm>=4.66",
         "psutil>=6",
     ],
-    extras_require={**EXTRAS, "all": sorted({name for group in EXTRAS.values() for name in group})},
+    extras_require={**EXTRAS, "all": sorted({each for name in EXTRAS if name != "demo" for each in EXTRAS[name]})},
     entry_points={
         "console_scripts": ["llava-pdrop = llava_pdrop.__main__:main"],
         "lmms_eval.models": ["llava_pdrop = llava_pdrop.eval.lmms:manifest"],  # lmms-eval itself is no requirement

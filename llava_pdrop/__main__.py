@@ -58,6 +58,7 @@ COMMANDS = {
     "show": "draw which image tokens survive every drop, for one picture and question",
     "chat": "talk with a model about pictures, and see what every answer took",
     "serve": "answer requests in the form of the OpenAI API, many at a time",
+    "demo": "a page in the browser: answers without and with dropping, and what survives of the picture",
     "plan": "show tokens per stage, operations and memory of a config, or solve for a budget; needs no weights",
     "bench": "measure training and inference at a model's real shape",
     "doctor": "check a data set before training: records, images, lengths, cost",

@@ -14,6 +14,7 @@ from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
 from llava_pdrop.eval.evaluate import AnswerSettings, Result, answer
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import LlavaRespondent, Respondent
+from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
 from llava_pdrop.report.pictures import GRID, INK, subplots
 from llava_pdrop.schedule import Schedule
@@ -89,10 +90,14 @@ def seen_in(result: Result, question: Question, see: Callable[[ImageSource, int]
     """What the ``result`` of one ``question``, with its trace, left of the first image at every stage; ``see`` as in
     `example`."""
     prompt, text = result.steps[0], result.predictions[0]
-    sight = see(question.record.images[0], len(prompt.pictures[0]))
-    stages = [own[0] for own in (prompt.entering(), *map(prompt.kept, range(len(prompt.scores))))]
+    sight, stages = see(question.record.images[0], len(prompt.pictures[0])), stages_of(prompt)
     kept, tokens = [sight.grid(stage) for stage in stages], [sight.count(stage) for stage in stages]
     return Example(text.question, text.gold, text.answer, sight.picture, sight.patch, kept, tokens)
+
+
+def stages_of(prompt: ForwardStep) -> list[list[int]]:
+    """Which image tokens of the first picture enter, and are left after every drop of the forward of a ``prompt``."""
+    return [stage[0] for stage in (prompt.entering(), *map(prompt.kept, range(len(prompt.scores))))]
 
 
 def llava_sight(respondent: LlavaRespondent, source: ImageSource, budget: int) -> Sight:

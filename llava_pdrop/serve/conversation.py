@@ -59,6 +59,16 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Written:
+    """How the last answer came about: the ``question`` as it was put, the ``ids`` of the answer's tokens, and what the
+    forward of its prompt did (of a reused cache: the forward of what was new)."""
+
+    question: Question
+    ids: tuple[int, ...]
+    step: ForwardStep
+
+
+@dataclass(frozen=True)
 class Settings:
     """How answers are written. ``temperature`` 0 takes the likeliest token; else tokens are drawn, by ``seed``.
     ``reuse_cache``: a later question goes on with the cache of the one before instead of prefilling all again."""
@@ -90,6 +100,7 @@ class Conversation:
     images: list[ImageSource] = field(default_factory=list)
     waiting: list[ImageSource] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
+    written: Written | None = None
     _cache: Cache | None = None
     _cached_ids: list[int] = field(default_factory=list)
     _last_stages: tuple[int, ...] = ()
@@ -145,7 +156,7 @@ class Conversation:
 
     def clear(self) -> None:
         """Starts anew, without turns and pictures."""
-        self.turns, self.images, self.waiting, self.replies = [], [], [], []
+        self.turns, self.images, self.waiting, self.replies, self.written = [], [], [], [], None
         self.forget_cache()
 
     def ask(self, text: str, say: Callable[[str], None] | None = None) -> Reply:
@@ -212,6 +223,7 @@ class Conversation:
             )
         assert stream.first is not None and stream.last is not None, "generate writes at least one token"
         tokens = output.sequences.shape[1] - ids.shape[1]
+        self.written = Written(question, tuple(output.sequences[0, ids.shape[1] :].tolist()), trace[0])
         return Reply(
             stream.answer,
             stream.stopped or (bool(stream.ids) and stream.ids[-1] in own.ends),

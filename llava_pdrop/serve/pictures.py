@@ -90,6 +90,17 @@ def picture_of(url: str, where: str, limits: Limits) -> Picture:
         data = _read(url, limits.directory, limits.picture_bytes)
     else:
         raise UserError(f"a picture is a data URI, a file or an https URL, not {clip(url, 60)!r}")
+    return looked_at(data, where, limits)
+
+
+def looked_at(data: bytes, where: str, limits: Limits) -> Picture:
+    """The picture that ``data`` begins like; it is named ``where``.
+
+    Raises:
+        UserError: it begins like none of `FORMATS`, or is too large; the message does not name ``where``.
+    """
+    if len(data) > limits.picture_bytes:
+        raise _too_large(limits.picture_bytes)
     _look(data, limits.pixels)
     return Picture(blake2b(data, digest_size=16).digest(), data, where)
 

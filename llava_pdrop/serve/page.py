@@ -1,0 +1,170 @@
+"""The page of ``llava-pdrop demo``. The one module that imports gradio, which needs an older pillow than all else may
+have (see README.md beside this file). Nothing is fetched from outside, measured for others or shared."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported; its check for newer versions goes too
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import gradio as gr
+
+from llava_pdrop.errors import UserError, line_of
+from llava_pdrop.report.console import say
+from llava_pdrop.serve.demo import Compared, Demo, pictures_of, table_of
+
+FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
+"""Of the visitor's own system: a theme may else fetch some."""
+
+MOST_DROPS = 6
+WAITING = 32
+"""Visitors that may wait for the model; the next one is told so."""
+
+STYLE = """
+.pictures { display: flex; flex-wrap: wrap; gap: 10px; }
+.pictures figure { margin: 0; flex: 1 1 150px; max-width: 340px; }
+.pictures img { width: 100%; }
+.pictures figcaption { font-size: 13px; }
+#figures td:nth-child(n+3), #figures th { white-space: nowrap; }
+"""
+INTRODUCTION = "One question, answered without and with dropping image tokens inside of the decoder."
+STAGES = "What is left of the picture as the model sees it (dark: dropped). Seconds are of one run each, vanilla first."
+CLICK = "Click on a token of an answer: which image tokens did the model look at when it wrote it?"
+WEIGHTS = (
+    "Attention of the position that wrote the token: mean over heads and over the layers named below a picture, where "
+    "a dropped token counts as 0; the brightest patch has the most. The percentage is what all image tokens have "
+    "together, the rest is on text. Recorded in one forward over the finished answer."
+)
+
+
+def _path_of(payload: Any) -> str | None:
+    """The file that holds an upload."""
+    return None if payload is None else payload.path
+
+
+def page_of(demo: Demo, title: str) -> gr.Blocks:
+    """The page about ``demo``, not yet served."""
+    sliders = demo.sliders
+    most = max(MOST_DROPS, len(sliders))
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        found = gr.State(None, time_to_live=3600)
+        gr.Markdown(f"## {title}\n{INTRODUCTION}")
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(label="Picture", sources=["upload", "clipboard"], elem_id="picture")
+                picture.preprocess = _path_of  # `Demo` reads it, and says what is wrong with it
+                question = gr.Textbox(label="Question", elem_id="question", max_length=4000)
+                ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            with gr.Column():
+                count = gr.Slider(0, most, len(sliders), step=1, label="Drops", elem_id="drops")
+                rows = list[Any]()
+                values = list[Any]()
+                for drop in range(most):
+                    layer, ratio = sliders[drop] if drop < len(sliders) else (demo.depth - 1, 0.0)
+                    with gr.Row(visible=drop < len(sliders), elem_id=f"drop{drop}") as row:
+                        values += [
+                            gr.Slider(0, demo.depth - 1, layer, step=1, label="Before layer", elem_id=f"layer{drop}"),
+                            gr.Slider(0, 1, ratio, step=0.001, label="share kept", elem_id=f"ratio{drop}"),
+                        ]
+                    rows.append(row)
+        problem = gr.Textbox(label="Not answered", visible=False, interactive=False, elem_id="problem")
+        figures = gr.HTML(elem_id="figures")
+        gr.Markdown(STAGES)
+        stages = gr.HTML(elem_id="stages")
+        gr.Markdown(CLICK)
+        with gr.Row():
+            texts = [
+                gr.HighlightedText(label=name, elem_id=id, combine_adjacent=False, show_inline_category=False)
+                for name, id in (("Answer, vanilla", "vanilla"), ("Answer with dropping", "dropping"))
+            ]
+        clicked = gr.HTML(elem_id="attention")
+        gr.Markdown(WEIGHTS)
+        count.change(
+            lambda drops: [gr.update(visible=drop < drops) for drop in range(most)],
+            count, rows, queue=False, api_visibility="private", show_progress="hidden",
+        )  # fmt: skip
+        one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        answered = [found, figures, *texts, stages, clicked]
+
+        def answer(picture: str | None, question: str, drops: float | None, *values: float | None) -> list[Any]:
+            shown = demo.compare(picture, question, [*zip(values[::2], values[1::2])][: int(drops or 0)])
+            pieces = [[(piece or "·", "token") for piece in side.pieces] for side in (shown.vanilla, shown.dropping)]
+            note = gr.update(value=shown.note, visible=bool(shown.note))
+            return [note, shown, table_of(shown), *pieces, pictures_of(demo.stages(shown)), None]
+
+        gr.on(
+            [ask.click, question.submit],
+            _told(answer, len(answered)),
+            [picture, question, count, *values],
+            [problem, *answered],
+            **one_at_a_time,
+        )
+        for text, dropping in zip(texts, (False, True)):
+            text.select(_told(_attention(demo, dropping), 1), [found], [problem, clicked], **one_at_a_time)
+    return page.queue(max_size=WAITING)
+
+
+def _attention(demo: Demo, dropping: bool) -> Callable[..., list[Any]]:
+    """What a click on a token of one of the two answers does."""
+
+    def attention(found: Compared | None, event: gr.SelectData) -> list[Any]:
+        if found is None:
+            raise UserError("the answer is not kept any longer: ask again")
+        pictures = demo.attention(found, dropping, int(event.index))
+        return [gr.update(visible=False), pictures_of(pictures)]
+
+    return attention
+
+
+def _told(act: Callable[..., list[Any]], outputs: int) -> Callable[..., list[Any]]:
+    """``act``, with what the visitor can mend as one line on the page, and nothing else changed there but ``outputs``
+    that are cleared."""
+
+    @functools.wraps(act)  # gradio reads the signature
+    def told(*given: Any) -> list[Any]:
+        try:
+            return act(*given)
+        except (UserError, OSError) as error:
+            return [gr.update(value=line_of(error), visible=True), *[None] * outputs]
+
+    return told
+
+
+def serve(demo: Demo, title: str, host: str, port: int) -> None:
+    """Serves the page until Ctrl-C.
+
+    Raises:
+        UserError: the address is taken.
+    """
+    demo.warm()
+    page = page_of(demo, title)
+    try:
+        if not port:
+            with socket.create_server((host, 0)) as free:
+                port = free.getsockname()[1]
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            run_history=False,
+            enable_monitoring=False,
+            show_error=True,
+            footer_links=[],
+            max_file_size=demo.limits.picture_bytes,
+            css=STYLE,
+            theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"--port {port}: nothing can listen at {host}:{port} ({line_of(error)})") from None
+    say(f"demo: {page.local_url} (Ctrl-C ends)")
+    page.block_thread()
