@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from math import isqrt
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
+from torch import Tensor, nn
 
 from llava_pdrop.compare.survivors import Example, Sight, as_seen, llava_sight, seen_in, surviving_tokens, token_grid
 from llava_pdrop.data.images import load_image
-from llava_pdrop.errors import ConfigError, UserError
+from llava_pdrop.errors import ConfigError, UserError, clip
 from llava_pdrop.eval.evaluate import MAX_NEW_TOKENS, AnswerSettings, answer, evaluate, finished, respondent_in
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.respondent import LlavaRespondent, ProcessorRespondent, Respondent
@@ -49,6 +50,15 @@ class Given:
         return "the picture"
 
 
+class Attached(ProcessorRespondent):
+    """An attached model with its processor: that one lays out all tokens, and hooks pool what is to be pooled."""
+
+    def inputs(
+        self, prepared: Sequence[tuple[str, list[Any]]], schedule: Schedule
+    ) -> tuple[dict[str, Tensor], list[list[int]]]:
+        return super().inputs(prepared, replace(schedule, downsample=0))
+
+
 def show(model: Any, processor: Any, picture: str | Path | ImageSource | Image.Image, question: str) -> Any:
     """Asks an attached model about a picture and draws which image tokens survive every stage of its schedule.
 
@@ -65,6 +75,10 @@ def show(model: Any, processor: Any, picture: str | Path | ImageSource | Image.I
         UserError: nothing is attached, or a schedule that drops nothing; the processor has no chat template; the
             picture cannot be read, or its tokens lie on no grid that this knows.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"show(model, processor, picture, question) takes a model; llava-pdrop show takes {clip(model)!r}"
+        )
     plugin = plugin_of(model)
     if plugin is None:
         raise UserError(
@@ -76,10 +90,10 @@ def show(model: Any, processor: Any, picture: str | Path | ImageSource | Image.I
         raise UserError(
             f"show() asks by the processor's chat template, and {type(processor).__name__} has none: set chat_template"
         )
-    source = (
-        Given(picture) if isinstance(picture, Image.Image) else Path(picture) if isinstance(picture, str) else picture
-    )
-    respondent = ProcessorRespondent(model, processor, plugin.given)
+    if isinstance(picture, Image.Image):
+        picture = Given(picture)
+    source = Path(picture) if isinstance(picture, str) else picture
+    respondent = Attached(model, processor, plugin.given)
     asked = ask("question", question, [source], str(source), gold="")
     try:  # which attaches the schedule and a trace of its own, and detaches
         result = evaluate(respondent, [asked], plugin.given, trace=True, max_new_tokens=MAX_NEW_TOKENS)
@@ -144,12 +158,15 @@ def sight_of(respondent: Respondent, question: Question, tokens: int, schedule: 
     if isinstance(respondent, LlavaRespondent):
         return llava_sight(respondent, question.record.images[0], schedule.downsample)
     assert isinstance(respondent, ProcessorRespondent), "there are two kinds"
-    return processor_sight(respondent, question, tokens)
+    return processor_sight(respondent, question, tokens, schedule.downsample)
 
 
-def processor_sight(respondent: ProcessorRespondent, question: Question, tokens: int) -> Sight:
+def processor_sight(respondent: ProcessorRespondent, question: Question, tokens: int, budget: int = 0) -> Sight:
     """How a model with its own processor sees the picture of ``question``: one grid of patches, as the processor says
     (``image_grid_thw``), a square one over its pixels, or the tiles of a LLaVA-NeXT.
+
+    Args:
+        budget: as `token_grid` takes it.
 
     Raises:
         UserError: it is cut into tiles, or its ``tokens`` lie otherwise.
@@ -159,7 +176,7 @@ def processor_sight(respondent: ProcessorRespondent, question: Question, tokens:
     if getattr(getattr(respondent.hf, "config", None), "model_type", None) == "llava_next":
         geometry, picture = geometry_of(respondent.hf.config), load_image(question.record.images[0])
         if geometry.num_tokens(picture.size) == tokens:
-            return Sight(as_seen(geometry, picture, ()), geometry.patch, token_grid(geometry, picture.size))
+            return Sight(as_seen(geometry, picture, ()), geometry.patch, token_grid(geometry, picture.size, budget))
     rows = columns = isqrt(tokens)
     patch, seen = 0, None
     if "image_grid_thw" in inputs:
@@ -174,6 +191,8 @@ def processor_sight(respondent: ProcessorRespondent, question: Question, tokens:
             f"{question.record.origin}: its {tokens} image tokens lie on no single grid of patches, as "
             f"{type(respondent.processor).__name__} cuts it: show draws LLaVAs, and models that see a picture whole"
         )
+    if budget:  # only LLaVAs are pooled
+        return Sight(seen, patch, token_grid(geometry_of(respondent.hf.config), seen.size, budget))
     return Sight(seen, patch, np.arange(tokens).reshape(rows, columns))
 
 

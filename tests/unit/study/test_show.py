@@ -90,6 +90,13 @@ def test_pooled_patches_are_drawn_whole(run: Path, picture: Path, capsys: pytest
     found = show_run(run, picture, QUESTION, overrides=[pools])
     assert found.tokens == [4, 2] and [int(kept.sum()) for kept in found.kept] == [16, 8]
     assert re.search(says("4 -> 2"), capsys.readouterr().out)
+    model, processor = opened(run)
+    attach(model, Schedule((2,), (0.5,), downsample=4))
+    figure = show(model, processor, picture, QUESTION)
+    assert [axes.get_title() for axes in figure.axes] == ["all: 4 tokens", "after drop 1: 2 tokens"]
+    for axes, kept in zip(figure.axes, found.kept):
+        drawn = np.asarray(axes.images[0].get_array())
+        assert (drawn == shade(np.asarray(found.picture), kept, found.patch)).all()
 
 
 def opened(directory: Path) -> tuple[Any, Any]:
@@ -123,6 +130,8 @@ def test_an_attached_model_is_drawn_and_left_as_it_was(family: str, picture: Pat
 
 def test_what_show_cannot_draw_is_one_line(run: Path, picture: Path, tmp_path: Path) -> None:
     model, processor = opened(run)
+    with pytest.raises(UserError, match=says("takes a model", "llava-pdrop show")):
+        show(str(run), str(picture), QUESTION, "out.png")
     with pytest.raises(UserError, match=says("attach", "LlavaForConditionalGeneration")):
         show(model, processor, picture, QUESTION)
     attach(model, Schedule())
