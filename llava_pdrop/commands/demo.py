@@ -50,8 +50,6 @@ def run(args: argparse.Namespace) -> None:
     for name, value in limits.items():
         if value is not None and value < 1:
             raise UserError(f"--most-{name.removeprefix('picture_')} must be at least 1, got {value}")
-    if not 0 <= args.port < 65536:
-        raise UserError(f"--port must be from 0 to 65535, got {args.port}")
     if find_spec("gradio") is None:
         raise UserError(NEEDED)
     from llava_pdrop.serve.page import serve

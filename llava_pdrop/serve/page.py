@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import gradio as gr
 from llava_pdrop.errors import UserError, line_of
 from llava_pdrop.report.console import say
 from llava_pdrop.serve.demo import Compared, Demo, pictures_of, table_of
+from llava_pdrop.serve.server import bound
 
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 """Of the visitor's own system: a theme may else fetch some."""
@@ -47,8 +47,14 @@ def _path_of(payload: Any) -> str | None:
     return None if payload is None else payload.path
 
 
+async def _not_fetched(url: str, *given: Any, **options: Any) -> str:
+    """In the place of gradio's download of what a request names instead of uploading it."""
+    raise gr.Error("URLs are not fetched: upload the picture")
+
+
 def page_of(demo: Demo, title: str) -> gr.Blocks:
     """The page about ``demo``, not yet served."""
+    gr.processing_utils.async_ssrf_protected_download = _not_fetched
     sliders = demo.sliders
     most = max(MOST_DROPS, len(sliders))
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -139,14 +145,13 @@ def serve(demo: Demo, title: str, host: str, port: int) -> None:
     """Serves the page until Ctrl-C.
 
     Raises:
-        UserError: the address is taken.
+        UserError: the address cannot be had.
     """
+    with bound(host, port) as free:  # before a model runs for nothing; gradio then binds by itself
+        port = free.getsockname()[1]
     demo.warm()
     page = page_of(demo, title)
     try:
-        if not port:
-            with socket.create_server((host, 0)) as free:
-                port = free.getsockname()[1]
         page.launch(
             server_name=host,
             server_port=port,
@@ -164,7 +169,7 @@ def serve(demo: Demo, title: str, host: str, port: int) -> None:
             theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
             prevent_thread_lock=True,
         )
-    except OSError as error:
-        raise UserError(f"--port {port}: nothing can listen at {host}:{port} ({line_of(error)})") from None
+    except OSError:  # somebody else came in between, or listens there already
+        raise UserError(f"--port {port}: is taken: name another one, or 0 for a free one") from None
     say(f"demo: {page.local_url} (Ctrl-C ends)")
     page.block_thread()

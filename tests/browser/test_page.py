@@ -6,12 +6,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -19,7 +22,7 @@ from PIL import Image
 
 from llava_pdrop.serve.conversation import Conversation, Settings
 from llava_pdrop.serve.demo import Demo
-from tests.browser.conftest import Asked, Served
+from tests.browser.conftest import ROOT, Asked, Served
 from tests.messages import says
 
 pytestmark = [
@@ -247,6 +250,41 @@ def test_visitors_at_one_time_have_each_their_own_schedule(
         for visitor in (first, second):
             visitor.page.locator("#picture").get_by_label("Remove Image").click()
             expect(visitor.page.locator("#picture img")).to_have_count(0)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("http://pictures.example/x.png", says("URLs are not fetched")), ("/etc/hostname", says("was not uploaded"))],
+)
+def test_requests_without_the_page_get_nothing_from_elsewhere(demo: Served, path: str, message: str) -> None:
+    """What a program may send instead of an upload."""
+    functions = httpx.get(f"{demo.address}/config").json()["dependencies"]
+    (asked,) = (entry for entry in functions if len(entry["inputs"]) > 5)
+    sliders = [3, *[value for drop in range(3) for value in (drop + 1, 0.5**drop)], *[3, 0] * 3]
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "What?", *sliders]
+    session = f"session{len(path)}"
+    body = {"data": data[: len(asked["inputs"])], "fn_index": asked["id"], "session_hash": session}
+    httpx.post(f"{demo.address}/gradio_api/queue/join", json=body).raise_for_status()
+    with httpx.stream("GET", f"{demo.address}/gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+        completed = next(line for line in stream.iter_lines() if "process_completed" in line)
+    assert re.search(message, completed) and '"success":false' in completed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--port", "{port}"], says("--port {port}", "another one")),
+        (["--port", "99999"], says("--port", "99999")),
+        (["--host", "203.0.113.9"], says("--host 203.0.113.9")),
+    ],
+)
+def test_an_address_that_cannot_be_had_is_one_line(demo: Served, run: Path, words: list[str], message: str) -> None:
+    port = str(urlsplit(demo.address).port)
+    command = [sys.executable, "-m", "llava_pdrop", "demo", str(run), *(word.replace("{port}", port) for word in words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert re.search(message.replace(re.escape("{port}"), port), line)
 
 
 def test_the_server_listens_here_only_and_speaks_with_nobody(demo: Served) -> None:

@@ -238,7 +238,6 @@ def test_what_is_given_holds(vip: Path, started: list) -> None:
         (["{vip}", "--max-new-tokens", "0"], says("--max-new-tokens", "0")),
         (["{vip}", "--most-pixels", "0"], says("--most-pixels", "0")),
         (["{vip}", "--most-bytes", "0"], says("--most-bytes", "0")),
-        (["{vip}", "--port", "99999"], says("--port", "99999")),
         (["{vip}", "pyramid_drop={layers: [9], ratios: [0.5]}"], says("pyramid_drop.layers", "9")),
     ],
 )
