@@ -16,19 +16,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
-def new_decoder(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """An untrained decoder. Its weights start at the scale 1/sqrt(inputs): with LLaMA's 0.02, right for wide models,
-    nothing is learnt at this width. The scale stands in the config, so that a new projector starts with it too."""
+def new_decoder(
+    tokenizer: PreTrainedTokenizerBase, width: int = HIDDEN, inner: int = 384, tied: bool = False
+) -> LlamaForCausalLM:
+    """An untrained decoder of 4 layers. Its weights start at the scale 1/sqrt(inputs): with LLaMA's 0.02, right for
+    wide models, nothing is learnt at this width. The scale stands in the config, so that a new projector starts with
+    it too."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=384,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
-        initializer_range=HIDDEN**-0.5,
-        tie_word_embeddings=False,
+        initializer_range=width**-0.5,
+        tie_word_embeddings=tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

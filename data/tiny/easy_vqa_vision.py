@@ -9,16 +9,12 @@ import easy_vqa
 import numpy as np
 import torch
 import torch.nn.functional as F
-from base_training import HIDDEN, Log, descend, half_cosine, set_lr
+from base_text import COLORS, SHAPES
+from base_training import Log, descend, half_cosine, set_lr
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-
-SHAPES = ("circle", "rectangle", "triangle")
-COLORS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
-BLANK = "."
-"""The word for a patch without the shape, as on the pages of the embedded default."""
 
 WIDTH, PATCH, SIZE = 64, 8, 96
 """Width of the tower; side of a patch and of a picture in pixels: 12 x 12 patches."""
@@ -173,13 +169,15 @@ def train_projector(
     This stands in for stage 1: the decoder does not take part, only its embedding table.
 
     Args:
-        shapes_VD: embeddings (3, HIDDEN) of the words `SHAPES`; ``colors_VD`` (8, HIDDEN) of `COLORS`.
+        shapes_VD: embeddings (3, D) of the words `SHAPES`; ``colors_VD`` (8, D) of `COLORS`.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 50])
     projector = LlavaMultiModalProjector(
         LlavaConfig(
-            vision_config=tower.config, text_config=LlamaConfig(hidden_size=HIDDEN), projector_hidden_act="gelu"
+            vision_config=tower.config,
+            text_config=LlamaConfig(hidden_size=shapes_VD.shape[1], num_attention_heads=1),
+            projector_hidden_act="gelu",
         )
     )
     for layer in (projector.linear_1, projector.linear_2):

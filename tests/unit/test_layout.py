@@ -49,6 +49,7 @@ OF_THE_WHOLE = {
     "test_bare.py": "which packages a GPU machine must have",
     "test_configs_build.py": "the files in configs",
     "test_documents.py": "what the documents name",
+    "test_easy_vqa.py": "what the easy-vqa runs start from: its recipe and the parts it ships",
     "test_encoding.py": "files and screens under other locales",
     "test_kinds.py": "tests/kinds.py: which tests start a process or train",
     "test_lab.py": "the laboratory: its pages, its recipe and the decoder it ships",

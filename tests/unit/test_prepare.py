@@ -10,14 +10,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from tests.messages import says
 
 PREPARE = Path(__file__).resolve().parents[2] / "data" / "prepare"
-TINY = PREPARE.parent / "tiny"
 SMALL = {"pretrain": 2, "train": 3, "eval": 3}
 
 
@@ -244,54 +241,3 @@ def test_a_directory_with_several_questions_a_record_is_not_taken_for_one_with_s
     easy_vqa.main([*arguments, "--single"])
     assert "already there" not in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out" / "train.json").read_text())) == 15
-
-
-@pytest.fixture
-def vision(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """What makes the tower of the easy-vqa runs."""
-    monkeypatch.syspath_prepend(str(TINY))
-    monkeypatch.setitem(sys.modules, "easy_vqa", easy_vqa)  # its name is also the package's
-    return load("easy_vqa_vision", TINY)
-
-
-def test_the_easy_vqa_tower_is_made_of_training_pictures(vision: ModuleType, tmp_path: Path) -> None:
-    """The package has no test part here, and a picture whose questions leave its colour open is left out."""
-    folder = tmp_path / "data" / "train"
-    (folder / "images").mkdir(parents=True)
-    questions = [
-        ["what is the teal shape?", "circle", 0],
-        ["is there a red shape?", "yes", 1],
-        ["is no triangle present?", "no", 1],
-        ["is there not a rectangle?", "no", 2],
-        ["is there a brown shape?", "no", 2],
-        ["is there not a blue shape?", "yes", 2],
-    ]
-    (folder / "questions.json").write_text(json.dumps(questions))
-    for number in range(3):
-        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / "images" / f"{number}.png")
-    pictures = vision.read_pictures(tmp_path)
-    assert [vision.SHAPES[number] for number in pictures.shapes] == ["circle", "triangle"]
-    assert [vision.COLORS[number] for number in pictures.colors] == ["teal", "red"]
-    assert pictures.pixels[:, 0, 0, 0].tolist() == [0, 1]
-
-
-def test_a_moved_shape_is_whole_and_its_patches_are_those_that_show_it(vision: ModuleType) -> None:
-    pixels = np.full((64, 64, 3), 240, np.uint8)
-    pixels[5:21, 30:62] = (0, 0, 255)
-    pictures = vision.Pictures(pixels[None], np.array([1]), np.array([2]))
-    for seed in range(5):
-        moved, mask = vision.move_shape(pixels, np.random.default_rng(seed))
-        assert mask.sum() == 16 * 32 and (moved[mask] == (0, 0, 255)).all() and (moved[~mask] == 240).all()
-        batch, share = vision.draw_batch(pictures, np.array([0]), np.random.default_rng(seed))
-        assert batch.shape == (1, 3, 96, 96) and share.shape == (1, 144)
-        assert share.sum().item() == pytest.approx(16 * 32 / 64**2 * 144, rel=0.05)
-        blue_minus_red = (batch[0, 2] - batch[0, 0]).unfold(0, 8, 8).unfold(1, 8, 8).mean((2, 3)).flatten()
-        assert torch.corrcoef(torch.stack([blue_minus_red, share[0]]))[0, 1] > 0.98
-
-
-def test_the_shipped_easy_vqa_weights_are_small() -> None:
-    """Under 1 MB, all in bfloat16."""
-    found = sorted((TINY / "easy_vqa").rglob("*.safetensors"))
-    assert [path.parent.name for path in found] == ["projector", "tower"]
-    assert sum(path.stat().st_size for path in found) < 1e6
-    assert {tensor.dtype for path in found for tensor in load_file(path).values()} == {torch.bfloat16}
