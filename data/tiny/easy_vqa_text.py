@@ -35,13 +35,19 @@ def is_what(form: str) -> bool:
     return form.startswith("what ")
 
 
-def answer_to(form: str, asked: tuple[str, str], shown: tuple[str, str]) -> tuple[str, str]:
-    """The answer and its kind (`KINDS`), if a question names the shape and colour ``asked`` and there is ``shown``."""
+def kind_of(question: str, answer: str) -> str:
+    """Which of `KINDS` a question, or its form, and its right answer are."""
+    if is_what(question):
+        return KINDS["color" in question.split()]
+    return KINDS[2 + ((answer == "yes") != is_negated(question))]
+
+
+def answer_to(form: str, asked: tuple[str, str], shown: tuple[str, str]) -> str:
+    """The answer to a question that names of the shape and colour ``asked`` what its form has a place for."""
     if is_what(form):
-        return (shown[1], KINDS[1]) if "color" in form.replace("{color}", "").split() else (shown[0], KINDS[0])
+        return shown["color" in form.split()]
     number = int("{color}" in form)
-    present = asked[number] == shown[number]
-    return "yes" if present != is_negated(form) else "no", KINDS[2 + present]
+    return "yes" if (asked[number] == shown[number]) != is_negated(form) else "no"
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,12 @@ class DescribedPictures:
             shown = self._pick(SHAPES), self._pick(COLORS)
             ids, at, kind = list(start), [], []
             for _ in range(turns):
-                question, answer, what = self._ask(shown, self.confirm if negation else self.affirmed)
-                ids += self.encode(question)
+                form, asked = self._ask(shown, self.confirm if negation else self.affirmed)
+                answer = answer_to(form, asked, shown)
+                ids += self.encode(form.format(shape=asked[0], color=asked[1]))
                 at += [len(ids) - 1, len(ids)]
                 ids += [*self.encode(" " + answer), *self.encode("\n")]
-                kind.append(KINDS.index(what))
+                kind.append(KINDS.index(kind_of(form, answer)))
             rows.append(torch.tensor(ids))
             words.append([self.encode(" " + word)[0] for word in shown])
             targets.append(at)
@@ -109,13 +116,14 @@ class DescribedPictures:
             kinds=torch.tensor(kinds),
         )
 
-    def _ask(self, shown: tuple[str, str], confirm: list[str]) -> tuple[str, str, str]:
+    def _ask(self, shown: tuple[str, str], confirm: list[str]) -> tuple[str, tuple[str, str]]:
+        """The form of a question, and the shape and colour to put into it."""
         form = self._pick(self.what if self.rng.random() < 0.25 else confirm)
         asked = shown
         if not is_what(form) and self.rng.random() < 0.5:
             shape, color = ([word for word in those if word not in shown] for those in (SHAPES, COLORS))
             asked = self._pick(shape), self._pick(color)
-        return form.format(shape=asked[0], color=asked[1]), *answer_to(form, asked, shown)
+        return form, asked
 
     def _pick(self, those: tuple[str, ...] | list[str]) -> str:
         return those[int(self.rng.integers(len(those)))]

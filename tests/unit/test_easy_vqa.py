@@ -35,6 +35,7 @@ class Recipe(NamedTuple):
     easy_vqa: ModuleType
     text: ModuleType
     decoder: ModuleType
+    kinds: ModuleType
     vision: ModuleType
 
 
@@ -46,10 +47,11 @@ def recipe() -> Iterator[Recipe]:
     try:
         import easy_vqa
         import easy_vqa_decoder
+        import easy_vqa_kinds
         import easy_vqa_text
         import easy_vqa_vision
 
-        yield Recipe(easy_vqa, easy_vqa_text, easy_vqa_decoder, easy_vqa_vision)
+        yield Recipe(easy_vqa, easy_vqa_text, easy_vqa_decoder, easy_vqa_kinds, easy_vqa_vision)
     finally:
         sys.path[:] = path
         for name, module in list(sys.modules.items()):
@@ -77,7 +79,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def test_answers_about_a_teal_circle(recipe: Recipe, form: str, answer: str, kind: str) -> None:
     question = form.format(shape="circle", color="red")
     assert recipe.text.form_of(question) == form
-    assert recipe.text.answer_to(form, ("circle", "red"), ("circle", "teal")) == (answer, kind)
+    assert recipe.text.answer_to(form, ("circle", "red"), ("circle", "teal")) == answer
+    assert recipe.text.kind_of(question, answer) == recipe.text.kind_of(form, answer) == kind
 
 
 @pytest.mark.skipif(find_spec("easy_vqa") is None, reason="the third-party package easy-vqa is not installed")
@@ -92,7 +95,7 @@ def test_the_rules_answer_as_the_package_does(recipe: Recipe) -> None:
             named = [next((word for word in words if word in those), "") for those in (text.SHAPES, text.COLORS)]
             asked.append((text.form_of(question), named, answer))
         assert any(
-            all(text.answer_to(form, named, shown)[0] == answer for form, named, answer in asked)
+            all(text.answer_to(form, named, shown) == answer for form, named, answer in asked)
             for shown in itertools.product(text.SHAPES, text.COLORS)
         ), number
 
@@ -113,9 +116,7 @@ def test_described_pictures_are_asked_about_rightly(recipe: Recipe, tokenizer: P
             named = [
                 next((word for word in question.split() if word in those), "") for those in (text.SHAPES, text.COLORS)
             ]
-            assert (
-                answer == text.answer_to(text.form_of(question), named, shown)[0] == tokenizer.decode(answer_id).strip()
-            )
+            assert answer == text.answer_to(text.form_of(question), named, shown) == tokenizer.decode(answer_id).strip()
         assert {tokenizer.decode(token) for token in next_ids[1::2]} == {"\n"}
 
 
@@ -172,6 +173,30 @@ def test_the_configs_start_from_what_is_shipped(name: str, monkeypatch: pytest.M
     model = load_config(f"configs/tiny/easy_vqa_{name}.yaml").model
     parts = [Path(str(part)).resolve() for part in (model.language_model, model.vision_tower, model.projector)]
     assert parts == [SHIPPED / "language_model", SHIPPED / "tower", SHIPPED / "projector" / "model.safetensors"]
+
+
+def test_accuracy_by_kind_is_the_mean_over_seeds(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "predictions").mkdir()
+    asked = [("what shape is present?", "circle"), ("is there a circle?", "yes"), ("is no circle present?", "no"),
+             ("is there a red shape?", "no")]  # fmt: skip
+    for name, scores in {
+        "vanilla": (1, 1, 0, 1),
+        "vanilla-seed_1": (1, 0, 0, 1),
+        "vanilla_on_random": (0, 1, 1, 1),
+    }.items():
+        rows = [{"question": q, "gold": gold, "score": score} for (q, gold), score in zip(asked, scores, strict=True)]
+        (tmp_path / "predictions" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    recipe.kinds.main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        "| variant | all 4 | what shape 1 | yes/no, word absent 1 | yes/no, word present 2 |",
+        "|---|---:|---:|---:|---:|",
+        "| vanilla | 62.5 % ± 12.5 | 100.0 % ± 0.0 | 100.0 % ± 0.0 | 25.0 % ± 25.0 |",
+        "| vanilla + random | 75.0 % | 0.0 % | 100.0 % | 100.0 % |",
+    ]
+    with pytest.raises(SystemExit, match="has no answers"):
+        recipe.kinds.main([str(tmp_path / "predictions")])
 
 
 def test_the_easy_vqa_tower_is_made_of_training_pictures(recipe: Recipe, tmp_path: Path) -> None:
