@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from math import isqrt
@@ -31,6 +31,30 @@ from llava_pdrop.types import ImageSource
 
 DRAWN = (".png", ".pdf", ".svg")
 """Endings of files that are drawn. (Without one, matplotlib adds its own.)"""
+
+GRIDS: dict[str, Literal["pixels", "thw", "tiles"]] = {
+    "llava": "pixels",
+    "vipllava": "pixels",
+    "mistral3": "pixels",
+    "internvl": "pixels",
+    "deepseek_vl": "pixels",
+    "janus": "pixels",
+    "gemma3": "pixels",
+    "paligemma": "pixels",
+    "llava_next": "tiles",
+    "qwen2_vl": "thw",
+    "qwen2_5_vl": "thw",
+    "qwen3_vl": "thw",
+    "qwen3_vl_moe": "thw",
+    "glm4v": "thw",
+    "glm4v_moe": "thw",
+    "glm46v": "thw",
+    "glm_ocr": "thw",
+    "video_llama_3": "thw",
+}
+"""``model_type`` -> what says its grid of patches. Only those whose image tokens are proved to be patches row by row
+(``tests/parity/test_sight.py``): the tokens of others may be learned queries, as Aria's are, or overlap, as those of
+GOT-OCR2 do behind strided convolutions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,38 +186,67 @@ def sight_of(respondent: Respondent, question: Question, tokens: int, schedule: 
 
 
 def processor_sight(respondent: ProcessorRespondent, question: Question, tokens: int, budget: int = 0) -> Sight:
-    """How a model with its own processor sees the picture of ``question``: one grid of patches, as the processor says
-    (``image_grid_thw``), a square one over its pixels, or the tiles of a LLaVA-NeXT.
+    """How a model with its own processor sees the picture of ``question``: one grid of patches over its pixels or as
+    the processor says (``image_grid_thw``), or the tiles of a LLaVA-NeXT.
 
     Args:
         budget: as `token_grid` takes it.
 
     Raises:
-        UserError: it is cut into tiles, or its ``tokens`` lie otherwise.
+        UserError: the model is none of `GRIDS`, the picture is cut into tiles, or its ``tokens`` lie otherwise.
     """
+    config = respondent.hf.config
+    kind = GRIDS.get(config.model_type)
+    if kind is None:
+        raise UserError(
+            f"{question.record.origin}: nothing is drawn, as nobody has proved which patch an image token of "
+            f"{type(respondent.hf).__name__} (model_type {config.model_type}) shows: show draws {', '.join(GRIDS)}"
+        )
     inputs, _ = respondent.inputs([respondent.prepare(question)], Schedule())
-    images, pixels = respondent.processor.image_processor, inputs.get("pixel_values")
-    if getattr(getattr(respondent.hf, "config", None), "model_type", None) == "llava_next":
-        geometry, picture = geometry_of(respondent.hf.config), load_image(question.record.images[0])
+    images, source = respondent.processor.image_processor, question.record.images[0]
+    if kind == "tiles":
+        geometry, picture = geometry_of(config), load_image(source)
         if geometry.num_tokens(picture.size) == tokens:
             return Sight(as_seen(geometry, picture, ()), geometry.patch, token_grid(geometry, picture.size, budget))
-    rows = columns = isqrt(tokens)
-    patch, seen = 0, None
-    if "image_grid_thw" in inputs:
-        merge = getattr(images, "merge_size", 1)
-        rows, columns = (int(side) // merge for side in inputs["image_grid_thw"][0][1:])
-        patch = merge * images.patch_size
-        seen = load_image(question.record.images[0]).resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
-    elif pixels is not None and pixels.ndim == 4 and len(pixels) == 1:
-        patch, seen = pixels.shape[-1] // columns, unnormalised(pixels[0].numpy(), images)
-    if rows * columns != tokens or seen is None:
-        raise UserError(
-            f"{question.record.origin}: its {tokens} image tokens lie on no single grid of patches, as "
-            f"{type(respondent.processor).__name__} cuts it: show draws LLaVAs, and models that see a picture whole"
-        )
-    if budget:  # only LLaVAs are pooled
-        return Sight(seen, patch, token_grid(geometry_of(respondent.hf.config), seen.size, budget))
-    return Sight(seen, patch, np.arange(tokens).reshape(rows, columns))
+    elif kind == "pixels" and (found := _over_pixels(inputs, tokens, config)):
+        rows, columns, patch, pixels = found
+        seen = unnormalised(pixels, images)
+        if budget:  # only LLaVAs are pooled
+            return Sight(seen, patch, token_grid(geometry_of(config), seen.size, budget))
+        return Sight(seen, patch, np.arange(tokens).reshape(rows, columns))
+    elif kind == "thw":
+        merge = int(inputs["image_merge_sizes"][0]) if "image_merge_sizes" in inputs else images.merge_size
+        frames, rows, columns = (int(side) for side in inputs["image_grid_thw"][0])
+        rows, columns, patch = rows // merge, columns // merge, merge * images.patch_size
+        if frames == 1 and rows * columns == tokens:
+            seen = load_image(source).resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
+            return Sight(seen, patch, np.arange(tokens).reshape(rows, columns))
+    raise UserError(
+        f"{question.record.origin}: its {tokens} image tokens lie on no single grid of patches, as "
+        f"{type(respondent.processor).__name__} cuts it: show draws LLaVAs, and models that see a picture whole"
+    )
+
+
+def _over_pixels(inputs: Mapping[str, Tensor], tokens: int, config: Any) -> tuple[int, int, int, np.ndarray] | None:
+    """Rows, columns, pixels of a patch's side, and the picture (3, height, width), if ``tokens`` square patches lie
+    over all of it; else None. The sides say the grid: 144 tokens of 128x72 pixels are 9 rows of 16, and not 12 of 12.
+    """
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.ndim != 4 or len(pixels) != 1 or not tokens:
+        return None
+    picture = pixels[0].float().cpu().numpy()
+    if "image_sizes" in inputs:  # of Pixtral: what lies beside and below was added for other pictures
+        height, width = (int(side) for side in inputs["image_sizes"][0])
+        picture = picture[:, :height, :width]
+    _, height, width = picture.shape
+    patch = isqrt(height * width // tokens)
+    if not patch or height % patch or width % patch or height // patch * (width // patch) != tokens:
+        return None
+    tower = getattr(getattr(config, "vision_config", None), "patch_size", None) or patch
+    own = set(tower if isinstance(tower, (list, tuple)) else [tower])
+    if any(patch % side for side in own):  # towers may merge whole patches, and cut none
+        return None
+    return height // patch, width // patch, patch, picture
 
 
 def unnormalised(pixels: np.ndarray, images: object) -> Image.Image:

@@ -165,12 +165,12 @@ def test_tiles_of_a_llava_next_are_drawn(tiny_files: Path, tmp_path: Path) -> No
     assert [axes.images[0].get_array().shape for axes in figure.axes] == [(48, 96, 3)] * 2
 
 
-def respondent(images: SimpleNamespace, **inputs: object) -> SimpleNamespace:
+def respondent(images: SimpleNamespace, kind: str = "vipllava", **inputs: object) -> SimpleNamespace:
     """What `processor_sight` asks of a model with its own processor."""
     processor = SimpleNamespace(image_processor=images)
     return SimpleNamespace(
         processor=processor,
-        hf=SimpleNamespace(),
+        hf=SimpleNamespace(config=SimpleNamespace(model_type=kind)),
         prepare=lambda question: question,
         inputs=lambda prepared, schedule: (inputs, [[0]]),
     )
@@ -188,7 +188,7 @@ def test_a_square_is_drawn_as_the_processor_made_it(picture: Path) -> None:
 
 def test_a_grid_is_as_the_processor_says(picture: Path) -> None:
     images = SimpleNamespace(merge_size=2, patch_size=14)
-    given = respondent(images, image_grid_thw=torch.tensor([[1, 4, 6]]), pixel_values=torch.zeros(24, 5))
+    given = respondent(images, "qwen2_vl", image_grid_thw=torch.tensor([[1, 4, 6]]), pixel_values=torch.zeros(24, 5))
     sight = processor_sight(given, ask("q", "?", [picture], "q", ""), 6)
     assert sight.picture.size == (84, 56) and sight.patch == 28
     assert np.argwhere(sight.grid([4])).tolist() == [[1, 1]]
