@@ -70,10 +70,28 @@ def load_image(source: str | Path | ImageSource) -> Image.Image:
             that is left, or has values that are no colours; the message names it.
     """
     with _opened(source) as image:
-        orientation = _orientation(image)
-        image.load()
-        kind = "I;16" if image.format == "PPM" and image.mode == "I" else image.mode  # PIL scales them to 65535
-        return _to_rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image, kind)
+        return _upright(image)
+
+
+def upright(picture: Image.Image, name: str = "the picture") -> Image.Image:
+    """`load_image` of a picture that somebody has opened, of an animation the frame where it stands. It stays open.
+
+    Raises:
+        UserError: as `load_image`; the message calls it ``name``. Also where it is closed.
+    """
+    with _named(name):
+        try:
+            _check_sides(picture)
+            return _upright(picture)
+        except (AssertionError, AttributeError):  # what PIL meets where it looks for the file
+            raise UserError("cannot be read as an image, its file is closed; open it again") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
+    image.load()
+    kind = "I;16" if image.format == "PPM" and image.mode == "I" else image.mode  # PIL scales them to 65535
+    return _to_rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image, kind)
 
 
 def image_size(source: str | Path | ImageSource) -> tuple[int, int]:
@@ -97,14 +115,23 @@ def image_header(source: str | Path | ImageSource) -> tuple[tuple[int, int], str
 def _opened(source: str | Path | ImageSource) -> Iterator[Image.Image]:
     """The picture with its header read; errors in the body of the ``with`` statement name the source too."""
     source = Path(source) if isinstance(source, str) else source
-    name = clip(source)
+    with _named(clip(source), source), source.open("rb") as file, Image.open(file) as image:
+        _check_sides(image)
+        yield image
+
+
+def _check_sides(image: Image.Image) -> None:
+    if max(image.size) > LONGEST_SIDE:
+        raise Image.DecompressionBombError(
+            f"a side of {max(image.size):,} pixels, and at most {LONGEST_SIDE:,} are taken"
+        )
+
+
+@contextmanager
+def _named(name: str, source: ImageSource | None = None) -> Iterator[None]:
+    """What goes wrong with a picture in the body of the ``with`` statement as a `UserError` that names it."""
     try:
-        with source.open("rb") as file, Image.open(file) as image:
-            if max(image.size) > LONGEST_SIDE:
-                raise Image.DecompressionBombError(
-                    f"a side of {max(image.size):,} pixels, and at most {LONGEST_SIDE:,} are taken"
-                )
-            yield image
+        yield
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except MemoryError:
@@ -115,8 +142,9 @@ def _opened(source: str | Path | ImageSource) -> Iterator[Image.Image]:
         raise MissingFileError(f"{name}: no such image; check the image root") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"{name}: cannot be read as an image, it is too large ({error}); make it smaller") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{name}: cannot be read as an image ({_contents(source)}); replace or remove it") from None
+    except UnidentifiedImageError as error:
+        reason = _reason(error) if source is None else _contents(source)
+        raise UserError(f"{name}: cannot be read as an image ({reason}); replace or remove it") from None
     except READ_ERRORS as error:
         raise UserError(f"{name}: cannot be read as an image ({_reason(error)}); replace or remove it") from None
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llava_pdrop.compare.survivors import Example, Sight, as_seen, llava_sight, seen_in, surviving_tokens, token_grid
-from llava_pdrop.data.images import load_image
+from llava_pdrop.data.images import load_image, upright
 from llava_pdrop.errors import ConfigError, UserError, clip
 from llava_pdrop.eval.evaluate import MAX_NEW_TOKENS, AnswerSettings, answer, evaluate, finished, respondent_in
 from llava_pdrop.eval.questions import Question, ask
@@ -64,9 +64,10 @@ class Given:
     picture: Image.Image
 
     def open(self, mode: Literal["rb"], /) -> BinaryIO:
-        """The picture as a file."""
+        """The picture as a file: upright and in 8 bits, as `load_image` makes it of its own file."""
         file = BytesIO()
-        self.picture.convert("RGB").save(file, "PNG")
+        plain = Image.fromarray(np.asarray(upright(self.picture)))  # without what would turn it again
+        plain.save(file, "PNG")
         file.seek(0)
         return file
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
 from llava_pdrop.data import images
-from llava_pdrop.data.images import image_size, load_image, preprocess
+from llava_pdrop.data.images import image_size, load_image, preprocess, upright
 from llava_pdrop.errors import UserError
 from llava_pdrop.geometry import ImageGeometry
 from tests.messages import says
@@ -305,3 +305,31 @@ def test_any_file_is_a_picture_or_one_line(tmp_path_factory, data):
         if max(size) <= 200:
             pixels = preprocess(picture, PAD, CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56)).pixels
             assert pixels.shape == (1, 3, 56, 56) and bool(pixels.isfinite().all())
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_an_opened_picture_is_that_of_its_file(tmp_path, orientation, suffix):
+    path, exif = tmp_path / f"picture.{suffix}", Image.Exif()
+    if orientation:
+        exif[images.EXIF_ORIENTATION] = orientation
+    Image.linear_gradient("L").resize((20, 30)).convert("RGB").save(path, exif=exif)
+    expected = load_image(path)
+    assert expected.size == ((30, 20) if orientation in (5, 6, 8) else (20, 30))
+    with Image.open(path) as opened:
+        assert (np.asarray(upright(opened)) == np.asarray(expected)).all()
+        assert (np.asarray(upright(opened)) == np.asarray(expected)).all(), "not turned in place"
+    with Image.open(path) as opened:
+        pass
+    with pytest.raises(UserError, match=says("own name", "cannot be read")):
+        upright(opened, "own name")  # closed before its pixels were read
+
+
+def test_greys_of_an_opened_picture_are_scaled_as_those_of_its_file(tmp_path):
+    values = (np.arange(600, dtype=np.uint16) * 109).reshape(30, 20)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    expected = np.asarray(load_image(tmp_path / "grey.png"))
+    assert expected.max() == 254 and len(np.unique(expected)) > 200
+    with Image.open(tmp_path / "grey.png") as opened:
+        assert (np.asarray(upright(opened)) == expected).all()
+    assert (np.asarray(upright(Image.fromarray(values))) == expected).all()

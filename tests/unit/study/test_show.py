@@ -128,6 +128,22 @@ def test_an_attached_model_is_drawn_and_left_as_it_was(family: str, picture: Pat
     assert (np.asarray(again.axes[3].images[0].get_array()) == dropped).all()
 
 
+@pytest.mark.parametrize("kind", ["turned.jpg", "grey.png"])
+def test_an_opened_picture_is_drawn_as_its_file(kind: str, vip: Path, tmp_path: Path) -> None:
+    """Upright, and 16-bit greys scaled and not clipped."""
+    model, processor = opened(vip)
+    attach(model, Schedule((2,), (0.5,)))
+    exif, file = Image.Exif(), tmp_path / kind
+    exif[0x0112] = 6
+    grey = np.linspace(0, 65535, 48 * 36).astype(np.uint16).reshape(36, 48)
+    shown = Image.fromarray(grey) if kind == "grey.png" else Image.fromarray((grey // 257).astype(np.uint8))
+    shown.save(file, **({"exif": exif} if kind == "turned.jpg" else {}))
+    expected = [np.asarray(axes.images[0].get_array()) for axes in show(model, processor, file, QUESTION).axes]
+    with Image.open(file) as open_picture:
+        found = [np.asarray(axes.images[0].get_array()) for axes in show(model, processor, open_picture, QUESTION).axes]
+    assert expected[0].std() > 30 and all((one == other).all() for one, other in zip(expected, found))
+
+
 def test_what_show_cannot_draw_is_one_line(run: Path, picture: Path, tmp_path: Path) -> None:
     model, processor = opened(run)
     with pytest.raises(UserError, match=says("takes a model", "llava-pdrop show")):
