@@ -16,15 +16,17 @@ from llava_pdrop.schedule import Schedule
 @contextmanager
 def generating(hf: Any, schedule: Schedule, trace: list[ForwardStep] | None = None) -> Iterator[None]:
     """``hf`` in evaluation mode with ``schedule`` attached; it and the random numbers afterwards as before."""
-    training, device = hf.training, next(hf.parameters()).device
-    hf.eval()
+    device = next(hf.parameters()).device
     attach(hf, schedule, trace)
+    modes = [(module, module.training) for module in hf.modules()]  # a frozen tower may be in another than the rest
+    hf.eval()
     try:  # of all GPUs only its own: a process that looks at another one's random numbers takes memory there
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
             yield
     finally:
         detach(hf)
-        hf.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def answer_text(ids: Sequence[int], tokenizer: Any, ends: Sequence[int], stops: Sequence[str]) -> str:

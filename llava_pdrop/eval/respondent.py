@@ -231,9 +231,9 @@ class ProcessorRespondent:
                 f"{type(self.hf).__name__} lays out tiles is not known"
             )
         texts, pictures = [text for text, _ in prepared], [own for _, own in prepared]
-        bos = self.tokenizer.bos_token
-        self.tokenizer.padding_side = "left"
+        bos, side = self.tokenizer.bos_token, self.tokenizer.padding_side
         try:
+            self.tokenizer.padding_side = "left"
             inputs = self.processor(
                 text=texts,
                 images=pictures if any(pictures) else None,
@@ -243,6 +243,8 @@ class ProcessorRespondent:
             )
         except ValueError as error:
             raise UserError(f"{type(self.processor).__name__}: {clip(first_line(error))}") from None
+        finally:  # somebody may train with it
+            self.tokenizer.padding_side = side
         config = self.hf.config
         token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
         counts = (inputs["input_ids"] == token).sum(1).tolist()

@@ -128,6 +128,28 @@ def test_an_attached_model_is_drawn_and_left_as_it_was(family: str, picture: Pat
     assert (np.asarray(again.axes[3].images[0].get_array()) == dropped).all()
 
 
+def test_processor_and_modes_are_left_as_they_were(vip: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody trains with them: on the right, and a frozen tower in evaluation mode."""
+    model, processor = opened(vip)
+    processor.tokenizer.padding_side = "right"
+    model.train()
+    model.get_submodule("model.vision_tower").eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    attach(model, Schedule((2,), (0.5,)))
+    show(model, processor, picture, QUESTION)
+    assert processor.tokenizer.padding_side == "right"
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    monkeypatch.setattr(type(processor), "__call__", broken)
+    with pytest.raises(UserError, match=says(type(processor).__name__, "out of order")):
+        show(model, processor, picture, QUESTION)
+    assert processor.tokenizer.padding_side == "right"
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def broken(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("out of order")
+
+
 @pytest.mark.parametrize("kind", ["turned.jpg", "grey.png"])
 def test_an_opened_picture_is_drawn_as_its_file(kind: str, vip: Path, tmp_path: Path) -> None:
     """Upright, and 16-bit greys scaled and not clipped."""
