@@ -24,8 +24,9 @@ from llava_pdrop.types import ImageSource
 @dataclass(frozen=True)
 class Example:
     """A question with its picture (as the tower sees it, ``patch`` pixels per patch) and, for every stage, which
-    patches (rows, columns) still have their image token, and how many ``tokens`` these are (a pooled one shows several
-    patches). ``gold`` is empty where nobody knows the answer."""
+    patches (rows, columns) still have their image token, how many image ``tokens`` are there, and how many of these are
+    ``drawn`` (a pooled one shows several patches; newlines and the whole picture beside its tiles show none). ``gold``
+    is empty where nobody knows the answer."""
 
     question: str
     gold: str
@@ -34,6 +35,7 @@ class Example:
     patch: int
     kept: list[np.ndarray]
     tokens: list[int]
+    drawn: list[int]
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,18 @@ class Sight:
         """Which patches (rows, columns) the image tokens of these numbers show."""
         return np.isin(self.token_RC, np.asarray(kept, dtype=np.int64))
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """Of the image tokens that show a patch."""
+        return np.unique(self.token_RC[self.token_RC >= 0])
+
     def count(self, kept: Sequence[int]) -> int:
         """How many of these image tokens show a patch."""
         return len(np.intersect1d(self.token_RC, kept))
+
+    def text(self, kept: Sequence[int]) -> str:
+        """How many image tokens these are, and where some show no patch how many are drawn."""
+        return tokens_text(len(kept), self.count(kept))
 
 
 def examples(
@@ -91,8 +102,14 @@ def seen_in(result: Result, question: Question, see: Callable[[ImageSource, int]
     `example`."""
     prompt, text = result.steps[0], result.predictions[0]
     sight, stages = see(question.record.images[0], len(prompt.pictures[0])), stages_of(prompt)
-    kept, tokens = [sight.grid(stage) for stage in stages], [sight.count(stage) for stage in stages]
-    return Example(text.question, text.gold, text.answer, sight.picture, sight.patch, kept, tokens)
+    kept, drawn = [sight.grid(stage) for stage in stages], [sight.count(stage) for stage in stages]
+    tokens = [len(stage) for stage in stages]
+    return Example(text.question, text.gold, text.answer, sight.picture, sight.patch, kept, tokens, drawn)
+
+
+def tokens_text(tokens: int, drawn: int) -> str:
+    """How many image tokens are there, and where some show no patch how many are ``drawn``."""
+    return f"{tokens} tokens" if drawn == tokens else f"{tokens} tokens, {drawn} drawn"
 
 
 def stages_of(prompt: ForwardStep) -> list[list[int]]:
@@ -143,14 +160,15 @@ def surviving_tokens(shown: Sequence[Example]) -> Any:
     size = (2.3 * columns + 1.9, (height + 0.35) * len(shown))
     figure, grid = subplots(len(shown), columns, figsize=size, layout="constrained", squeeze=False)
     for line, example in zip(grid, shown):
-        for stage, (axes, kept, tokens) in enumerate(zip(line, example.kept, example.tokens)):
+        for stage, (axes, kept, tokens, drawn) in enumerate(zip(line, example.kept, example.tokens, example.drawn)):
             axes.imshow(shade(np.asarray(example.picture), kept, example.patch), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.grid(visible=False)
             for spine in axes.spines.values():
                 spine.set(visible=True, color=GRID)
             name = "all" if stage == 0 else f"after drop {stage}"
-            axes.set_title(f"{name}: {tokens} tokens", fontsize=9, fontweight="normal")
+            title = textwrap.fill(f"{name}: {tokens_text(tokens, drawn)}", 34)
+            axes.set_title(title, fontsize=9, fontweight="normal")
         _caption(line[0], example)
     return figure
 

@@ -24,7 +24,7 @@ from llava_pdrop.schedule import Schedule
 from llava_pdrop.serve.conversation import Conversation, Reply, Settings, Written
 from llava_pdrop.serve.pictures import Limits, Picture, looked_at
 from llava_pdrop.serve.stream import UNFINISHED
-from llava_pdrop.study.attended import attention_of, drawn, spans
+from llava_pdrop.study.attended import attention_of, drawn, share_text, spans
 from llava_pdrop.study.show import sight_of
 
 Captioned = tuple[Image.Image, str]
@@ -162,7 +162,7 @@ class Demo:
         names = ["at first", *(f"from layer {layer} on" for layer in side.schedule.layers)]
         picture, stages = np.asarray(sight.picture.convert("RGB")), stages_of(side.written.step)
         return [
-            (enlarged(Image.fromarray(shade(picture, sight.grid(kept), sight.patch))), f"{name}: {len(kept)} tokens")
+            (enlarged(Image.fromarray(shade(picture, sight.grid(kept), sight.patch))), f"{name}: {sight.text(kept)}")
             for name, kept in zip(names, stages)
         ]
 
@@ -183,7 +183,7 @@ class Demo:
         return [
             (
                 enlarged(drawn(side.sight, weight_QN[token], alive_N)),
-                f"{layers}: {float(weight_QN[token].sum()):.1%} on the picture",
+                f"{layers}: {share_text(side.sight, weight_QN[token], alive_N)}",
             )
             for layers, weight_QN, alive_N in side.weights
         ]

@@ -196,16 +196,26 @@ def weights(got: Attended, allowed_QK: Tensor) -> Tensor:
 
 
 def drawn(sight: Sight, weight_N: Tensor, alive_N: Tensor) -> Image.Image:
-    """The picture as the model sees it, its patches glowing as the weight of their token, of the largest one; patches
-    whose token is not alive are dark."""
-    most, picture = float(weight_N.max()), np.asarray(sight.picture.convert("RGB"))
+    """The picture as the model sees it, its patches glowing as the weight of their token, of the largest one that is
+    drawn; patches whose token is not alive are dark."""
+    shown, picture = weight_N[torch.from_numpy(sight.numbers)], np.asarray(sight.picture.convert("RGB"))
+    most = float(shown.max()) if len(shown) else 0.0
     share_N = (weight_N / most if most > 0 else weight_N).numpy()
     share_RC = np.where(sight.token_RC >= 0, share_N[sight.token_RC], 0.0)
     share = np.repeat(np.repeat(share_RC, sight.patch, 0), sight.patch, 1)[: len(picture), : picture.shape[1], None]
     glowing = 0.55 * picture * (1 - share) + GLOW * (0.35 + 0.65 * share) * share + 0.45 * picture * share
     kept = sight.grid(alive_N.nonzero()[:, 0].tolist())
-    shown = shade(glowing.clip(0, 255).astype(np.uint8), kept, sight.patch)
-    return Image.fromarray(shown)
+    return Image.fromarray(shade(glowing.clip(0, 255).astype(np.uint8), kept, sight.patch))
+
+
+def share_text(sight: Sight, weight_N: Tensor, alive_N: Tensor) -> str:
+    """How much of the attention lies on the picture, and where image tokens are alive that show no patch, how much on
+    the patches that are drawn."""
+    whole = f"{float(weight_N.sum()):.1%} on the picture"
+    alive = alive_N.nonzero()[:, 0].tolist()
+    if sight.count(alive) == len(alive):
+        return whole
+    return f"{whole}, {float(weight_N[torch.from_numpy(sight.numbers)].sum()):.1%} on the patches drawn"
 
 
 def spans(schedule: Schedule, depth: int) -> list[range]:

@@ -164,8 +164,9 @@ def show_run(
     asked = ask("question", question, [Path(picture)], str(picture), gold="")
     result = answer(AnswerSettings.of(config), respondent, [asked], schedule, None, trace=True)
     found = seen_in(result, asked, lambda source, tokens: sight_of(respondent, asked, tokens, schedule))
-    stages = " -> ".join(map(str, found.tokens))
-    say(f"{question!r}: {found.answer!r}; patches that survive {schedule.amounts_text}: {stages}")
+    stages, drawn = (" -> ".join(map(str, counts)) for counts in (found.tokens, found.drawn))
+    rest = "" if found.drawn == found.tokens else f", of which are drawn {drawn}"
+    say(f"{question!r}: {found.answer!r}; image tokens that survive {schedule.amounts_text}: {stages}{rest}")
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not save_picture(file, lambda: surviving_tokens([found]), facecolor="white"):

@@ -12,9 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from llava_pdrop.__main__ import main
+from llava_pdrop.checkpoint.build import build_parts
+from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.answering import answer_all
 from llava_pdrop.eval.questions import ask
@@ -81,6 +84,25 @@ def test_pooled_pictures_have_a_stage_and_vanilla_its_own_patches(
     assert len(np.unique(found.vanilla.sight.token_RC)) == 16 and len(np.unique(found.dropping.sight.token_RC)) == 4
     none = demo.compare(pictures[0], QUESTION, [])
     assert none.dropping.reply.stages == (4,) and len(demo.stages(none)) == 1
+
+
+def test_captions_tell_tokens_that_are_not_drawn(tiny_files: Path, tmp_path: Path) -> None:
+    """Of a LLaVA-NeXT's 52 tokens 16 are the whole picture's and 4 newlines."""
+    torch.manual_seed(0)
+    parts = build_parts(
+        language_model=str(tiny_files / "llm"), vision_tower=str(tiny_files / "tower"), aspect="anyres",
+        merge="spatial_unpad", pinpoints=((48, 96), (96, 48), (96, 96)),
+    )  # fmt: skip
+    Image.new("RGB", (90, 40), (200, 30, 30)).save(tmp_path / "wide.png")
+    demo = Demo(Conversation(LlavaRespondent(parts, TEMPLATES["qa"]), DROP, Settings(max_new_tokens=2)))
+    found = demo.compare(tmp_path / "wide.png", QUESTION, [(2, 0.5)])
+    first, later = (caption for _, caption in demo.stages(found))
+    assert first == "at first: 52 tokens, 32 drawn"
+    assert re.fullmatch(r"from layer 2 on: 26 tokens, \d+ drawn", later)
+    for dropping in (False, True):
+        for _, caption in demo.attention(found, dropping, 0):
+            whole, drawn = re.search(r": ([\d.]+)% on the picture, ([\d.]+)% on the patches drawn$", caption).groups()
+            assert 0 < float(drawn) < float(whole) < 100
 
 
 def test_attention_is_recorded_once_and_named_by_its_layers(demo: Demo, pictures: list[Path], monkeypatch) -> None:

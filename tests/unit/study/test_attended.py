@@ -10,7 +10,7 @@ from PIL import Image
 from llava_pdrop.compare.survivors import Sight
 from llava_pdrop.generate.probe import Attended
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.study.attended import AnswerAttention, allowed, drawn, spans, weights
+from llava_pdrop.study.attended import AnswerAttention, allowed, drawn, share_text, spans, weights
 
 
 def test_a_dropped_token_counts_as_0_in_a_mean() -> None:
@@ -64,3 +64,18 @@ def test_the_brightest_patch_has_the_largest_weight_and_dropped_ones_are_dark() 
     assert len({tuple(colour) for colour in shown[4:, 4:].reshape(-1, 3)}) == 1
     assert shown[0, 0, 0] - shown[0, 0, 2] > 50, "glows in yellow"
     assert drawn(sight, torch.zeros(4), alive).size == (8, 8), "no weight at all is no error"
+
+
+def test_tokens_that_are_not_drawn_dim_no_patch_and_are_named_in_the_share() -> None:
+    """A newline with most of the weight: the brightest patch is the one with the largest weight of those drawn."""
+    plain = Sight(Image.new("RGB", (8, 8), (100, 100, 100)), 4, np.arange(4).reshape(2, 2))
+    behind = Sight(plain.picture, 4, np.array([[1, 2], [3, -1]]))
+    alive_4, alive_5 = torch.ones(4, dtype=torch.bool), torch.tensor([False, True, True, True, True])
+    weight = torch.tensor([0.0, 0.1, 0.05, 0.0, 0.4])
+    shown, expected = drawn(behind, weight, alive_5), drawn(plain, torch.tensor([0.1, 0.05, 0.0, 0.0]), alive_4)
+    for place in ((0, 0), (4, 0), (0, 4)):
+        assert shown.getpixel(place) == expected.getpixel(place)
+    assert share_text(behind, weight, alive_5) == "55.0% on the picture, 15.0% on the patches drawn"
+    assert share_text(plain, torch.tensor([0.1, 0.05, 0.0, 0.0]), alive_4) == "15.0% on the picture"
+    none = Sight(plain.picture, 4, np.full((2, 2), -1))
+    assert drawn(none, weight, alive_5).size == (8, 8), "nothing that is drawn is no error"

@@ -48,7 +48,7 @@ def test_what_survives_is_drawn(run: Path, picture: Path, tmp_path: Path, capsys
     assert re.search(says("16 -> 8 -> 4 -> 2", QUESTION), capsys.readouterr().out)
     assert Image.open(out).size > (500, 100)
     found = show_run(run, picture, QUESTION, overrides=[DROP])
-    assert found.tokens == [16, 8, 4, 2] and [kept.sum() for kept in found.kept] == [16, 8, 4, 2]
+    assert found.tokens == found.drawn == [16, 8, 4, 2] and [kept.sum() for kept in found.kept] == [16, 8, 4, 2]
     assert all((later <= earlier).all() for earlier, later in zip(found.kept, found.kept[1:]))
     assert found.picture.size == (48, 48) and found.kept[0].shape == (4, 4) and not found.gold
 
@@ -201,6 +201,9 @@ def test_tiles_of_a_llava_next_are_drawn(tiny_files: Path, tmp_path: Path) -> No
     attach(model, Schedule((2,), (0.5,)))
     figure = show(model, processor, Image.new("RGB", (90, 40), (200, 30, 30)), QUESTION)
     assert [axes.images[0].get_array().shape for axes in figure.axes] == [(48, 96, 3)] * 2
+    first, later = (" ".join(axes.get_title().split()) for axes in figure.axes)
+    assert first == "all: 52 tokens, 32 drawn", "16 of the whole picture and 4 newlines show no patch"
+    assert re.fullmatch(r"after drop 1: 26 tokens, \d+ drawn", later)
 
 
 def respondent(images: SimpleNamespace, kind: str = "vipllava", **inputs: object) -> SimpleNamespace:
