@@ -40,6 +40,14 @@ class Question:
         return asked.replace(IMAGE_MARKER, "").strip()
 
 
+def check_asked(text: str) -> None:
+    """Raises `UserError` unless ``text`` is something to ask: words, and no marker of a picture."""
+    if not text.strip():
+        raise UserError("nothing is asked: write a question")
+    if IMAGE_MARKER in text:
+        raise UserError(f"{IMAGE_MARKER} stands for a picture and cannot be asked about: write it otherwise")
+
+
 def ask(
     id: str, text: str, images: Sequence[ImageSource], origin: str, gold: str, unit: str = "", **facts: Any
 ) -> Question:

@@ -276,7 +276,7 @@ def open_respondent(directory: Path) -> ProcessorRespondent:
         raise UserError(
             f"{directory}: has no chat template, so nothing says how its model is asked: add chat_template.jinja"
         )
-    _check_chat(processor, directory)
+    check_chat(processor, str(directory))
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # masked, whatever it is
     verbosity = logging.get_verbosity()
@@ -297,14 +297,14 @@ def open_respondent(directory: Path) -> ProcessorRespondent:
     return ProcessorRespondent(hf, processor, Schedule.from_dict(section) if section else None)
 
 
-def _check_chat(processor: Any, directory: Path) -> None:
+def check_chat(processor: Any, name: str) -> None:
     """Raises `UserError` unless the chat template writes the words of a question once, and more where a picture is
     shown. One for texts alone writes the list of both as Python prints it, or leaves the picture out."""
     words, picture = "which words are these", Path("picture")
     alone, shown = (_rendered(processor, ask("", words, pictures, "", ""), None) for pictures in ([], [picture]))
     if shown.count(words) != 1 or "'type'" in shown or shown == alone:
         raise UserError(
-            f"{directory}: its chat template is for texts alone, it writes {clip(shown)!r} for a question with a "
+            f"{name}: its chat template is for texts alone, it writes {clip(shown)!r} for a question with a "
             "picture: take chat_template.jinja from where its processor comes from"
         )
 

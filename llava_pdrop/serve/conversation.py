@@ -14,8 +14,8 @@ from transformers import Cache, StoppingCriteriaList
 from llava_pdrop.data.images import load_image
 from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.eval.evaluate import AnswerSettings, finished, respondent_in
-from llava_pdrop.eval.generation import generating
-from llava_pdrop.eval.questions import Question
+from llava_pdrop.eval.generation import generating, positions_of
+from llava_pdrop.eval.questions import Question, check_asked
 from llava_pdrop.eval.respondent import Respondent
 from llava_pdrop.eval.subject import subject_config
 from llava_pdrop.generate.cache import cache_bytes
@@ -168,10 +168,7 @@ class Conversation:
         Raises:
             UserError: nothing is asked, a picture cannot be read, or the conversation is longer than the model takes.
         """
-        if not text.strip():
-            raise UserError("nothing is asked: write a question")
-        if IMAGE_MARKER in text:
-            raise UserError(f"{IMAGE_MARKER} stands for a picture and cannot be asked about: write it otherwise")
+        check_asked(text)
         start = time.perf_counter()
         shown = [*self.images, *self.waiting]
         turns = [*self.turns, Turn("human", f"{IMAGE_MARKER}\n" * len(self.waiting) + text)]
@@ -246,8 +243,7 @@ class Conversation:
 
     def _room(self, tokens: int) -> int:
         """How long an answer may be behind a prompt of so many tokens."""
-        config: Any = self.respondent.hf.config.get_text_config()
-        most = getattr(config, "max_position_embeddings", None)
+        most = positions_of(self.respondent.hf)
         if most is None:
             return self.settings.max_new_tokens
         if tokens >= most:

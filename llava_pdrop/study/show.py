@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from math import isqrt
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -18,8 +19,9 @@ from llava_pdrop.compare.survivors import Example, Sight, as_seen, llava_sight, 
 from llava_pdrop.data.images import load_image, upright
 from llava_pdrop.errors import ConfigError, UserError, clip
 from llava_pdrop.eval.evaluate import MAX_NEW_TOKENS, AnswerSettings, answer, evaluate, finished, respondent_in
-from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.respondent import LlavaRespondent, ProcessorRespondent, Respondent
+from llava_pdrop.eval.generation import positions_of
+from llava_pdrop.eval.questions import Question, ask, check_asked
+from llava_pdrop.eval.respondent import LlavaRespondent, ProcessorRespondent, Respondent, check_chat
 from llava_pdrop.eval.subject import subject_config
 from llava_pdrop.generate.plugin import attach
 from llava_pdrop.generate.unhook import plugin_of
@@ -31,6 +33,9 @@ from llava_pdrop.types import ImageSource
 
 DRAWN = (".png", ".pdf", ".svg")
 """Endings of files that are drawn. (Without one, matplotlib adds its own.)"""
+
+URL = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address begins; that of a file on Windows has one letter. (`Path` leaves one of two slashes.)"""
 
 GRIDS: dict[str, Literal["pixels", "thw", "tiles"]] = {
     "llava": "pixels",
@@ -97,8 +102,9 @@ def show(model: Any, processor: Any, picture: str | Path | ImageSource | Image.I
         after every drop. ``figure.savefig("survivors.png")`` writes it.
 
     Raises:
-        UserError: nothing is attached, or a schedule that drops nothing; the processor has no chat template; the
-            picture cannot be read, or its tokens lie on no grid that this knows.
+        UserError: nothing is attached, or a schedule that drops nothing; the processor has no chat template, or is
+            none; nothing is asked, or more than the model takes; the picture is none or cannot be read, or its tokens
+            lie on no grid that this knows.
     """
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -111,17 +117,21 @@ def show(model: Any, processor: Any, picture: str | Path | ImageSource | Image.I
         )
     if plugin.given.vanilla:
         raise UserError("show(): the attached schedule drops nothing, so all tokens survive: attach another one")
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise UserError(
+            f"show() takes the model's processor, for text and pictures, and not a {type(processor).__name__}: "
+            "AutoProcessor.from_pretrained opens it"
+        )
     if not getattr(processor, "chat_template", None):
         raise UserError(
             f"show() asks by the processor's chat template, and {type(processor).__name__} has none: set chat_template"
         )
-    if isinstance(picture, Image.Image):
-        picture = Given(picture)
-    source = Path(picture) if isinstance(picture, str) else picture
+    check_chat(processor, type(processor).__name__)
     respondent = Attached(model, processor, plugin.given)
-    asked = ask("question", question, [source], str(source), gold="")
+    asked = asked_of(picture, question)
     try:  # which attaches the schedule and a trace of its own, and detaches
-        result = evaluate(respondent, [asked], plugin.given, trace=True, max_new_tokens=MAX_NEW_TOKENS)
+        room = room_for(respondent, asked, plugin.given, MAX_NEW_TOKENS)
+        result = evaluate(respondent, [asked], plugin.given, trace=True, max_new_tokens=room)
     finally:
         attach(model, plugin.given, plugin.trace, unchecked=plugin.unchecked)
     found = seen_in(result, asked, lambda source, tokens: sight_of(respondent, asked, tokens, plugin.given))
@@ -147,12 +157,14 @@ def show_run(
         the answer, the picture as the model sees it, and its surviving patches (rows, columns) by stage.
 
     Raises:
-        ConfigError: there is no finished run, or no schedule. UserError: the picture cannot be read, its tokens lie on
-            no grid that this knows, or nothing can be drawn as ``out``.
+        ConfigError: there is no finished run, or no schedule. UserError: nothing is asked, or more than the model
+            takes; the picture cannot be read, its tokens lie on no grid that this knows, or nothing can be drawn as
+            ``out``.
     """
     file = None if out is None else Path(out)
     if file is not None and (file.suffix.lower() not in DRAWN or file.is_dir()):
         raise UserError(f"{file}: nothing is drawn: name a file that ends in .png, .pdf or .svg")
+    asked = asked_of(picture, question)
     config = subject_config(Path(run), list(overrides), asks=False)
     schedule = config.schedule
     if schedule.vanilla:
@@ -161,8 +173,9 @@ def show_run(
             "pyramid_drop=configs/schedules/pyramiddrop.yaml"
         )
     respondent = respondent_in(finished(config, writes=False), config)
-    asked = ask("question", question, [Path(picture)], str(picture), gold="")
-    result = answer(AnswerSettings.of(config), respondent, [asked], schedule, None, trace=True)
+    settings = AnswerSettings.of(config)
+    room = room_for(respondent, asked, schedule, settings.max_new_tokens or MAX_NEW_TOKENS)
+    result = answer(replace(settings, max_new_tokens=room), respondent, [asked], schedule, None, trace=True)
     found = seen_in(result, asked, lambda source, tokens: sight_of(respondent, asked, tokens, schedule))
     stages, drawn = (" -> ".join(map(str, counts)) for counts in (found.tokens, found.drawn))
     rest = "" if found.drawn == found.tokens else f", of which are drawn {drawn}"
@@ -173,6 +186,55 @@ def show_run(
             raise UserError(f"{file}: nothing is drawn, as the line above says")
         say(f"picture: {file}")
     return found
+
+
+def asked_of(picture: object, question: object) -> Question:
+    """A question about a picture, as somebody gave both.
+
+    Raises:
+        UserError: they are of other kinds, a URL, or nothing is asked.
+    """
+    if not isinstance(question, str):
+        raise UserError(f"show: question must be a text, got a {type(question).__name__}")
+    check_asked(question)
+    source = source_of(picture)
+    return ask("question", question, [source], clip(source), gold="")
+
+
+def source_of(picture: object) -> ImageSource:
+    """Where the bytes of ``picture`` lie: a file, a picture that is open, or what is an `ImageSource` already.
+
+    Raises:
+        UserError: it is none of these, or a URL, which is not fetched.
+    """
+    if isinstance(picture, Image.Image):
+        return Given(picture)
+    if isinstance(picture, (str, Path)):
+        if URL.match(str(picture)) and not Path(picture).exists():
+            raise UserError(f"{clip(picture)}: URLs are not fetched: save the picture and give a file or a PIL picture")
+        return Path(picture)
+    if isinstance(picture, type) or not callable(getattr(picture, "open", None)) or not isinstance(picture, Hashable):
+        raise UserError(f"show: picture must be one file or one PIL picture, got a {type(picture).__name__}")
+    return cast(ImageSource, picture)
+
+
+def room_for(respondent: Respondent, question: Question, schedule: Schedule, wanted: int) -> int:
+    """How many tokens of an answer, at most ``wanted``, fit behind the prompt.
+
+    Raises:
+        UserError: none does: the prompt alone is as long as the model takes.
+    """
+    most = positions_of(respondent.hf)
+    if most is None:
+        return wanted
+    inputs, _ = respondent.inputs([respondent.prepare(question)], schedule)
+    tokens = inputs["input_ids"].shape[1]
+    if tokens >= most:
+        raise UserError(
+            f"{question.record.origin}: the question and its picture have {tokens} tokens, and the model takes {most} "
+            "with the answer: ask a shorter one"
+        )
+    return min(wanted, most - tokens)
 
 
 def sight_of(respondent: Respondent, question: Question, tokens: int, schedule: Schedule) -> Sight:

@@ -21,10 +21,11 @@ from llava_pdrop.compare.survivors import shade
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.questions import ask
+from llava_pdrop.eval.respondent import ProcessorRespondent
 from llava_pdrop.generate.plugin import attach
 from llava_pdrop.generate.unhook import plugin_of
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.study.show import processor_sight, show, show_run, unnormalised
+from llava_pdrop.study.show import processor_sight, show, show_run, source_of, unnormalised
 from llava_pdrop.train.run import train
 from tests.messages import says
 
@@ -144,6 +145,101 @@ def test_processor_and_modes_are_left_as_they_were(vip: Path, picture: Path, mon
         show(model, processor, picture, QUESTION)
     assert processor.tokenizer.padding_side == "right"
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize("given", [
+    None, b"bytes", 7, np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4), [], {}, Image.Image,
+], ids=lambda given: type(given).__name__)  # fmt: skip
+def test_what_is_no_picture_is_one_line(given: Any, vip: Path) -> None:
+    model, processor = opened(vip)
+    attach(model, Schedule((2,), (0.5,)))
+    with pytest.raises(UserError, match=says("picture must be", type(given).__name__)):
+        show(model, processor, given, QUESTION)
+    with pytest.raises(UserError, match=says("picture must be", "list")):
+        show(model, processor, [Image.new("RGB", (9, 9))], QUESTION)
+
+
+@pytest.mark.parametrize("url", ["http://x/y.png", "https://x/y.png", "s3://x/y.png", "data:image/png;base64,AAAA"])
+def test_an_address_is_not_fetched(url: str, vip: Path) -> None:
+    model, processor = opened(vip)
+    attach(model, Schedule((2,), (0.5,)))
+    with pytest.raises(UserError, match=says(url, "URLs are not fetched")):
+        show(model, processor, url, QUESTION)
+    with pytest.raises(UserError, match=says("URLs are not fetched")):
+        show_run(vip, Path(url), QUESTION, overrides=[DROP])
+
+
+def test_a_file_may_be_called_like_an_address(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data:picture.png").write_bytes(picture.read_bytes())
+    assert source_of("data:picture.png") == Path("data:picture.png")
+    for name in ("C:/picture.png", "no/such:/picture.png"):
+        assert source_of(name) == Path(name), "whether it is there is said where it is read"
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5)])
+def test_a_picture_without_pixels_is_one_line(size: tuple[int, int], vip: Path) -> None:
+    model, processor = opened(vip)
+    attach(model, Schedule((2,), (0.5,)))
+    with pytest.raises(UserError, match=says("the picture", "cannot be read")):
+        show(model, processor, Image.new("RGB", size), QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (None, says("question must be", "NoneType")),
+        (7, says("question must be", "int")),
+        (["a"], says("question must be", "list")),
+        ("", says("nothing is asked")),
+        (" \n", says("nothing is asked")),
+        ("what <image> is", says("<image>")),
+        ("colour " * 3000, says("the model takes", "tokens")),
+    ],
+    ids=["None", "int", "list", "empty", "blank", "marker", "long"],
+)
+def test_what_cannot_be_asked_is_one_line(question: Any, message: str, run: Path, vip: Path, picture: Path) -> None:
+    model, processor = opened(vip)
+    schedule = Schedule((2,), (0.5,))
+    attach(model, schedule)
+    with pytest.raises(UserError, match=message):
+        show(model, processor, picture, question)
+    assert plugin_of(model).given == schedule
+    with pytest.raises(UserError, match=message):
+        show_run(run, picture, question, overrides=[DROP])
+
+
+def test_an_answer_ends_where_the_positions_do(vip: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt with one place behind it is asked, and one without a place is not."""
+    model, processor = opened(vip)
+    attach(model, Schedule((2,), (0.5,)))
+    tokens = list[int]()
+    real = ProcessorRespondent.inputs
+
+    def counted(*args: Any) -> Any:
+        found = real(*args)
+        tokens.append(found[0]["input_ids"].shape[1])
+        return found
+
+    monkeypatch.setattr(ProcessorRespondent, "inputs", counted)
+    show(model, processor, picture, QUESTION)
+    model.config.get_text_config().max_position_embeddings = tokens[0] + 1
+    show(model, processor, picture, QUESTION)
+    model.config.get_text_config().max_position_embeddings = tokens[0]
+    with pytest.raises(UserError, match=says(str(tokens[0]), "the model takes")):
+        show(model, processor, picture, QUESTION)
+
+
+def test_what_is_no_processor_is_one_line(vip: Path, picture: Path) -> None:
+    model, processor = opened(vip)
+    attach(model, Schedule((2,), (0.5,)))
+    processor.tokenizer.chat_template = processor.chat_template
+    for wrong in (processor.tokenizer, processor.image_processor, None, str(vip)):
+        with pytest.raises(UserError, match=says("processor", type(wrong).__name__, "AutoProcessor")):
+            show(model, wrong, picture, QUESTION)
+    processor.chat_template = "{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}"
+    with pytest.raises(UserError, match=says("chat template", "for texts alone")):
+        show(model, processor, picture, QUESTION)
 
 
 def broken(*args: Any, **kwargs: Any) -> None:
