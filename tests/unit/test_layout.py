@@ -129,7 +129,7 @@ def made_in(path: Path) -> set[str]:
     """Names that a module makes itself."""
     made = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             made.add(node.name)
         else:
             stored = (entry for entry in ast.walk(node) if isinstance(entry, ast.Name))
