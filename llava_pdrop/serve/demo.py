@@ -17,7 +17,7 @@ from PIL import Image
 
 from llava_pdrop.compare.survivors import Sight, shade, stages_of
 from llava_pdrop.data.images import load_image
-from llava_pdrop.errors import UserError
+from llava_pdrop.errors import UserError, clip
 from llava_pdrop.eval.respondent import LlavaRespondent, Respondent
 from llava_pdrop.report.units import MEMORY, time_text, unit_of
 from llava_pdrop.schedule import Schedule
@@ -31,6 +31,12 @@ Captioned = tuple[Image.Image, str]
 
 SMALLEST = 320
 """Pixels of a drawn picture's longer side at least: what a small model sees is drawn larger."""
+
+MOST_CHARACTERS = 4_000
+"""Of a question. A longer one is not looked at: its tokens alone may fill the memory."""
+
+LARGEST = 1e9
+"""Of a number that is sent: larger ones fit no schedule, and may have thousands of digits."""
 
 HEADERS = ("", "answer", "image tokens", "prompt", "first token", "whole answer", "tokens", "keys and values")
 
@@ -84,20 +90,34 @@ class Demo:
         ]
         return list(zip(self.own.layers, amounts))
 
-    def schedule(self, drops: Sequence[tuple[float | None, float | None]]) -> Schedule:
+    def count(self, sent: object, most: int) -> int:
+        """How many drops are meant by what was sent, of any type.
+
+        Raises:
+            UserError: it is no whole number from 0 to ``most``.
+        """
+        count = _whole(sent, "the number of drops")
+        if not 0 <= count <= most:
+            raise UserError(f"the number of drops must be from 0 to {most}, got {clip(count, 40)}")
+        return count
+
+    def schedule(self, drops: Sequence[tuple[object, object]]) -> Schedule:
         """`own` with these (layer, ratio), None where the number beside a slider is deleted; `own` itself where nothing
         was moved.
 
         Raises:
-            UserError: they are no schedule of this model.
+            UserError: they are no numbers, or no schedule of this model.
         """
-        if list(drops) == self.sliders:
+        if any(None in drop for drop in drops):
+            raise UserError("a drop without a number: give its layer and the share that it keeps")
+        numbers = [
+            (_whole(layer, f"the layer of drop {drop}"), _number(ratio, f"the share that drop {drop} keeps"))
+            for drop, (layer, ratio) in enumerate(drops, 1)
+        ]
+        if numbers == self.sliders:
             return self.own
         if not drops and not self.own.downsample:
             raise UserError("no drop is left, which is the vanilla model: set one drop at least")
-        numbers = [(int(layer), float(ratio)) for layer, ratio in drops if layer is not None and ratio is not None]
-        if len(numbers) < len(drops):
-            raise UserError("a drop without a number: give its layer and the share that it keeps")
         own = self.own.ranker
         return replace(
             self.own,
@@ -117,16 +137,20 @@ class Demo:
             for schedule in (Schedule(), self.own):
                 self._side(grey, "What is shown?", schedule, short)
 
-    def compare(
-        self, picture: str | Path | None, question: str, drops: Sequence[tuple[float | None, float | None]]
-    ) -> Compared:
+    def compare(self, picture: str | Path | None, question: object, drops: Sequence[tuple[object, object]]) -> Compared:
         """Answers a question about a picture file without and with dropping.
 
         Raises:
-            UserError: no picture, one that cannot be read or is too large, an empty question, no schedule.
+            UserError: no picture, one that cannot be read or is too large, no question or too long a one, no schedule.
         """
         if picture is None:
             raise UserError("no picture is shown: choose one")
+        if not isinstance(question, str):
+            raise UserError("the question is no text: write one")
+        if len(question) > MOST_CHARACTERS:
+            raise UserError(
+                f"the question has {len(question):,} characters, and at most {MOST_CHARACTERS:,} are taken: shorten it"
+            )
         schedule = self.schedule(drops)
         with Path(picture).open("rb") as file:  # no more is read than may be
             data = file.read(self.limits.picture_bytes + 1)
@@ -203,6 +227,26 @@ class Demo:
             )
             for span in stages
         ]
+
+
+def _number(sent: object, name: str) -> float:
+    """``sent``, which stands for what ``name`` says.
+
+    Raises:
+        UserError: it is no finite number.
+    """
+    if isinstance(sent, int | float) and not isinstance(sent, bool) and -LARGEST < sent < LARGEST:  # so no NaN
+        return sent
+    shown = clip(repr(sent), 40) if isinstance(sent, int | float | str | None) else f"a {type(sent).__name__}"
+    raise UserError(f"{name} must be a number, got {shown}")
+
+
+def _whole(sent: object, name: str) -> int:
+    """The same of a whole number."""
+    number = _number(sent, name)
+    if number != int(number):
+        raise UserError(f"{name} must be a whole number, got {number:g}")
+    return int(number)
 
 
 def table_of(found: Compared) -> str:

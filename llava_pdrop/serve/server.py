@@ -17,11 +17,11 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from llava_pdrop.errors import UserError, clip, line_of
 from llava_pdrop.report.console import say
 from llava_pdrop.serve.chat import described
+from llava_pdrop.serve.guard import read_body
 from llava_pdrop.serve.loop import Finish
 from llava_pdrop.serve.protocol import (
     Refusal,
@@ -93,7 +93,7 @@ async def _chat(service: Service, request: Request) -> Response:
     async with AsyncExitStack() as stack:
         stack.enter_context(service.place())
         own = service.settings
-        body = read_json_body(await _body(service, request))
+        body = read_json_body(await read_body(request, own.limits.body_bytes, own.limits.body_seconds))
         asked = read_request(body, own.name, service.schedule, service.depth, own.temperature)
         try:
             answering = await _unless_left(request, service.answer(asked, arrived))
@@ -135,26 +135,6 @@ async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         gone.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _body(service: Service, request: Request) -> bytes:
-    """The whole body.
-
-    Raises:
-        Refusal: it is too large, or too slow.
-    """
-    limits, read = service.settings.limits, bytearray()
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for part in request.stream():
-                read += part
-                if len(read) > limits.body_bytes:
-                    raise Refusal(f"the body has more than {limits.body_bytes:,} bytes", None, 413)
-    except TimeoutError:
-        raise Refusal(f"the body took more than {limits.body_seconds:g} s", None, 408, "timeout") from None
-    except ClientDisconnect:
-        raise Refusal("the client has left", None, 408) from None
-    return bytes(read)
 
 
 class _Events(StreamingResponse):

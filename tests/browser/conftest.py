@@ -51,11 +51,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Served:
-    """A running demo."""
+    """A running demo. ``log``: what it has written to standard error."""
 
     address: str
     pid: int
     connections: Path
+    log: Path
 
 
 @pytest.fixture(scope="session")
@@ -110,13 +111,16 @@ def served(run: Path, home: Path, *words: str) -> Iterator[Served]:
     env = {**os.environ, "PYTHONPATH": paths, "DEMO_CONNECTIONS": str(connections), "OMP_NUM_THREADS": "1"}
     env |= {"GRADIO_TEMP_DIR": str(home / "uploads"), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "llava_pdrop", "demo", str(run), "--port", "0", *words]
-    with subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        (home / "log").open("w") as log,
+        subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
         try:
             assert process.stdout is not None
             line = next((line for line in process.stdout if line.startswith("demo: ")), None)
-            assert line is not None, "it has ended"
+            assert line is not None, (home / "log").read_text(encoding="utf-8")
             address = re.findall(r"http://127\.0\.0\.1:\d+", line)[0]
-            yield Served(address, process.pid, connections)
+            yield Served(address, process.pid, connections, home / "log")
         finally:
             process.terminate()
 

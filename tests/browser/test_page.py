@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 import psutil
 import pytest
@@ -250,24 +249,6 @@ def test_visitors_at_one_time_have_each_their_own_schedule(
         for visitor in (first, second):
             visitor.page.locator("#picture").get_by_label("Remove Image").click()
             expect(visitor.page.locator("#picture img")).to_have_count(0)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("http://pictures.example/x.png", says("URLs are not fetched")), ("/etc/hostname", says("was not uploaded"))],
-)
-def test_requests_without_the_page_get_nothing_from_elsewhere(demo: Served, path: str, message: str) -> None:
-    """What a program may send instead of an upload."""
-    functions = httpx.get(f"{demo.address}/config").json()["dependencies"]
-    (asked,) = (entry for entry in functions if len(entry["inputs"]) > 5)
-    sliders = [3, *[value for drop in range(3) for value in (drop + 1, 0.5**drop)], *[3, 0] * 3]
-    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "What?", *sliders]
-    session = f"session{len(path)}"
-    body = {"data": data[: len(asked["inputs"])], "fn_index": asked["id"], "session_hash": session}
-    httpx.post(f"{demo.address}/gradio_api/queue/join", json=body).raise_for_status()
-    with httpx.stream("GET", f"{demo.address}/gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
-        completed = next(line for line in stream.iter_lines() if "process_completed" in line)
-    assert re.search(message, completed) and '"success":false' in completed
 
 
 @pytest.mark.parametrize(

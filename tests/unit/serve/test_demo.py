@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import sys
 import threading
@@ -166,15 +167,43 @@ def files(directory: Path, pictures: list[Path]) -> dict[str, Path | None]:
         ("good", QUESTION, [(1, 1.5)], says("pyramid_drop.ratios", "[0, 1]")),
         ("good", QUESTION, [(None, 0.5)], says("without a number")),
         ("good", QUESTION, [(1, None)], says("without a number")),
+        ("good", QUESTION, [(1, 0.5), (1.7, 0.25)], says("layer of drop 2", "whole", "1.7")),
+        ("good", QUESTION, [(math.nan, 0.5)], says("layer of drop 1", "nan")),
+        ("good", QUESTION, [(math.inf, 0.5)], says("layer of drop 1", "inf")),
+        ("good", QUESTION, [("1", 0.5)], says("layer of drop 1", "'1'")),
+        ("good", QUESTION, [(True, 0.5), (2, 0.25), (3, 0.125)], says("layer of drop 1", "True")),
+        ("good", QUESTION, [(10**4000, 0.5)], says("layer of drop 1", "4,001 characters")),
+        ("good", QUESTION, [([1], 0.5)], says("layer of drop 1", "a list")),
+        ("good", QUESTION, [(1, math.nan)], says("share", "drop 1", "nan")),
+        ("good", QUESTION, [(1, -math.inf)], says("share", "drop 1", "-inf")),
+        ("good", QUESTION, [(1, {})], says("share", "drop 1", "a dict")),
+        ("good", QUESTION, [(1, True)], says("share", "drop 1", "True")),
+        ("good", None, OWN, says("no text")),
+        ("good", ["a"], OWN, says("no text")),
+        ("good", "a" * 4001, OWN, says("4,001 characters", "4,000")),
     ],
 )
 def test_what_is_refused_is_one_line(
-    demo: Demo, pictures: list[Path], tmp_path: Path, picture: str, question: str, drops: list, message: str
+    demo: Demo, pictures: list[Path], tmp_path: Path, picture: str, question: object, drops: list, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
         demo.compare(files(tmp_path, pictures)[picture], question, drops)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
     assert demo.compare(pictures[0], QUESTION, OWN).dropping.reply.stages == (16, 8, 4, 2), "it goes on"
+
+
+def test_a_long_question_is_not_tokenised(demo: Demo, pictures: list[Path], monkeypatch) -> None:
+    monkeypatch.setattr(Conversation, "ask", lambda *given: pytest.fail("it was asked"))
+    with pytest.raises(UserError, match=says("60,000,000 characters")):
+        demo.compare(pictures[0], "a " * 30_000_000, OWN)
+
+
+@pytest.mark.parametrize("sent", [1.9, math.nan, math.inf, "3", None, True, [3], -1, 7, 10**4000])
+def test_the_number_of_drops_is_a_whole_one(demo: Demo, sent: object) -> None:
+    assert demo.count(3, 6) == 3 and demo.count(0.0, 6) == 0
+    with pytest.raises(UserError, match=says("number of drops")) as error:
+        demo.count(sent, 6)
+    assert len(str(error.value)) < 120
 
 
 def test_sliders_begin_with_the_models_schedule_or_the_papers(respondent: LlavaRespondent) -> None:
