@@ -217,8 +217,8 @@ class Demo:
         ids = asked.ids[: len(side.pieces)]
         with self._lock:
             seen = attention_of(own.respondent, asked.question, ids, side.schedule, own.settings.dtype)
-        stages = [span for span in spans(schedule, self.depth) if span]
-        stages = [range(schedule.inject, self.depth), *(stages if len(stages) > 1 else [])]
+        whole = range(self.depth)  # layers before `inject` see no image token while tokens are dropped: these count 0
+        stages = [whole, *(span for span in spans(schedule, self.depth) if span and span != whole)]
         return [
             (
                 f"layer {span[0]}" if len(span) == 1 else f"mean of layers {span[0]} to {span[-1]}",

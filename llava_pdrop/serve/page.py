@@ -41,7 +41,7 @@ STAGES = "What is left of the picture as the model sees it (dark: dropped). Seco
 CLICK = "Click on a token of an answer: which image tokens did the model look at when it wrote it?"
 WEIGHTS = (
     "Attention of the position that wrote the token: mean over heads and over the layers named below a picture, where "
-    "a dropped token counts as 0; the brightest patch has the most. The percentage is "
+    "a token that is dropped, or has not entered yet, counts as 0; the brightest patch has the most. The percentage is "
     "what all image tokens have together, the rest is on text. Recorded in one forward over the finished answer."
 )
 

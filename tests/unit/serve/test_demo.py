@@ -206,6 +206,24 @@ def test_the_number_of_drops_is_a_whole_one(demo: Demo, sent: object) -> None:
     assert len(str(error.value)) < 120
 
 
+def test_the_first_attention_picture_is_of_all_layers_where_the_picture_enters_later(
+    conversation: Conversation, pictures: list[Path]
+) -> None:
+    conversation.take(Schedule((2,), (0.5,), inject=1))
+    demo = Demo(conversation)
+    found = demo.compare(pictures[0], QUESTION, demo.sliders)
+    for side, dropping in ((found.vanilla, False), (found.dropping, True)):
+        own = demo.attention(found, dropping, 0)
+        names = [caption.split(":")[0] for _, caption in own]
+        assert names == ["mean of layers 0 to 3", "layer 1", "mean of layers 2 to 3"]
+        seen = attention_of(demo.conversation.respondent, side.written.question, side.written.ids[:1], side.schedule)
+        assert f"{float(seen.weight_QLN[0].mean(0).sum()):.1%}" in own[0][1]
+        assert bool(seen.alive_LN[0].any()) is not dropping and (seen.weight_QLN[0, 0].sum() > 0) != dropping
+    found = demo.compare(pictures[0], QUESTION, [(1, 0.5)])
+    names = [caption.split(":")[0] for _, caption in demo.attention(found, True, 0)]
+    assert names == ["mean of layers 0 to 3", "mean of layers 1 to 3"]
+
+
 def test_sliders_begin_with_the_models_schedule_or_the_papers(respondent: LlavaRespondent) -> None:
     def begun(schedule: Schedule) -> Demo:
         return Demo(Conversation(respondent, schedule, Settings()))
