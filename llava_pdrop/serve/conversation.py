@@ -88,7 +88,8 @@ class Settings:
 
 @dataclass
 class Conversation:
-    """Questions and answers so far. Pictures wait in ``waiting`` until the next question shows them.
+    """Questions and answers so far. Pictures wait in ``waiting`` until the next question shows them. ``if_full`` tells
+    what can be done where the conversation is longer than the model takes.
 
     Every question prefills the whole conversation, so that it is the one that ranks.
     """
@@ -101,6 +102,7 @@ class Conversation:
     waiting: list[ImageSource] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     written: Written | None = None
+    if_full: str = "/clear"
     _cache: Cache | None = None
     _cached_ids: list[int] = field(default_factory=list)
     _last_stages: tuple[int, ...] = ()
@@ -247,7 +249,9 @@ class Conversation:
         if most is None:
             return self.settings.max_new_tokens
         if tokens >= most:
-            raise UserError(f"the conversation has {tokens} tokens, and the model takes {most} with the answer: /clear")
+            raise UserError(
+                f"the conversation has {tokens} tokens, and the model takes {most} with the answer: {self.if_full}"
+            )
         return min(self.settings.max_new_tokens, most - tokens)
 
     def as_record(self) -> dict[str, Any]:

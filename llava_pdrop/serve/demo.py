@@ -35,6 +35,9 @@ SMALLEST = 320
 MOST_CHARACTERS = 4_000
 """Of a question. A longer one is not looked at: its tokens alone may fill the memory."""
 
+SHORTEN = "ask a shorter question, or show a smaller picture"
+"""What a visitor can do where the model takes no more tokens."""
+
 LARGEST = 1e9
 """Of a number that is sent: larger ones fit no schedule, and may have thousands of digits."""
 
@@ -157,9 +160,7 @@ class Demo:
         shown = looked_at(data, "the picture", self.limits)
         with self._lock:
             settings, respondent = self.conversation.settings, self.conversation.respondent
-            load_image(shown)
-            if isinstance(respondent, LlavaRespondent):
-                respondent.preprocessed(shown)  # kept: the first answer does not pay for both
+            _check_readable(shown)
             vanilla, dropping = (self._side(shown, question, own, settings) for own in (Schedule(), schedule))
             found = Compared(vanilla, dropping)
             tokens = len(dropping.written.step.pictures[0])
@@ -172,7 +173,9 @@ class Demo:
 
     def _side(self, shown: Picture, question: str, schedule: Schedule, settings: Settings) -> Side:
         respondent = self.conversation.respondent
-        asked = Conversation(respondent, Schedule(), settings, waiting=[shown])
+        if isinstance(respondent, LlavaRespondent):  # it keeps pictures: both answers are to pay for reading it
+            respondent.preprocessed.cache_clear()  # type: ignore[attr-defined]
+        asked = Conversation(respondent, Schedule(), settings, waiting=[shown], if_full=SHORTEN)
         asked.take(schedule)
         reply = asked.ask(question)
         assert asked.written is not None, "it has just answered"
@@ -227,6 +230,16 @@ class Demo:
             )
             for span in stages
         ]
+
+
+def _check_readable(shown: Picture) -> None:
+    """Raises `UserError` unless all of the picture can be read. The reader's own words are of files in a data set."""
+    try:
+        load_image(shown)
+    except UserError:
+        raise UserError(
+            "the picture cannot be read: it is damaged, or needs more memory than there is: choose another one"
+        ) from None
 
 
 def _number(sent: object, name: str) -> float:

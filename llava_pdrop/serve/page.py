@@ -37,7 +37,10 @@ STYLE = """
 #figures td:nth-child(n+3), #figures th { white-space: nowrap; }
 """
 INTRODUCTION = "One question, answered without and with dropping image tokens inside of the decoder."
-STAGES = "What is left of the picture as the model sees it (dark: dropped). Seconds are of one run each, vanilla first."
+STAGES = (
+    "What is left of the picture as the model sees it (dark: dropped). Seconds are of one run each, vanilla first, and "
+    "count from the question on: both read the picture."
+)
 CLICK = "Click on a token of an answer: which image tokens did the model look at when it wrote it?"
 WEIGHTS = (
     "Attention of the position that wrote the token: mean over heads and over the layers named below a picture, where "

@@ -20,6 +20,7 @@ from llava_pdrop.__main__ import main
 from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.errors import UserError
+from llava_pdrop.eval import respondent as respondent_module
 from llava_pdrop.eval.answering import answer_all
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.respondent import LlavaRespondent
@@ -189,6 +190,7 @@ def test_what_is_refused_is_one_line(
     with pytest.raises(UserError, match=message) as error:
         demo.compare(files(tmp_path, pictures)[picture], question, drops)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert not re.search("/clear|replace or remove", str(error.value)), "these are no words of a page"
     assert demo.compare(pictures[0], QUESTION, OWN).dropping.reply.stages == (16, 8, 4, 2), "it goes on"
 
 
@@ -198,12 +200,36 @@ def test_a_long_question_is_not_tokenised(demo: Demo, pictures: list[Path], monk
         demo.compare(pictures[0], "a " * 30_000_000, OWN)
 
 
+def test_a_question_that_the_model_has_no_room_for_is_refused_in_words_of_the_page(
+    demo: Demo, pictures: list[Path]
+) -> None:
+    with pytest.raises(UserError, match=says("2048", "shorter question")) as error:
+        demo.compare(pictures[0], "a " * 2000, OWN)
+    assert "/clear" not in str(error.value)
+
+
 @pytest.mark.parametrize("sent", [1.9, math.nan, math.inf, "3", None, True, [3], -1, 7, 10**4000])
 def test_the_number_of_drops_is_a_whole_one(demo: Demo, sent: object) -> None:
     assert demo.count(3, 6) == 3 and demo.count(0.0, 6) == 0
     with pytest.raises(UserError, match=says("number of drops")) as error:
         demo.count(sent, 6)
     assert len(str(error.value)) < 120
+
+
+def test_both_answers_pay_for_reading_the_picture(demo: Demo, pictures: list[Path], monkeypatch) -> None:
+    read, begun = list[str](), list[str]()
+    own, side = respondent_module.preprocess, Demo._side
+    monkeypatch.setattr(respondent_module, "preprocess", lambda *given: read.append(begun[-1]) or own(*given))
+
+    def noted(self: Demo, shown, question, schedule: Schedule, settings):
+        begun.append("vanilla" if schedule.vanilla else "dropping")
+        return side(self, shown, question, schedule, settings)
+
+    monkeypatch.setattr(Demo, "_side", noted)
+    begun.append("outside")
+    for _ in range(2):
+        demo.compare(pictures[0], QUESTION, OWN)
+    assert read == ["vanilla", "dropping"] * 2, "each within its own seconds, the same picture again too"
 
 
 def test_the_first_attention_picture_is_of_all_layers_where_the_picture_enters_later(
