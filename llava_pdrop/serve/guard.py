@@ -89,17 +89,18 @@ def uploaded(sent: Any, folder: str | Path) -> Path | None:
     """
     if sent is None:
         return None
+    refused = UserError(NOT_UPLOADED)
     name = sent.get("path") if isinstance(sent, dict) else None
+    if not isinstance(name, str) or not name:
+        raise refused
     try:
-        if not isinstance(name, str) or not name:
-            raise ValueError("no path")
-        root = Path(folder).resolve(strict=True)
         path = Path(name).resolve(strict=True)
-        path.relative_to(root)
-        if not path.is_file():  # a pipe or a device may never end
-            raise ValueError("no regular file")
+        path.relative_to(Path(folder).resolve(strict=True))
+        regular = path.is_file()  # a pipe or a device may never end
     except (OSError, ValueError, RuntimeError):
-        raise UserError(NOT_UPLOADED) from None
+        raise refused from None
+    if not regular:
+        raise refused
     return path
 
 
