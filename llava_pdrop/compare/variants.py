@@ -192,6 +192,11 @@ def _check_training_free(path: Path, file: AblationFile, variants: Sequence[Vari
         )
     models = {variant.config.seed: variant for variant in variants if variant.row in rows}
     for variant in variants:
+        if "_on_" in variant.name:
+            raise ConfigError(
+                f"{key}: {variant.row} has _on_ in its name, as files of answers have where a schedule is tried on "
+                "another run: rename it"
+            )
         model = models.get(variant.config.seed)
         if model is None:
             raise ConfigError(

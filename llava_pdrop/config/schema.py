@@ -7,6 +7,7 @@ knows the key; `load.py` adds the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -389,5 +390,7 @@ def check_budgets(budgets: tuple[str | float, ...], key: str) -> None:
     if not budgets:
         raise Problem(key, f"{key} is empty, so nothing would be run: give own, same or a number of image tokens")
     for budget in budgets:
-        if not isinstance(budget, str) and budget <= 0:
-            raise Problem(key, f"{key}: an average number of image tokens is above 0, got {budget:g}")
+        if not isinstance(budget, str) and not 0 < budget < math.inf:
+            raise Problem(key, f"{key}: an average number of image tokens is a number above 0, got {budget:g}")
+    if len(set(budgets)) < len(budgets):
+        raise Problem(key, f"{key}: a budget stands twice: {list(budgets)}")

@@ -3,6 +3,7 @@ writes the page. Every answer is kept as soon as it is there, so a second start 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ def study(config: Config, wanted: Wanted = Wanted(), out: Path | None = None) ->
     directory = finished(config, writes=out is None)
     out = directory / HOME if out is None else out
     check_out(out)
+    if wrong := [budget for budget in wanted.budgets if not 0 < budget < math.inf]:
+        raise UserError(f"--average-tokens {wrong[0]:g}: give numbers of image tokens above 0")
     benchmark, questions = questions_of(config, is_ours(config_directory(directory)))
     with team_of(config, out) as team:
         for key in left_out(config.schedule) if team.first else ():

@@ -195,6 +195,18 @@ def test_accuracy_by_kind_is_the_mean_over_seeds(
         "| vanilla | 62.5 % ± 12.5 | 100.0 % ± 0.0 | 100.0 % ± 0.0 | 25.0 % ± 25.0 |",
         "| vanilla + random | 75.0 % | 0.0 % | 100.0 % | 100.0 % |",
     ]
+    (tmp_path / "ablation.json").write_text(
+        json.dumps({"variants": [{"name": "vanilla"}], "training_free": [{"name": "vanilla + random"}]})
+    )
+    said = [{"from": "human", "value": "<image>\nis there a circle?"}, {"from": "gpt", "value": "no"},
+            {"from": "human", "value": "is no circle present?"}, {"from": "gpt", "value": "no"}]  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps([{"conversations": said}]))
+    recipe.kinds.main([str(tmp_path), "--train", str(tmp_path / "train.json")])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| blind | 25.0 % | 0.0 % | 0.0 % | 50.0 % |",
+        "| vanilla | 75.0 % | 100.0 % | 100.0 % | 50.0 % |",
+        "| vanilla + random | 75.0 % | 0.0 % | 100.0 % | 100.0 % |",
+    ], "the run of seed 1 was taken out of the ablation"
     with pytest.raises(SystemExit, match="has no answers"):
         recipe.kinds.main([str(tmp_path / "predictions")])
 

@@ -12,7 +12,8 @@ import pytest
 from llava_pdrop.compare.budgets import Budget, at_budget, average_tokens, counts
 from llava_pdrop.compare.variants import load_ablation
 from llava_pdrop.config.load import load_config
-from llava_pdrop.errors import ConfigError, UserError
+from llava_pdrop.config.schema import check_budgets
+from llava_pdrop.errors import ConfigError, Problem, UserError
 from tests.messages import says
 
 DROP = {"layers": [1, 2, 3], "ratios": [0.5, 0.25, 0.125]}
@@ -92,6 +93,7 @@ def test_counts_see_no_difference_behind_the_point(write) -> None:
         ({"variants": VARIANTS, "budgets": ["sam"]}, says("budgets[0]", "'same'", "'sam'")),
         ({"variants": VARIANTS, "budgets": []}, says("budgets", "empty")),
         ({"variants": VARIANTS, "budgets": [0]}, says("budgets", "above 0", "0")),
+        ({"variants": VARIANTS, "budgets": ["own", 12, "own"]}, says("budgets", "own", "twice")),
         ({"variants": {"a": {"budgets": [-1]}}}, says("variants.a.budgets", "-1")),
     ],
 )  # fmt: skip
@@ -119,3 +121,9 @@ def test_a_number_that_no_tile_can_have(write) -> None:
     config = load_ablation(write(variants={"pooled": VARIANTS["pooled"]})).variants[0].config
     with pytest.raises(UserError, match=says("one feature")):
         at_budget(config, 0.9)
+
+
+@pytest.mark.parametrize("budget", [float("nan"), float("inf"), 0.0])
+def test_no_average_is_endless_or_no_number(budget: float) -> None:
+    with pytest.raises(Problem, match=says("budgets", "above 0", f"{budget:g}")):
+        check_budgets((budget,), "budgets")

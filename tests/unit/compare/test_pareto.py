@@ -81,6 +81,8 @@ def test_seeds_are_runs_of_their_own(write) -> None:
         ({"variants": {"paper": {}}, "also_training_free": True}, says("also_training_free", "without drops", "0")),
         ({"variants": {**VARIANTS, "paper": {"seeds": [7]}}, "also_training_free": True},
          says("also_training_free", "paper", "7", "vanilla")),
+        ({"variants": {**VARIANTS, "vanilla_on_paper": {"pyramid_drop.ranker": "uniform"}}, "also_training_free": True},
+         says("also_training_free", "vanilla_on_paper", "_on_", "rename")),
         ({"variants": {**VARIANTS, "other": {"model.trainable": ["projector"]}}, "also_training_free": True},
          says("also_training_free", "other", "model", "vanilla")),
     ],

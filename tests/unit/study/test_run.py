@@ -158,6 +158,8 @@ def test_processes_share_a_study(run: Path, tmp_path: Path) -> None:
         (["data.eval=null"], says("data.eval", "benchmarks=NAME")),
         (["--layers", "4"], says("--layers", "4", "3")),
         (["--ranker", "fast"], says("--ranker", "'fast'", "fastv")),
+        (["--average-tokens", "0"], says("--average-tokens", "0", "above 0")),
+        (["--average-tokens", "nan"], says("--average-tokens", "nan", "above 0")),
         (["--average-tokens", "16"], says("--average-tokens", "16")),
         (["--average-tokens", "1"], says("--average-tokens", "1", "4")),
         (["eval.limit=1"], says("eval.limit", "one question")),
