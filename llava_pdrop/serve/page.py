@@ -74,14 +74,8 @@ class Page(gr.Blocks):
         return await super().process_api(*given, event_data=event, **named)
 
 
-async def _not_fetched(url: str, *given: Any, **options: Any) -> str:
-    """In the place of gradio's download of what a request names instead of uploading it."""
-    raise gr.Error("URLs are not fetched: upload the picture")
-
-
 def page_of(demo: Demo, title: str) -> gr.Blocks:
     """The page about ``demo``, not yet served."""
-    gr.processing_utils.async_ssrf_protected_download = _not_fetched
     sliders = demo.sliders
     most = max(MOST_DROPS, len(sliders))
     with Page(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
