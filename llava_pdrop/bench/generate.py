@@ -19,7 +19,7 @@ from llava_pdrop.bench.prefill import WARM_UP, watched
 from llava_pdrop.bench.subjects import Given, Subject, without_drops
 from llava_pdrop.generate.cache import cache_bytes
 from llava_pdrop.generate.plugin import attach, detach
-from llava_pdrop.generate.unhook import bare
+from llava_pdrop.generate.unhook import bare, plugin_of
 from llava_pdrop.runtime.clock import Mark, Span, Stopwatch, no_garbage_collection
 from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.schedule import Schedule
@@ -153,7 +153,7 @@ def hook_cost(subject: Subject, given: Given, device: torch.device, steps: int =
     attached = subject.hf
     attach(attached, without_drops(subject.schedule))
     try:
-        plain = bare(attached, vars(attached)["_pyramid_drop"])
+        plain = bare(attached, plugin_of(attached))
         models = {"plain": plain, "attached": attached}
         caches, ids = {}, torch.empty(0)
         for name, model in models.items():

@@ -29,12 +29,6 @@ def generating(hf: Any, schedule: Schedule, trace: list[ForwardStep] | None = No
             module.training = training
 
 
-def positions_of(hf: Any) -> int | None:
-    """How many tokens the text decoder takes, the answer included; None: its config does not say."""
-    most: int | None = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
-    return most
-
-
 def answer_text(ids: Sequence[int], tokenizer: Any, ends: Sequence[int], stops: Sequence[str]) -> str:
     """The answer in what a model has written: up to the first token that ends one, and then up to the first text that
     does. Tokens first: a decoder leaves special ones out, and what follows them would be taken for the answer."""

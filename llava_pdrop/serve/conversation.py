@@ -14,7 +14,7 @@ from transformers import Cache, StoppingCriteriaList
 from llava_pdrop.data.images import load_image
 from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.eval.evaluate import AnswerSettings, finished, respondent_in
-from llava_pdrop.eval.generation import generating, positions_of
+from llava_pdrop.eval.generation import generating
 from llava_pdrop.eval.questions import Question, check_asked
 from llava_pdrop.eval.respondent import Respondent
 from llava_pdrop.eval.subject import subject_config
@@ -23,6 +23,7 @@ from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.model.rankers import check_rankers
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.serve.stream import AnswerStream, AtStop
+from llava_pdrop.train.fit import positions_of
 from llava_pdrop.types import IMAGE_MARKER, ImageSource, Record, Turn
 
 
@@ -245,7 +246,7 @@ class Conversation:
 
     def _room(self, tokens: int) -> int:
         """How long an answer may be behind a prompt of so many tokens."""
-        most = positions_of(self.respondent.hf)
+        most = positions_of(self.respondent.hf.config.get_text_config())
         if most is None:
             return self.settings.max_new_tokens
         if tokens >= most:

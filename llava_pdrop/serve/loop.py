@@ -24,6 +24,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.respondent import Respondent
 from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.generate.unhook import plugin_of
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.serve.batch import RowBatch, why_alone
 from llava_pdrop.serve.sampling import Sampler
@@ -271,9 +272,9 @@ class Loop:
 
     def _use(self, schedule: Schedule) -> None:
         """Attaches ``schedule``, unless it is: somebody else may have attached another while the loop was at rest."""
-        if self._attached != (schedule, _hooks_of(self.hf)):
+        if self._attached != (schedule, plugin_of(self.hf)):
             attach(self.hf, schedule)
-            self._attached = schedule, _hooks_of(self.hf)
+            self._attached = schedule, plugin_of(self.hf)
 
     def _begin(self, job: Job) -> None:
         """Prefills a prompt; its row joins those of its schedule."""
@@ -336,11 +337,6 @@ class Loop:
         text = ids.numel() - sum(int((ids == token).sum()) for token in self.pictured)
         drops = [] if stages is None else stages.real_BN[len(stages.real_BN) - len(stages.schedule.layers) :]
         return (sum(job.image_tokens), *(int(real_BN.sum()) - text for real_BN in drops))
-
-
-def _hooks_of(hf: Any) -> Any:
-    """What `attach` has left on the model; None: nothing."""
-    return vars(hf).get("_pyramid_drop")
 
 
 class _Drawn(LogitsProcessor):

@@ -25,6 +25,7 @@ from llava_pdrop.serve.loop import Finish, Job, Late, Loop
 from llava_pdrop.serve.pictures import Limits, Picture, picture_of
 from llava_pdrop.serve.protocol import Asked, Refusal
 from llava_pdrop.serve.sampling import Sampler
+from llava_pdrop.train.fit import positions_of
 from llava_pdrop.types import IMAGE_MARKER, Record
 
 GRACE = 5.0
@@ -126,7 +127,7 @@ class Service:
         self._fetching = ThreadPoolExecutor(4, "pictures")
         config: Any = respondent.hf.config.get_text_config()
         self.depth = int(config.num_hidden_layers)
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.context: int | None = positions_of(config)
         own = respondent.hf.config
         tokens = (getattr(own, f"{kind}_token_id", None) for kind in ("image", "video"))
         named = [respondent.tokenizer.convert_ids_to_tokens(token) for token in tokens if token is not None]

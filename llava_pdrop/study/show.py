@@ -19,7 +19,6 @@ from llava_pdrop.compare.survivors import Example, Sight, as_seen, llava_sight, 
 from llava_pdrop.data.images import load_image, upright
 from llava_pdrop.errors import ConfigError, UserError, clip
 from llava_pdrop.eval.evaluate import MAX_NEW_TOKENS, AnswerSettings, answer, evaluate, finished, respondent_in
-from llava_pdrop.eval.generation import positions_of
 from llava_pdrop.eval.questions import Question, ask, check_asked
 from llava_pdrop.eval.respondent import LlavaRespondent, ProcessorRespondent, Respondent, check_chat
 from llava_pdrop.eval.subject import subject_config
@@ -29,6 +28,7 @@ from llava_pdrop.model.vlm import geometry_of
 from llava_pdrop.report.console import say
 from llava_pdrop.report.pictures import figure_of, save_picture
 from llava_pdrop.schedule import Schedule
+from llava_pdrop.train.fit import positions_of
 from llava_pdrop.types import ImageSource
 
 DRAWN = (".png", ".pdf", ".svg")
@@ -224,7 +224,7 @@ def room_for(respondent: Respondent, question: Question, schedule: Schedule, wan
     Raises:
         UserError: none does: the prompt alone is as long as the model takes.
     """
-    most = positions_of(respondent.hf)
+    most = positions_of(respondent.hf.config.get_text_config())
     if most is None:
         return wanted
     inputs, _ = respondent.inputs([respondent.prepare(question)], schedule)
