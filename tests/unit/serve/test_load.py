@@ -48,5 +48,7 @@ def test_what_is_wrong_is_one_line(
     server: tuple[Service, str], capsys: pytest.CaptureFixture[str], address: str | None, words: list[str], message: str
 ) -> None:
     assert main([address or server[1], *words]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    (line,) = err.splitlines()
     assert re.search(message, line)
