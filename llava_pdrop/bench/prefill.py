@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import cache_bytes
-from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.generate.plugin import attach, detach, noting
 from llava_pdrop.generate.prefill import Prefill
 from llava_pdrop.model.vision import image_features
 from llava_pdrop.runtime.clock import Span, Stopwatch, replaced, timed
@@ -80,11 +80,14 @@ class Prompt:
             yield {**given, "mm_encoder_outputs": {"image": encoded}}
             return
         # transformers 5.17 takes pixels only: it is given empty ones, and finds the features where it would make them.
-        hf.model.get_image_features = lambda *_, **__: encoded
+        attached = vars(hf.model).get("get_image_features")  # by `attach`, which must see the features here too
+        hf.model.get_image_features = noting("image", lambda *_, **__: encoded)
         try:
             yield {**given, "pixel_values": self.features[0].new_empty(len(self.features), 0)}
         finally:
             del hf.model.get_image_features
+            if attached is not None:
+                hf.model.get_image_features = attached
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class _Plugin:
         for name in ("image", "video"):
             encoder = getattr(self.base, f"get_{name}_features", None)
             if encoder is not None:
-                patches[self.base, f"get_{name}_features"] = _noting(name, encoder)
+                patches[self.base, f"get_{name}_features"] = noting(name, encoder)
         self.shadowed = {(owner, name): owner.__dict__.get(name) for owner, name in patches}
         for (owner, name), patch in patches.items():
             setattr(owner, name, patch)
@@ -331,12 +331,12 @@ class _Plugin:
         return (hidden_BND,), kwargs
 
 
-def _noting(name: str, encoder: Callable) -> Callable:
+def noting(name: str, encoder: Callable) -> Callable:
     """``encoder``, a model's own method, which notes in the running `Call` how long its features are. What it calls
     itself notes nothing: clips may be encoded as pictures."""
 
     @functools.wraps(encoder)
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def encode(*args: Any, **kwargs: Any) -> Any:
         call = _CALL.get()
         shown = None if call is None else call.shown
         output = encoder(*args, **kwargs)
@@ -344,7 +344,7 @@ def _noting(name: str, encoder: Callable) -> Callable:
             call.shown = shown.noting(name, output)
         return output
 
-    return noting
+    return encode
 
 
 def _decoder_of(model: nn.Module, base: nn.Module) -> nn.Module:
