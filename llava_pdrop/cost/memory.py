@@ -11,6 +11,7 @@ M intermediate size, H heads and G key/value heads of E numbers, b bytes a numbe
     backward of a layer        2bTM more (the gradients of product, gate and up replace the product) + bTD
     CLIP layer, W wide         a token: 8bW (norms, query, key, value, output) + 3b x MLP width (QuickGELU)
     projector, F feature rows  bF(W + 2D)
+    with fused kernels         a norm keeps bTD input + 4T, the MLP 3bTM: gate, up, product (no float32, no activation)
     head, L labels             12LV: float32 log-probabilities and two gradients of them; final norm 4TD + bTD
     rotary cos and sin         2bTE a stage
 
@@ -26,7 +27,7 @@ is not recomputed keeps those of its weights, frozen ones too, for its backward.
 
 NOT in it: the CUDA context and cuBLAS workspaces, fragmentation, NCCL and DeepSpeed's reduce buckets, temporary copies
 of an AdamW that is not fused, workspaces of attention kernels, the ranking (a few TD in forward, far from the peak),
-what `model.kernels: torch` and ``liger`` save.
+what fused kernels save under autocast.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llava_pdrop.cost.elementwise import check_modelled
 from llava_pdrop.cost.flops import Recomputed, head_size, key_value_heads, tiles_of
 from llava_pdrop.cost.states import FLOAT, GATHERED, States
 from llava_pdrop.geometry import ImageGeometry
@@ -118,6 +120,7 @@ def predicted_peak(
     states: States = States(),
     adapters: int = 0,
     layouts: Sequence[Layout] | None = None,
+    kernels: str = "eager",
 ) -> Memory:
     """The peak of forward, backward and a fused optimizer step of one micro-batch on one GPU.
 
@@ -128,7 +131,12 @@ def predicted_peak(
         adapters: parameters of LoRA adapters, which learn instead of the decoder's own. What they keep for their
             backward, besides the inputs that full training keeps too, is not in it.
         layouts: `layouts_of` the batch under ``schedule``, where that was called already.
+        kernels: of norms, rotary embedding and gated product in the decoder, one of `elementwise.KERNELS`.
+
+    Raises:
+        UserError: unknown kernels.
     """
+    check_modelled(kernels)
     counts, layers = Parameters.of(config), config.text_config.num_hidden_layers
     decoder = replace(counts, embedding=0, layer=adapters // layers, head=0) if adapters else counts
     layouts = layouts_of(batch, schedule, geometry) if layouts is None else layouts
@@ -137,7 +145,7 @@ def predicted_peak(
     blocks = [
         *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, recomputed.tower, states),
         _projector_block(config, counts, tiles * geometry.features(schedule.downsample), trainable, states),
-        *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, again, states),
+        *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, again, states, kernels),
     ]
     total, learning = counts.total(config) + adapters, sum(block.learning for block in blocks)
     fixed = dict(
@@ -217,6 +225,7 @@ def _decoder_blocks(
     trainable: Collection[str],
     recomputed: Collection[int],
     states: States,
+    kernels: str,
 ) -> list[MemoryBlock]:
     """Embedding, layers, last norm with the head and the loss."""
     hidden, learns, size, stream = text.hidden_size, "language_model" in trainable, states.bytes, states.stream
@@ -226,7 +235,7 @@ def _decoder_blocks(
     for layer, layout in enumerate(layout_of_layers(layouts, schedule, text.num_hidden_layers)):
         tokens = layout.tokens
         rotary = 2 * stream * tokens * head_size(text) if layer in (0, schedule.inject, *schedule.layers) else 0
-        kept, extra = _layer_bytes(text, tokens, learns, states)
+        kept, extra = _layer_bytes(text, tokens, learns, states, kernels == "fused")
         kept, again = kept + casts, layer in recomputed
         source = stream * tokens * hidden if again else 0
         held, peak = (source or kept) + rotary, source + kept + extra + rotary
@@ -240,13 +249,14 @@ def _decoder_blocks(
     return blocks
 
 
-def _layer_bytes(text: Any, tokens: int, learns: bool, states: States) -> tuple[float, float]:
+def _layer_bytes(text: Any, tokens: int, learns: bool, states: States, fused: bool) -> tuple[float, float]:
     """Of a decoder layer: bytes kept for backward, and what comes on top while its backward runs."""
     hidden, mlp, heads, size = text.hidden_size, text.intermediate_size, text.num_attention_heads, states.bytes
-    norms = 2 * ((FLOAT + states.stream * learns) * hidden + FLOAT)
+    fused = fused and not states.autocast
+    norms = 2 * ((size if fused else FLOAT + states.stream * learns) * hidden + FLOAT)
     inputs = size * hidden * learns * (5 if states.autocast else 2)  # autocast casts for each of q, k, v, gate and up
     attention = 2 * size * (heads + key_value_heads(text)) * head_size(text) + FLOAT * heads
-    gated = size * mlp * (3 + learns)
+    gated = size * mlp * ((2 if fused else 3) + learns)
     extra = size * mlp * (2 + (not learns)) + states.stream * hidden
     return tokens * (norms + inputs + attention + gated), tokens * extra
 

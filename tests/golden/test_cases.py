@@ -58,7 +58,7 @@ def test_case(case: Case) -> None:
 @pytest.mark.parametrize("file", case_files(), ids=identify)
 def test_case_with_fused_kernels(file, monkeypatch) -> None:
     """The same with `model.kernels: torch`, within the same tolerances."""
-    monkeypatch.setitem(kernels.AUTO, "cpu", "torch")
+    monkeypatch.setitem(kernels.AUTO, "cpu", ("torch",))
     compare(Case.load(file))
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +16,8 @@ from llava_pdrop.model import kernels
 from llava_pdrop.model.vlm import PyramidLlava
 from llava_pdrop.types import PackedBatch
 from tests.tiny import PYRAMID, make_tiny_hf, mixed_samples
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=["torch", "liger"])
@@ -74,3 +81,12 @@ def test_a_norm_is_one_kernel_each_way(choice):
         model(batch).loss.backward()
     names = {entry.key for entry in taken.key_averages()}
     assert {"aten::_fused_rms_norm", "aten::_fused_rms_norm_backward"} <= names
+
+
+def test_a_process_with_all_threads_of_the_machine_compiles(tmp_path):
+    """Where nobody says how many threads there are, which is how training starts. (Here all tests have one.)"""
+    command = [sys.executable, "-m", "llava_pdrop", "bench", "train", "--shape", "tiny", "--device", "cuda"]
+    command += ["--kernels", "torch", "--steps", "1", "--out", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

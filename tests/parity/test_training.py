@@ -26,7 +26,7 @@ GEOMETRIES = {"pad": PAD, "anyres": ANYRES}
 @pytest.fixture(autouse=True, params=["eager", "torch"])
 def kernels_on_a_cpu(request, monkeypatch):
     """Everything below, with Hugging Face's kernels and with the fused ones."""
-    monkeypatch.setitem(kernels.AUTO, "cpu", request.param)
+    monkeypatch.setitem(kernels.AUTO, "cpu", (request.param,))
 
 
 TOLERANCE = 2e-5  # float32, logits of order 1: sums in another order

@@ -27,9 +27,10 @@ KEYS = {"vanilla": "vanilla", "PyramidDrop": "dropping"}
 """Name of an arm -> its key in the result."""
 
 KERNEL_KINDS = {
+    "attention": ("flash", "fmha", "attention", "sdpa"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "::mm", "::addmm", "::bmm", "splitk"),
-    "attention": ("flash", "fmha", "attention"),
-    "norms": ("norm",),
+    "norms": ("norm", "gammabeta"),
+    "compiled": ("triton_",),
     "reductions": ("reduce", "softmax", "::sum", "::mean"),
     "elementwise and copies": (
         "elementwise", "catarray", "copy", "memcpy", "memset", "fill", "index", "gather", "scatter", "::mul", "::add",
@@ -38,6 +39,10 @@ KERNEL_KINDS = {
 }  # fmt: skip
 """Kind of kernel -> parts of the names of its kernels, in lower case; the first kind that fits. (On a CPU the names are
 those of operators.)"""
+
+
+WAITS = "called a synchronizing"
+"""In PyTorch's warning of an operation that waits, and not in the one that the mode itself is a prototype."""
 
 
 def run(check: Check) -> None:
@@ -81,7 +86,7 @@ def synchronisations(trainer: BenchTrainer, arm: BenchArm, batch: PackedBatch) -
                 torch.cuda.set_sync_debug_mode("default")
                 torch.cuda.synchronize()
     trainer.model.zero_grad(set_to_none=True)
-    waits = [warning for warning in seen if "synchron" in str(warning.message).lower()]
+    waits = [warning for warning in seen if WAITS in str(warning.message).lower()]
     return [f"{Path(w.filename).name}:{w.lineno} {str(w.message).splitlines()[0][:100]}" for w in waits]
 
 

@@ -43,7 +43,7 @@ def remedies(forced: Mapping[str, Recomputed], kernels: str, device: torch.devic
         remedy("as it is", changing()),
         remedy("each recomputes what it must", least()),
         *(remedy(f"kernels: {name}", changing(kernels=name), why) for name, why in other.items()),
-        remedy("kernels: liger, each recomputes what it must", least(kernels="liger"), missing("liger", device)),
+        remedy("kernels: liger, each recomputes what it must", least(kernels="liger"), other["liger"]),
         remedy("sdpa", changing(backend="sdpa")),
         remedy(
             "sdpa, cuDNN first",

@@ -204,7 +204,7 @@ def test_the_model_of_its_time_has_the_kernels_of_the_arm(monkeypatch: pytest.Mo
     moved = [sum(part.whole.bytes for part in arm if part.name.startswith("layers")) for arm in (eager, fused)]
     assert moved[1] < moved[0] / 3
     assert parts("auto") == eager, "what it comes to on a CPU"
-    monkeypatch.setitem(kernels.AUTO, "cpu", "torch")
+    monkeypatch.setitem(kernels.AUTO, "cpu", ("torch",))
     assert parts("auto") == fused
 
 
