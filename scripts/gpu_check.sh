@@ -68,6 +68,7 @@ fi
 
 cd "$ROOT"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun gives every rank
 # Batches differ in length: without this, memory blocks of a shorter batch cannot serve a longer one. PyTorch prefers the
 # first name, so it must not override a value that the user has set under the second.
 if [[ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}" ]]; then

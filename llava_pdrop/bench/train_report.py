@@ -70,7 +70,7 @@ NOTES = """\
 - *Modelled* is what `llava-pdrop plan` predicts for a named GPU in bfloat16, with this optimizer and eager kernels
   where this run has them, else fused ones.
 - *Peak predicted* (GPUs only) is what `llava-pdrop plan` would say with this optimizer, for the largest counted batch
-  and eager kernels."""
+  and the kernels of this run."""
 
 COMPARED = "forward and backward on both sides; the optimizer is in neither"
 """What ``realised_over_predicted`` compares; ``realised_reduction`` is of the whole step, the optimizer included."""

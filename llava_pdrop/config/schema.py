@@ -45,8 +45,8 @@ class ModelSection:
     """Kernel for packed streams: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``."""
     kernels: Literal["auto", "eager", "torch", "liger"] = "auto"
     """Norms, rotary embedding and gated product of the decoder: Hugging Face's (``eager``), PyTorch's fused and
-    compiled ones (``torch``), or those of liger-kernel (``liger``). ``auto``: on CUDA ``liger``
-    where that package is installed, else ``torch``; on a CPU ``eager``."""
+    compiled ones (``torch``), or those of liger-kernel (``liger``). ``auto``: on CUDA ``liger`` where it
+    is installed, else ``torch``; on a CPU ``eager``."""
     template: str = "v1"
     """Conversation format: a key of ``TEMPLATES`` in ``llava_pdrop/data/conversation.py``."""
     trainable: tuple[Literal["projector", "language_model", "vision_tower"], ...] = ("projector", "language_model")

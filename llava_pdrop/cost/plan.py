@@ -11,6 +11,7 @@ from functools import partial
 from itertools import pairwise
 
 from llava_pdrop.config.schema import Config
+from llava_pdrop.cost.elementwise import kernels_of
 from llava_pdrop.cost.flops import Recomputed, StepFlops, step_flops
 from llava_pdrop.cost.lora import adapter_flops, adapter_parameters, learning
 from llava_pdrop.cost.memory import Memory, predicted_peak
@@ -185,11 +186,12 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
     model = model_of(config)
     batch = nominal_batch(model.geometry, config)
     adapters = sum(adapter_parameters(model.config.text_config, config.lora))
+    options = (model.geometry, config.model.trainable)
 
     def peaks(schedule: Schedule) -> list[Memory]:
-        options, layouts = (model.geometry, config.model.trainable), layouts_of(batch, schedule, model.geometry)
+        same = (states, adapters, layouts_of(batch, schedule, model.geometry), kernels_of(config.model.kernels))
         return [
-            predicted_peak(model.config, batch, schedule, *options, Recomputed.first(count), states, adapters, layouts)
+            predicted_peak(model.config, batch, schedule, *options, Recomputed.first(count), *same)
             for count in recomputed
         ]
 

@@ -132,7 +132,9 @@ def test_like_is_compared_with_like(headline: Path) -> None:
 
 def test_the_model_stands_beside_and_is_marked_as_one(headline: Path, files: Path) -> None:
     report = json.loads((headline / "train-tiny-cpu-full.json").read_text())
-    assert report["model"]["card"] == "H100" and re.search(says("model", "no GPU"), report["model"]["note"])
+    assert report["model"]["card"] == "H100" and re.search(
+        says("model", "H100", "no other card"), report["model"]["note"]
+    )
     for run in report["runs"]:
         layers = [part for part in run["modelled"]["parts"] if part["name"].startswith("layers")]
         assert [part["tokens"] for part in layers] == [stage["tokens"] for stage in run["stages"]]

@@ -38,7 +38,7 @@ def test_json_gives_both_bounds_and_the_time_of_every_stage(capsys):
     assert main(["plan", NEXT, "--json"]) == 0
     time = json.loads(capsys.readouterr().out)["time"]
     assert (time["card"], time["kernels"], time["peak_flops"]) == ("H100", "fused", 989.4e12)
-    assert re.search(says("model", "no GPU"), time["note"]) and "data sheet" in time["source"]
+    assert re.search(says("model", "H100", "no other card"), time["note"]) and "data sheet" in time["source"]
     for name, arm in time["arms"].items():
         whole = arm["forward_backward"]
         for key in ("flop", "bytes", "flop_bound_ms", "bandwidth_bound_ms", "ms"):
@@ -62,7 +62,7 @@ def test_the_table_is_marked_as_a_model(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert re.search(says("Modelled, not measured", "A100", "fused kernels", "s"), out)
     assert re.search(says("less time", "without the optimizer"), out)
-    assert re.search(says("model", "no GPU has confirmed"), out)
+    assert re.search(says("model", "H100", "no other card"), out)
     arms = modelled(NEXT, card="A100", kernels="fused").arms
     (row,) = re.findall(r"^ *layers 8-15 +(.+)$", out, re.MULTILINE)
     expected = []

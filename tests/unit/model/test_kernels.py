@@ -329,8 +329,10 @@ def test_a_step_with_compiled_parts(programs, monkeypatch):
 def test_what_auto_comes_to(monkeypatch):
     monkeypatch.setattr(kernels, "find_spec", lambda name: name)
     monkeypatch.setattr(kernels, "which", lambda name: name)
-    assert [resolve("auto", device) for device in (CPU, CUDA)] == ["eager", "torch"]
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None if name == "triton" else name)
+    assert [resolve("auto", device) for device in (CPU, CUDA)] == ["eager", "liger"]
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None if name == "liger_kernel" else name)
+    assert resolve("auto", CUDA) == "torch"
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert resolve("auto", CUDA) == "eager"
     with pytest.raises(ValueError, match=says("model.kernels", "torch", "triton", "'eager'")):
         resolve("torch", CUDA)
