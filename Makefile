@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 # Kills, signals and full disks do not depend on the release of transformers: test_checkpoints.py is left out, and so is
 # tests/unit/test_resume.py.
 COMPATIBILITY := tests/unit/model tests/unit/generate tests/unit/train tests/unit/runtime/test_clock.py \
+	tests/unit/bench/test_prefill.py tests/unit/bench/test_generate.py \
 	tests/parity tests/golden tests/distributed --ignore tests/unit/train/test_checkpoints.py
 on_transformers = set -e; overlay=$$(bash scripts/overlay.sh $(1)); PYTHONPATH=$$overlay OMP_NUM_THREADS=1 \
 	$(PYTHON_VENV) -m pytest -n $(JOBS) --dist loadgroup $(COMPATIBILITY) $(PYTEST_ARGS)

@@ -186,14 +186,13 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
     model = model_of(config)
     batch = nominal_batch(model.geometry, config)
     adapters = sum(adapter_parameters(model.config.text_config, config.lora))
-    options = (model.geometry, config.model.trainable)
+    geometry, kernels = model.geometry, kernels_of(config.model.kernels)
 
     def peaks(schedule: Schedule) -> list[Memory]:
-        same = (states, adapters, layouts_of(batch, schedule, model.geometry), kernels_of(config.model.kernels))
-        return [
-            predicted_peak(model.config, batch, schedule, *options, Recomputed.first(count), *same)
-            for count in recomputed
-        ]
+        layouts = layouts_of(batch, schedule, geometry)
+        peak = partial(predicted_peak, model.config, batch, schedule, geometry, config.model.trainable)
+        again = map(Recomputed.first, recomputed)
+        return [peak(count, states, adapters, layouts=layouts, kernels=kernels) for count in again]
 
     schedule = config.schedule.check(model.layers)
     return [MemoryRow(*row) for row in zip(recomputed, peaks(Schedule()), peaks(schedule))]

@@ -23,6 +23,7 @@ from llava_pdrop.commands.bench import add_arguments, run
 from llava_pdrop.data.images import image_size, load_image
 from llava_pdrop.generate.cache import cache_bytes, cached_tokens
 from llava_pdrop.generate.plugin import attach, detach
+from llava_pdrop.model.attention import is_older
 from llava_pdrop.runtime.clock import Span
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
@@ -183,6 +184,8 @@ def directories(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.mark.parametrize("kind", ["llava", "vip"])
 def test_a_directory_is_asked_with_its_own_weights(directories: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    if kind == "vip" and is_older("5.23"):
+        pytest.skip("attach() refuses VipLLaVA on this transformers, which computes it otherwise")
     drop = "pyramid_drop={layers: [1, 2], ratios: [0.5, 0.25]}"
     words = ["--device", "cpu", "--batch", "1", "2", "--new-tokens", "3", "--runs", "1", "--out", str(tmp_path)]
     measured(str(directories[kind]), drop, *words)
