@@ -73,7 +73,7 @@ class Prompt:
 
     @contextmanager
     def inputs(self, hf: nn.Module) -> Iterator[dict[str, Any]]:
-        """Keyword arguments of ``generate``, for as long as it is open."""
+        """Keyword arguments of ``generate``, for as long as it is open; `attach` and `detach` go outside of it."""
         encoded = BaseModelOutputWithPooling(pooler_output=list(self.features))
         given = {"input_ids": self.input_ids, "attention_mask": torch.ones_like(self.input_ids)}
         if "mm_encoder_outputs" in inspect.signature(hf.forward).parameters:

@@ -222,7 +222,8 @@ class BenchTrainer:
     def predicted_peak_mib(self, arm: BenchArm, batch: PackedBatch, layouts: Sequence[Layout] | None = None) -> float:
         """By `cost.memory`, with this optimizer, the arm's kernels and logits of labels alone. ``layouts``: of the
         batch under the arm's schedule, where they are known."""
-        kernels = kernels_of(resolve(arm.kernels, self.device))
+        on_gpu = self.device.type == "cuda"  # else it is asked for a card that is not here
+        kernels = kernels_of(resolve(arm.kernels, self.device) if on_gpu else arm.kernels)
         options = (self.shape.geometry, self.shape.trainable, arm.recomputed, optimizer.states(self.kind, self.dtype))
         peak = predicted_peak(self.model.hf.config, batch, arm.schedule, *options, layouts=layouts, kernels=kernels)
         return peak.total / MIB

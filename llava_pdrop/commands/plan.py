@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--kernels", metavar="NAME",
-        help="of the element-wise parts in that model: eager, one for each operation, or fused (default: as "
-        "model.kernels of CONFIG, fused unless it is eager)",
+        help="of the element-wise parts in that model of time: eager, one for each operation, or fused (default: as "
+        "model.kernels of CONFIG, fused unless it is eager; memory always follows CONFIG)",
     )  # fmt: skip
     parser.add_argument(
         "--global-batch",

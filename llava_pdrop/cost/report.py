@@ -243,7 +243,7 @@ def _count(recomputed: int, layers: int) -> str:
 
 # What ``llava-pdrop plan CONFIG --gpus 8x80`` says besides, as a table and as JSON.
 
-NOT_MEASURED = "Arithmetic on counted bytes and operations: nothing here has been measured on a GPU."
+NOT_MEASURED = "Arithmetic on counted bytes and operations: several GPUs together have not been measured."
 
 
 def advice_json(config: Config, advice: Advice) -> dict[str, Any]:

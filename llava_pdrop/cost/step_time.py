@@ -2,14 +2,15 @@
 
 Matrix products and attention are counted as `cost.flops` counts them, what lies between as `cost.elementwise` does. Two
 bounds follow from a card's data sheet: all operations at its peak, all bytes at its bandwidth. No kernel is faster, and
-since a step waits for one kind while the other runs, the time is their sum, at rates that real kernels reach:
+since a step waits for one kind while the other runs, the time is their sum, at rates below the data sheet's:
 
-    products     705 of an H100's 989 TFLOP/s: a profiled step (8192 x 8192 alone: 783)
-    attention    `Card.attention`; for H100 250 forward and 215 backward, the varlen kernel of torch 2.11 in that step
-    bandwidth    2.75 of an H100's 3.35 TB/s, assumed (a copy alone: 3.03)
+    products     705 of an H100's 989 TFLOP/s (8192 x 8192 alone: 783)
+    attention    `Card.attention`; for H100 250 TFLOP/s forward and 215 backward (a profiled step: 241 and 211)
+    bandwidth    2.75 of an H100's 3.35 TB/s (a copy alone: 3.03)
 
-With these it gives 6 % less to 4 % more than an H100 took for steps of three 7B shapes, vanilla and dropping
-(playground/RESULTS.md). Other cards are assumed to reach the same shares.
+Products and attention were chosen so that the model meets steps of three 7B shapes on one H100: it gives 6 % less to 4
+% more, vanilla and dropping (playground/RESULTS.md). They are not what each kind takes: the profile has faster products
+and slower copies. Other cards are assumed to reach the same shares, and their attention is assumed.
 
 A product also takes whole waves of tiles, which short streams do not fill: that is why time falls by less than its
 operations where tokens leave.
@@ -49,7 +50,7 @@ NOTE = (
 )
 
 MATRIX_SHARE = 705 / 989.4
-"""Of a card's peak, that large products reach: measured on an H100, assumed of others."""
+"""Of a card's peak, that large products are taken to reach."""
 
 BANDWIDTH_SHARE = 2.75 / 3.35
 """Of a card's bandwidth, that element-wise kernels are assumed to reach."""
@@ -67,7 +68,7 @@ class Card:
         bandwidth: bytes a second to its memory, the data sheet's.
         gib: its memory.
         processors: streaming multiprocessors; each makes one tile of a product at a time.
-        attention: operations a second that the fused attention kernel reaches, forward and backward.
+        attention: operations a second that a fused attention kernel is taken to reach, forward and backward.
         source: of the data sheet's numbers.
     """
 

@@ -34,8 +34,9 @@ differs). ``torch``: `F.rms_norm`; on CUDA the rotary embedding and the gated pr
 `F.rms_norm` and, of the package liger-kernel, those two (CUDA only). ``auto``: see `AUTO`."""
 
 AUTO: dict[str, tuple[str, ...]] = {"cuda": ("liger", "torch")}
-"""Type of device -> what ``auto`` comes to: the first that can run there, else ``eager``. On an H100 a step of
-LLaVA-NeXT-7B takes 1,275 ms with ``liger``, 1,316 with ``torch``, 1,595 with ``eager`` (playground/RESULTS.md)."""
+"""Type of device -> what ``auto`` comes to: the first that can run there, else ``eager``. On an H100 a vanilla step of
+LLaVA-NeXT-7B that recomputes all layers takes 1,275 ms with ``liger``, 1,316 with ``torch``, 1,595 with ``eager``
+(playground/RESULTS.md)."""
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Of the decoders that can be trained: ``model_type`` -> how the names of its classes in transformers begin."""
@@ -100,7 +101,7 @@ def missing(choice: str, device: torch.device) -> str | None:
             return f"needs a CUDA device, and this is {device.type}: take one"
         if find_spec("liger_kernel") is None:
             return "needs the package liger-kernel: pip install 'llava_pdrop[liger]'"
-    if choice == "torch" and device.type == "cuda":
+    if choice in ("torch", "liger") and device.type == "cuda":
         if find_spec("triton") is None:
             return "compiles on CUDA, and triton is not installed: install it"
         if not (which("cc") or which("gcc")):

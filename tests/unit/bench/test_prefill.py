@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +81,25 @@ def test_the_bench_generates_what_generate_does(hf, method, batch):
     assert cached_tokens(plain.past_key_values) == expected
     assert (run.ranking.seconds > 0) == bool(schedule.layers)
     assert run.ranking.seconds < run.prefill.seconds
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_takes_no_encoded_pictures_is_given_them_where_it_makes_them(hf, method, monkeypatch):
+    """Which is what transformers 5.17 has; attach sees them there too, and keeps its own way of seeing them."""
+    _, prompt = make_prompt(hf)
+    attach(hf, METHODS[method])
+    seeing = vars(hf.model).get("get_image_features")
+    try:
+        with torch.no_grad(), prompt.inputs(hf) as inputs:
+            expected = hf(**inputs).logits
+        monkeypatch.setattr(bench, "inspect", SimpleNamespace(signature=lambda function: inspect.Signature()))
+        with torch.no_grad(), prompt.inputs(hf) as inputs:
+            assert "pixel_values" in inputs
+            assert torch.equal(hf(**inputs).logits, expected)
+        assert vars(hf.model).get("get_image_features") is seeing
+    finally:
+        detach(hf)
+    assert "get_image_features" not in vars(hf.model)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -83,8 +83,8 @@ def test_all_and_numbers_leave_the_tower_alone_unless_memory_forces_it(monkeypat
     trainer = planning("llava-next-7b")
     assert chosen(trainer, "all", "H100") == [(True, None, False)] * 2
     assert chosen(trainer, "24,0", "H100") == [(True, 24, False), (False, 0, False)]
-    assert chosen(trainer, "14,0", "H100") == [(True, 14, True), (False, 0, False)]
-    assert chosen(trainer, "14,0") == [(True, 14, False), (False, 0, False)], "on a CPU nothing says what fits"
+    assert chosen(trainer, "4,0", "H100") == [(True, 4, True), (False, 0, False)]
+    assert chosen(trainer, "4,0") == [(True, 4, False), (False, 0, False)], "on a CPU nothing says what fits"
     batch = trainer.workload.batch(0, CPU)
     whole, kept = (
         trainer.predicted_peak_mib(BenchArm("", recomputed=Recomputed(None, tower)), batch) / 1024

@@ -234,6 +234,7 @@ def test_the_predicted_peak_is_that_of_the_arm() -> None:
     assert trainer.predicted_peak_mib(BenchArm("vanilla", recomputed=ALL_LAYERS), batch) < vanilla
     weights = sum(parameter.nbytes for parameter in trainer.model.parameters()) / MIB
     assert vanilla > 3 * weights
+    assert vanilla < trainer.predicted_peak_mib(BenchArm("vanilla", kernels="eager"), batch), "auto: of a GPU"
 
 
 def test_recomputation_is_taken_arm_by_arm() -> None:

@@ -206,7 +206,7 @@ def test_the_recipes_are_those_of_the_configs():
 def test_the_table_says_all_of_it_and_that_nothing_was_measured(capsys):
     assert main(["plan", NEXT, "--gpus", "8x80", "--mfu", "0.45"]) == 0
     out = capsys.readouterr().out
-    assert out.count("measured on a GPU") == 1
+    assert out.count("several GPUs together have not been measured") == 1
     assert "Advice for 8 GPUs of 80 GiB" in out and "assumed MFU of 0.45 (--mfu)" in out
     assert "\ndropping: train.engine=zero2 data.samples_per_batch=4 train.gradient_accumulation_steps=4 " in out
     assert re.search(says("Global batch 128", "4 samples", "4 accumulated", "8 GPUs"), out)

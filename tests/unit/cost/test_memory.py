@@ -179,6 +179,24 @@ def test_a_tower_that_is_not_recomputed_keeps_what_it_keeps_without_checkpointin
     assert (kept > whole) == recompute
 
 
+@pytest.mark.parametrize("trainable", [DECODER, ("projector",)], ids=["decoder learns", "decoder frozen"])
+def test_fused_kernels_keep_less(trainable):
+    """A token of a layer less: two float32 copies of the stream where a norm keeps bfloat16, and the activation of the
+    gate; where nothing is normalised twice, nothing else."""
+    shape, batch = shape_with("llava-next-7b", 4), batch_of(shape_named("llava-next-7b").geometry, 1, (672, 672))
+    hidden, mlp = shape.text["hidden_size"], shape.text["intermediate_size"]
+    options = (config_of(shape), batch, Schedule(), shape.geometry, trainable)
+    held = {
+        kernels: predicted_peak(*options, states=States(optimizer=0, accumulate=True), kernels=kernels).activations
+        for kernels in ("eager", "fused")
+    }
+    learns = "language_model" in trainable
+    norms = 2 * ((4 + 2 * learns) - 2) * hidden  # the normalised stream before its weight stays where that learns
+    assert held["eager"] - held["fused"] == pytest.approx(4 * len(batch.input_ids) * (norms + 2 * mlp), rel=0.02)
+    autocast = [predicted_peak(*options, states=AUTOCAST, kernels=kernels).total for kernels in ("eager", "fused")]
+    assert autocast[0] == autocast[1], "not modelled, so what eager kernels keep is an upper bound"
+
+
 @pytest.mark.parametrize(("name", "schedule", "trainable", "recompute", "first"), CASES)
 def test_peak_of_four_layers_at_the_real_widths(name, schedule, trainable, recompute, first):
     shape = shape_with(name, layers=4)

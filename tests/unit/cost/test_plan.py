@@ -152,6 +152,13 @@ def test_memory_falls_with_recomputation_and_with_dropping():
     assert all(row.dropping.total < row.vanilla.total for row in rows)
 
 
+def test_memory_is_that_of_the_kernels_of_the_config():
+    eager, fused = (
+        plan_memory(load_config(NEXT, [f"model.kernels={name}"]), (0,), States(3, 8))[0] for name in ("eager", "auto")
+    )
+    assert fused.vanilla.total < 0.85 * eager.vanilla.total and fused.dropping.total < 0.9 * eager.dropping.total
+
+
 def test_the_least_recomputation_fits_and_one_layer_less_does_not():
     config, states = load_config(NEXT), States(3, 8)
     vanilla, dropping = least_recomputed(config, states, 80)

@@ -115,6 +115,11 @@ def test_forward_by_stage_agrees_with_that_count(rates_of_the_count):
 MEASURED = sorted((ROOT / "playground/benchmarks/gpu").glob("*/train-*-nvidia-h100-80gb-hbm3.json"))
 
 
+def test_the_measurements_are_there():
+    runs = {file.parent.name: len(json.loads(file.read_text(encoding="utf-8"))["runs"]) for file in MEASURED}
+    assert runs == {"l15": 4, "mixture": 2, "next": 4, "next_torch": 4, "p9": 2}
+
+
 @pytest.mark.parametrize("file", [f for f in MEASURED if f.parent.name != "mixture"], ids=lambda file: file.parent.name)
 def test_agrees_with_the_steps_that_were_measured_on_an_h100(file):
     """Time and memory, of full pictures, with the kernels of torch and liger, all recomputed and as memory forced."""

@@ -332,14 +332,16 @@ def test_what_auto_comes_to(monkeypatch):
     assert [resolve("auto", device) for device in (CPU, CUDA)] == ["eager", "liger"]
     monkeypatch.setattr(kernels, "find_spec", lambda name: None if name == "liger_kernel" else name)
     assert resolve("auto", CUDA) == "torch"
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    assert resolve("auto", CUDA) == "eager"
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None if name == "triton" else name)
+    assert resolve("auto", CUDA) == "eager", "liger's kernels are Triton's too"
     with pytest.raises(ValueError, match=says("model.kernels", "torch", "triton", "'eager'")):
         resolve("torch", CUDA)
     monkeypatch.setattr(kernels, "find_spec", lambda name: name)
     monkeypatch.setattr(kernels, "which", lambda name: None)
-    with pytest.raises(ValueError, match=says("model.kernels", "torch", "gcc", "'eager'")):
-        resolve("torch", CUDA)
+    for choice in ("torch", "liger"):
+        with pytest.raises(ValueError, match=says("model.kernels", choice, "gcc", "'eager'")):
+            resolve(choice, CUDA)
+    assert resolve("auto", CUDA) == "eager"
     assert resolve("torch", CPU) == "torch"
 
 

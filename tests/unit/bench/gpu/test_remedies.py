@@ -29,6 +29,8 @@ def test_which_there_are_on_a_cpu() -> None:
     assert found["as it is"].change(arm) == arm
     assert found["each recomputes what it must"].change(arm).recomputed == Recomputed(3)
     assert found["kernels: torch"].change(arm).kernels == "torch"
+    liger = {remedy.name: remedy.unavailable for remedy in remedies({"vanilla": Recomputed(3)}, "liger", CPU)}
+    assert {liger[name] for name in liger if "liger" in name} == {"is the step as it is"}
 
 
 def test_one_that_fails_is_reported_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
