@@ -13,7 +13,7 @@
 #                    archive in the checkout to put every bench file into playground/benchmarks
 #
 #   LLAVA_PDROP_PYTHON    the Python to use; default: the first with CUDA among LLAVA_PDROP_VENV, .venv, python3, python
-#   LLAVA_PDROP_COMMIT    the commit, for a checkout without its history
+#   LLAVA_PDROP_COMMIT    the commit, for a checkout without its history, or with files of a later commit
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -102,8 +102,8 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this file lies in, marked where files were changed since. Outside of one (a copy on
-    another machine): what the environment variable `COMMIT` says, or None."""
+    """The commit of the checkout this file lies in. Where files were changed since, and outside of a checkout (copies
+    on another machine): what the environment variable `COMMIT` says; else the mark that they were, or None."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -114,7 +114,7 @@ def commit() -> str | None:
         head, dirty = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get(COMMIT)
-    return head + (" with uncommitted changes" if dirty else "")
+    return os.environ.get(COMMIT, f"{head} with uncommitted changes") if dirty else head
 
 
 def package_version(package: str) -> str | None:

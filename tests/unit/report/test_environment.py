@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,24 @@ def test_a_copy_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPat
     assert commit() is None
     monkeypatch.setenv(COMMIT, "abc1234")
     assert commit() == "abc1234"
+
+
+@pytest.mark.process  # git
+def test_a_checkout_with_files_of_a_later_commit_is_told_it_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "environment.py"))
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    (tmp_path / "file").write_text("one")
+    for words in (["init", "-q"], ["add", "file"], [*identity, "commit", "-qm", "one"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setenv(COMMIT, "abc1234")
+    head = commit()
+    assert head and re.fullmatch("[0-9a-f]{7,}", head) and head != "abc1234", "what history says, nothing being changed"
+    (tmp_path / "file").write_text("two")
+    assert commit() == "abc1234"
+    monkeypatch.delenv(COMMIT)
+    assert commit() == f"{head} with uncommitted changes"
 
 
 def test_a_place_for_the_files_is_made_or_refused(tmp_path: Path) -> None:
