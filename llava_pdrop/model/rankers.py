@@ -110,11 +110,16 @@ def _divprune(ranking: Ranking) -> Tensor:
     return _chosen(ranking, choose)
 
 
+SPANNED = 1e-5
+"""Of the squared relevance of a token: what is left of it by rounding when the chosen tokens span it."""
+
+
 def _cdpruner(ranking: Ranking) -> Tensor:
     """The greedy maximum of det(diag(r) S diag(r)) over the subsets that stay, S being cosines and r the relevance of a
     token, by updates of its Cholesky factor (CDPruner, arXiv 2506.10967, llava_arch.py). Ours: r is the attention of
-    the instruction, where theirs is CLIP's similarity to the question; scaled to its range as theirs is. Ours too: a
-    token that the chosen ones span keeps a pivot of 1e-8, where theirs would divide by zero."""
+    the instruction, where theirs is CLIP's similarity to the question; scaled to its range as theirs is. Ours too: once
+    the chosen tokens span the others, as they do when they are as many as the states are wide, the earlier of these
+    comes first; theirs goes by what rounding has left of them."""
     relevance_V = by_attention(ranking)
 
     def choose(here: slice, similar_INN: Tensor, keep: int) -> Iterator[Tensor]:
@@ -123,6 +128,7 @@ def _cdpruner(ranking: Ranking) -> Tensor:
         r_IN = (r_IN - least_I1 + 1e-6) / (most_I1 - least_I1).clamp(min=1e-6)
         kernel_INN = r_IN[:, :, None] * similar_INN * r_IN[:, None]
         left_IN = kernel_INN.diagonal(dim1=1, dim2=2)
+        noise_IN, gone_IN = SPANNED * left_IN, torch.zeros_like(left_IN, dtype=torch.bool)
         factor_IKN = kernel_INN.new_zeros(len(r_IN), keep, r_IN.shape[1])
         for number in range(keep):
             chosen_I1 = left_IN.argmax(-1, keepdim=True)
@@ -132,7 +138,9 @@ def _cdpruner(ranking: Ranking) -> Tensor:
             new_IN = _row(kernel_INN, chosen_I1) - (at_IK1 * made_IKN).sum(1)
             new_IN = new_IN / left_IN.gather(1, chosen_I1).clamp(min=1e-8).sqrt()
             factor_IKN[:, number] = new_IN
-            left_IN = (left_IN - new_IN.square()).scatter(1, chosen_I1, -torch.inf)
+            gone_IN = gone_IN.scatter(1, chosen_I1, True)
+            left_IN = left_IN - new_IN.square()
+            left_IN = left_IN.masked_fill(left_IN < noise_IN, 0.0).masked_fill(gone_IN, -torch.inf)
 
     return _chosen(ranking, choose)
 

@@ -21,6 +21,7 @@ from llava_pdrop.eval.rules.grades import Grade, means
 from llava_pdrop.eval.score import beside_paper, paired, score_of
 from llava_pdrop.eval.score_table import blocks, refuse_unread
 from llava_pdrop.report.page import markdown_of
+from llava_pdrop.runtime import device
 from llava_pdrop.schedule import Schedule
 from tests.messages import says
 
@@ -90,7 +91,8 @@ def test_columns_are_the_runs_own_and_those_named(tiny_config):
     "word",
     ["eval.max_new_tokens=3", "train.bf16=true", "seed=5", "pyramid_drop.ranker=fastv", "prompt", "ends", "model"],
 )
-def test_all_that_answers_depend_on_has_a_directory_of_its_own(tiny_config, tmp_path, word):
+def test_all_that_answers_depend_on_has_a_directory_of_its_own(tiny_config, tmp_path, monkeypatch, word):
+    monkeypatch.setattr(device, "has_fast_bfloat16", lambda device: True)  # elsewhere bf16 answers are float32's
     file = tiny_config(pyramid_drop={"layers": [1, 2], "ratios": [0.5, 0.25], "ranker": "random"})
 
     def kept(prompt="p", end=2, model="m", words=()):

@@ -141,6 +141,22 @@ def test_cdpruner_takes_the_largest_determinant(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_cdpruner_takes_the_earlier_of_the_tokens_that_the_chosen_ones_span(seed):
+    """Four of 16 states span all; what rounding leaves of the others differs between processors and batches."""
+    generator, rank = torch.Generator().manual_seed(seed), 4
+    mixed = torch.randn(SIZE, rank, generator=generator) @ torch.randn(rank, SIZE, generator=generator)
+
+    def of_first_picture(keep: int) -> set[int]:
+        given = ranking("cdpruner", seed, [keep, 0, 0, 0])
+        return chosen("cdpruner", replace(given, hidden_TD=given.hidden_TD @ mixed))[0]
+
+    spanning = of_first_picture(rank)
+    assert len(spanning) == rank
+    left = [token for token in IMAGES[0] if token not in spanning]
+    assert of_first_picture(8) == {*spanning, *left[:4]}
+
+
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("keeps", [KEEPS, [16, 10, 2, 7]], ids=str)
 def test_dart_adds_to_every_pivot_what_is_least_like_it(seed, keeps):
     given, expected = ranking("dart", seed, keeps), []
