@@ -17,6 +17,7 @@ from typing import Any
 
 from llava_pdrop.cost.flops import head_size, key_value_heads
 from llava_pdrop.errors import check_name
+from llava_pdrop.model.kernels import AUTO
 
 HALF, FLOAT = 2, 4
 
@@ -64,7 +65,8 @@ class Moved:
 
 def kernels_of(choice: str) -> str:
     """Those of `KERNELS` that ``model.kernels: choice`` runs with on a GPU: all but ``eager`` are fused."""
-    return "eager" if choice == "eager" else "fused"
+    chosen = next(iter(AUTO["cuda"]), "eager") if choice == "auto" else choice
+    return "eager" if chosen == "eager" else "fused"
 
 
 def check_modelled(kernels: str) -> None:

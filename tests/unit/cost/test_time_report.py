@@ -15,6 +15,7 @@ from llava_pdrop.cost.memory import Parameters
 from llava_pdrop.cost.nominal import model_of
 from llava_pdrop.cost.step_time import BANDWIDTH_SHARE, CARDS
 from llava_pdrop.cost.time_report import TimeModel, plan_time, time_json
+from llava_pdrop.model.kernels import AUTO
 from llava_pdrop.report.units import digits
 from tests.messages import says
 
@@ -72,13 +73,15 @@ def test_the_table_is_marked_as_a_model(capsys, monkeypatch):
     assert row.split() == expected
 
 
-def test_kernels_are_the_configs_unless_others_are_named():
+def test_kernels_are_the_configs_unless_others_are_named(monkeypatch):
     words = {"auto": "fused", "torch": "fused", "liger": "fused", "eager": "eager"}
     times = {word: modelled(NEXT, f"model.kernels={word}") for word in words}
     assert {word: time.kernels for word, time in times.items()} == words
     assert times["auto"].arms == times["torch"].arms != times["eager"].arms
     assert modelled(NEXT, "model.kernels=eager", kernels="fused").arms == times["auto"].arms
     assert modelled(NEXT, kernels="eager").arms == times["eager"].arms
+    monkeypatch.setitem(AUTO, "cuda", ())
+    assert modelled(NEXT).kernels == "eager", "as a run on a GPU would have it"
 
 
 def test_vanilla_alone_saves_nothing(capsys):
