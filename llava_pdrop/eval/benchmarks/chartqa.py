@@ -8,24 +8,10 @@ import numpy as np
 
 from llava_pdrop.eval.benchmarks.tables import short_answers
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, grader, joined, means
+from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, by_text, joined, means
 from llava_pdrop.eval.rules.text import alternatives, from_sheet, relaxed
 
 HALVES = {"human": "test_human", "augmented": "test_augmented"}
-
-
-def as_read(answer: str) -> str:
-    return from_sheet(answer).strip()
-
-
-def value(answer: str, gold: str) -> float:
-    return float(any(relaxed(as_read(answer), text) for text in alternatives(from_sheet(gold))))
-
-
-@grader
-def grade_lmms(question: Question, answer: str) -> Grade:
-    """lmms-eval: one answer, whose cell is never a list, and blanks at the ends stay."""
-    return Grade(float(relaxed(answer, question.gold)), answer)
 
 
 def total_lmms(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
@@ -42,9 +28,11 @@ CHARTQA = short_answers(
     "ChartQA",
     {"ChartQA_TEST": "test"},
     "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (relaxed_accuracy)",
-    value,
-    read_as=as_read,
+    lambda answer: from_sheet(answer).strip(),
+    lambda text, gold: any(relaxed(text, right) for right in alternatives(from_sheet(gold))),
     by="split",
-    also={"lmms_eval": Rule("lmms-eval lmms_eval/tasks/chartqa/utils.py", grade_lmms, total_lmms)},
+    also={  # one answer, whose cell is never a list, and blanks at the ends stay
+        "lmms_eval": Rule("lmms-eval lmms_eval/tasks/chartqa/utils.py", by_text(str, relaxed), total_lmms)
+    },
     licence="GPL-3.0 (github.com/vis-nlp/ChartQA)",
 )

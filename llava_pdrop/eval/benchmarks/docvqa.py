@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.benchmarks.tables import short_answers
-from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.rules.grades import Grade, Rule, grader, means
+from llava_pdrop.eval.rules.grades import Rule, by_text, means
 from llava_pdrop.eval.rules.text import alternatives, anls, from_sheet
-
-
-@grader
-def grade_lmms(question: Question, answer: str) -> Grade:
-    """lmms-eval: the same similarity of the answer without its outer blanks, and no spreadsheet between."""
-    text = answer.strip()
-    return Grade(anls(text, alternatives(question.gold)), text)
-
 
 LMMS = Rule(
     "lmms-eval lmms_eval/api/metrics.py anls",
-    grade_lmms,
+    by_text(str.strip, lambda text, gold: anls(text, alternatives(gold))),
     lambda questions, grades: means(questions, grades, scale=1, overall="anls"),
 )
+"""The same similarity of the answer without its outer blanks, and no spreadsheet between."""
 
 
 def row(name: str, title: str, table: str) -> Benchmark:
@@ -29,8 +21,8 @@ def row(name: str, title: str, table: str) -> Benchmark:
         title,
         {table: "val"},
         "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (anls)",
-        lambda answer, gold: anls(from_sheet(answer), alternatives(from_sheet(gold))),
-        read_as=from_sheet,
+        from_sheet,
+        lambda text, gold: anls(text, alternatives(from_sheet(gold))),
         also={"lmms_eval": LMMS},
     )
 

@@ -11,7 +11,7 @@ from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import all_asked, read_asked, read_json, with_keys
 from llava_pdrop.eval.benchmarks.uploads import all_answered
 from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.grades import Grade, Rule, by_text, exact_match, grader, means
+from llava_pdrop.eval.rules.grades import Rule, by_text, exact_match, means
 from llava_pdrop.eval.rules.text import from_sheet, same
 from llava_pdrop.files import write_json
 
@@ -61,15 +61,17 @@ def words(text: str) -> str:
     return text.strip().lower().translate(NO_PUNCTUATION)
 
 
-@grader
-def grade_vlmevalkit(question: Question, answer: str) -> Grade:
-    text = from_sheet(answer)
-    return Grade(float(same(text, from_sheet(question.gold))), text)
-
-
 ALSO = {
-    "lmms_eval": Rule("lmms-eval lmms_eval/api/metrics.py exact_match", by_text(words, words), exact_match),
-    "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)", grade_vlmevalkit, means),
+    "lmms_eval": Rule(
+        "lmms-eval lmms_eval/api/metrics.py exact_match",
+        by_text(words, lambda text, gold: text == words(gold)),
+        exact_match,
+    ),
+    "vlmevalkit": Rule(
+        "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)",
+        by_text(from_sheet, lambda text, gold: same(text, from_sheet(gold))),
+        means,
+    ),
 }
 """Other rules for the same answers."""
 

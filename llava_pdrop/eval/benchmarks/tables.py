@@ -11,7 +11,7 @@ from llava_pdrop.eval.benchmarks.files import cell, find_table, pictures_of_tabl
 from llava_pdrop.eval.benchmarks.prompts import choice, generic_choice, short
 from llava_pdrop.eval.questions import Question, ask
 from llava_pdrop.eval.rules.choices import options_of
-from llava_pdrop.eval.rules.grades import Grade, Rule, grader, means
+from llava_pdrop.eval.rules.grades import Rule, by_text, means
 
 SOURCE = "VLMEvalKit (addresses in vlmeval/dataset)"
 MOST_TOKENS = 512
@@ -92,20 +92,15 @@ def short_answers(
     title: str,
     tables: Mapping[str, str],
     rule: str,
+    read: Callable[[str], str],
     value: Callable[[str, str], float],
     *,
-    read_as: Callable[[str], str],
     by: str | None = None,
     also: dict[str, Rule] | None = None,
     licence: str = "",
 ) -> Benchmark:
-    """A row whose table has short answers. ``value``: (answer, gold cell) -> [0, 1]; ``read_as``: what the rule makes
-    of an answer before it compares."""
-
-    @grader
-    def grade(question: Question, answer: str) -> Grade:
-        return Grade(value(answer, question.gold), read_as(answer))
-
+    """A row whose table has short answers. ``read``: what the rule makes of an answer before it compares; ``value``:
+    (that, gold cell) -> [0, 1]."""
     return Benchmark(
         name=name,
         title=title,
@@ -114,7 +109,7 @@ def short_answers(
         rule=rule,
         split=next(iter(tables.values())),
         read=lambda directory, llava: read_answers_of(directory, tables, by),
-        grade=grade,
+        grade=by_text(read, value),
         total=lambda questions, grades: means(questions, grades, ["part"] if by else ()),
         headline="Overall",
         max_new_tokens=MOST_TOKENS,

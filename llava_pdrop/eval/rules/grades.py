@@ -5,6 +5,7 @@ Where only a server knows the right answers, its questions say so (``facts["know
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -58,14 +59,15 @@ def grader(rule: Callable[[Question, str], Grade]) -> Grader:
     return grade
 
 
-def by_text(read: Callable[[str], str], gold: Callable[[str], str] = str) -> Grader:
-    """The rule that what is ``read`` in an answer is what ``gold`` makes of the right one."""
-    return grader(lambda question, answer: Grade(float((text := read(answer)) == gold(question.gold)), text))
+def by_text(read: Callable[[str], str], value: Callable[[str, str], float] = operator.eq) -> Grader:
+    """The rule that compares what is ``read`` in an answer with the right one: ``value`` of both, or whether they are
+    the same."""
+    return grader(lambda question, answer: Grade(float(value(text := read(answer), question.gold)), text))
 
 
 def by_word(said: Callable[[str], str]) -> Grader:
     """The rule that what is ``said`` in an answer is the right one, in either case."""
-    return grader(lambda question, answer: Grade(float((w := said(answer)).lower() == question.gold.lower()), w))
+    return by_text(said, lambda word, gold: word.lower() == gold.lower())
 
 
 def values_of(grades: Sequence[Grade]) -> np.ndarray:
