@@ -82,6 +82,6 @@ TEXTVQA = Benchmark(
             by_form(eval_ai, "own"),  # the same of the question's own annotation
             exact_match,
         ),
-        "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (vqa_score)", by_vlmevalkit("own"), means),
+        "vlmevalkit": by_vlmevalkit("own"),
     },
 )

@@ -11,7 +11,7 @@ from llava_pdrop.eval.benchmarks.files import answers_by_picture, ask_people, is
 from llava_pdrop.eval.benchmarks.prompts import short
 from llava_pdrop.eval.benchmarks.uploads import all_answered
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.rules.grades import Rule, exact_match, means
+from llava_pdrop.eval.rules.grades import exact_match
 from llava_pdrop.eval.rules.vqa import by_form, by_vlmevalkit, eval_ai
 from llava_pdrop.files import write_json
 
@@ -85,7 +85,5 @@ VIZWIZ = Benchmark(
     headline="exact_match",
     factor=100,
     upload=upload,
-    also={
-        "vlmevalkit": Rule("VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (vqa_score)", by_vlmevalkit("answers"), means)
-    },
+    also={"vlmevalkit": by_vlmevalkit("answers")},
 )

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.rules.grades import Grade, Grader, grader
+from llava_pdrop.eval.rules.grades import Grade, Grader, Rule, grader, means
 from llava_pdrop.eval.rules.text import from_sheet
 
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
@@ -103,21 +102,12 @@ def official_accuracy(answer: str, golds: Sequence[str]) -> tuple[float, str]:
     return normalised(answer, given, official)
 
 
-def by_form(normal: Callable[[str], str], fact: str = "answers") -> Grader:
-    """The rule that normal forms are compared; ``fact`` holds the people's answers."""
-
-    @grader
-    def rule(question: Question, answer: str) -> Grade:
-        return Grade(*normalised(answer, question.facts[fact], normal))
-
-    return rule
+def by_form(normal: Callable[[str], str], fact: str = "answers", read: Callable[[str], str] = str) -> Grader:
+    """The rule that normal forms of what is ``read`` are compared; ``fact`` holds the people's answers."""
+    return grader(lambda question, answer: Grade(*normalised(read(answer), question.facts[fact], normal)))
 
 
-def by_vlmevalkit(fact: str) -> Grader:
+def by_vlmevalkit(fact: str) -> Rule:
     """VLMEvalKit: its own normal form, behind a spreadsheet; ``fact`` holds the annotation's answers."""
-
-    @grader
-    def rule(question: Question, answer: str) -> Grade:
-        return Grade(*normalised(from_sheet(answer), question.facts[fact], vlmevalkit))
-
-    return rule
+    rule = "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (vqa_score)"
+    return Rule(rule, by_form(vlmevalkit, fact, from_sheet), means)
