@@ -53,27 +53,9 @@ def prediction(answer: str) -> str:
     return answer.rstrip(".").lower()
 
 
-grade = by_text(prediction)
-
-
 def words(text: str) -> str:
     """lmms-eval: but for case, outer blanks and punctuation."""
     return text.strip().lower().translate(NO_PUNCTUATION)
-
-
-ALSO = {
-    "lmms_eval": Rule(
-        "lmms-eval lmms_eval/api/metrics.py exact_match",
-        by_text(words, lambda text, gold: text == words(gold)),
-        exact_match,
-    ),
-    "vlmevalkit": Rule(
-        "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)",
-        by_text(from_sheet, lambda text, gold: same(text, from_sheet(gold))),
-        means,
-    ),
-}
-"""Other rules for the same answers."""
 
 
 GQA = Benchmark(
@@ -88,9 +70,20 @@ GQA = Benchmark(
     rule="LLaVA scripts/convert_gqa_for_eval.py, then GQA eval.py",
     split="testdev_balanced",
     read=read,
-    grade=grade,
+    grade=by_text(prediction),
     total=lambda questions, grades: means(questions, grades, overall="accuracy"),
     headline="accuracy",
     upload=upload,
-    also=ALSO,
+    also={
+        "lmms_eval": Rule(
+            "lmms-eval lmms_eval/api/metrics.py exact_match",
+            by_text(words, lambda text, gold: text == words(gold)),
+            exact_match,
+        ),
+        "vlmevalkit": Rule(
+            "VLMEvalKit vlmeval/dataset/utils/vqa_eval.py (accuracy)",
+            by_text(from_sheet, lambda text, gold: same(text, from_sheet(gold))),
+            means,
+        ),
+    },
 )

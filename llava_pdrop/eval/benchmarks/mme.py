@@ -108,21 +108,6 @@ def points(prefix: str) -> Callable[[str, str], list[str]]:
     return lambda category, key: [prefix + category] if key == "score" else []
 
 
-ALSO = {
-    "lmms_eval": Rule(
-        "lmms-eval lmms_eval/tasks/mme/utils.py",
-        by_word(without_stops),
-        counted(points("categories/"), ("perception", "cognition"), in_order=False),
-    ),
-    "vlmevalkit": Rule(
-        "VLMEvalKit vlmeval/dataset/utils/yorn.py MME_rating",
-        by_word(one_word),
-        counted(points(""), ("perception", "reasoning"), in_order=False),
-    ),
-}
-"""Other rules for the same answers."""
-
-
 MME = Benchmark(
     name="mme",
     title="MME",
@@ -138,5 +123,16 @@ MME = Benchmark(
     total=counted(in_full, ("perception", "cognition"), in_order=True),
     headline="perception",
     best=2000,
-    also=ALSO,
+    also={
+        "lmms_eval": Rule(
+            "lmms-eval lmms_eval/tasks/mme/utils.py",
+            by_word(without_stops),
+            counted(points("categories/"), ("perception", "cognition"), in_order=False),
+        ),
+        "vlmevalkit": Rule(
+            "VLMEvalKit vlmeval/dataset/utils/yorn.py MME_rating",
+            by_word(one_word),
+            counted(points(""), ("perception", "reasoning"), in_order=False),
+        ),
+    },
 )

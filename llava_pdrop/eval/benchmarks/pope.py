@@ -128,19 +128,6 @@ def total_of(names: dict[str, str], pooled: str, scale: float, misses: tuple[str
 LMMS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "f1", "label_ratio": "yes_ratio"}
 VLMEVALKIT = {"f1": "Overall", "accuracy": "acc", "precision": "precision", "recall": "recall"}
 
-ALSO = {
-    "lmms_eval": Rule(
-        "lmms-eval lmms_eval/tasks/pope/utils.py", by_word(whole_answer), total_of(LMMS, "pooled", 1, ("no",))
-    ),
-    "vlmevalkit": Rule(
-        "VLMEvalKit vlmeval/dataset/utils/yorn.py POPE_rating",
-        by_word(one_word),
-        total_of(VLMEVALKIT, "Overall", 100, ("no", "unknown")),
-    ),
-}
-"""Other rules for the same answers."""
-
-
 COCO = "github.com/AoiDragon/POPE (output/coco at e3e39262)"
 POPE = Benchmark(
     name="pope",
@@ -158,5 +145,14 @@ POPE = Benchmark(
     total=total,
     headline=f"{MEAN}/f1",
     factor=100,
-    also=ALSO,
+    also={
+        "lmms_eval": Rule(
+            "lmms-eval lmms_eval/tasks/pope/utils.py", by_word(whole_answer), total_of(LMMS, "pooled", 1, ("no",))
+        ),
+        "vlmevalkit": Rule(
+            "VLMEvalKit vlmeval/dataset/utils/yorn.py POPE_rating",
+            by_word(one_word),
+            total_of(VLMEVALKIT, "Overall", 100, ("no", "unknown")),
+        ),
+    },
 )

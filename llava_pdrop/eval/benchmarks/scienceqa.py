@@ -84,9 +84,6 @@ def parsed(answer: str) -> str:
     return found[0] if len(found) == 1 else FAILED
 
 
-grade = by_text(parsed)
-
-
 def letter_of(answer: str) -> str:
     """lmms-eval: the letter, or a capital in front of a full stop."""
     text = answer.strip()
@@ -109,15 +106,6 @@ def total_of_pictures(name: str, by: Sequence[str] = ()) -> Total:
     return lambda questions, grades: means(questions, grades, by, 1, name, pictured(questions, grades))
 
 
-ALSO = {
-    "lmms_eval": Rule(
-        "lmms-eval lmms_eval/tasks/scienceqa/utils.py", by_word(letter_of), total_of_pictures("exact_match")
-    ),
-    "vlmevalkit": Rule(CHOICE_RULE, grade_choice, total_of_pictures("Overall", ["category"])),
-}
-"""Other rules for the same answers."""
-
-
 SCIENCEQA = Benchmark(
     name="scienceqa",
     title="SQA-I",
@@ -133,9 +121,14 @@ SCIENCEQA = Benchmark(
     rule="LLaVA llava/eval/eval_science_qa.py",
     split="test",
     read=read,
-    grade=grade,
+    grade=by_text(parsed),
     total=total,
     headline="img_accuracy",
     max_new_tokens=1024,
-    also=ALSO,
+    also={
+        "lmms_eval": Rule(
+            "lmms-eval lmms_eval/tasks/scienceqa/utils.py", by_word(letter_of), total_of_pictures("exact_match")
+        ),
+        "vlmevalkit": Rule(CHOICE_RULE, grade_choice, total_of_pictures("Overall", ["category"])),
+    },
 )

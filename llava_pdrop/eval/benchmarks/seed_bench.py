@@ -65,10 +65,6 @@ def read(directory: Path, llava: bool) -> list[Question]:
 # Rules of its score.
 
 
-grade = by_text(str)
-"""LLaVA: the answer is the letter, and nothing else."""
-
-
 def parts(names: dict[str, str], scale: float, by: Sequence[str] = ()) -> Total:
     """``names``: image, video and all -> what their numbers are called; ``by``: facts whose groups are counted too."""
 
@@ -81,17 +77,6 @@ def parts(names: dict[str, str], scale: float, by: Sequence[str] = ()) -> Total:
         return joined(*found)
 
     return total
-
-
-ALSO = {
-    "lmms_eval": Rule(
-        "lmms-eval lmms_eval/tasks/seedbench/utils.py",
-        by_word(lambda answer: answer.strip()[:1]),
-        parts({"image": "seed_image", "video": "seed_video", "all": "seed_all"}, 1),
-    ),
-    "vlmevalkit": Rule(CHOICE_RULE, grade_choice, parts({"image": "Overall"}, 1, ["category"])),
-}
-"""Other rules for the same answers."""
 
 
 SEED_BENCH = Benchmark(
@@ -108,8 +93,15 @@ SEED_BENCH = Benchmark(
     rule="LLaVA scripts/convert_seed_for_submission.py",
     split="test",
     read=read,
-    grade=grade,
+    grade=by_text(str),  # the answer is the letter, and nothing else
     total=parts({"image": "image", "video": "video", "all": "total"}, 100, ["category"]),
     headline="image",
-    also=ALSO,
+    also={
+        "lmms_eval": Rule(
+            "lmms-eval lmms_eval/tasks/seedbench/utils.py",
+            by_word(lambda answer: answer.strip()[:1]),
+            parts({"image": "seed_image", "video": "seed_video", "all": "seed_all"}, 1),
+        ),
+        "vlmevalkit": Rule(CHOICE_RULE, grade_choice, parts({"image": "Overall"}, 1, ["category"])),
+    },
 )

@@ -82,13 +82,6 @@ def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
     return joined(*parts)
 
 
-ALSO = {
-    "vqa_official": Rule("GT-Vision-Lab/VQA vqaEval.py", grade_official, total),
-    "lmms_eval": Rule("lmms-eval lmms_eval/tasks/vqav2/utils.py", by_form(official), exact_match),
-}
-"""Other rules for the same answers."""
-
-
 COCO = "cocodataset.org"
 VQA = "visualqa.org/download.html"
 VQAV2 = Benchmark(
@@ -111,5 +104,8 @@ VQAV2 = Benchmark(
     total=total,
     headline="overall",
     upload=upload,
-    also=ALSO,
+    also={
+        "vqa_official": Rule("GT-Vision-Lab/VQA vqaEval.py", grade_official, total),
+        "lmms_eval": Rule("lmms-eval lmms_eval/tasks/vqav2/utils.py", by_form(official), exact_match),
+    },
 )
