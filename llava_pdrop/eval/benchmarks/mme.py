@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ RELEASE = "MME_Benchmark_release_version"
 YES_OR_NO = "Please answer yes or no."
 PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
+IN_FULL = {key: f"categories/{{}}/{key}" for key in ("acc", "acc_plus", "score")}
 
 
 def read(directory: Path, llava: bool) -> list[Question]:
@@ -66,12 +67,12 @@ def _labels(file: Path) -> dict[str, str]:
 # Rules of its score.
 
 
-def counted(name: Callable[[str, str], list[str]], groups: tuple[str, str], in_order: bool) -> Total:
+def counted(names: Mapping[str, str], groups: tuple[str, str], in_order: bool) -> Total:
     """Points of a category: share of right answers plus share of pictures whose two answers are right, in percent.
 
     Pictures are pairs of questions, one after the other ``in_order`` within their category (`eval_tool`), or those of
-    one file. ``name``: (category, which of acc, acc_plus and score) -> the names that it has; ``groups``: those of the
-    sums.
+    one file. ``names``: which of acc, acc_plus and score are wanted -> what it is called for a category (``{}``);
+    ``groups``: the names of the sums.
     """
 
     def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
@@ -90,22 +91,14 @@ def counted(name: Callable[[str, str], list[str]], groups: tuple[str, str], in_o
             score = {category: acc[category] + plus[category] for category in acc}
             sums = [sum(score.get(category, 0.0) for category in part) for part in (PERCEPTION, COGNITION)]
             found = dict(zip(groups, sums))
+            numbers = {"acc": acc, "acc_plus": plus, "score": score}
             for category in acc:
-                for key, numbers in (("acc", acc), ("acc_plus", plus), ("score", score)):
-                    found |= dict.fromkeys(name(category, key), numbers[category])
+                found |= {name.format(category): numbers[key][category] for key, name in names.items()}
             return found
 
         return statistic
 
     return total
-
-
-def in_full(category: str, key: str) -> list[str]:
-    return [f"categories/{category}/{key}"]
-
-
-def points(prefix: str) -> Callable[[str, str], list[str]]:
-    return lambda category, key: [prefix + category] if key == "score" else []
 
 
 MME = Benchmark(
@@ -120,19 +113,19 @@ MME = Benchmark(
     split="test",
     read=read,
     grade=by_word(four_letters),
-    total=counted(in_full, ("perception", "cognition"), in_order=True),
+    total=counted(IN_FULL, ("perception", "cognition"), in_order=True),
     headline="perception",
     best=2000,
     also={
         "lmms_eval": Rule(
             "lmms-eval lmms_eval/tasks/mme/utils.py",
             by_word(without_stops),
-            counted(points("categories/"), ("perception", "cognition"), in_order=False),
+            counted({"score": "categories/{}"}, ("perception", "cognition"), in_order=False),
         ),
         "vlmevalkit": Rule(
             "VLMEvalKit vlmeval/dataset/utils/yorn.py MME_rating",
             by_word(one_word),
-            counted(points(""), ("perception", "reasoning"), in_order=False),
+            counted({"score": "{}"}, ("perception", "reasoning"), in_order=False),
         ),
     },
 )
