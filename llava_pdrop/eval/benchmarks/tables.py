@@ -10,7 +10,7 @@ from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
 from llava_pdrop.eval.benchmarks.files import cell, find_table, pictures_of_table, read_table
 from llava_pdrop.eval.benchmarks.prompts import choice, generic_choice, short
 from llava_pdrop.eval.questions import Question, ask
-from llava_pdrop.eval.rules.choices import options_of
+from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice, options_of, total_choice
 from llava_pdrop.eval.rules.grades import Rule, by_text, means
 
 SOURCE = "VLMEvalKit (addresses in vlmeval/dataset)"
@@ -18,14 +18,14 @@ MOST_TOKENS = 512
 """Of an answer, as VLMEvalKit lets LLaVA say (``vlmeval/vlm/llava/llava.py``)."""
 
 
-def read_choices(directory: Path, llava: bool, names: Sequence[str], facts: Sequence[str]) -> list[Question]:
-    """Questions with options; columns ``facts`` are kept.
+def read_choices(directory: Path, llava: bool, table: str) -> list[Question]:
+    """Questions with options, and their category.
 
     Raises:
         UserError: a row without options, or whose answer is none of them. Otherwise as `read_table`.
     """
-    file = find_table(directory, names)
-    rows = read_table(file, ("image", "question", "answer", "A", *facts))
+    file = find_table(directory, [table])
+    rows = read_table(file, ("image", "question", "answer", "A", "category"))
     questions = []
     for row, picture in zip(rows, pictures_of_table(rows, file)):
         options = options_of(row)
@@ -35,9 +35,8 @@ def read_choices(directory: Path, llava: bool, names: Sequence[str], facts: Sequ
                 f"{', '.join(options) or 'missing'}"
             )
         words = (choice if llava else generic_choice)(cell(row, "question", file), options, row.get("hint"))
-        kept = {fact: row.get(fact, "") for fact in facts}
-        origin = f"{file}[{row['index']}]"
-        questions.append(ask(row["index"], words, [picture], origin, row["answer"], options=options, **kept))
+        category, origin = row.get("category", ""), f"{file}[{row['index']}]"
+        questions.append(ask(row["index"], words, [picture], origin, row["answer"], options=options, category=category))
     return questions
 
 
@@ -87,6 +86,25 @@ def wanted(
     )
 
 
+def choices(name: str, title: str, table: str, split: str, also: Mapping[str, Rule] | None = None) -> Benchmark:
+    """A row whose table has options."""
+    return Benchmark(
+        name=name,
+        title=title,
+        folder=name,
+        wanted=wanted([table]),
+        rule=CHOICE_RULE,
+        split=split,
+        read=lambda directory, llava: read_choices(directory, llava, table),
+        grade=grade_choice,
+        total=total_choice,
+        headline="Overall",
+        factor=100,
+        max_new_tokens=MOST_TOKENS,
+        also=also or {},
+    )
+
+
 def short_answers(
     name: str,
     title: str,
@@ -96,7 +114,7 @@ def short_answers(
     value: Callable[[str, str], float],
     *,
     by: str | None = None,
-    also: dict[str, Rule] | None = None,
+    also: Mapping[str, Rule] | None = None,
     licence: str = "",
 ) -> Benchmark:
     """A row whose table has short answers. ``read``: what the rule makes of an answer before it compares; ``value``:
