@@ -106,11 +106,18 @@ def with_keys(row: Any, keys: Iterable[str], origin: str, **kinds: tuple[type, .
     return row
 
 
-def read_asked(file: Path, **kinds: tuple[type, ...]) -> list[dict[str, Any]]:
+def read_asked(file: Path, *keys: str, **kinds: tuple[type, ...]) -> list[dict[str, Any]]:
     """The questions of a file of LLaVA's (as `read_lines`), each with a ``question_id`` of its own."""
-    rows = read_lines(file, ("question_id", "image", "text"), **kinds)
+    rows = read_lines(file, ("question_id", "image", "text", *keys), **kinds)
     unique([row["question_id"] for row in rows], file, "question_id")
     return rows
+
+
+def ask_row(row: Mapping[str, Any], folder: Path, file: Path, gold: str, id: str = "", **facts: Any) -> Question:
+    """The question of a ``row`` of LLaVA's ``file``, about its picture in ``folder``, called ``id`` or as it is called
+    there."""
+    name, id = row["question_id"], id or str(row["question_id"])
+    return ask(id, row["text"], [folder / row["image"]], f"{file}[{id}]", gold, question_id=name, **facts)
 
 
 def entries(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
-from llava_pdrop.eval.benchmarks.files import all_asked, read_asked, read_json, with_keys
+from llava_pdrop.eval.benchmarks.files import all_asked, ask_row, read_asked, read_json, with_keys
 from llava_pdrop.eval.benchmarks.uploads import all_answered
-from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.grades import Rule, by_text, exact_match, means
 from llava_pdrop.eval.rules.text import from_sheet, same
 from llava_pdrop.files import write_json
@@ -30,8 +30,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
         if id not in known:
             raise UserError(f"{file}: question_id {id}: {labels} has no answer for it; take both from one release")
         gold = with_keys(known[id], ["answer"], f"{labels}: {id}")["answer"]
-        picture = directory / "data" / "images" / row["image"]
-        questions.append(ask(id, row["text"], [picture], f"{file}[{id}]", gold, question_id=row["question_id"]))
+        questions.append(ask_row(row, directory / "data" / "images", file, gold))
     all_asked(len(rows), len(known), file, labels)
     return questions
 

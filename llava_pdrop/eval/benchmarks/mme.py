@@ -10,9 +10,9 @@ import numpy as np
 
 from llava_pdrop.errors import UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
-from llava_pdrop.eval.benchmarks.files import numbered, read_lines, text_of
+from llava_pdrop.eval.benchmarks.files import ask_row, numbered, read_lines, text_of
 from llava_pdrop.eval.benchmarks.prompts import SHORT
-from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, Total, by_word, grouped, values_of
 from llava_pdrop.eval.rules.yes_no import four_letters, one_word, without_stops
 
@@ -45,11 +45,8 @@ def read(directory: Path, llava: bool) -> list[Question]:
             raise UserError(
                 f"{file}: question_id {name}: {text} has no line for {question!r}; take both from one release"
             )
-        picture = directory / RELEASE / row["image"]
-        unit = f"{category}/{stem}"
-        questions.append(
-            ask(id, words, [picture], f"{file}[{id}]", found[0], unit, category=category, question_id=name)
-        )
+        facts = {"unit": f"{category}/{stem}", "category": category}
+        questions.append(ask_row(row, directory / RELEASE, file, found[0], id, **facts))
     for unit, times in Counter(question.unit for question in questions).items():
         if times != 2:
             raise UserError(f"{file}: picture {unit} has {times} questions; MME has two of each")

@@ -6,28 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
-from llava_pdrop.eval.benchmarks.files import read_asked
+from llava_pdrop.eval.benchmarks.files import ask_row, read_asked
 from llava_pdrop.eval.benchmarks.uploads import all_answered
-from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.questions import Question
 from llava_pdrop.files import write_json
 
 
 def read(directory: Path, llava: bool) -> list[Question]:
     """Questions of ``llava-mm-vet.jsonl``, as they stand."""
     file = directory / "llava-mm-vet.jsonl"
-    rows = read_asked(file)
-    return [
-        ask(
-            str(row["question_id"]),
-            row["text"],
-            [directory / "images" / row["image"]],
-            f"{file}[{row['question_id']}]",
-            "",
-            known=False,
-            question_id=row["question_id"],
-        )
-        for row in rows
-    ]
+    return [ask_row(row, directory / "images", file, "", known=False) for row in read_asked(file)]
 
 
 def upload(questions: Sequence[Question], answers: Sequence[str | None], directory: Path, name: str) -> Path:

@@ -10,9 +10,9 @@ import numpy as np
 
 from llava_pdrop.errors import UserError, clip
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
-from llava_pdrop.eval.benchmarks.files import all_asked, read_lines, unique
+from llava_pdrop.eval.benchmarks.files import all_asked, ask_row, read_asked, read_lines
 from llava_pdrop.eval.benchmarks.prompts import short
-from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, Total, by_word, values_of
 from llava_pdrop.eval.rules.yes_no import no_among_words, one_word, rates, share, whole_answer
 
@@ -24,8 +24,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
     """Questions of ``llava_pope_test.jsonl``, labels of ``coco/coco_pope_CATEGORY.json`` (JSON lines), which belong to
     a category's questions one by one, in order."""
     file = directory / "llava_pope_test.jsonl"
-    rows = read_lines(file, ("question_id", "image", "text", "category"))
-    unique([row["question_id"] for row in rows], file, "question_id")
+    rows = read_asked(file, "category")
     labels = {name: _labels(directory / "coco" / f"coco_pope_{name}.json") for name in CATEGORIES}
     used: dict[str, int] = defaultdict(int)
     questions = []
@@ -40,19 +39,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
                 f"{file}: question_id {row['question_id']}: coco_pope_{name}.json has another question in its place; "
                 "take both files from one release"
             )
-        picture = directory / "val2014" / row["image"]
-        origin = f"{file}[{row['question_id']}]"
-        questions.append(
-            ask(
-                str(row["question_id"]),
-                row["text"],
-                [picture],
-                origin,
-                label["label"],
-                category=name,
-                question_id=row["question_id"],
-            )
-        )
+        questions.append(ask_row(row, directory / "val2014", file, label["label"], category=name))
     for name, own in labels.items():
         all_asked(used[name], len(own), file, directory / "coco" / f"coco_pope_{name}.json")
     return questions

@@ -9,8 +9,8 @@ import numpy as np
 
 from llava_pdrop.errors import UserError, clip
 from llava_pdrop.eval.benchmarks.base import Benchmark, Wanted
-from llava_pdrop.eval.benchmarks.files import all_asked, entries, read_asked, read_json, unique, with_keys
-from llava_pdrop.eval.questions import Question, ask
+from llava_pdrop.eval.benchmarks.files import all_asked, ask_row, entries, read_asked, read_json, unique, with_keys
+from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.rules.choices import CHOICE_RULE, grade_choice
 from llava_pdrop.eval.rules.grades import Grade, Rule, Statistic, Total, by_text, by_word, joined, means
 from llava_pdrop.eval.rules.text import MISSING
@@ -45,19 +45,12 @@ def read(directory: Path, llava: bool) -> list[Question]:
         if label["data_type"] != "image" and not frames:
             continue
         options = {letter: str(label[f"choice_{letter.lower()}"]) for letter in "ABCD"}
-        questions.append(
-            ask(
-                id,
-                row["text"],
-                [directory / row["image"]],
-                f"{file}[{id}]",
-                label["answer"],
-                options={letter: text for letter, text in options.items() if text not in MISSING},
-                question_id=row["question_id"],
-                kind=label["data_type"],
-                category=types[kind],
-            )
-        )
+        facts = {
+            "options": {letter: text for letter, text in options.items() if text not in MISSING},
+            "kind": label["data_type"],
+            "category": types[kind],
+        }
+        questions.append(ask_row(row, directory, file, label["answer"], **facts))
     all_asked(len(rows), len(known), file, labels)
     return questions
 
