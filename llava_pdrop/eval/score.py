@@ -79,7 +79,7 @@ def score_of(
         column=column,
         schedule=schedule,
         questions=len(questions),
-        split=str(questions[0].facts.get("split", benchmark.split)),
+        split=benchmark.split_of(questions),
         value=value,
         low=low,
         high=high,

@@ -73,7 +73,3 @@ class Benchmark:
     def split_of(self, questions: Sequence[Question]) -> str:
         """The split that these questions are of: which files lie there decides it."""
         return str(questions[0].facts.get("split", self.split)) if questions else self.split
-
-    def is_of_the_paper(self, questions: Sequence[Question]) -> bool:
-        """Whether these questions are those that the paper's score is of."""
-        return not self.paper_split or self.split_of(questions) == self.paper_split

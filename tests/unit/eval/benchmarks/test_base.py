@@ -42,9 +42,8 @@ def test_titles_are_those_of_the_papers_scores() -> None:
     assert [row.title for row in BENCHMARKS.values()][:3] == ["MME", "MMB", "MMB-CN"]
 
 
-def test_splits_decide_whether_the_papers_score_stands_beside() -> None:
+def test_questions_say_which_split_they_are_of() -> None:
     row = BENCHMARKS["vqav2"]
-    assert row.split_of([question("1", split="val")]) == "val"
-    assert not row.is_of_the_paper([question("1", split="val")])
-    assert row.is_of_the_paper([question("1", split="test-dev")])
-    assert BENCHMARKS["gqa"].is_of_the_paper([question("1")])
+    assert row.split_of([question("1", split="val")]) == "val" != row.paper_split
+    assert row.split_of([question("1", split="test-dev")]) == row.paper_split
+    assert BENCHMARKS["gqa"].split_of([question("1")]) == BENCHMARKS["gqa"].split

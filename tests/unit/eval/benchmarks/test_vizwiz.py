@@ -28,7 +28,7 @@ def made(tmp_path):
 def test_test_with_answers(made) -> None:
     write_json(made / "test.json", [label("b.jpg", *["lorn's"] * 10), label("a.jpg", *["5"] * 2, *["x"] * 8)])
     questions = VIZWIZ.read(made, True)
-    assert VIZWIZ.is_of_the_paper(questions)
+    assert VIZWIZ.split_of(questions) == VIZWIZ.paper_split
     assert numbers(VIZWIZ, questions, ["five", "Lorn's."]) == {"exact_match": pytest.approx(0.8)}
     assert numbers(VIZWIZ.also["vlmevalkit"], questions, ["5.", "lorn's"]) == {"Overall": 50}
     assert questions[0].record.images == (made / "test" / "a.jpg",)
@@ -43,7 +43,7 @@ def test_val_where_the_tests_answers_are_not_there(made) -> None:
     questions = VIZWIZ.read(made, True)
     assert questions[0].text == f"What?\n{UNANSWERABLE}{SHORT}"
     assert questions[0].record.images == (made / "val" / "v.jpg",)
-    assert VIZWIZ.split_of(questions) == "val" and not VIZWIZ.is_of_the_paper(questions)
+    assert VIZWIZ.split_of(questions) == "val" != VIZWIZ.paper_split
 
 
 def test_the_file_of_the_server(made) -> None:

@@ -33,7 +33,7 @@ def test_dev(tmp_path):
 def test_test_dev_with_answers(test_dev) -> None:
     write_json(test_dev / "annotations.json", {"annotations": LABELS})
     questions = VQAV2.read(test_dev, True)
-    assert VQAV2.is_of_the_paper(questions)
+    assert VQAV2.split_of(questions) == VQAV2.paper_split
     assert questions[0].record.images == (test_dev / "test2015" / "a.jpg",)
     assert numbers(VQAV2, questions, ["Yes.", "2"]) == {
         "overall": 100,
@@ -58,14 +58,14 @@ def test_val_where_the_tests_answers_are_not_there(test_dev) -> None:
     questions = VQAV2.read(test_dev, True)
     assert questions[0].text == f"What?{SHORT}"
     assert questions[0].record.images == (test_dev / "val2014" / "COCO_val2014_000000000042.jpg",)
-    assert VQAV2.split_of(questions) == "val" and not VQAV2.is_of_the_paper(questions)
+    assert VQAV2.split_of(questions) == "val" != VQAV2.paper_split
     file = VQAV2.upload(questions, ["A cat"], test_dev / "out", "own")
     assert json.loads(file.read_text(encoding="utf-8")) == [{"question_id": 10, "answer": "cat"}]
 
 
 def test_what_only_the_server_knows(test_dev) -> None:
     questions = VQAV2.read(test_dev, True)
-    assert not known(questions) and VQAV2.is_of_the_paper(questions)
+    assert not known(questions) and VQAV2.split_of(questions) == VQAV2.paper_split
     assert statistics_of(VQAV2, questions, ["yes", "two"]) == {}
     file = VQAV2.upload(questions, ["Yes.", None], test_dev / "out", "own")
     assert file == test_dev / "out" / "answers_upload" / TEST / "own.json"
