@@ -27,9 +27,9 @@ FAILED = "FAILED"
 def read(directory: Path, llava: bool) -> list[Question]:
     """Questions of ``llava_test_CQM-A.json``, answers of ``problems.json``; all of the split ``test``, with a picture
     or without."""
-    file = directory / "llava_test_CQM-A.json"
-    split = with_keys(read_json(directory / "pid_splits.json"), ["test"], str(directory / "pid_splits.json"))["test"]
-    problems = with_keys(read_json(directory / "problems.json"), (), str(directory / "problems.json"))
+    file, splits, labels = (directory / f"{name}.json" for name in ("llava_test_CQM-A", "pid_splits", "problems"))
+    split = with_keys(read_json(splits), ["test"], str(splits))["test"]
+    problems = with_keys(read_json(labels), (), str(labels))
     rows = read_json(file)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{file}: expected a list of questions, found {type(rows).__name__}")
@@ -45,29 +45,15 @@ def read(directory: Path, llava: bool) -> list[Question]:
     questions = []
     for row in rows:
         id = str(row["id"])
-        problem = with_keys(
-            problems.get(id), ("choices", "answer", "subject"), f"{directory / 'problems.json'}: {id}", answer=(int,)
-        )
+        problem = with_keys(problems.get(id), ("choices", "answer", "subject"), f"{labels}: {id}", answer=(int,))
         if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
-            raise UserError(f"{directory / 'problems.json'}: {id}: answer {problem['answer']} is none of its choices")
+            raise UserError(f"{labels}: {id}: answer {problem['answer']} is none of its choices")
         turn = with_keys(next(iter(row["conversations"]), None), ["value"], f"{file}: question {id}: conversations[0]")
         text = turn["value"].replace(IMAGE_MARKER, "").strip()
         pictures = [directory / "images" / "test" / row["image"]] if "image" in row else []
-        questions.append(
-            ask(
-                id,
-                f"{text}\n{LETTER}",
-                pictures,
-                f"{file}[{id}]",
-                LETTERS[problem["answer"]],
-                letters=LETTERS[: len(problem["choices"])],
-                options={
-                    letter: text for letter, text in zip(LETTERS, map(str, problem["choices"])) if text not in MISSING
-                },
-                category=problem["subject"],
-                image=bool(pictures),
-            )
-        )
+        options = {letter: text for letter, text in zip(LETTERS, map(str, problem["choices"])) if text not in MISSING}
+        facts = {"options": options, "category": problem["subject"]}
+        questions.append(ask(id, f"{text}\n{LETTER}", pictures, f"{file}[{id}]", LETTERS[problem["answer"]], **facts))
     return questions
 
 
@@ -76,9 +62,7 @@ def read(directory: Path, llava: bool) -> list[Question]:
 
 def parsed(answer: str) -> str:
     """The letter that LLaVA reads: alone, in front of a full stop and a blank, or behind the one "The answer is"."""
-    if answer and answer in LETTERS and len(answer) == 1:
-        return answer
-    if answer[:1] and answer[0] in LETTERS and answer[1:3] == ". ":
+    if answer[:1] in [*LETTERS] and answer[1:3] in ("", ". "):
         return answer[0]
     found = ANSWER_IS.findall(answer)
     return found[0] if len(found) == 1 else FAILED
@@ -93,7 +77,7 @@ def letter_of(answer: str) -> str:
 def pictured(questions: Sequence[Question], grades: Sequence[Grade]) -> np.ndarray:
     """Mask of the questions with a picture. One that was never answered is not among them: the official code looks for
     the picture in the answer file."""
-    return np.array([question.facts["image"] and grade.answered for question, grade in zip(questions, grades)])
+    return np.array([bool(question.record.images) and grade.answered for question, grade in zip(questions, grades)])
 
 
 def total(questions: Sequence[Question], grades: Sequence[Grade]) -> Statistic:
