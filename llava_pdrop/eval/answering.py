@@ -141,15 +141,13 @@ def _prepared(
         except UserError as error:
             return error
 
-    def batch(number: int) -> list[tuple[Question, Any]]:
-        return [(question, one(question)) for question in batches[number]]
+    def batch(questions: Sequence[Question]) -> list[tuple[Question, Any]]:
+        return [(question, one(question)) for question in questions]
 
     def ready() -> Iterator[list[tuple[Question, Any]]]:
-        coming = pool.submit(batch, 0) if batches else None
-        for number in range(len(batches)):
-            assert coming is not None
-            here = coming.result()
-            coming = pool.submit(batch, number + 1) if number + 1 < len(batches) else None
+        coming = pool.submit(batch, batches[0])
+        for following in [*batches[1:], []]:
+            here, coming = coming.result(), pool.submit(batch, following)
             yield here
 
     with ThreadPoolExecutor(1, "prepare") as pool:
@@ -167,23 +165,24 @@ def _batch(
     strict: bool,
 ) -> list[Answer]:
     """The answers to the questions of a batch that can be asked; the others are empty."""
-    start, answers = time.perf_counter(), dict[str, Answer]()
-    for question, own in batch:
-        if isinstance(own, UserError):
-            if strict:
-                raise own
-            answers[question.id] = Answer(question.id, "", problem=str(own))
-    asked = [(question, own) for question, own in batch if not isinstance(own, UserError)]
+    start = time.perf_counter()
+    problems = {question.id: own for question, own in batch if isinstance(own, UserError)}
+    for problem in problems.values() if strict else ():
+        raise problem
+    asked = [(question, own) for question, own in batch if question.id not in problems]
     try:
         given = respondent.inputs([own for _, own in asked], schedule) if asked else None
     except UserError:  # of one of them at least; the others are asked without it
-        refused = {question.id: _refusal(respondent, own, schedule) for question, own in asked}
-        for id, problem in refused.items() if strict else ():
-            if problem is not None:
-                raise UserError(f"question {clip(id)}: {problem}") from None
-        answers |= {id: Answer(id, "", problem=problem) for id, problem in refused.items() if problem is not None}
-        asked = [(question, own) for question, own in asked if refused[question.id] is None]
+        for question, own in asked:
+            try:
+                respondent.inputs([own], schedule)
+            except UserError as error:
+                if strict:
+                    raise UserError(f"question {clip(question.id)}: {error}") from None
+                problems[question.id] = error
+        asked = [(question, own) for question, own in asked if question.id not in problems]
         given = respondent.inputs([own for _, own in asked], schedule) if asked else None
+    answers = {id: Answer(id, "", problem=str(problem)) for id, problem in problems.items()}
     if given is not None:
         inputs, image_tokens = given
         device = next(respondent.hf.parameters()).device
@@ -202,12 +201,3 @@ def _batch(
             text = answer_text(row, respondent.tokenizer, respondent.ends, respondent.stops)
             answers[question.id] = Answer(question.id, text, tuple(tokens), seconds)
     return [answers[question.id] for question, _ in batch]
-
-
-def _refusal(respondent: Respondent, prepared: Any, schedule: Schedule) -> str | None:
-    """Why the model cannot be given a question, None if it can."""
-    try:
-        respondent.inputs([prepared], schedule)
-    except UserError as error:
-        return str(error)
-    return None
