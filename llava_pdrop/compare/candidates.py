@@ -17,7 +17,7 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.nominal import model_of
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.benchmarks.base import Benchmark
-from llava_pdrop.eval.evaluate import AnswerSettings, answer, check_scorer, leave, load_questions, respondent_of
+from llava_pdrop.eval.evaluate import AnswerSettings, answer, leave, load_questions, respondent_of
 from llava_pdrop.eval.measure import chosen, load_benchmarks, measure, measure_run
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.score import Score
@@ -90,7 +90,6 @@ def run_variants(models: Sequence[Candidate], out: Path) -> list[VariantRow] | N
 
 def exam_of(config: Config) -> Exam:
     """What ``config`` asks."""
-    check_scorer(config)
     return load_questions(config), load_benchmarks(config, llava=True)
 
 

@@ -146,9 +146,9 @@ def evaluate_config(config: Config) -> Result:
     launcher has started share the questions; the first one prints and writes.
 
     Raises:
-        ConfigError: no questions are named, or there is no finished run, or it lies where nothing can be written.
+        ConfigError: no questions are named, an unknown scorer, or there is no finished run, or it lies where nothing
+            can be written.
     """
-    check_scorer(config)
     directory = finished(config)
     questions = load_questions(config)
     if not questions:
@@ -235,7 +235,12 @@ def used_schedule(used: Schedule, own: Schedule | None) -> str:
 
 
 def load_questions(config: Config) -> list[Question]:
-    """The questions of ``data.eval``, at most ``eval.limit``; none where the config names no file."""
+    """The questions of ``data.eval``, at most ``eval.limit``; none where the config names no file.
+
+    Raises:
+        ConfigError: ``eval.scorer``, by which they are scored, is unknown. UserError: as `llava_json`.
+    """
+    check_scorer(config)
     if config.data.eval is None:
         return []
     return llava_json(config.data.eval, config.data.image_root)[: config.eval.limit]

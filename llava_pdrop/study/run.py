@@ -13,20 +13,12 @@ from llava_pdrop.checkpoint.lora import config_directory
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark
-from llava_pdrop.eval.evaluate import (
-    MAX_NEW_TOKENS,
-    VANILLA,
-    AnswerSettings,
-    check_scorer,
-    finished,
-    load_questions,
-    respondent_in,
-)
+from llava_pdrop.eval.evaluate import MAX_NEW_TOKENS, VANILLA, AnswerSettings, finished, load_questions, respondent_in
 from llava_pdrop.eval.kept import FACTS, model_facts
 from llava_pdrop.eval.measure import Asked, chosen, load_benchmarks, measure
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import Respondent
-from llava_pdrop.eval.rules.grades import Grade, grader, known, means
+from llava_pdrop.eval.rules.grades import by_text, known, means
 from llava_pdrop.eval.score import Score
 from llava_pdrop.eval.scorers import SCORERS
 from llava_pdrop.eval.subject import is_ours
@@ -149,8 +141,6 @@ def questions_of(config: Config, llava: bool) -> tuple[Benchmark, list[Question]
 
 def own_questions(config: Config) -> Benchmark:
     """``data.eval`` as a benchmark: the mean of what ``eval.scorer`` says of its answers, in percent."""
-    check_scorer(config)
-    score = SCORERS[config.eval.scorer]
     return Benchmark(
         name=OWN,
         title=Path(str(config.data.eval)).name,
@@ -159,7 +149,7 @@ def own_questions(config: Config) -> Benchmark:
         rule=f"eval.scorer {config.eval.scorer}",
         split="",
         read=lambda directory, llava: load_questions(config),
-        grade=grader(lambda question, answer: Grade(score(answer, question.gold))),
+        grade=by_text(str, lambda answer, gold: SCORERS[config.eval.scorer](answer, gold)),
         total=means,
         headline="Overall",
         max_new_tokens=MAX_NEW_TOKENS,
