@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from typing import Any
 
 from llava_pdrop.eval.score import Score
@@ -101,10 +102,9 @@ def depth_table(study: Study) -> Table:
     columns += [
         ("gain", [_with_error(gains.get(layer)) for layer in grid.layers]),
         ("ranking is", [gains[layer].verdict if layer in gains else "" for layer in grid.layers]),
-        ("attention", [text_of(seen[layer].mass, ".1%") if layer in seen else "" for layer in grid.layers]),
-        ("entropy", [text_of(seen[layer].entropy, ".1%") if layer in seen else "" for layer in grid.layers]),
-        (f"top {TOP:.0%}", [text_of(seen[layer].top, ".1%") if layer in seen else "" for layer in grid.layers]),
     ]
+    for head, name in (("attention", "mass"), ("entropy", "entropy"), (f"top {TOP:.0%}", "top")):
+        columns.append((head, [f"{getattr(seen[layer], name):.1%}" if layer in seen else "" for layer in grid.layers]))
     return Table.of_columns(columns, "By depth")
 
 
@@ -208,7 +208,7 @@ def draw(study: Study) -> Any:
 
 def _draw_scores(axes: Any, found: Findings) -> None:
     layers = found.grid.layers
-    for share, colour in zip(found.grid.shares, _shades(found.grid.shares)):
+    for share, colour in zip(found.grid.shares, cycle(SHADES)):
         ours, random = zip(*(found.pair(layer, share) for layer in layers))
         axes.plot(layers, [score.value for score in ours], "o-", color=colour, label=f"keep {100 * share:.3g}%")
         axes.plot(layers, [score.value for score in random], "o--", color=colour, alpha=0.6, markersize=3)
@@ -220,7 +220,7 @@ def _draw_scores(axes: Any, found: Findings) -> None:
 
 def _draw_gains(axes: Any, found: Findings) -> None:
     shares = [share for share in found.grid.shares if share]
-    for share, colour in zip(shares, _shades(shares)):
+    for share, colour in zip(shares, cycle(SHADES)):
         values = [found.against[layer, share].value for layer in found.grid.layers]
         axes.plot(found.grid.layers, values, color=colour, linewidth=1, alpha=0.7, label=f"keep {100 * share:.3g}%")
     gains = found.by_layer
@@ -246,7 +246,3 @@ def _draw_budget(axes: Any, study: Study) -> None:
             axes.plot([place], [plan.predicted], "x", color=colour)
     axes.set(title="Loss for a budget (x predicted)", xlabel="image tokens, mean of the layers", ylabel="points lost")
     axes.legend(fontsize=8)
-
-
-def _shades(shares: Sequence[float]) -> list[str]:
-    return [SHADES[place % len(SHADES)] for place in range(len(shares))]
