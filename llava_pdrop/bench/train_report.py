@@ -18,7 +18,7 @@ from llava_pdrop.cost.time_report import mean
 from llava_pdrop.errors import UserError
 from llava_pdrop.files import write_json
 from llava_pdrop.report.environment import environment, settings
-from llava_pdrop.report.page import Note, Page, Picture, Table, plain
+from llava_pdrop.report.page import Note, Page, Picture, Table
 from llava_pdrop.report.pictures import subplots
 from llava_pdrop.report.units import MEMORY, MIB, column, digits, less, saved, text_of, time_unit
 from llava_pdrop.runtime.clock import REGIONS, parts_of, quartiles
@@ -98,7 +98,7 @@ def training_report(
     vanilla = {result.arm.setting: result for result in reversed(results)}
     return {
         "bench": "train",
-        "shape": {"name": shape, **plain(trainer.shape)},
+        "shape": {"name": shape, **vars(trainer.shape)},
         "options": options,
         "environment": environment(trainer.device, trainer.workload.seed),
         "dtype": str(trainer.dtype).removeprefix("torch."),

@@ -4,7 +4,7 @@ beside the numbers as JSON."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ Block = str | Note | Code | Table | Picture
 
 @dataclass(frozen=True)
 class Page:
-    """What a command found out. ``facts`` are its numbers, whatever `plain` knows."""
+    """What a command found out. ``facts`` are its numbers, whatever `write_json` knows."""
 
     title: str
     blocks: Sequence[Block]
@@ -118,14 +118,3 @@ def markdown_of(blocks: Iterable[Block], pictures: Collection[str] = ()) -> str:
             case _:
                 text.append(f"{block}\n")
     return "\n".join(text)
-
-
-def plain(value: Any) -> Any:
-    """``value`` in JSON's own types: dataclasses and mappings become objects, tuples lists, paths text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llava_pdrop.report.page import Code, Note, Page, Picture, Table, markdown_of, plain
+from llava_pdrop.report.page import Code, Note, Page, Picture, Table, markdown_of
 from llava_pdrop.report.pictures import subplots
 
 
@@ -77,12 +76,3 @@ def test_a_page_goes_without_a_picture_that_cannot_be_drawn(tmp_path: Path) -> N
 
     files = Page("A title", [Picture("p.png", "what it is", broken)]).write(tmp_path, "page.md")
     assert [file.name for file in files] == ["page.md"] and "p.png" not in files[0].read_text()
-
-
-def test_json_s_own_types() -> None:
-    @dataclass
-    class Pair:
-        left: tuple[int, int]
-        right: str
-
-    assert plain([Pair((1, 2), "é")]) == [{"left": [1, 2], "right": "é"}]

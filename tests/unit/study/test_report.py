@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from llava_pdrop.report.page import markdown_of, plain
+from llava_pdrop.report.page import markdown_of
 from llava_pdrop.report.pictures import save_picture
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.study.attention import LayerAttention
@@ -78,7 +78,7 @@ def test_the_papers_schedule_stands_beside_the_budgets() -> None:
 def test_the_page_holds_all_and_its_numbers_are_json() -> None:
     study = made()
     found = page(study, MACHINE)
-    text, numbers = markdown_of(found.blocks), json.loads(json.dumps(plain(found.facts)))
+    text, numbers = markdown_of(found.blocks), json.loads(json.dumps(found.facts))
     assert "(seed 7;" in text and "400 questions with 8 image tokens" in text and "From layer 2" in text
     assert numbers["horizon"] == 2 and numbers["vanilla"]["score"] == 90
     assert numbers["against_random"][0] | {"error": 0} == {
