@@ -37,25 +37,14 @@ DRAWN = (".png", ".pdf", ".svg")
 URL = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]+:/")
 """How an address begins; that of a file on Windows has one letter. (`Path` leaves one of two slashes.)"""
 
-GRIDS: dict[str, Literal["pixels", "thw", "tiles"]] = {
-    "llava": "pixels",
-    "vipllava": "pixels",
-    "mistral3": "pixels",
-    "internvl": "pixels",
-    "deepseek_vl": "pixels",
-    "janus": "pixels",
-    "gemma3": "pixels",
-    "paligemma": "pixels",
-    "llava_next": "tiles",
-    "qwen2_vl": "thw",
-    "qwen2_5_vl": "thw",
-    "qwen3_vl": "thw",
-    "qwen3_vl_moe": "thw",
-    "glm4v": "thw",
-    "glm4v_moe": "thw",
-    "glm46v": "thw",
-    "glm_ocr": "thw",
-    "video_llama_3": "thw",
+GRIDS = {
+    family: kind
+    for kind, families in {
+        "pixels": "llava vipllava mistral3 internvl deepseek_vl janus gemma3 paligemma",
+        "tiles": "llava_next",
+        "thw": "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glm_ocr video_llama_3",
+    }.items()
+    for family in families.split()
 }
 """``model_type`` -> what says its grid of patches. Only those whose image tokens are proved to be patches row by row
 (``tests/parity/test_sight.py``): the tokens of others may be learned queries, as Aria's are, or overlap, as those of
