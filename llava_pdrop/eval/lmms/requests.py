@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from llava_pdrop.errors import UserError, clip, did_you_mean
@@ -60,23 +59,20 @@ def asked(requests: Iterable[Any], documents: Mapping[str, Any]) -> list[Asked |
             found.append(None)
             continue
         if id(request) not in known:
-            context, settings, doc_to_visual, doc_id, task, split = request.args
+            *_, doc_id, task, split = request.args
             name = f"{task} {split}[{doc_id}]"
             name = f"{name}, request {number}" if name in names else name
             names.add(name)
-            visuals = partial(_shown, doc_to_visual, documents[task][split], doc_id)
-            known[id(request)] = _asked(name, str(context), limits_of(task, settings or {}), visuals)
+            known[id(request)] = _asked(name, request, documents[task][split])
         found.append(known[id(request)])
     return found
 
 
-def _shown(doc_to_visual: Callable[[Any], Any], documents: Any, doc_id: int) -> Any:
-    return doc_to_visual(documents[doc_id])
-
-
-def _asked(name: str, context: str, limits: Limits, visuals: Callable[[], Any]) -> Asked:
+def _asked(name: str, request: Any, documents: Any) -> Asked:
+    context, settings, doc_to_visual, doc_id, task, _ = request.args
+    limits = limits_of(task, settings or {})
     try:
-        return Asked(question_of(name, context, visuals), limits)
+        return Asked(question_of(name, str(context), lambda: doc_to_visual(documents[doc_id])), limits)
     except Unshown as error:
         return Asked(ask(name, "", [], name, ""), limits, str(error))
 
