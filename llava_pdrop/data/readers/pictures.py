@@ -107,12 +107,11 @@ def is_list(type: Any) -> bool:
     return of.is_list(type) or of.is_large_list(type) or of.is_fixed_size_list(type)
 
 
-class _Window(io.RawIOBase):
-    """A stretch of a file that looks like a whole one."""
+class MadeFile(io.RawIOBase):
+    """A file to read and seek in, whose bytes come from elsewhere. ``size`` None: not known before it is read."""
 
-    def __init__(self, path: Path, offset: int, size: int) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._offset, self._size, self._at = offset, size, 0
+    def __init__(self, size: int | None) -> None:
+        self.size, self.at = size, 0
 
     def readable(self) -> bool:
         return True
@@ -120,19 +119,26 @@ class _Window(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._at
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, start + offset)
-        return self._at
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        if start is None:
+            raise io.UnsupportedOperation("its end is not known before it is read")
+        self.at = max(0, start + offset)
+        return self.at
+
+
+class _Window(MadeFile):
+    """A stretch of a file that looks like a whole one."""
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        super().__init__(size)
+        self._file, self._offset, self._size = path.open("rb", buffering=0), offset, size
 
     def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._at))
-        self._file.seek(self._offset + self._at)
+        wanted = max(0, min(len(buffer), self._size - self.at))
+        self._file.seek(self._offset + self.at)
         count = self._file.readinto(memoryview(buffer)[:wanted])
-        self._at += count
+        self.at += count
         return count
 
     def close(self) -> None:

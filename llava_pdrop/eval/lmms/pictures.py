@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 from PIL import Image, ImageOps
 
+from llava_pdrop.data.readers.pictures import MadeFile
 from llava_pdrop.errors import UserError, clip
 
 WIDE = ("I", "F")
@@ -83,33 +85,17 @@ def _upright(name: str, entry: Any) -> Image.Image:
     return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
 
 
-class _Lazy(io.RawIOBase):
+class _Lazy(MadeFile):
     """A file of a ``header`` and what ``rest`` returns, which is called when somebody reads beyond the header."""
 
     def __init__(self, header: bytes, rest: Callable[[], bytes]) -> None:
-        self._parts, self._rest, self._at = [header], rest, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_END:
-            raise io.UnsupportedOperation("its end is not known before it is read")
-        self._at = max(0, offset + (self._at if whence == io.SEEK_CUR else 0))
-        return self._at
+        super().__init__(size=None)
+        self._header, self._rest = header, functools.cache(rest)
 
     def readinto(self, buffer: Any) -> int:
-        start = len(self._parts[0])
-        if self._at >= start and len(self._parts) == 1:
-            self._parts.append(self._rest())
-        part, offset = (self._parts[0], self._at) if self._at < start else (self._parts[1], self._at - start)
+        start = len(self._header)
+        part, offset = (self._header, self.at) if self.at < start else (self._rest(), self.at - start)
         piece = memoryview(part)[offset : offset + len(buffer)]
         memoryview(buffer)[: len(piece)] = piece
-        self._at += len(piece)
+        self.at += len(piece)
         return len(piece)
