@@ -132,8 +132,15 @@ class LlavaRespondent:
         return Encoder(self.template, self.tokenizer, self.hf.config.image_token_id, self.parts.geometry)
 
     def prepare(self, question: Question) -> Sample:
-        _whole(question, self.text(question))
-        return prompt_sample(question, self)
+        text = self.text(question)
+        _whole(question, text)
+        images = [self.preprocessed(path) for path in question.record.images]
+        if self.template is not None:
+            return self.encoder.prompt(question.record, images)
+        encoded, sizes = encode_pieces([Piece(text)], self.tokenizer), [image.size for image in images]
+        image_token, geometry = self.hf.config.image_token_id, self.parts.geometry
+        ids, labels, spans = expand_slots(encoded.ids, encoded.labels, sizes, image_token, geometry, None)
+        return Sample(question.id, torch.tensor(ids), torch.tensor(labels), tuple(images), tuple(spans))
 
     def inputs(self, prepared: Sequence[Sample], schedule: Schedule) -> tuple[dict[str, Tensor], list[list[int]]]:
         count = self.parts.geometry.num_tokens
@@ -148,24 +155,6 @@ class LlavaRespondent:
         """A picture as the tower takes it; the last ones are kept."""
         own = self.parts
         return lru_cache(16)(lambda source: preprocess(load_image(source), own.geometry, own.image_processor))
-
-
-def prompt_sample(question: Question, respondent: LlavaRespondent) -> Sample:
-    """The prompt of ``question`` with its preprocessed images, ready for `model_inputs`."""
-    images = [respondent.preprocessed(path) for path in question.record.images]
-    if respondent.template is not None:
-        return respondent.encoder.prompt(question.record, images)
-    return _chat_sample(question, respondent, images)
-
-
-def _chat_sample(question: Question, respondent: LlavaRespondent, images: Sequence[ImageInput]) -> Sample:
-    parts, text = respondent.parts, respondent.text(question)
-    encoded = encode_pieces([Piece(text)], parts.tokenizer)
-    sizes = [image.size for image in images]
-    ids, labels, spans = expand_slots(
-        encoded.ids, encoded.labels, sizes, parts.hf.config.image_token_id, parts.geometry, None
-    )
-    return Sample(question.id, torch.tensor(ids), torch.tensor(labels), tuple(images), tuple(spans))
 
 
 def model_inputs(samples: Sequence[Sample], tokenizer: Any, hf: Any) -> dict[str, Tensor]:

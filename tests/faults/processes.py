@@ -210,14 +210,15 @@ def _arm(fault: Fault) -> None:
         fetched, original_islice, trainer.islice = 0, trainer.islice, sleep
     elif fault.kind == "sleep_answering":
 
-        def prompt_sample(*args):
+        def prepare(*args):
             asked.append(args)
             if len(asked) == fault.step:
                 time.sleep(fault.seconds)
-            return original_prompt(*args)
+            return original_prepare(*args)
 
         asked: list = []
-        original_prompt, respondent.prompt_sample = respondent.prompt_sample, prompt_sample
+        llava = respondent.LlavaRespondent
+        original_prepare, llava.prepare = llava.prepare, prepare
     elif fault.kind.startswith("sleep_"):
         room, name = {
             "sleep_loading": (run, "load_parts"),

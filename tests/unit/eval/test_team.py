@@ -131,4 +131,4 @@ def test_a_stuck_rank_is_named(tiny_config):
     ended = run_ranks(file, ranks=2, command="eval", fault=Fault("sleep_answering", 1, rank=1), limit=300)
     assert ended.codes == [STUCK_EXIT, STUCK_EXIT], ended.texts
     assert re.search(says("gathering", "rank 1 (", "round 1", "arrived"), ended.texts[0])
-    assert "in prompt_sample" in ended.texts[1]
+    assert "in prepare" in ended.texts[1]
