@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llava_pdrop.checkpoint.build import ModelParts
 from llava_pdrop.checkpoint.ends import ids_of
@@ -161,23 +162,17 @@ def model_inputs(samples: Sequence[Sample], tokenizer: Any, hf: Any) -> dict[str
     """Prompts as ``generate`` wants them: ``input_ids`` and ``attention_mask`` (B, N) padded on the left, and where
     there are images ``pixel_values`` ((images, 3, h, w) for LLaVA; (images, tiles, 3, h, w), the missing tiles 0, with
     ``image_sizes`` (images, (height, width)) for LLaVA-NeXT)."""
-    longest = max(len(sample.input_ids) for sample in samples)
-    ids = torch.full((len(samples), longest), tokenizer.pad_token_id or 0, dtype=torch.int64)  # masked
-    mask = torch.zeros_like(ids)
-    for row, sample in enumerate(samples):
-        ids[row, longest - len(sample.input_ids) :] = sample.input_ids
-        mask[row, longest - len(sample.input_ids) :] = 1
+    rows = [sample.input_ids for sample in samples]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0, padding_side="left")  # masked
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     inputs = {"input_ids": ids, "attention_mask": mask}
     images = [image for sample in samples for image in sample.images]
     if not images:
         return inputs
     if hf.config.model_type != "llava_next":
         return inputs | {"pixel_values": torch.cat([image.pixels for image in images])}
-    tiles = max(len(image.pixels) for image in images)
-    pixels = torch.zeros(len(images), tiles, *images[0].pixels.shape[1:])
-    for row, image in enumerate(images):
-        pixels[row, : len(image.pixels)] = image.pixels
-    sizes = torch.tensor([(image.size[1], image.size[0]) for image in images])
+    pixels = pad_sequence([image.pixels for image in images], batch_first=True)
+    sizes = torch.tensor([image.size[::-1] for image in images])
     return inputs | {"pixel_values": pixels, "image_sizes": sizes}
 
 
