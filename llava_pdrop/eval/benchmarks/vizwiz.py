@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_pdrop.errors import UserError
@@ -25,36 +25,32 @@ def read(directory: Path, llava: bool) -> list[Question]:
     file = directory / "llava_test.jsonl"
     if known is None and is_there(directory / "val.json", directory / "val", file):
         return _read_val(directory)
-    rows = read_asked(file)
-    questions = []
-    for row in rows:
-        if known is not None and row["image"] not in known:
-            raise UserError(f"{file}: question_id {row['question_id']}: test.json has no answers for {row['image']}")
-        answers = None if known is None else known[row["image"]]
-        questions.append(_ask(row["question_id"], row["text"], directory, "test", row["image"], file, answers))
-    return questions
+    asked = [(row["question_id"], row["text"], row["image"]) for row in read_asked(file)]
+    for id, _, image in asked:
+        if known is not None and image not in known:
+            raise UserError(f"{file}: question_id {id}: test.json has no answers for {image}")
+    return _questions(asked, file, known, "test")
 
 
 def _read_val(directory: Path) -> list[Question]:
     file = directory / "val.json"
-    rows = read_json(file)
-    answers = answers_by_picture(file)
-    if answers is None:
+    known = answers_by_picture(file)
+    if known is None:
         raise UserError(f"{file}: has no answers; fetch it again")
-    return [
-        _ask(
-            row["image"], short(f"{row['question']}\n{UNANSWERABLE}"), directory, "val", row["image"], file,
-            answers[row["image"]],
-        )
-        for row in rows
-    ]  # fmt: skip
+    asked = [(row["image"], short(f"{row['question']}\n{UNANSWERABLE}"), row["image"]) for row in read_json(file)]
+    return _questions(asked, file, known, "val")
 
 
-def _ask(
-    id: str | int, text: str, directory: Path, split: str, image: str, file: Path, answers: list[str] | None
-) -> Question:
-    facts = {"question_id": id, "image": image, "split": split}
-    return ask_people(str(id), text, directory / split / image, file, answers, **facts)
+def _questions(
+    asked: Sequence[tuple[str | int, str, str]], file: Path, known: Mapping[str, Sequence[str]] | None, split: str
+) -> list[Question]:
+    """``asked``: id, text and picture of each question; ``known``: as `answers_by_picture`."""
+    questions = []
+    for id, text, image in asked:
+        facts = {"question_id": id, "image": image, "split": split}
+        answers = None if known is None else known[image]
+        questions.append(ask_people(str(id), text, file.parent / split / image, file, answers, **facts))
+    return questions
 
 
 def upload(questions: Sequence[Question], answers: Sequence[str | None], directory: Path, name: str) -> Path:
