@@ -41,12 +41,6 @@ def shared_features(hf: Any, images: Sequence[ImageInput]) -> Iterator[None]:
     def to_all(_projector: nn.Module, _args: Any, features: Tensor) -> Tensor:
         return features[torch.tensor(rows).to(features.device)]
 
-    hooks = [
-        hf.model.vision_tower.register_forward_pre_hook(once, with_kwargs=True),
-        hf.model.multi_modal_projector.register_forward_hook(to_all),
-    ]
-    try:
+    tower, projector = hf.model.vision_tower, hf.model.multi_modal_projector
+    with tower.register_forward_pre_hook(once, with_kwargs=True), projector.register_forward_hook(to_all):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
