@@ -31,10 +31,7 @@ def say(line: str) -> None:
 
 def paragraph(text: str) -> None:
     """Prints text: a terminal shows it wrapped at words, a log file has it in one line."""
-    if console().is_terminal:
-        console().print(text, markup=False, highlight=False)
-    else:
-        say(text)
+    console().print(text, soft_wrap=not console().is_terminal, markup=False, highlight=False)
 
 
 def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:

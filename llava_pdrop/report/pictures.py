@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.errors import first_line
+from llava_pdrop.errors import clip, first_line
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def save_picture(file: Path, draw: Callable[[], Any], **options: Any) -> bool:
             warnings.filterwarnings("ignore", message="Glyph")  # a model's answer may hold any character
             draw().savefig(file, **options)
     except Exception as error:  # noqa: BLE001  whatever it is: the picture shows work that is done, and goes without
-        log.warning("%s is not drawn (%s: %s); all else is as it would be", file, type(error).__name__, _short(error))
+        reason = clip(first_line(error))  # matplotlib lists all that it knows behind what it does not
+        log.warning("%s is not drawn (%s: %s); all else is as it would be", file, type(error).__name__, reason)
         file.unlink(missing_ok=True)  # half of one, or that of an earlier run
         return False
     return True
@@ -92,9 +93,3 @@ def _imported() -> Any:
         return importlib.import_module("matplotlib")
     finally:
         os.environ.update(kept)
-
-
-def _short(error: Exception) -> str:
-    """Matplotlib lists all that it knows behind what it does not."""
-    line = first_line(error)
-    return line if len(line) <= 200 else f"{line[:200]} ..."
