@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import takewhile
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -31,11 +32,7 @@ def nothing(cell: str | None) -> bool:
 
 def mmbench_choice(row: Mapping[str, str], question: str, last: str) -> str:
     """LLaVA's words for a row of MMBench (``model_vqa_mmbench.py``): its options end at the first that is missing."""
-    options = {}
-    for letter in "ABCD":
-        if nothing(row.get(letter)):
-            break
-        options[letter] = row[letter]
+    options = {letter: row[letter] for letter in takewhile(lambda letter: not nothing(row.get(letter)), "ABCD")}
     return choice(question, options, None if nothing(row.get("hint")) else row["hint"], last)
 
 
