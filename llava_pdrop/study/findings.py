@@ -52,13 +52,10 @@ class Findings:
     vanilla: Score
     scores: Mapping[Cell, Score]
 
-    def score(self, layer: int, share: float, ranker: str) -> Score:
-        """Of one cell."""
-        return self.scores[self.grid.cell(layer, share, ranker)]
-
     def pair(self, layer: int, share: float) -> tuple[Score, Score]:
         """By the ranker, and by random choice."""
-        return self.score(layer, share, self.grid.ranker), self.score(layer, share, RANDOM)
+        ours, random = (self.scores[self.grid.cell(layer, share, ranker)] for ranker in (self.grid.ranker, RANDOM))
+        return ours, random
 
     @cached_property
     def losses(self) -> dict[Cell, Difference]:
