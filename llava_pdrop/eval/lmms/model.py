@@ -93,29 +93,25 @@ class LlavaPdrop(lmms):
                 the pictures cannot be read.
         """
         with in_one_line():
-            found = asked(requests, self.task_dict)
+            found, subject = asked(requests, self.task_dict), self.subject
             answers = dict[str, Answer]()
             for limits, questions in by_limits(found).items():
-                stopped = self._answer(questions, limits.max_new_tokens)
-                answers |= {answer.id: until_stopped(answer, limits.until) for answer in stopped}
+                given = answer_all(
+                    subject.respondent,
+                    questions,
+                    subject.config.schedule,
+                    **subject.settings.options(subject.respondent, ALONE),
+                    max_new_tokens=limits.max_new_tokens,
+                    progress=subject.config.name if self.rank == 0 else None,
+                    strict=False,
+                )
+                for answer in given.answers:
+                    answers[answer.id] = replace(answer, text=until_stop(answer.text, limits.until))
             for entry in found:
                 if entry is not None and entry.problem is not None:
                     answers[entry.question.id] = Answer(entry.question.id, "", problem=entry.problem)
             self._tell(list(answers.values()))
         return ["" if entry is None else answers[entry.question.id].text for entry in found]
-
-    def _answer(self, questions: list[Any], max_new_tokens: int) -> list[Answer]:
-        subject = self.subject
-        found = answer_all(
-            subject.respondent,
-            questions,
-            subject.config.schedule,
-            **subject.settings.options(subject.respondent, ALONE),
-            max_new_tokens=max_new_tokens,
-            progress=subject.config.name if self.rank == 0 else None,
-            strict=False,
-        )
-        return found.answers
 
     def _tell(self, answers: list[Answer]) -> None:
         """Says how many image tokens a question had, and which could not be asked."""
@@ -152,8 +148,3 @@ class LlavaPdrop(lmms):
         with in_one_line():
             for request in requests:
                 raise UserError(f"task {request.task_name} {what}, which --model llava_pdrop does not: leave it out")
-
-
-def until_stopped(answer: Answer, until: tuple[str, ...]) -> Answer:
-    """The answer up to the first text in ``until``."""
-    return replace(answer, text=until_stop(answer.text, until))
