@@ -144,7 +144,6 @@ def own_questions(config: Config) -> Benchmark:
     return Benchmark(
         name=OWN,
         title=Path(str(config.data.eval)).name,
-        folder="",
         wanted=(),
         rule=f"eval.scorer {config.eval.scorer}",
         split="",

@@ -34,7 +34,7 @@ class Benchmark:
     Attributes:
         name: its key in `BENCHMARKS`.
         title: what the paper calls its number; ``aliases``: what else.
-        folder: its directory below ``eval.root``, as LLaVA names it.
+        folder: its directory below ``eval.root``, as LLaVA names it; default: its name.
         wanted: files and directories that `read` needs.
         rule: whose rule the score follows: project and file.
         split: the split that is scored, unless its questions name another (`split_of`); ``paper_split``: the one of the
@@ -54,7 +54,6 @@ class Benchmark:
 
     name: str
     title: str
-    folder: str
     wanted: tuple[Wanted, ...]
     rule: str
     split: str
@@ -62,6 +61,7 @@ class Benchmark:
     grade: Grader | None
     total: Total | None
     headline: str
+    folder: str = ""
     factor: float = 1.0
     best: float = 100.0
     paper_split: str = ""
@@ -69,6 +69,9 @@ class Benchmark:
     max_new_tokens: int = 128
     upload: Callable[[Sequence[Question], Sequence[str | None], Path, str], Path] | None = None
     also: Mapping[str, Rule] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", self.folder or self.name)
 
     def split_of(self, questions: Sequence[Question]) -> str:
         """The split that these questions are of: which files lie there decides it."""

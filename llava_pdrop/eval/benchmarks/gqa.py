@@ -60,7 +60,6 @@ def words(text: str) -> str:
 GQA = Benchmark(
     name="gqa",
     title="GQA",
-    folder="gqa",
     wanted=(
         Wanted("llava_gqa_testdev_balanced.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
         Wanted("data/testdev_balanced_questions.json", "cs.stanford.edu/people/dorarad/gqa (questions)", "CC BY 4.0"),

@@ -119,7 +119,6 @@ COCO = "github.com/AoiDragon/POPE (output/coco at e3e39262)"
 POPE = Benchmark(
     name="pope",
     title="POPE",
-    folder="pope",
     wanted=(
         Wanted("llava_pope_test.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
         *(Wanted(f"coco/coco_pope_{name}.json", COCO, "MIT") for name in CATEGORIES),

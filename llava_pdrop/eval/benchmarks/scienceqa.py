@@ -94,7 +94,6 @@ SCIENCEQA = Benchmark(
     name="scienceqa",
     title="SQA-I",
     aliases=("SQA", "ScienceQA-IMG"),
-    folder="scienceqa",
     wanted=(
         Wanted("llava_test_CQM-A.json", "LLaVA's eval.zip (docs/Evaluation.md)"),
         *(

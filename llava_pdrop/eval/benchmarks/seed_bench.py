@@ -76,7 +76,6 @@ SEED_BENCH = Benchmark(
     name="seed_bench",
     title="SEED-I",
     aliases=("SEED", "SEED-Image"),
-    folder="seed_bench",
     wanted=(
         Wanted("llava-seed-bench.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
         Wanted("SEED-Bench.json", "github.com/AILab-CVC/SEED-Bench", "CC BY-NC 4.0"),

@@ -91,7 +91,6 @@ def choices(name: str, title: str, table: str, split: str, also: Mapping[str, Ru
     return Benchmark(
         name=name,
         title=title,
-        folder=name,
         wanted=wanted([table]),
         rule=CHOICE_RULE,
         split=split,
@@ -122,7 +121,6 @@ def short_answers(
     return Benchmark(
         name=name,
         title=title,
-        folder=name,
         wanted=wanted([*tables], licence),
         rule=rule,
         split=next(iter(tables.values())),

@@ -64,7 +64,6 @@ def asked(text: str, origin: str) -> str:
 TEXTVQA = Benchmark(
     name="textvqa",
     title="TextVQA",
-    folder="textvqa",
     wanted=(
         Wanted("llava_textvqa_val_v051_ocr.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
         Wanted("TextVQA_0.5.1_val.json", "textvqa.org", "CC BY 4.0"),

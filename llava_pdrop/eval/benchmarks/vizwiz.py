@@ -65,7 +65,6 @@ def upload(questions: Sequence[Question], answers: Sequence[str | None], directo
 VIZWIZ = Benchmark(
     name="vizwiz",
     title="VizWiz",
-    folder="vizwiz",
     wanted=(
         Wanted("llava_test.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
         Wanted("test", "vizwiz.org (VQA, test images)", "CC BY 4.0"),

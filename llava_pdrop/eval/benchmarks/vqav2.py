@@ -87,7 +87,6 @@ VQA = "visualqa.org/download.html"
 VQAV2 = Benchmark(
     name="vqav2",
     title="VQAv2",
-    folder="vqav2",
     wanted=(
         Wanted(f"{TEST}.jsonl", "LLaVA's eval.zip (docs/Evaluation.md)"),
         Wanted(WHOLE_TEST, "LLaVA's eval.zip (docs/Evaluation.md)"),

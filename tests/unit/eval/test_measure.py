@@ -30,7 +30,6 @@ QUESTIONS = [ask(str(i), "Is it?", [], f"q[{i}]", "yes", unit=f"u{i // 2}") for 
 TOY = Benchmark(
     name="toy",
     title="Toy",
-    folder="toy",
     wanted=(),
     rule="none",
     split="val",

@@ -21,7 +21,6 @@ QUESTIONS = [ask(str(i), "Is it?", [], f"q[{i}]", "yes") for i in range(COUNT)]
 TOY = Benchmark(
     name="toy",
     title="Toy",
-    folder="",
     wanted=(),
     rule="none",
     split="",
