@@ -18,7 +18,7 @@ from llava_pdrop.cost.nominal import model_of
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import AnswerSettings, answer, leave, load_questions, respondent_of
-from llava_pdrop.eval.measure import chosen, load_benchmarks, measure, measure_run
+from llava_pdrop.eval.measure import Examinee, chosen, load_benchmarks, measure_run
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.score import Score
 from llava_pdrop.eval.team import Team, team_of
@@ -134,7 +134,7 @@ def asked(model: Candidate, exam: Exam, team: Team, out: Path, weights: Path | N
         scores = measure_run(config, run, respondent, sets, team, columns) if sets else []
     else:
         columns = {first.name: first.schedule, **columns}
-        scores = measure(settings, respondent, sets, columns, out, team, paper={}, model=resolve(path))
+        scores = Examinee(settings, respondent, team, out, resolve(path)).measure(sets, columns, paper={})
     rows = with_scores([first, *others], scores)
     if questions:
         answer(settings, respondent, questions[: settings.batch_size], first.schedule, None)  # what is slow once

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,93 +92,84 @@ def columns_of(config: Config, own: str, layers: int) -> dict[str, Schedule]:
     return found
 
 
-def measure(
-    settings: AnswerSettings,
-    respondent: Respondent,
-    loaded: Mapping[Benchmark, Sequence[Question]],
-    columns: Mapping[str, Schedule],
-    directory: Path,
-    team: Team,
-    paper: Mapping[str, Mapping[str, float]],
-    model: Path | None = None,
-) -> list[Score]:
-    """Asks all questions with every schedule and writes what was answered below ``directory``.
-
-    Args:
-        loaded: of `load_benchmarks`.
-        directory: where the answers are kept.
-        paper: column -> what the paper has for it.
-        model: where the model lies, if not there too.
-
-    Returns:
-        scores, those of a benchmark one after the other; nothing on all but the first process of ``team``.
-    """
-    scores, facts = list[Score](), model_facts(model or directory) if loaded else {}
-    for benchmark, questions in loaded.items():
-        for column, schedule in columns.items():
-            asked = Asked(settings, benchmark, questions, column, schedule, directory, facts)
-            score = _measure_one(asked, respondent, team, paper.get(column, {}))
-            scores += [] if score is None else [score]
-    return paired(scores)
-
-
 @dataclass(frozen=True)
-class Asked:
-    """The questions of one benchmark, to be answered with one schedule."""
+class Examinee:
+    """A model that is measured.
+
+    Attributes:
+        settings, team: how it is asked, and by which processes.
+        directory: where its answers are kept.
+        model: where it lies, if not there too.
+    """
 
     settings: AnswerSettings
-    benchmark: Benchmark
-    questions: Sequence[Question]
-    column: str
-    schedule: Schedule
+    respondent: Respondent
+    team: Team
     directory: Path
-    model: dict[str, Any]
+    model: Path | None = None
 
-    @property
-    def max_new_tokens(self) -> int:
-        return self.settings.max_new_tokens or self.benchmark.max_new_tokens
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What tells it from any other model."""
+        return model_facts(self.model or self.directory)
 
-    def kept(self, respondent: Respondent) -> Kept:
-        """Where the answers lie."""
+    def kept(self, benchmark: Benchmark, questions: Sequence[Question], column: str, schedule: Schedule) -> Kept:
+        """Where the answers to ``questions`` of a benchmark lie, with one schedule."""
+        settings, respondent = self.settings, self.respondent
         facts = {
-            "benchmark": self.benchmark.name,
-            "questions": questions_digest(self.questions),
-            "model": self.model,
+            "benchmark": benchmark.name,
+            "questions": questions_digest(questions),
+            "model": self.facts,
             "ends": [respondent.ends, list(respondent.stops)],
-            "schedule": self.schedule.to_dict(),
-            "seed": self.settings.seed if "random" in self.schedule.rankers else None,
-            "prompt": respondent.text(self.questions[0]),
-            "max_new_tokens": self.max_new_tokens,
-            "dtype": str(self.settings.dtype),
+            "schedule": schedule.to_dict(),
+            "seed": settings.seed if "random" in schedule.rankers else None,
+            "prompt": respondent.text(questions[0]),
+            "max_new_tokens": settings.max_new_tokens or benchmark.max_new_tokens,
+            "dtype": str(settings.dtype),
         }
-        return Kept(self.directory / HOME / self.benchmark.name, self.column, facts)
+        return Kept(self.directory / HOME / benchmark.name, column, facts)
 
+    def measure(
+        self,
+        loaded: Mapping[Benchmark, Sequence[Question]],
+        columns: Mapping[str, Schedule],
+        paper: Mapping[str, Mapping[str, float]],
+    ) -> list[Score]:
+        """Asks all questions with every schedule and writes what was answered.
 
-def _measure_one(asked: Asked, respondent: Respondent, team: Team, reported: Mapping[str, float]) -> Score | None:
-    """None on all but the first process."""
-    benchmark, questions, kept = asked.benchmark, asked.questions, asked.kept(respondent)
-    found = answer_all(
-        respondent,
-        questions,
-        asked.schedule,
-        **asked.settings.options(respondent, team),
-        max_new_tokens=asked.max_new_tokens,
-        progress=f"{benchmark.name} ({asked.column})" if team.first else None,
-        known=kept.read(),
-        keep=kept.writer(team.rank, questions),
-        strict=False,
-    )
-    if not team.first:
-        return None
-    kept.finish(questions, found.answers, asked.directory.name)
-    score = score_of(benchmark, questions, found.answers, asked.column, asked.schedule, kept.facts["prompt"])
-    files = [kept.directory]
-    if benchmark.upload is not None:
-        texts = [answer.text for answer in found.answers]
-        files.append(benchmark.upload(questions, texts, kept.directory, asked.column))
-    score = beside_paper(replace(score, files=files), asked.settings.limit, reported)
-    kept.score({key: value for key, value in as_json(score).items() if key != "against"})  # which the table has
-    return score
+        Args:
+            loaded: of `load_benchmarks`.
+            paper: column -> what the paper has for it.
+
+        Returns:
+            scores, those of a benchmark one after the other; nothing on all but the first process of the team.
+        """
+        team, scores = self.team, list[Score]()
+        for (benchmark, questions), (column, schedule) in product(loaded.items(), columns.items()):
+            kept = self.kept(benchmark, questions, column, schedule)
+            found = answer_all(
+                self.respondent,
+                questions,
+                schedule,
+                **self.settings.options(self.respondent, team),
+                max_new_tokens=kept.facts["max_new_tokens"],
+                progress=f"{benchmark.name} ({column})" if team.first else None,
+                known=kept.read(),
+                keep=kept.writer(team.rank, questions),
+                strict=False,
+            )
+            if not team.first:
+                continue
+            kept.finish(questions, found.answers, self.directory.name)
+            score = score_of(benchmark, questions, found.answers, column, schedule, kept.facts["prompt"])
+            files = [kept.directory]
+            if benchmark.upload is not None:
+                texts = [answer.text for answer in found.answers]
+                files.append(benchmark.upload(questions, texts, kept.directory, column))
+            score = beside_paper(replace(score, files=files), self.settings.limit, paper.get(column, {}))
+            kept.score({key: value for key, value in as_json(score).items() if key != "against"})  # which the table has
+            scores.append(score)
+        return paired(scores)
 
 
 def measure_config(config: Config) -> list[Score]:
@@ -204,11 +197,11 @@ def measure_run(
     team: Team,
     others: Mapping[str, Schedule] | None = None,
 ) -> list[Score]:
-    """`measure` of the finished run of ``config`` in ``directory``, with ``others`` (column -> schedule) too."""
+    """Measures the finished run of ``config`` in ``directory``, with ``others`` (column -> schedule) too."""
     own = VANILLA if config.schedule.vanilla else DROPPING
     columns = {**columns_of(config, own, respondent.hf.config.get_text_config().num_hidden_layers), **(others or {})}
     paper = {own: config.paper.scores} if config.paper else {}
-    found = measure(AnswerSettings.of(config), respondent, loaded, columns, directory, team, paper)
+    found = Examinee(AnswerSettings.of(config), respondent, team, directory).measure(loaded, columns, paper)
     if team.first:
         file = table.write(found, directory, f"{config.name}: benchmarks")
         table.show(found, f"{config.name}: benchmarks")

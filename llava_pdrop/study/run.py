@@ -14,15 +14,14 @@ from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import MAX_NEW_TOKENS, VANILLA, AnswerSettings, finished, load_questions, respondent_in
-from llava_pdrop.eval.kept import FACTS, model_facts
-from llava_pdrop.eval.measure import Asked, chosen, load_benchmarks, measure
+from llava_pdrop.eval.kept import FACTS
+from llava_pdrop.eval.measure import Examinee, chosen, load_benchmarks
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.respondent import Respondent
 from llava_pdrop.eval.rules.grades import by_text, known, means
 from llava_pdrop.eval.score import Score
 from llava_pdrop.eval.scorers import SCORERS
 from llava_pdrop.eval.subject import is_ours
-from llava_pdrop.eval.team import Team, team_of
+from llava_pdrop.eval.team import team_of
 from llava_pdrop.files import read_json, save_text, write_json
 from llava_pdrop.generate.families import ATTACHABLE
 from llava_pdrop.report.console import say
@@ -76,10 +75,8 @@ def study(config: Config, wanted: Wanted = Wanted(), out: Path | None = None) ->
     with team_of(config, out) as team:
         for key in left_out(config.schedule) if team.first else ():
             say(f"pyramid_drop.{key} is left out: a study asks with drops of its own, and of all image tokens")
-        lab = Lab(
-            AnswerSettings.of(config), respondent_in(directory, config), benchmark, questions, out, team, directory
-        )
-        hf, positions = lab.respondent.hf, config.schedule.positions
+        model = Examinee(AnswerSettings.of(config), respondent_in(directory, config), team, out, directory)
+        lab, hf, positions = Lab(model, benchmark, questions), model.respondent.hf, config.schedule.positions
         depth = hf.config.get_text_config().num_hidden_layers
         first = ATTACHABLE[hf.config.model_type].first_drop(hf.config) if hf.config.model_type in ATTACHABLE else 0
         grid = Grid.of(depth, wanted.layers, wanted.shares, wanted.ranker, first)
@@ -98,7 +95,7 @@ def study(config: Config, wanted: Wanted = Wanted(), out: Path | None = None) ->
     measured = [found[names[plan.schedule]] for plan in sought]
     front = losses(grid, found).front(depth)
     made = Study(config.name, findings(grid, found), tokens, seen, front, sought, measured)
-    write(made, out, environment(lab.settings.device, config.seed))
+    write(made, out, environment(model.settings.device, config.seed))
     return list(found.values())
 
 
@@ -157,40 +154,32 @@ def own_questions(config: Config) -> Benchmark:
 
 @dataclass(frozen=True)
 class Lab:
-    """A model and the questions of a study. Answers are kept below ``out``."""
+    """A model and the questions of a study."""
 
-    settings: AnswerSettings
-    respondent: Respondent
+    model: Examinee
     benchmark: Benchmark
     questions: list[Question]
-    out: Path
-    team: Team
-    model: Path
 
     def ask(self, schedules: Mapping[str, Schedule]) -> dict[str, Score]:
         """Name -> score with that schedule, each printed as soon as it is known; nothing on all but the first
         process."""
         found = {}
         for number, (name, schedule) in enumerate(schedules.items(), 1):
-            asked, one = {self.benchmark: self.questions}, {name: schedule}
-            for score in measure(self.settings, self.respondent, asked, one, self.out, self.team, {}, self.model):
+            for score in self.model.measure({self.benchmark: self.questions}, {name: schedule}, paper={}):
                 say(f"{number} of {len(schedules)}: {self.benchmark.title}, {name}: {text_of(score.value, '.1f')}")
                 found[name] = score
         return found
 
     def look(self, schedule: Schedule) -> list[LayerAttention]:
         """`look`, kept like an answer."""
-        facts = model_facts(self.model)
-        asked = Asked(self.settings, self.benchmark, self.questions, "attention", schedule, self.out, facts)
-        kept = asked.kept(self.respondent)
+        model, team = self.model, self.model.team
+        kept = model.kept(self.benchmark, self.questions, "attention", schedule)
         file = kept.directory / SEEN
         if file.is_file():
             return [LayerAttention(**row) for row in read_json(file)["layers"]]
-        options = self.settings.options(self.respondent, self.team)
-        seen = look(
-            self.respondent, self.questions, schedule, progress="attention" if self.team.first else None, **options
-        )
-        if self.team.first:
+        options = model.settings.options(model.respondent, team)
+        seen = look(model.respondent, self.questions, schedule, progress="attention" if team.first else None, **options)
+        if team.first:
             write_json(kept.directory / FACTS, kept.facts)
             write_json(file, {"layers": seen})
         return seen

@@ -15,11 +15,12 @@ from llava_pdrop.eval.answering import Answer
 from llava_pdrop.eval.benchmarks import BENCHMARKS
 from llava_pdrop.eval.benchmarks.base import Benchmark
 from llava_pdrop.eval.evaluate import AnswerSettings
-from llava_pdrop.eval.measure import Asked, chosen, columns_of, first_units
+from llava_pdrop.eval.measure import Examinee, chosen, columns_of, first_units
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.rules.grades import Grade, means
 from llava_pdrop.eval.score import beside_paper, paired, score_of
 from llava_pdrop.eval.score_table import blocks, refuse_unread
+from llava_pdrop.eval.team import ALONE
 from llava_pdrop.report.page import markdown_of
 from llava_pdrop.runtime import device
 from llava_pdrop.schedule import Schedule
@@ -97,9 +98,9 @@ def test_all_that_answers_depend_on_has_a_directory_of_its_own(tiny_config, tmp_
     def kept(prompt="p", end=2, model="m", words=()):
         respondent = SimpleNamespace(text=lambda question: prompt, ends=[end], stops=())
         config = load_config(file, list(words))
-        return Asked(
-            AnswerSettings.of(config), TOY, QUESTIONS, "c", config.schedule, tmp_path, {"weights": model}
-        ).kept(respondent)
+        monkeypatch.setattr("llava_pdrop.eval.measure.model_facts", lambda directory: {"weights": model})
+        examinee = Examinee(AnswerSettings.of(config), respondent, ALONE, tmp_path)
+        return examinee.kept(TOY, QUESTIONS, "c", config.schedule)
 
     own = {"prompt": {"prompt": "q"}, "ends": {"end": 3}, "model": {"model": "n"}}.get(word, {"words": [word]})
     assert kept().directory == kept().directory != kept(**own).directory
