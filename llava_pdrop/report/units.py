@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import floor, log10, sqrt
+from math import sqrt
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -68,10 +68,8 @@ def digits(value: float | None, count: int = 3) -> str:
     None."""
     if not value:
         return "" if value is None else "0"
-    places = count - 1 - floor(log10(abs(value)))
-    rounded = round(value, places)
-    places = count - 1 - floor(log10(abs(rounded)))  # 9.996 has become 10.0
-    return f"{rounded:,.{max(0, places)}f}"
+    places = count - 1 - int(f"{value:.{count - 1}e}".partition("e")[2])  # of the rounded value: 9.996 becomes 10.0
+    return f"{round(value, places):,.{max(0, places)}f}"
 
 
 def text_of(value: float | None, style: str) -> str:
