@@ -9,13 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from llava_pdrop.data.images import upright
 from llava_pdrop.data.readers.pictures import MadeFile
 from llava_pdrop.errors import UserError, clip
-
-WIDE = ("I", "F")
-"""How PIL's modes of greys above 8 bits begin: `load_image` scales them, so they are handed on as they are."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,6 @@ class TaskPicture:
 
     digest: bytes
     size: tuple[int, int]
-    wide: bool
     name: str = field(compare=False)
     place: int = field(compare=False)
     look: Callable[[], list[Image.Image]] = field(compare=False, repr=False)
@@ -35,11 +32,6 @@ class TaskPicture:
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """An uncompressed file of it. Its header is there without a look at the picture."""
-        if self.wide:
-            file = io.BytesIO()
-            self.look()[self.place].save(file, "TIFF")
-            file.seek(0)
-            return file
         header = b"P6\n# a picture of a task\n%d %d\n255\n" % self.size
         return cast(BinaryIO, io.BufferedReader(_Lazy(header, lambda: self.look()[self.place].tobytes())))
 
@@ -61,28 +53,26 @@ def pictures_of(name: str, visuals: Callable[[], Any]) -> tuple[TaskPicture, ...
 
     def look() -> list[Image.Image]:
         try:
-            return [_upright(name, entry) for entry in visuals() or ()]
+            shown = [*(visuals() or ())]
         except (OSError, SyntaxError) as error:  # PIL's for a picture that it cannot decode
             raise Unshown(f"{name}: its picture cannot be read: {clip(error)}") from None
+        for entry in shown:
+            if not isinstance(entry, Image.Image):
+                kind = type(entry).__name__
+                raise UserError(
+                    f"{name}: shows {clip(repr(entry), 60)} ({kind}): pictures are answered, no films or sounds"
+                )
+        try:
+            return [upright(entry, name) for entry in shown]  # what a task has decoded may still have to be turned
+        except UserError as error:
+            raise Unshown(str(error)) from None
 
     found = []
     for place, image in enumerate(look()):
-        digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
+        digest = hashlib.blake2b(f"{image.size}".encode(), digest_size=16)
         digest.update(image.tobytes())
-        wide, title = image.mode.startswith(WIDE), f"{name}, picture {place + 1}"
-        found.append(TaskPicture(digest.digest(), image.size, wide, title, place, look))
+        found.append(TaskPicture(digest.digest(), image.size, f"{name}, picture {place + 1}", place, look))
     return tuple(found)
-
-
-def _upright(name: str, entry: Any) -> Image.Image:
-    """As `load_image` makes it of the file: a picture that a task has decoded may still say how it is to be turned."""
-    if not isinstance(entry, Image.Image):
-        kind = type(entry).__name__
-        raise UserError(f"{name}: shows {clip(repr(entry), 60)} ({kind}): pictures are answered, no films or sounds")
-    image = ImageOps.exif_transpose(entry)
-    if image.mode.startswith(WIDE):
-        return image
-    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
 
 
 class _Lazy(MadeFile):
