@@ -52,20 +52,21 @@ def page(study: Study, machine: Mapping[str, Any]) -> Page:
     Args:
         machine: `environment`.
     """
-    found, name = study.findings, study.findings.vanilla.benchmark.name
+    found, vanilla = study.findings, study.findings.vanilla
+    benchmark = vanilla.benchmark
     caption = "Scores, attention, ranking against random choice, and predicted losses"
     blocks: list[Block] = [
-        f"{_what(found)}: {found.vanilla.value:.1f} without drops [{found.vanilla.low:.1f}, {found.vanilla.high:.1f}], "
-        f"{found.vanilla.questions:,} questions with {study.tokens:.4g} image tokens each.",
+        f"{benchmark.title}: {vanilla.value:.1f} without drops [{vanilla.low:.1f}, {vanilla.high:.1f}], "
+        f"{vanilla.questions:,} questions with {study.tokens:.4g} image tokens each.",
         depth_table(study),
         Note(NOTES.format(ranker=found.grid.ranker, seed=machine["seed"])),
         horizon_line(found),
         plan_table(study),
         Note(PREDICTED),
-        Picture(f"{name}.png", caption, lambda: draw(study)),
-        Note(f"## Settings\n\n{settings(machine, rule=found.vanilla.benchmark.rule).markdown()}"),
+        Picture(f"{benchmark.name}.png", caption, lambda: draw(study)),
+        Note(f"## Settings\n\n{settings(machine, rule=benchmark.rule).markdown()}"),
     ]
-    return Page(f"{study.name}: a study on {_what(found)}", blocks, facts(study, machine))
+    return Page(f"{study.name}: a study on {benchmark.title}", blocks, facts(study, machine))
 
 
 NOTES = (
@@ -81,10 +82,6 @@ PREDICTED = (
     "tokens costs what its single drop costs beyond that of the worse bands, made monotone, and bands add up; between "
     "measured layers it is linear. *tokens*: image tokens of a question, averaged over the layers."
 )
-
-
-def _what(found: Findings) -> str:
-    return found.vanilla.benchmark.title
 
 
 def depth_table(study: Study) -> Table:
@@ -214,7 +211,7 @@ def _draw_scores(axes: Any, found: Findings) -> None:
         axes.plot(layers, [score.value for score in random], "o--", color=colour, alpha=0.6, markersize=3)
     axes.axhline(found.vanilla.value, color=INK, linewidth=1, linestyle=":", label="all stay")
     axes.plot([], [], "--", color=INK, label=RANDOM)
-    axes.set(title=_what(found), xlabel="image tokens are dropped before layer", ylabel="score")
+    axes.set(title=found.vanilla.benchmark.title, xlabel="image tokens are dropped before layer", ylabel="score")
     axes.legend(fontsize=8)
 
 
