@@ -12,7 +12,6 @@ from typing import Any
 from llava_pdrop.checkpoint.lora import config_directory
 from llava_pdrop.config.schema import Config
 from llava_pdrop.errors import ConfigError, UserError, check_name
-from llava_pdrop.eval import score_table as table
 from llava_pdrop.eval.answering import answer_all
 from llava_pdrop.eval.benchmarks import benchmarks_of
 from llava_pdrop.eval.benchmarks.base import Benchmark
@@ -22,9 +21,9 @@ from llava_pdrop.eval.kept import HOME, Kept, model_facts, questions_digest
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import Respondent
 from llava_pdrop.eval.score import Score, as_json, beside_paper, paired, score_of, unit_of
+from llava_pdrop.eval.score_table import publish
 from llava_pdrop.eval.subject import is_ours
 from llava_pdrop.eval.team import Team, team_of
-from llava_pdrop.report.console import say
 from llava_pdrop.schedule import Schedule
 
 
@@ -203,7 +202,5 @@ def measure_run(
     paper = {own: config.paper.scores} if config.paper else {}
     found = Examinee(AnswerSettings.of(config), respondent, team, directory).measure(loaded, columns, paper)
     if team.first:
-        file = table.write(found, directory, f"{config.name}: benchmarks")
-        table.show(found, f"{config.name}: benchmarks")
-        say(f"table: {file}")
+        publish(found, f"{config.name}: benchmarks", directory)
     return found

@@ -40,8 +40,10 @@ def blocks(scores: Sequence[Score], title: str = "") -> list[Block]:
     return [Table.of_columns(columns, title, left=2), Note(NOTES), Note("\n".join(rules))]
 
 
-def show(scores: Sequence[Score], title: str) -> None:
-    """Prints prompts, table, and where answers and files for servers lie."""
+def publish(scores: Sequence[Score], title: str, directory: Path) -> None:
+    """Writes the table below ``directory``; prints prompts, the table, and where all files lie."""
+    page = Page(title, blocks(scores), [as_json(score) for score in scores])
+    file, _ = page.write(directory / HOME, TABLE, RESULTS)
     for score in scores:
         if score.against is None:
             say(f"{score.benchmark.name}: asks {score.prompt!r}; rule: {score.benchmark.rule}; split: {score.split}")
@@ -49,11 +51,7 @@ def show(scores: Sequence[Score], title: str) -> None:
     for score in scores:
         line = f"{score.benchmark.name} ({score.column}): {', '.join(map(str, score.files))}"
         say(line if score.problem is None else f"{line}; {score.unread:,} not read, the first: {score.problem}")
-
-
-def write(scores: Sequence[Score], directory: Path, title: str) -> Path:
-    """Writes the table below ``directory`` and returns its path."""
-    return Page(title, blocks(scores), [as_json(score) for score in scores]).write(directory / HOME, TABLE, RESULTS)[0]
+    say(f"table: {file}")
 
 
 def refuse_unread(scores: Sequence[Score], allowed: float) -> None:
