@@ -11,7 +11,7 @@ from llava_pdrop.commands.arguments import a_path, a_place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes. (What is not given is as `study.run.Wanted` has it.)"""
+    """What the command line takes. (What is not given is as `study.run.study` has it.)"""
     parser.description = (
         f"{parser.description}. CONFIG may be a run directory, or any vision-language model that attach() knows, with "
         "data.eval=FILE or benchmarks=NAME. A second start goes on."
@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
 
     from llava_pdrop.eval.score_table import refuse_unread
     from llava_pdrop.eval.subject import subject_config
-    from llava_pdrop.study.run import Wanted, study
+    from llava_pdrop.study.run import study
 
     config = subject_config(Path(args.config), args.overrides)
-    given = {name: getattr(args, name) for name in ("layers", "shares", "ranker", "budgets")}
-    wanted = Wanted(**{name: value for name, value in given.items() if value is not None})
-    refuse_unread(study(config, wanted, args.out), config.eval.max_unread)
+    wanted = {name: getattr(args, name) for name in ("layers", "shares", "ranker", "budgets")}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    refuse_unread(study(config, args.out, **given), config.eval.max_unread)

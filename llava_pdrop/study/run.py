@@ -4,7 +4,7 @@ writes the page. Every answer is kept as soon as it is there, so a second start 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,23 +41,21 @@ HOME, OWN = "study", "data_eval"
 SEEN = "attention.json"
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is studied; empty: the defaults of `Grid.of` and `plans`."""
-
-    layers: tuple[int, ...] = ()
-    shares: tuple[float, ...] = SHARES
-    ranker: str = ATTENTION
-    budgets: tuple[float, ...] = ()
-
-
-def study(config: Config, wanted: Wanted = Wanted(), out: Path | None = None) -> list[Score]:
+def study(
+    config: Config,
+    out: Path | None = None,
+    layers: Sequence[int] = (),
+    shares: Sequence[float] = SHARES,
+    ranker: str = ATTENTION,
+    budgets: Sequence[float] = (),
+) -> list[Score]:
     """Studies the finished run of ``config``, or another model, prints the tables and writes ``NAME.md``,
     ``NAME.json``, ``NAME.png`` and a YAML file for each budget, NAME being the benchmark. The processes that a launcher
     has started share the questions; the first one prints and writes.
 
     Args:
         out: where everything goes; default: ``study`` below the run.
+        layers, shares, ranker: as `Grid.of` takes them. budgets: as `plans` does.
 
     Returns:
         all scores; nothing on all but the first process.
@@ -69,7 +67,7 @@ def study(config: Config, wanted: Wanted = Wanted(), out: Path | None = None) ->
     directory = finished(config, writes=out is None)
     out = directory / HOME if out is None else out
     check_out(out)
-    if wrong := [budget for budget in wanted.budgets if not 0 < budget < math.inf]:
+    if wrong := [budget for budget in budgets if not 0 < budget < math.inf]:
         raise UserError(f"--average-tokens {wrong[0]:g}: give numbers of image tokens above 0")
     benchmark, questions = questions_of(config, is_ours(config_directory(directory)))
     with team_of(config, out) as team:
@@ -79,15 +77,15 @@ def study(config: Config, wanted: Wanted = Wanted(), out: Path | None = None) ->
         lab, hf, positions = Lab(model, benchmark, questions), model.respondent.hf, config.schedule.positions
         depth = hf.config.get_text_config().num_hidden_layers
         first = ATTACHABLE[hf.config.model_type].first_drop(hf.config) if hf.config.model_type in ATTACHABLE else 0
-        grid = Grid.of(depth, wanted.layers, wanted.shares, wanted.ranker, first)
+        grid = Grid.of(depth, layers, shares, ranker, first)
         like = Schedule(ranker=grid.ranker, positions=positions)
         found = lab.ask({VANILLA: Schedule()})
         tokens = by_first_rank(lambda: image_tokens(found[VANILLA]))
         nothing = Losses.of(dict.fromkeys(grid.places, 0.0))
-        by_first_rank(lambda: plans(nothing, depth, tokens, wanted.budgets, like))  # a budget is refused before hours
+        by_first_rank(lambda: plans(nothing, depth, tokens, budgets, like))  # a budget is refused before hours
         found |= lab.ask({cell.name: cell.schedule(positions) for cell in grid.cells})
         seen = lab.look(probe_schedule(first, depth, positions))
-        sought = by_first_rank(lambda: plans(losses(grid, found), depth, tokens, wanted.budgets, like))
+        sought = by_first_rank(lambda: plans(losses(grid, found), depth, tokens, budgets, like))
         names = {plan.schedule: plan.name for plan in reversed(sought)}  # one schedule is asked once
         found |= lab.ask({name: schedule for schedule, name in names.items()})
     if not team.first:
