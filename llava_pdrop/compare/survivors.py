@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from PIL import Image
 from llava_pdrop.data.images import fit_to_canvas, load_image, pad_to_square
 from llava_pdrop.eval.evaluate import AnswerSettings, Result, answer
 from llava_pdrop.eval.questions import Question
-from llava_pdrop.eval.respondent import LlavaRespondent, Respondent
+from llava_pdrop.eval.respondent import LlavaRespondent
 from llava_pdrop.generate.prefill import ForwardStep
 from llava_pdrop.geometry import NEWLINE, ImageGeometry
 from llava_pdrop.report.pictures import GRID, INK, subplots
@@ -69,39 +69,20 @@ def examples(
     settings: AnswerSettings, respondent: LlavaRespondent, questions: Sequence[Question], schedule: Schedule
 ) -> list[Example]:
     """Answers ``questions`` and looks at what ``generate`` kept of their first image at every stage."""
-    shown = [question for question in questions if question.record.images]
-    return [
-        example(
-            settings,
-            respondent,
-            question,
-            schedule,
-            lambda source, _: llava_sight(respondent, source, schedule.downsample),
-        )
-        for question in shown
-    ]
+    found = []
+    for question in questions:
+        if question.record.images:
+            result = answer(settings, respondent, [question], schedule, None, trace=True)
+            sight = llava_sight(respondent, question.record.images[0], schedule.downsample)
+            found.append(seen_in(result, sight))
+    return found
 
 
-def example(
-    settings: AnswerSettings,
-    respondent: Respondent,
-    question: Question,
-    schedule: Schedule,
-    see: Callable[[ImageSource, int], Sight],
-) -> Example:
-    """Answers ``question`` and looks at what ``generate`` kept of its first image at every stage.
-
-    Args:
-        see: given that image and how many tokens it has, how the model sees it.
-    """
-    return seen_in(answer(settings, respondent, [question], schedule, None, trace=True), question, see)
-
-
-def seen_in(result: Result, question: Question, see: Callable[[ImageSource, int], Sight]) -> Example:
-    """What the ``result`` of one ``question``, with its trace, left of the first image at every stage; ``see`` as in
-    `example`."""
+def seen_in(result: Result, sight: Sight) -> Example:
+    """What the ``result`` of one question, with its trace, left at every stage of the first image, of which the model
+    had this ``sight``."""
     prompt, text = result.steps[0], result.predictions[0]
-    sight, stages = see(question.record.images[0], len(prompt.pictures[0])), stages_of(prompt)
+    stages = stages_of(prompt)
     kept, drawn = [sight.grid(stage) for stage in stages], [sight.count(stage) for stage in stages]
     tokens = [len(stage) for stage in stages]
     return Example(text.question, text.gold, text.answer, sight.picture, sight.patch, kept, tokens, drawn)

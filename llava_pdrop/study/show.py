@@ -123,7 +123,7 @@ def show(model: Any, processor: Any, picture: str | Path | ImageSource | Image.I
         result = evaluate(respondent, [asked], plugin.given, trace=True, max_new_tokens=room)
     finally:
         attach(model, plugin.given, plugin.trace, unchecked=plugin.unchecked)
-    found = seen_in(result, asked, lambda source, tokens: sight_of(respondent, asked, tokens, plugin.given))
+    found = seen_in(result, sight_of(respondent, asked, len(result.steps[0].pictures[0]), plugin.given))
     return figure_of(lambda: surviving_tokens([found]))
 
 
@@ -165,7 +165,7 @@ def show_run(
     settings = AnswerSettings.of(config)
     room = room_for(respondent, asked, schedule, settings.max_new_tokens or MAX_NEW_TOKENS)
     result = answer(replace(settings, max_new_tokens=room), respondent, [asked], schedule, None, trace=True)
-    found = seen_in(result, asked, lambda source, tokens: sight_of(respondent, asked, tokens, schedule))
+    found = seen_in(result, sight_of(respondent, asked, len(result.steps[0].pictures[0]), schedule))
     stages, drawn = (" -> ".join(map(str, counts)) for counts in (found.tokens, found.drawn))
     rest = "" if found.drawn == found.tokens else f", of which are drawn {drawn}"
     say(f"{question!r}: {found.answer!r}; image tokens that survive {schedule.amounts_text}: {stages}{rest}")
