@@ -63,12 +63,12 @@ def time_text(seconds: float) -> str:
     return f"{unit.text(seconds)} {unit.name}"
 
 
-def digits(value: float | None, count: int = 3) -> str:
-    """``value`` to ``count`` significant digits, without an exponent: ``26,900``, ``26.9``, ``0.00269``; nothing for
+def digits(value: float | None) -> str:
+    """``value`` to three significant digits, without an exponent: ``26,900``, ``26.9``, ``0.00269``; nothing for
     None."""
     if not value:
         return "" if value is None else "0"
-    places = count - 1 - int(f"{value:.{count - 1}e}".partition("e")[2])  # of the rounded value: 9.996 becomes 10.0
+    places = 2 - int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 9.996 becomes 10.0
     return f"{round(value, places):,.{max(0, places)}f}"
 
 
