@@ -33,21 +33,18 @@ KINDS: Mapping[str, tuple[type, ...]] = {
 
 CALLED = {str: "text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
 
-MARK = "\ufeff"
-"""Of the order of bytes, which some editors put in front of a text."""
-
 REFERENCE = 64
 """Letters of an image cell up to which it is the index of another row, whose picture is meant (VLMEvalKit)."""
 
 
 def text_of(file: Path) -> str:
-    """The text of a file; a mark of its byte order in front does not count.
+    """The text of a file; a mark of its byte order in front, which some editors put there, does not count.
 
     Raises:
         MissingFileError: no such file. UserError: it is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8").removeprefix(MARK)
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
     except UnicodeDecodeError as error:
@@ -247,9 +244,8 @@ def read_table(file: Path, columns: Sequence[str], whole: Sequence[str] = ()) ->
     """
     csv.field_size_limit(sys.maxsize)
     try:
-        with file.open(encoding="utf-8", newline="") as opened:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
             head, *rows = list(csv.reader(opened, delimiter="\t")) or [[]]
-            head[:1] = [name.removeprefix(MARK) for name in head[:1]]
     except FileNotFoundError:
         raise MissingFileError(f"{file}: no such file; `llava-pdrop benchmarks` says where it comes from") from None
     except (UnicodeDecodeError, csv.Error) as error:
