@@ -42,7 +42,6 @@ class Score:
     value: float | None
     low: float | None
     high: float | None
-    paper: float | None
     unread: int
     problem: str | None
     seconds: float
@@ -50,7 +49,8 @@ class Score:
     numbers: dict[str, float]
     also: dict[str, dict[str, float]]
     prompt: str
-    files: list[Path]
+    paper: float | None = None
+    files: list[Path] = field(default_factory=list)
     against: tuple[str, float, float, float] | None = None
     draws: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
 
@@ -83,7 +83,6 @@ def score_of(
         value=value,
         low=low,
         high=high,
-        paper=None,
         unread=len(problems),
         problem=problems[0] if problems else None,
         seconds=sum(asked) / max(len(asked), 1),
@@ -91,7 +90,6 @@ def score_of(
         numbers=own,
         also=numbers,
         prompt=prompt,
-        files=[],
         draws=draws,
     )
 
