@@ -139,9 +139,10 @@ def _schedule_words(directory: Path, named: str | None, section: Mapping[str, st
         if section:
             raise UserError(f"model_args: {', '.join(section)} without layers or schedule: nothing would be dropped")
         return [f"{KEY}=null"]
-    words = {name: f"[{_entries(value)}]" if name in LISTS else value for name, value in section.items()}
-    if "-" in words.get("ranker", ""):
-        words["ranker"] = f"[{_entries(words['ranker'])}]"
+    words = dict(section)
+    for name, value in section.items():
+        if name in LISTS or (name == "ranker" and "-" in value):  # as 8-16-24 or [8,16,24]
+            words[name] = f"[{value.strip('[]').replace('-', ',')}]"
     if "positions" not in words and _has_several_axes(directory):
         words["positions"] = "keep"
     if named is not None:
@@ -164,11 +165,6 @@ def _has_several_axes(directory: Path) -> bool:
     home = config_directory(directory)
     kind = read_json(home / "config.json").get("model_type") if (home / "config.json").is_file() else None
     return kind in ATTACHABLE and ATTACHABLE[kind].positions == "keep"
-
-
-def _entries(value: str) -> str:
-    """``8-16-24`` and ``[8,16,24]`` as ``8,16,24``."""
-    return value.strip("[]").replace("-", ",")
 
 
 def _text(value: Any) -> str:
