@@ -47,24 +47,18 @@ def read(directory: Path, tables: Sequence[str], last: str) -> list[Question]:
             raise UserError(f"{file}: index {index} is no number, so its rotations cannot be told")
         if answer is not None and answer not in options:
             raise UserError(f"{file}: index {index}: its answer is {answer}, and its options are {', '.join(options)}")
-        questions.append(
-            ask(
-                index,
-                mmbench_choice(row, cell(row, "question", file), last),
-                [picture],
-                f"{file}[{index}]",
-                answer or "",
-                unit=str(int(index) % ROTATION),
-                question_id=int(index),
-                options=options,
-                known=answer is not None,
-                category=row.get("category", ""),
-                ability=ABILITIES.get(row.get("l2-category", ""), row.get("l2-category", "")),
-                columns={name: row.get(name) for name in COLUMNS},
-                split=row.get("split", "dev"),
-                table=file.stem,
-            )
-        )
+        facts = {
+            "question_id": int(index),
+            "options": options,
+            "known": answer is not None,
+            "category": row.get("category", ""),
+            "ability": ABILITIES.get(row.get("l2-category", ""), row.get("l2-category", "")),
+            "columns": {name: row.get(name) for name in COLUMNS},
+            "split": row.get("split", "dev"),
+            "table": file.stem,
+        }
+        words, unit = mmbench_choice(row, cell(row, "question", file), last), str(int(index) % ROTATION)
+        questions.append(ask(index, words, [picture], f"{file}[{index}]", answer or "", unit, **facts))
     check_whole(questions, file)
     return questions
 

@@ -60,19 +60,12 @@ def read_answers_of(directory: Path, tables: Mapping[str, str], by: str | None =
     """
     file = find_table(directory, [*tables])
     rows = read_table(file, ("image", "question", "answer", *([by] if by else [])), whole=("answer",))
-    pictures = pictures_of_table(rows, file)
-    return [
-        ask(
-            row["index"],
-            short(cell(row, "question", file)),
-            [picture],
-            f"{file}[{row['index']}]",
-            row["answer"],
-            split=tables[file.stem],
-            part=row.get(by or "", ""),
-        )
-        for row, picture in zip(rows, pictures)
-    ]
+    questions = []
+    for row, picture in zip(rows, pictures_of_table(rows, file)):
+        words, origin = short(cell(row, "question", file)), f"{file}[{row['index']}]"
+        facts = {"split": tables[file.stem], "part": row.get(by or "", "")}
+        questions.append(ask(row["index"], words, [picture], origin, row["answer"], **facts))
+    return questions
 
 
 def wanted(
