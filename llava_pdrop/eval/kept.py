@@ -129,13 +129,12 @@ def _line(question: Question, answer: Answer, model: str) -> str:
     """A line of LLaVA's answer files; what is ours stands in ``metadata``."""
     own = {"id": answer.id, "image_tokens": list(answer.image_tokens), "seconds": round(answer.seconds, 6)}
     own |= {} if answer.problem is None else {"problem": answer.problem}
+    said = f"{question.id}\n{answer.text}".encode(errors="replace")
     line = {
         "question_id": question.facts.get("question_id", question.id),
         "prompt": question.text,
         "text": answer.text,
-        "answer_id": hashlib.blake2b(
-            f"{question.id}\n{answer.text}".encode(errors="replace"), digest_size=8
-        ).hexdigest(),
+        "answer_id": hashlib.blake2b(said, digest_size=8).hexdigest(),
         "model_id": model,
         "metadata": own,
     }
