@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from llava_pdrop.eval.score import Score
+from llava_pdrop.study.budget import Losses
 from llava_pdrop.study.grid import RANDOM, Cell, Grid
 
 ERRORS = 2.0
@@ -60,6 +61,12 @@ class Findings:
     @cached_property
     def losses(self) -> dict[Cell, Difference]:
         return {cell: Difference.of((self.vanilla, score)) for cell, score in self.scores.items()}
+
+    @property
+    def costs(self) -> Losses:
+        """Points that drops by the ranker were measured to cost."""
+        cells = {place: self.grid.cell(*place, self.grid.ranker) for place in self.grid.places}
+        return Losses.of({place: self.losses[cell].value for place, cell in cells.items()})
 
     @cached_property
     def against(self) -> dict[tuple[int, float], Difference]:

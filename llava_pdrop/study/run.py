@@ -85,14 +85,14 @@ def study(
         by_first_rank(lambda: plans(nothing, depth, tokens, budgets, like))  # a budget is refused before hours
         found |= lab.ask({cell.name: cell.schedule(positions) for cell in grid.cells})
         seen = lab.look(probe_schedule(first, depth, positions))
-        sought = by_first_rank(lambda: plans(losses(grid, found), depth, tokens, budgets, like))
+        sought = by_first_rank(lambda: plans(findings(grid, found).costs, depth, tokens, budgets, like))
         names = {plan.schedule: plan.name for plan in reversed(sought)}  # one schedule is asked once
         found |= lab.ask({name: schedule for schedule, name in names.items()})
     if not team.first:
         return []
     measured = [found[names[plan.schedule]] for plan in sought]
-    front = losses(grid, found).front(depth)
-    made = Study(config.name, findings(grid, found), tokens, seen, front, sought, measured)
+    told = findings(grid, found)
+    made = Study(config.name, told, tokens, seen, told.costs.front(depth), sought, measured)
     write(made, out, environment(model.settings.device, config.seed))
     return list(found.values())
 
@@ -201,12 +201,6 @@ def image_tokens(vanilla: Score) -> float:
 def findings(grid: Grid, found: Mapping[str, Score]) -> Findings:
     """What the scores of the cells, by name, say."""
     return Findings(grid, found[VANILLA], {cell: found[cell.name] for cell in grid.cells})
-
-
-def losses(grid: Grid, found: Mapping[str, Score]) -> Losses:
-    """What drops by the ranker were measured to cost."""
-    own = findings(grid, found).losses
-    return Losses.of({place: own[grid.cell(*place, grid.ranker)].value for place in grid.places})
 
 
 def write(made: Study, out: Path, machine: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from llava_pdrop.report.page import markdown_of
 from llava_pdrop.report.pictures import save_picture
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.study.attention import LayerAttention
-from llava_pdrop.study.budget import Losses, plans
+from llava_pdrop.study.budget import plans
 from llava_pdrop.study.findings import Findings
 from llava_pdrop.study.grid import Grid
 from llava_pdrop.study.report import Study, depth_table, draw, horizon_line, page, plan_table
@@ -34,10 +34,9 @@ def made(shares=(0.5, 0.0), random=(50, 90), depth=4) -> Study:
         late = cell.layer - 1
         scores[cell] = right(random[late]) if cell.ranker == "random" or not cell.share else right(90)
     found = Findings(grid, right(90), scores)
-    losses = Losses.of({place: found.losses[grid.cell(*place, grid.ranker)].value for place in grid.places})
-    sought = plans(losses, depth, 8.0, [5], Schedule())
+    sought = plans(found.costs, depth, 8.0, [5], Schedule())
     seen = [LayerAttention(layer, 0.4, 0.8, 0.3, (0.01, 0.01, 0.01)) for layer in range(depth)]
-    return Study("run", found, 8.0, seen, losses.front(depth), sought, [right(90)] * len(sought))
+    return Study("run", found, 8.0, seen, found.costs.front(depth), sought, [right(90)] * len(sought))
 
 
 def test_a_row_per_depth() -> None:
