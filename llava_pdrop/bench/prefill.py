@@ -160,8 +160,7 @@ class PrefillBench:
         Raises:
             UserError: an ``attn_implementation`` that is not there.
         """
-        dtype = torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32
-        hf = make_model(shape, device, dtype, seed=seed).hf.eval()
+        hf = make_model(shape, device, seed).hf.eval()
         try:
             hf.set_attn_implementation(attention)
         except (ImportError, ValueError) as error:
@@ -175,7 +174,7 @@ class PrefillBench:
             )
         dropping = {"PyramidDrop": shape.schedule} if shape.schedule.layers else {}
         methods = {"vanilla": Schedule(), **dropping, "FastV": FASTV}
-        return cls(hf, shape, device, methods, runs, seed, attention, *peak_flops(device, dtype))
+        return cls(hf, shape, device, methods, runs, seed, attention, *peak_flops(device, hf.dtype))
 
 
 def measure_prefill(bench: PrefillBench, case: PrefillCase) -> tuple[list[Span], dict[str, list[PrefillRun]]]:

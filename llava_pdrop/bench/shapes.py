@@ -108,13 +108,9 @@ def shape_named(name: str) -> Shape:
     return replace(shape, picture=full_picture(shape.geometry), text_tokens=EVEN[name]) if name in EVEN else shape
 
 
-def make_model(
-    shape: Shape, device: torch.device, dtype: torch.dtype, backend: str = "auto", seed: int = 0
-) -> PyramidLlava:
-    """A vanilla `PyramidLlava` of ``shape`` with random weights, made directly on ``device`` in ``dtype``.
-
-    Args:
-        backend: attention kernel of packed streams, one of `attention.BACKENDS`.
+def make_model(shape: Shape, device: torch.device, seed: int = 0) -> PyramidLlava:
+    """A vanilla `PyramidLlava` of ``shape`` with random weights, made on ``device``: in bfloat16 on a GPU where
+    the shape is of half precision, else in float32.
 
     Raises:
         UserError: more weights than the free memory of a CPU, where the system would end the process without a word.
@@ -122,7 +118,7 @@ def make_model(
     with torch.device("meta"):
         vocabulary = shape.text_config().vocab_size
         hf = make_hf_model(shape.text_config(), shape.vision_config(), shape.geometry, image_token_id=vocabulary - 2)
-    hf = hf.to(dtype)
+    hf = hf.to(torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32)
     needed, free = sum(p.nbytes for p in hf.parameters()), psutil.virtual_memory().available
     if device.type == "cpu" and needed > free:
         raise UserError(
@@ -135,7 +131,7 @@ def make_model(
     with torch.no_grad():
         for module in hf.modules():
             _fill(module, generator)
-    return PyramidLlava(hf, geometry=shape.geometry, backend=backend)
+    return PyramidLlava(hf, geometry=shape.geometry)
 
 
 def _fill(module: nn.Module, generator: torch.Generator) -> None:

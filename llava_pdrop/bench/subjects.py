@@ -93,9 +93,8 @@ class Subject:
         Raises:
             UserError: it has no schedule, or one that pools; or an ``attn_implementation`` that is not there.
         """
-        dtype = torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32
         schedule = checked(shape.schedule, "CONFIG", encoded=True)
-        hf = ready(make_model(shape, device, dtype, seed=seed).hf, attention)
+        hf = ready(make_model(shape, device, seed).hf, attention)
         geometry = shape.geometry
 
         def give(batch: int, image_tokens: int | None) -> Given:

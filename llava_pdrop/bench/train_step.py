@@ -159,11 +159,11 @@ class BenchTrainer:
 
     def __init__(self, shape: Shape, device: torch.device, workload: Workload, kind: str = "auto") -> None:
         self.shape, self.device, self.workload = shape, device, workload
-        self.dtype = torch.bfloat16 if shape.half and device.type == "cuda" else torch.float32
         if device.type == "cuda":
             torch.cuda.set_device(device)
         try:
-            self.model: PyramidLlava = make_model(shape, device, self.dtype, seed=workload.seed).train()
+            self.model: PyramidLlava = make_model(shape, device, workload.seed).train()
+            self.dtype = self.model.hf.dtype
             freeze(self.model, shape.trainable)
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.kind = optimizer.choose(kind, parameters, device)

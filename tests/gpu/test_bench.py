@@ -77,7 +77,7 @@ def test_the_command(tmp_path):
 
 def test_dropping_in_a_prefill_does_not_synchronise():
     device, shape = device_named("cuda"), shape_named("tiny")
-    hf = make_model(shape, device, torch.float32).hf.eval()
+    hf = make_model(shape, device).hf.eval()
     hf.set_attn_implementation("sdpa")
     case = PrefillCase(2, 50, TEXT_TOKENS, 3)
     prompt = Prompt.make(hf, case, torch.randn(4, 3, 84, 84, device=device), seed=0)

@@ -126,7 +126,7 @@ def train(engine: str, out: Path, rehearsal: bool) -> dict[str, Any]:
     config = load_config(ROOT / (REHEARSAL if rehearsal else CONFIG), changes)
     # Before the engine: under ZeRO-3 transformers cuts up the models that it makes, and this one it does not load.
     device = torch.device("cpu") if rehearsal else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    model = make_model(shape, device, torch.float32 if rehearsal else torch.bfloat16)
+    model = make_model(shape, device)
     model.schedule = shape.schedule
     freeze(model, shape.trainable)
     with engine_for_one_run():

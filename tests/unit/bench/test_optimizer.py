@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def parameters() -> list[nn.Parameter]:
-    return list(make_model(shape_named("tiny"), CPU, torch.float32).parameters())
+    return list(make_model(shape_named("tiny"), CPU).parameters())
 
 
 def test_a_shard_is_about_an_eighth_made_of_whole_parameters(parameters: list[nn.Parameter]) -> None:
