@@ -260,8 +260,7 @@ def _predicted(
     geometry is not known."""
     if subject.geometry is None:
         return None, None
-    before = given.text_tokens // 2  # where the text lies is of no account
-    case = PrefillCase(batch, given.image_tokens, (before, given.text_tokens - before), new_tokens)
+    case = PrefillCase(batch, given.image_tokens, new_tokens)
     schedule = Schedule() if method == "vanilla" else subject.schedule
     config, geometry = subject.hf.config, subject.geometry
     flops = [prefill_flops(config, case, tried, geometry) for tried in (Schedule(), schedule)]

@@ -39,12 +39,11 @@ FASTV = Schedule((2,), (0.5,), "fastv")
 
 @dataclass(frozen=True)
 class PrefillCase:
-    """One point of the bench: ``batch`` prompts with ``image_tokens`` each between ``text_tokens`` (before, after),
-    answered with ``new_tokens``."""
+    """One point of the bench: ``batch`` prompts with ``image_tokens`` each between `TEXT_TOKENS`, answered with
+    ``new_tokens``."""
 
     batch: int
     image_tokens: int
-    text_tokens: tuple[int, int]
     new_tokens: int
 
 
@@ -63,7 +62,7 @@ class Prompt:
             pixels: (prompts * tiles, 3, height, width), enough tiles for the image tokens of ``case``.
         """
         image, device = hf.config.image_token_id, pixels.device
-        before, after = case.text_tokens
+        before, after = TEXT_TOKENS
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, image, (case.batch, before + case.image_tokens + after), generator=generator)
         ids[:, before : before + case.image_tokens] = image

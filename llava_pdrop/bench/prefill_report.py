@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava_pdrop.bench.prefill import WARM_UP, PrefillBench, PrefillCase, PrefillRun, measure_prefill
+from llava_pdrop.bench.prefill import TEXT_TOKENS, WARM_UP, PrefillBench, PrefillCase, PrefillRun, measure_prefill
 from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment, settings
@@ -41,7 +41,7 @@ CLOCKS = {
 def prefill_flops(config: Any, case: PrefillCase, schedule: Schedule, geometry: ImageGeometry) -> float:
     """Operations of a prefill by the full count of `cost.flops`: the decoder with its text, ranking, and the head on
     the last token of each prompt. Tower and projector are not in it."""
-    before, after = case.text_tokens
+    before, after = TEXT_TOKENS
     length = before + case.image_tokens + after
     starts = range(0, case.batch * length, length)
     batch = PackedBatch(
@@ -61,7 +61,7 @@ def prefill_flops(config: Any, case: PrefillCase, schedule: Schedule, geometry: 
 def predicted_cache_bytes(config: Any, case: PrefillCase, schedule: Schedule, dtype: torch.dtype) -> int:
     """Bytes of keys and values at the end of an answer, whose last token is never fed back."""
     text = config.text_config
-    others = sum(case.text_tokens) + case.new_tokens - 1
+    others = sum(TEXT_TOKENS) + case.new_tokens - 1
     tokens = sum(others + image for image in schedule.tokens_per_layer(case.image_tokens, text.num_hidden_layers))
     return case.batch * tokens * 2 * key_value_heads(text) * head_size(text) * dtype.itemsize
 
@@ -223,7 +223,7 @@ def bench_prefill(name: str, bench: PrefillBench, cases: Sequence[PrefillCase]) 
         "runs": bench.runs,
         "warm_up": WARM_UP,
         "new_tokens": cases[0].new_tokens,
-        "text_tokens": list(cases[0].text_tokens),
+        "text_tokens": list(TEXT_TOKENS),
         "weights_bytes": sum(parameter.nbytes for parameter in hf.parameters()),
         "peak_flops": bench.peak,
         "peak_flops_source": bench.peak_source,

@@ -174,9 +174,7 @@ def run_prefill(asked: PrefillSettings) -> dict[str, Any]:
         raise UserError(
             f"--image-tokens must be at most {room - asked.new_tokens}: the decoder has no positions for more"
         )
-    cases = [
-        PrefillCase(batch, tokens, TEXT_TOKENS, asked.new_tokens) for tokens in image_tokens for batch in asked.batch
-    ]
+    cases = [PrefillCase(batch, tokens, asked.new_tokens) for tokens in image_tokens for batch in asked.batch]
     bench = PrefillBench.make(shape, device, asked.runs, asked.seed, asked.attention)
     report = prefill_report.bench_prefill(name, bench, cases)
     stem = file_name("prefill", name, device_label(device))

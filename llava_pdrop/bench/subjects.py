@@ -99,7 +99,7 @@ class Subject:
 
         def give(batch: int, image_tokens: int | None) -> Given:
             wanted = image_tokens or paper_tokens(geometry, full_picture(geometry))
-            case = PrefillCase(batch, wanted, TEXT_TOKENS, 0)
+            case = PrefillCase(batch, wanted, 0)
             tiles = -(-wanted // geometry.patches)
             generator = torch.Generator().manual_seed(seed)
             pixels = torch.randn(batch * tiles, 3, geometry.tile, geometry.tile, generator=generator).to(device)

@@ -10,7 +10,7 @@ import torch
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import variants
-from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillCase, Prompt, generate
+from llava_pdrop.bench.prefill import PrefillCase, Prompt, generate
 from llava_pdrop.bench.shapes import make_model, shape_named
 from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
 from llava_pdrop.bench.workload import Workload
@@ -79,7 +79,7 @@ def test_dropping_in_a_prefill_does_not_synchronise():
     device, shape = device_named("cuda"), shape_named("tiny")
     hf = make_model(shape, device).hf.eval()
     hf.set_attn_implementation("sdpa")
-    case = PrefillCase(2, 50, TEXT_TOKENS, 3)
+    case = PrefillCase(2, 50, 3)
     prompt = Prompt.make(hf, case, torch.randn(4, 3, 84, 84, device=device), seed=0)
     generate(hf, prompt, shape.schedule, 3, device)
     layers = hf.model.language_model.layers

@@ -47,12 +47,12 @@ def hf():
 
 @pytest.fixture(scope="module")
 def report():
-    cases = [PrefillCase(batch, tokens, TEXT_TOKENS, NEW) for tokens in (20, 36) for batch in (1, 2)]
+    cases = [PrefillCase(batch, tokens, NEW) for tokens in (20, 36) for batch in (1, 2)]
     return bench_prefill("test", PrefillBench.make(SHAPE, CPU, runs=2, attention="sdpa"), cases)
 
 
 def make_prompt(hf, batch: int = 2, image_tokens: int = 50) -> tuple[PrefillCase, Prompt]:
-    case = PrefillCase(batch, image_tokens, TEXT_TOKENS, NEW)
+    case = PrefillCase(batch, image_tokens, NEW)
     pixels = torch.randn(batch * 2, 3, 84, 84, generator=torch.Generator().manual_seed(1))
     return case, Prompt.make(hf, case, pixels, seed=0)
 
@@ -238,7 +238,7 @@ def test_dropping_neither_reads_from_the_device_nor_sends_to_it(hf, monkeypatch)
 
 @pytest.mark.parametrize("victim", ["vanilla", "PyramidDrop"])
 def test_a_method_that_runs_out_of_memory_leaves_the_others(monkeypatch, victim):
-    case, own = PrefillCase(1, 20, TEXT_TOKENS, NEW), bench.generate
+    case, own = PrefillCase(1, 20, NEW), bench.generate
 
     def tight(hf, prompt, schedule, *rest):
         if schedule == METHODS[victim]:
