@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-from llava_pdrop.bench.prefill import WARM_UP, watched
+from llava_pdrop.bench.prefill import GREEDY, in_turns, timing
 from llava_pdrop.bench.subjects import Given, Subject, without_drops
 from llava_pdrop.generate.cache import cache_bytes
 from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.generate.unhook import bare, plugin_of
 from llava_pdrop.runtime.clock import Mark, Span, Stopwatch, no_garbage_collection
-from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.schedule import Schedule
 
 DROPPING = "PyramidDrop"
@@ -88,29 +87,14 @@ class HookCost:
 
 
 def answer(hf: Any, given: Given, schedule: Schedule, new_tokens: int, device: torch.device) -> Answer:
-    """One timed ``generate``; the model is left as it was. An empty schedule is the plain model."""
+    """One `timing`, with the tower where pictures come encoded."""
     watch, clock = Stopwatch(device), TokenClock(device)
-    if schedule.layers:
-        attach(hf, schedule)
-    try:
-        with given.inputs(hf) as inputs, watched(hf, watch):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
-            if given.tower is not None:
-                with watch.region("tower"):
-                    given.tower()
-            begun = Mark.now(device)
-            output = hf.generate(
-                **inputs,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-                streamer=clock,
-            )
-            watch.stop("decode")
-    finally:
-        detach(hf)
+    with timing(hf, schedule, given.inputs(hf), watch) as inputs:
+        if given.tower is not None:
+            with watch.region("tower"):
+                given.tower()
+        begun = Mark.now(device)
+        output = hf.generate(**inputs, **GREEDY, max_new_tokens=new_tokens, streamer=clock)
     found = watch.read(("prefill", "ranking", "decode"))
     written = clock.marks[1:]  # before these, the prompt
     first, tower = begun.until(written[0].reached()), found.get("tower")
@@ -131,19 +115,7 @@ def measure_answers(
     """The counted answers of vanilla and of the subject's schedule, in turns; a method that does not fit into memory is
     left out."""
     methods = {"vanilla": Schedule(), DROPPING: subject.schedule}
-    counted: dict[str, list[Answer]] = {method: [] for method in methods}
-    for turn in range(WARM_UP + runs):
-        for method in list(counted):
-            try:
-                run = answer(subject.hf, given, methods[method], new_tokens, device)
-            except torch.OutOfMemoryError:
-                del counted[method]
-            else:
-                if turn >= WARM_UP:
-                    counted[method].append(run)
-            if method not in counted:
-                release_memory()  # not in the handler: the error still holds the tensors of its frames there
-    return counted
+    return in_turns(methods, runs, lambda schedule: answer(subject.hf, given, schedule, new_tokens, device))
 
 
 def hook_cost(subject: Subject, given: Given, device: torch.device, steps: int = OVERHEAD_STEPS) -> HookCost | None:
@@ -176,7 +148,7 @@ def hook_cost(subject: Subject, given: Given, device: torch.device, steps: int =
 def _prefilled(model: Any, given: Given) -> tuple[Any, Tensor]:
     """The cache that one new token leaves, and the whole prompt (B, N)."""
     with given.inputs(model) as inputs:
-        output = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+        output = model.generate(**inputs, **GREEDY, max_new_tokens=1)
     return output.past_key_values, inputs["input_ids"]
 
 

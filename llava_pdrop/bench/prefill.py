@@ -8,10 +8,10 @@ tokens can be measured on every shape. Methods take turns run by run, so that a 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from llava_pdrop.errors import UserError
 from llava_pdrop.generate.cache import cache_bytes
 from llava_pdrop.generate.plugin import attach, detach, noting
 from llava_pdrop.generate.prefill import Prefill
+from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.vision import image_features
 from llava_pdrop.runtime.clock import Span, Stopwatch, replaced, timed
 from llava_pdrop.runtime.device import peak_flops, release_memory
@@ -35,6 +36,11 @@ TEXT_TOKENS = (35, 25)
 
 FASTV = Schedule((2,), (0.5,), "fastv")
 """FastV as its paper has it (arXiv 2403.06764): after layer K=2 the R=50% least attended image tokens go."""
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True}
+"""How every ``generate`` is called."""
+
+Run = TypeVar("Run")
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,7 @@ class Prompt:
 
     @staticmethod
     def make(hf: nn.Module, case: PrefillCase, pixels: Tensor, seed: int) -> Prompt:
-        """Random text around one picture per prompt, which goes through the tower here.
-
-        Args:
-            pixels: (prompts * tiles, 3, height, width), enough tiles for the image tokens of ``case``.
-        """
+        """Random text around one picture per prompt, whose ``pixels`` (those of `noise`) go through the tower here."""
         image, device = hf.config.image_token_id, pixels.device
         before, after = TEXT_TOKENS
         generator = torch.Generator().manual_seed(seed)
@@ -105,6 +107,13 @@ class PrefillRun:
     peak_bytes: int | None
 
 
+def noise(case: PrefillCase, geometry: ImageGeometry, device: torch.device, seed: int) -> Tensor:
+    """Pixels (prompts * tiles, 3, height, width) of enough tiles for the image tokens of ``case``."""
+    tiles = -(-case.image_tokens // geometry.patches)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(case.batch * tiles, 3, geometry.tile, geometry.tile, generator=generator).to(device)
+
+
 @contextmanager
 def watched(hf: nn.Module, watch: Stopwatch) -> Iterator[None]:
     """Measures the first forward in it as ``prefill``, every ranking (`Prefill.rank`, which no hook sees) as
@@ -126,6 +135,57 @@ def watched(hf: nn.Module, watch: Stopwatch) -> Iterator[None]:
     finally:
         entering.remove()
         leaving.remove()
+
+
+@contextmanager
+def timing(
+    hf: nn.Module, schedule: Schedule, given: AbstractContextManager[dict[str, Any]], watch: Stopwatch
+) -> Iterator[dict[str, Any]]:
+    """One ``generate`` of what is ``given``, `watched` to its end, with ``schedule`` attached (an empty one: the plain
+    Hugging Face model). The model is left as it was."""
+    if schedule.layers:
+        attach(hf, schedule)
+    try:
+        with watched(hf, watch), given as inputs:
+            if watch.device.type == "cuda":
+                torch.cuda.synchronize(watch.device)
+                torch.cuda.reset_peak_memory_stats(watch.device)
+            yield inputs
+            watch.stop("decode")
+    finally:
+        detach(hf)
+
+
+def in_turns(methods: Mapping[str, Schedule], runs: int, measure: Callable[[Schedule], Run]) -> dict[str, list[Run]]:
+    """What ``measure`` finds of every method, ``runs`` times in turns, after `WARM_UP` times that are not counted. A
+    method that does not fit into memory is left out."""
+    taken: dict[str, list[Run]] = {method: [] for method in methods}
+    for _ in range(WARM_UP + runs):
+        for method in list(taken):
+            try:
+                taken[method].append(measure(methods[method]))
+            except torch.OutOfMemoryError:
+                del taken[method]
+            if method not in taken:
+                release_memory()  # not in the handler: the error still holds the tensors of its frames there
+    return {method: found[WARM_UP:] for method, found in taken.items()}
+
+
+def ready(hf: Any, attention: str | None) -> Any:
+    """``hf`` in evaluation mode, with its answers as long as they may be.
+
+    Raises:
+        UserError: an ``attn_implementation`` that is not there.
+    """
+    hf = hf.eval()
+    if attention is not None:
+        try:
+            hf.set_attn_implementation(attention)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"--attention {attention!r} does not work here: {error}") from error
+    hf.generation_config.eos_token_id = None  # every answer has the same length
+    hf.generation_config.pad_token_id = 0
+    return hf
 
 
 @dataclass(frozen=True)
@@ -159,13 +219,7 @@ class PrefillBench:
         Raises:
             UserError: an ``attn_implementation`` that is not there.
         """
-        hf = make_model(shape, device, seed).hf.eval()
-        try:
-            hf.set_attn_implementation(attention)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"--attention {attention!r} does not work here: {error}") from error
-        hf.generation_config.eos_token_id = None  # every answer has the same length
-        hf.generation_config.pad_token_id = 0
+        hf = ready(make_model(shape, device, seed).hf, attention)
         if shape.schedule.downsample:
             raise UserError(
                 "bench prefill encodes its pictures before the clock starts, so that pyramid_drop.downsample cannot be "
@@ -178,48 +232,27 @@ class PrefillBench:
 
 def measure_prefill(bench: PrefillBench, case: PrefillCase) -> tuple[list[Span], dict[str, list[PrefillRun]]]:
     """Times of the tower, and the counted runs of every method that fits into memory."""
-    hf, device, methods, geometry = bench.hf, bench.device, bench.methods, bench.shape.geometry
-    watch, tower = Stopwatch(device), list[Span]()
-    counted: dict[str, list[PrefillRun]] = {method: [] for method in methods}
-    tiles = -(-case.image_tokens // geometry.patches)
+    hf, device, watch, tower = bench.hf, bench.device, Stopwatch(bench.device), list[Span]()
     try:
-        pixels = torch.randn(case.batch * tiles, 3, geometry.tile, geometry.tile, device=device)
-        for turn in range(WARM_UP + bench.runs):
+        pixels = noise(case, bench.shape.geometry, device, bench.seed)
+        for _ in range(WARM_UP + bench.runs):
             with watch.region("tower"):
                 prompt = Prompt.make(hf, case, pixels, bench.seed)
-            taken = watch.read()["tower"]
-            if turn >= WARM_UP:
-                tower.append(taken)
+            tower.append(watch.read()["tower"])
     except torch.OutOfMemoryError:
         return [], {}
-    for turn in range(WARM_UP + bench.runs):
-        for method in list(counted):
-            try:
-                run = generate(hf, prompt, methods[method], case.new_tokens, device)
-            except torch.OutOfMemoryError:
-                del counted[method]
-            else:
-                if turn >= WARM_UP:
-                    counted[method].append(run)
-            if method not in counted:
-                release_memory()  # not in the handler: the error still holds the tensors of its frames there
-    return tower, counted
+
+    def measure(schedule: Schedule) -> PrefillRun:
+        return generate(hf, prompt, schedule, case.new_tokens, device)
+
+    return tower[WARM_UP:], in_turns(bench.methods, bench.runs, measure)
 
 
 def generate(hf: nn.Module, prompt: Prompt, schedule: Schedule, new_tokens: int, device: torch.device) -> PrefillRun:
-    """One timed ``generate``; the model is left as it was. An empty schedule is the plain Hugging Face model."""
+    """One `timing`."""
     watch = Stopwatch(device)
-    if schedule.layers:
-        attach(hf, schedule)
-    try:
-        with watched(hf, watch), prompt.inputs(hf) as inputs:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
-            output = hf.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
-            watch.stop("decode")
-    finally:
-        detach(hf)
+    with timing(hf, schedule, prompt.inputs(hf), watch) as inputs:
+        output = hf.generate(**inputs, **GREEDY, max_new_tokens=new_tokens)
     return PrefillRun(
         **watch.read(("prefill", "ranking", "decode")),
         answers=output.sequences[:, prompt.input_ids.shape[1] :].tolist(),

@@ -9,13 +9,14 @@ import io
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
 from PIL import Image
 
-from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillCase, Prompt
+from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillCase, Prompt, noise, ready
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.cost.nominal import full_picture, paper_tokens
 from llava_pdrop.errors import UserError
@@ -66,7 +67,7 @@ class Given:
     inputs: Callable[[Any], AbstractContextManager[dict[str, Any]]]
     image_tokens: int
     text_tokens: int
-    tower: Callable[[], None] | None = None
+    tower: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,8 @@ class Subject:
         def give(batch: int, image_tokens: int | None) -> Given:
             wanted = image_tokens or paper_tokens(geometry, full_picture(geometry))
             case = PrefillCase(batch, wanted, 0)
-            tiles = -(-wanted // geometry.patches)
-            generator = torch.Generator().manual_seed(seed)
-            pixels = torch.randn(batch * tiles, 3, geometry.tile, geometry.tile, generator=generator).to(device)
-            prompt = Prompt.make(hf, case, pixels, seed)
-            return Given(prompt.inputs, wanted, sum(TEXT_TOKENS), lambda: _encode(hf, case, pixels, seed))
+            encode = partial(Prompt.make, hf, case, noise(case, geometry, device, seed), seed)
+            return Given(encode().inputs, wanted, sum(TEXT_TOKENS), encode)
 
         return cls(hf, schedule, give, geometry)
 
@@ -163,27 +161,6 @@ def checked(schedule: Schedule, name: str, encoded: bool = False) -> Schedule:
     return schedule
 
 
-def ready(hf: Any, attention: str | None) -> Any:
-    """``hf`` in evaluation mode, with its answers as long as they may be.
-
-    Raises:
-        UserError: an ``attn_implementation`` that is not there.
-    """
-    hf = hf.eval()
-    if attention is not None:
-        try:
-            hf.set_attn_implementation(attention)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"--attention {attention!r} does not work here: {error}") from error
-    hf.generation_config.eos_token_id = None
-    hf.generation_config.pad_token_id = 0
-    return hf
-
-
 def without_drops(schedule: Schedule) -> Schedule:
     """``schedule`` at ratio 1.0: all that it does, and nothing that it drops."""
     return replace(schedule, ratios=(1.0,) * len(schedule.layers), keep=(), inject=0, merge="none", downsample=0)
-
-
-def _encode(hf: Any, case: PrefillCase, pixels: torch.Tensor, seed: int) -> None:
-    Prompt.make(hf, case, pixels, seed)
