@@ -1,28 +1,33 @@
-"""What ``bench prefill`` predicts for a case, sets beside the measurement, and writes down."""
+"""What ``bench prefill`` predicts for a case, sets beside the measurement, and writes down; and what the report of
+``bench generate`` has in common with it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from llava_pdrop.bench.generate import Answer
 from llava_pdrop.bench.prefill import TEXT_TOKENS, WARM_UP, PrefillBench, PrefillCase, PrefillRun, measure_prefill
 from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Note, Page, Picture, Table
 from llava_pdrop.report.pictures import COLOURS, subplots
-from llava_pdrop.report.units import MEMORY, OPERATIONS, column, digits, text_of, time_unit, unit_of
+from llava_pdrop.report.units import MEMORY, OPERATIONS, TIME, Unit, column, digits, text_of, time_unit, unit_of
 from llava_pdrop.runtime.clock import Span, quartiles
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
 BARS = {"vanilla": COLOURS["vanilla"], "PyramidDrop": COLOURS["pyramid_drop"], "FastV": "#3A8FB7"}
 """Method -> its colour."""
+
+QUARTILES = ("q1", "median", "q3")
+"""Keys of a `spread`."""
 
 CLOCKS = {
     "cuda": {
@@ -66,10 +71,32 @@ def predicted_cache_bytes(config: Any, case: PrefillCase, schedule: Schedule, dt
     return case.batch * tokens * 2 * key_value_heads(text) * head_size(text) * dtype.itemsize
 
 
-def spread(values: Sequence[float], factor: float = 1.0) -> dict[str, float]:
-    """``median``, ``q1`` and ``q3`` of ``values`` times ``factor``."""
-    q1, median, q3 = (value * factor for value in quartiles(values))
-    return {"median": median, "q1": q1, "q3": q3}
+def spread(values: Sequence[float], factor: float = 1.0) -> dict[str, float] | None:
+    """``median``, ``q1`` and ``q3`` of ``values`` times ``factor``; None of none."""
+    return dict(zip(QUARTILES, (value * factor for value in quartiles(values)))) if values else None
+
+
+def milliseconds(spans: Sequence[Span]) -> dict[str, float] | None:
+    """`spread` of the times of ``spans``."""
+    return spread([span.seconds for span in spans], 1e3)
+
+
+def cpu_milliseconds(spans: Sequence[Span]) -> dict[str, float] | None:
+    """`spread` of their processor time, where it is known."""
+    return spread([span.cpu for span in spans if span.cpu is not None], 1e3)
+
+
+def of_runs(runs: Sequence[PrefillRun | Answer]) -> dict[str, Any]:
+    """What both benches say of the counted runs of a method, which has none if it ran out of memory."""
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    return {
+        "out_of_memory": not runs,
+        "prefill_ms": milliseconds([run.prefill for run in runs]),
+        "prefill_cpu_ms": cpu_milliseconds([run.prefill for run in runs]),
+        "ranking_share": median(run.ranking.cost / run.prefill.cost for run in runs) if runs else None,
+        "cache_bytes": runs[-1].cache_bytes if runs else None,
+        "peak_bytes": max(peaks, default=None),
+    }
 
 
 def entry(
@@ -82,27 +109,21 @@ def entry(
     """One method at one case, predicted and measured: what `measure_prefill` found of ``tower`` and of all methods. A
     method that ran out of memory has None for what needs its runs, or those without dropping."""
     config, schedule, geometry = bench.hf.config, bench.methods[method], bench.shape.geometry
-    runs, vanilla = counted.get(method), counted.get("vanilla")
+    runs, vanilla = counted.get(method, ()), counted.get("vanilla", ())
     flops = prefill_flops(config, case, schedule, geometry)
     predicted = prefill_flops(config, case, Schedule(), geometry) / flops
-    cost = _cost(runs) if runs else None
-    realised = _cost(vanilla) / cost if vanilla and cost else None
+    before, cost = (median(run.prefill.cost for run in own) if own else None for own in (vanilla, runs))
+    realised = before / cost if before and cost else None
     decoded = case.batch * (case.new_tokens - 1)
-    peaks = [run.peak_bytes for run in runs or () if run.peak_bytes is not None]
     return {
         "method": method,
         "batch": case.batch,
         "image_tokens": case.image_tokens,
-        "out_of_memory": not runs,
-        "prefill_ms": spread([run.prefill.seconds for run in runs], 1e3) if runs else None,
-        "prefill_cpu_ms": _cpu([run.prefill for run in runs]) if runs else None,
-        "ranking_ms": spread([run.ranking.seconds for run in runs], 1e3) if runs else None,
-        "ranking_share": float(np.median([run.ranking.cost / run.prefill.cost for run in runs])) if runs else None,
-        "tower_ms": spread([span.seconds for span in tower], 1e3) if tower else None,
-        "decode_tokens_per_s": spread([decoded / run.decode.seconds for run in runs]) if runs else None,
-        "cache_bytes": runs[-1].cache_bytes if runs else None,
+        **of_runs(runs),
+        "ranking_ms": milliseconds([run.ranking for run in runs]),
+        "tower_ms": milliseconds(tower),
+        "decode_tokens_per_s": spread([decoded / run.decode.seconds for run in runs]),
         "cache_bytes_predicted": predicted_cache_bytes(config, case, schedule, bench.hf.dtype),
-        "peak_bytes": max(peaks) if peaks else None,
         "prefill_tflop": flops / 1e12,
         "share_of_peak": flops / cost / bench.peak if cost else None,
         "speedup": realised,
@@ -120,37 +141,35 @@ def page(report: dict[str, Any], picture: str) -> Page:
         f"{told['kernels']} kernels. Prefill: until the first logits, without the tower. Time: "
         f"{told['timer']}. Predicted: by the full FLOP count. Of peak: {told['peak_flops_source']}."
     )
-    drawn = Picture(picture, "prefill latency and cache size", partial(bars, report))
+    title = title_of("prefill", told["shape"], report)
+    panels = {"Prefill": "prefill_ms", "KV cache after the answer": "cache_bytes"}
+    drawn = Picture(picture, "prefill latency and cache size", partial(bars, report["results"], title, panels))
     made = Note(settings(report["environment"]).markdown())
-    return Page(_title(report), [*tables(report["results"]), notes, drawn, made], report)
+    return Page(title, [*tables(report["results"]), notes, drawn, made], report)
+
+
+def title_of(bench: str, name: str, report: dict[str, Any]) -> str:
+    """Of a page and its picture; ``name`` is that of what was measured."""
+    told, device = report["settings"], report["environment"]["device"]
+    return f"bench {bench}: {name}, {told['dtype']}, {told['attention']}, {device}"
 
 
 def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
     """Times, and what they come to."""
 
-    def texts(key: str, style: str, absent: str = "-") -> list[str]:
-        return [text_of(result[key], style) or absent for result in results]
+    def texts(key: str, style: str) -> list[str]:
+        return [text_of(result[key] or None, style) or "-" for result in results]
 
-    def medians(key: str, factor: float = 1.0) -> list[float | None]:
-        return [result[key] and factor * result[key]["median"] for result in results]
-
-    cases = [(name.replace("_", " "), texts(name, ",", "")) for name in ("image_tokens", "batch")]
-    cases = [("method", [result["method"] for result in results]), *cases]
-    time = time_unit(medians("prefill_ms", 1e-3))
-    spreads = [
-        [result["prefill_ms"][key] / 1e3 for key in ("q1", "median", "q3")] if result["prefill_ms"] else []
-        for result in results
-    ]
     size = unit_of([result["cache_bytes_predicted"] for result in results], MEMORY)
     caches = [
         size.text(result["cache_bytes"]) or f"{size.text(result['cache_bytes_predicted'])} (predicted)"
         for result in results
     ]
     times = [
-        (f"prefill, {time.name} [quartiles]", [time.spread(spread) or "out of memory" for spread in spreads]),
-        ("ranking", [text_of(result["ranking_share"] or None, ".1%") or "-" for result in results]),
-        column("tower", medians("tower_ms", 1e-3)),
-        ("decode, tokens/s", list(map(digits, medians("decode_tokens_per_s")))),
+        spreads("prefill", results, "prefill_ms"),
+        ("ranking", texts("ranking_share", ".1%")),
+        column("tower", medians(results, "tower_ms")),
+        ("decode, tokens/s", list(map(digits, medians(results, "decode_tokens_per_s")))),
     ]
     costs = [
         (f"cache, {size.name}", caches),
@@ -161,47 +180,64 @@ def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
         ("predicted", texts("speedup_predicted", ".2f")),
         ("realised / predicted", texts("realised_over_predicted", ".2f")),
     ]
-    return [Table.of_columns([*cases, *own], title) for title, own in (("Times", times), ("Costs", costs))]
+    return case_tables(results, {"Times": times, "Costs": costs})
 
 
-def bars(report: dict[str, Any]) -> Any:
-    """Prefill latency and cache size of every case as bars, a colour per method; no bar where memory ran out."""
-    results = report["results"]
+def case_tables(
+    results: Sequence[dict[str, Any]], columns: Mapping[str, Sequence[tuple[str, Sequence[str]]]]
+) -> list[Table]:
+    """Title -> ``columns``, behind those that say which case and method a result is of."""
+    cases = [("method", [result["method"] for result in results])]
+    cases += [(key.replace("_", " "), [f"{result[key]:,}" for result in results]) for key in ("image_tokens", "batch")]
+    return [Table.of_columns([*cases, *own], title) for title, own in columns.items()]
+
+
+def medians(results: Sequence[dict[str, Any]], key: str) -> list[float | None]:
+    """Of every result, times in seconds."""
+    factor = 1e-3 if key.endswith("_ms") else 1.0
+    return [result[key] and factor * result[key]["median"] for result in results]
+
+
+def spreads(title: str, results: Sequence[dict[str, Any]], key: str, unit: Unit | None = None) -> tuple[str, list[str]]:
+    """A column of times with their quartiles, in a ``unit`` of its own where none is given."""
+    unit = unit or time_unit(medians(results, key))
+    cells = [
+        unit.spread([found[name] / 1e3 for name in QUARTILES]) if (found := result[key]) else "out of memory"
+        for result in results
+    ]
+    return f"{title}, {unit.name} [quartiles]", cells
+
+
+def bars(results: Sequence[dict[str, Any]], title: str, panels: Mapping[str, str]) -> Any:
+    """A group of bars for every case, with a colour per method; no bar where memory ran out.
+
+    Args:
+        panels: title -> key of a result: times, of which the median is drawn, or bytes.
+    """
     cases = list(dict.fromkeys((result["image_tokens"], result["batch"]) for result in results))
     methods = list(dict.fromkeys(result["method"] for result in results))
     done = [result for result in results if not result["out_of_memory"]]
-    time = time_unit(result["prefill_ms"]["median"] / 1e3 for result in done)
-    size = unit_of([result["cache_bytes"] for result in done], MEMORY)
-    figure, axes = subplots(1, 2, figsize=(max(8.0, 2.4 + 1.6 * len(cases)), 4.2), layout="constrained")
+    size = (len(panels) * max(3.6, 1.1 + 0.75 * len(cases)), 4.2)
+    figure, axes = subplots(1, len(panels), figsize=size, layout="constrained")
     width = 0.8 / len(methods)
-    for number, method in enumerate(methods):
-        own = [result for result in done if result["method"] == method]
-        x = [cases.index((r["image_tokens"], r["batch"])) + (number - (len(methods) - 1) / 2) * width for r in own]
-        latency = [result["prefill_ms"]["median"] / 1e3 / time.size for result in own]
-        for panel, height in zip(axes, (latency, [result["cache_bytes"] / size.size for result in own])):
-            panel.bar(x, height, width * 0.92, color=BARS.get(method), label=method)
-    labels = [f"{tokens:,} tokens\nbatch {batch}" for tokens, batch in cases]
-    for panel, title, unit in zip(axes, ("Prefill", "KV cache after the answer"), (f"{time.name}, median", size.name)):
-        panel.set(title=title, ylabel=unit, xticks=range(len(cases)))
-        panel.set_xticklabels(labels, fontsize=8)
+    for panel, (head, key) in zip(axes, panels.items()):
+        timed = key.endswith("_ms")
+        values: list[Any] = medians(done, key) if timed else [result[key] for result in done]
+        unit = unit_of(values, TIME if timed else MEMORY)
+        for number, method in enumerate(methods):
+            heights = {
+                cases.index((result["image_tokens"], result["batch"])): value / unit.size
+                for result, value in zip(done, values)
+                if result["method"] == method
+            }
+            x = [place + (number - (len(methods) - 1) / 2) * width for place in heights]
+            panel.bar(x, list(heights.values()), width * 0.92, color=BARS.get(method), label=method)
+        panel.set(title=head, ylabel=f"{unit.name}, median" if timed else unit.name, xticks=range(len(cases)))
+        panel.set_xticklabels([f"{tokens:,} tokens\nbatch {batch}" for tokens, batch in cases], fontsize=8)
         panel.grid(axis="x", visible=False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
-    figure.suptitle(_title(report), fontweight="bold")
+    figure.suptitle(title, fontweight="bold")
     return figure
-
-
-def _cost(runs: Sequence[PrefillRun]) -> float:
-    return float(np.median([run.prefill.cost for run in runs]))
-
-
-def _cpu(spans: Sequence[Span]) -> dict[str, float] | None:
-    cpu = [span.cpu for span in spans if span.cpu is not None]
-    return spread(cpu, 1e3) if cpu else None
-
-
-def _title(report: dict[str, Any]) -> str:
-    told, device = report["settings"], report["environment"]["device"]
-    return f"bench prefill: {told['shape']}, {told['dtype']}, {told['attention']}, {device}"
 
 
 def bench_prefill(name: str, bench: PrefillBench, cases: Sequence[PrefillCase]) -> dict[str, Any]:
