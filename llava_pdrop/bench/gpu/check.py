@@ -6,10 +6,12 @@ process; `runner` starts another for the rest.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -84,6 +86,12 @@ class Check:
         file = self.work / "logs" / f"{self.name}{suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
+
+    @contextlib.contextmanager
+    def printed(self) -> Iterator[None]:
+        """What is printed in it goes into a log: the tables of a bench, the progress of a training."""
+        with self.log(".log").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            yield
 
     def put(self, **found: Any) -> None:
         """Adds to the result and saves it: it stays, whatever comes after."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def run(check: Check) -> None:
     scratch = check.work / "scratch"
     config = CONFIGS / ("learn_cpu.yaml" if check.rehearsal else "learn.yaml")
     changes = few_pages(scratch / "pages") if check.rehearsal else ()
-    with check.log(".log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    with check.printed():
         found = learn(scratch / "learn", check.device.type, config, check.left - RESERVE, changes)
     arms = found["arms"]
     evaluated = [arm for arm in arms.values() if "error" not in arm]

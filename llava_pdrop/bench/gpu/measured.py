@@ -1,16 +1,20 @@
-"""Stages ``next``, ``l15``, ``p9``, ``mixture`` and ``prefill``: the benches at the shapes of the README's tables."""
+"""Stages ``next``, ``l15``, ``p9``, ``mixture``, ``prefill``, ``generate``: the benches at the shapes of the README's
+tables."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llava_pdrop.bench.generate import DROPPING
 from llava_pdrop.bench.gpu.check import Check
 from llava_pdrop.bench.recompute import ALL, AUTO, from_json
-from llava_pdrop.bench.run import PrefillSettings, TrainSettings, run_prefill, run_train
+from llava_pdrop.bench.run import GenerateSettings, PrefillSettings, TrainSettings, run_generate, run_prefill, run_train
 from llava_pdrop.bench.train_report import modelled_stages
-from llava_pdrop.report.units import GIB, MIB, time_unit
+from llava_pdrop.report.units import GIB, MIB, time_text, time_unit
+
+ANSWERED = (1, 4, 8)
+"""Batch sizes of stage ``generate``."""
 
 
 def train_next(check: Check) -> None:
@@ -39,31 +43,74 @@ def prefill(check: Check) -> None:
     asked = PrefillSettings(
         shape=shape, device=check.device.type, out=check.benchmarks, image_tokens=(tokens,), new_tokens=8, runs=runs
     )
-    with _output(check):
+    with check.printed():
         report = run_prefill(asked)
     for batch in (1, 8):
-        found = {entry["method"]: entry for entry in report["results"] if entry["batch"] == batch}
-        check.put(**{f"batch_{batch}": prefill_row(found["vanilla"], found["PyramidDrop"])})
-        row = check.result[f"batch_{batch}"]
+        arms = _by_arm(report, batch)
+        row = {
+            **{f"{arm}_ms": own["prefill_ms"]["median"] for arm, own in arms.items()},
+            **{key: arms["dropping"][key] for key in ("speedup", "speedup_predicted", "ranking_share")},
+            "decode_tokens_per_s": {arm: own["decode_tokens_per_s"]["median"] for arm, own in arms.items()},
+        }
+        check.put(**{f"batch_{batch}": row})
         check.note(
-            f"batch {batch}: {_time(row['vanilla_ms'])} -> {_time(row['dropping_ms'])}, {row['speedup']:.2f}x "
-            f"(operations {row['speedup_predicted']:.2f}x), ranking {row['ranking_share']:.1%}"
+            f"batch {batch}: {_times(row, 'ms')}, {row['speedup']:.2f}x (operations {row['speedup_predicted']:.2f}x), "
+            f"ranking {row['ranking_share']:.1%}"
         )
 
 
-def prefill_row(vanilla: dict[str, Any], dropping: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one batch size, of the two entries of a report."""
+def generate(check: Check) -> None:
+    """LLaVA-NeXT-7B, answers to prompts of 2,880 image tokens, one at a time and several at once, in one bench: a batch
+    size that memory does not suffice for costs its own row."""
+    shape, tokens, new, runs = ("tiny", 100, 4, 1) if check.rehearsal else ("llava-next-7b", 2880, 32, 3)
+    asked = GenerateSettings(
+        shape=shape, device=check.device.type, out=check.benchmarks, image_tokens=(tokens,), batch=ANSWERED,
+        new_tokens=new, runs=runs,
+    )  # fmt: skip
+    with check.printed():
+        report = run_generate(asked)
+    for batch in ANSWERED:
+        row = answer_row(report, batch)
+        check.put(**{f"batch_{batch}": row})
+        check.note(f"batch {batch}: {answer_text(row)}")
+
+
+def answer_row(report: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The figures of one batch size of ``bench generate``; ``error``: why it has none."""
+    arms = _by_arm(report, batch)
+    if any(own["out_of_memory"] for own in arms.values()):
+        return {"error": "out of memory"}
+    hooks = {own["batch"]: own["share"] for own in report["hooks"]}
     return {
-        "vanilla_ms": vanilla["prefill_ms"]["median"],
-        "dropping_ms": dropping["prefill_ms"]["median"],
-        "speedup": dropping["speedup"],
-        "speedup_predicted": dropping["speedup_predicted"],
-        "ranking_share": dropping["ranking_share"],
-        "decode_tokens_per_s": {
-            "vanilla": vanilla["decode_tokens_per_s"]["median"],
-            "dropping": dropping["decode_tokens_per_s"]["median"],
-        },
+        **{f"{arm}_{key}": own[key]["median"] for arm, own in arms.items() for key in ("first_token_ms", "token_ms")},
+        "tokens_per_s": {arm: own["tokens_per_s"]["median"] for arm, own in arms.items()},
+        "cache_gib": {arm: own["cache_bytes"] / GIB for arm, own in arms.items()},
+        **{key: arms["dropping"][key] for key in ("speedup", "prefill_realised_over_predicted")},
+        "hooks_share": hooks.get(batch),
     }
+
+
+def answer_text(row: dict[str, Any]) -> str:
+    """An `answer_row` in words."""
+    if "error" in row:
+        return str(row["error"])
+    hooks = "not measured" if row["hooks_share"] is None else f"{row['hooks_share']:.1%}"
+    return (
+        f"first token {_times(row, 'first_token_ms')}, per token {_times(row, 'token_ms')}, prefill "
+        f"{row['speedup']['prefill']:.2f}x (realised / predicted {row['prefill_realised_over_predicted']:.3f}), hooks "
+        f"{hooks} of a token"
+    )
+
+
+def _by_arm(report: dict[str, Any], batch: int) -> dict[str, dict[str, Any]]:
+    """Both results of one batch size in the report of ``bench prefill`` or ``bench generate``."""
+    found = {entry["method"]: entry for entry in report["results"] if entry["batch"] == batch}
+    return {"vanilla": found["vanilla"], "dropping": found[DROPPING]}
+
+
+def _times(row: dict[str, Any], key: str) -> str:
+    """Without dropping and with it."""
+    return " -> ".join(time_text(row[f"{arm}_{key}"] / 1e3) for arm in ("vanilla", "dropping"))
 
 
 def _train(check: Check, shape: str, images: str, steps: int, warmup: int, settings: Sequence[str] = (ALL,)) -> None:
@@ -73,7 +120,7 @@ def _train(check: Check, shape: str, images: str, steps: int, warmup: int, setti
         shape=shape, device=check.device.type, out=check.benchmarks, images=(images,), steps=steps, warmup=warmup,
         recompute_layers=settings, card=check.card,
     )  # fmt: skip
-    with _output(check):
+    with check.printed():
         (report,) = run_train(asked)
     check.put(shape=shape, images=images, **training_row(report))
     rows = {"": check.result, **{f"{AUTO}, ": check.result["forced"] for _ in settings[1:]}}
@@ -101,7 +148,7 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _time(ms: float, modelled: float | None = None) -> str:
+def _time(ms: float, modelled: float | None) -> str:
     unit = time_unit([ms / 1e3, (modelled or 0.0) / 1e3])
     beside = "" if modelled is None else f" (modelled {unit.text(modelled / 1e3)} {unit.name})"
     return f"{unit.text(ms / 1e3)} {unit.name}{beside}"
@@ -110,7 +157,7 @@ def _time(ms: float, modelled: float | None = None) -> str:
 def training_row(report: dict[str, Any]) -> dict[str, Any]:
     """The figures of a README row, of the report of ``bench train`` with one schedule beside vanilla. ``forced``: the
     same where each side recomputes only what memory forces, if that was measured too; ``error``: why it has none."""
-    first, *others = _pairs(report["runs"])
+    first, *others = zip(report["runs"][::2], report["runs"][1::2])  # vanilla and dropping of every setting
     forced = {"forced": _pair(*others[0])} if others else {}
     return {
         "samples": report["options"]["samples"] or report["shape"]["samples"],
@@ -121,11 +168,6 @@ def training_row(report: dict[str, Any]) -> dict[str, Any]:
         **_pair(*first),
         **forced,
     }
-
-
-def _pairs(runs: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Vanilla and dropping of every setting."""
-    return list(zip(runs[::2], runs[1::2]))
 
 
 def _pair(vanilla: dict[str, Any], dropping: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +203,3 @@ def _arm(run: dict[str, Any]) -> dict[str, Any]:
         "predicted_peak_gib": None if predicted is None else predicted * MIB / GIB,
         "tokens_per_second": run["tokens_per_second"],
     }
-
-
-def _output(check: Check) -> contextlib.redirect_stdout[Any]:
-    """The bench's own tables go into a log."""
-    return contextlib.redirect_stdout(check.log(".log").open("a", encoding="utf-8"))

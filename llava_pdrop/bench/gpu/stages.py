@@ -86,7 +86,7 @@ STAGES: dict[str, CheckStage] = {
          "questions"),
     ),
     "generate": CheckStage(
-        "answers", 120, tuple(f"batch_{n}.{key}" for n in (1, 4, 8) for key in GENERATE)
+        "measured", 120, tuple(f"batch_{n}.{key}" for n in (1, 4, 8) for key in GENERATE), "generate"
     ),
 }  # fmt: skip
 """Stages by name, in the order in which they run."""

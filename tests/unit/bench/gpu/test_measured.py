@@ -1,11 +1,14 @@
-"""A row of the README's tables, of a bench's report: both arms, what memory forces, and the model beside them."""
+"""A row of the README's tables, of a bench's report: both arms, what memory forces, and the model beside them; a batch
+size of ``bench generate``."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from llava_pdrop.bench.gpu.measured import _lines, training_row
+from llava_pdrop.bench.gpu.measured import ANSWERED, _lines, answer_row, answer_text, training_row
+from llava_pdrop.bench.gpu.stages import STAGES, missing
+from llava_pdrop.report.units import GIB
 from tests.messages import says
 
 
@@ -73,3 +76,39 @@ def test_the_model_is_said_beside_what_was_measured() -> None:
     assert re.search(says("saved 40.0% of the step", "forward and backward 45.0% of 50.0%", "0.900"), lines[-1])
     unknown = [{**arm, "modelled": None} for arm in ALL]
     assert "modelled" not in " ".join(_lines(training_row(report(*unknown))))
+
+
+def entry(method: str, factor: float, **more: Any) -> dict[str, Any]:
+    return {
+        "method": method,
+        "batch": 4,
+        "out_of_memory": False,
+        "first_token_ms": {"median": 200 * factor},
+        "token_ms": {"median": 20 * factor},
+        "tokens_per_s": {"median": 100 / factor},
+        "cache_bytes": 2 * GIB * factor,
+        "speedup": dict.fromkeys(("first", "prefill", "token", "whole"), 1 / factor),
+        "prefill_realised_over_predicted": 0.975,
+        **more,
+    }
+
+
+def answers(**more: Any) -> dict[str, Any]:
+    results = [entry("vanilla", 1.0), entry("PyramidDrop", 0.5, **more)]
+    return {"results": results, "hooks": [{"batch": 4, "share": 0.0125}]}
+
+
+def test_a_row_of_answers_has_what_the_stage_needs() -> None:
+    row = answer_row(answers(), 4)
+    assert missing(STAGES["generate"], {f"batch_{batch}": row for batch in ANSWERED}, on_cpu=False) == []
+    assert (row["vanilla_first_token_ms"], row["dropping_token_ms"]) == (200, 10)
+    assert row["cache_gib"] == {"vanilla": 2, "dropping": 1} and row["tokens_per_s"]["dropping"] == 200
+    assert re.search(says("200 ms -> 100 ms", "20.0 ms -> 10.0 ms", "2.00x", "0.975", "hooks 1.2%"), answer_text(row))
+
+
+def test_answers_that_memory_does_not_suffice_for_are_said() -> None:
+    lost = answer_row(answers(out_of_memory=True), 4)
+    assert lost == {"error": "out of memory"} and answer_text(lost) == "out of memory"
+    unmeasured = answer_row({**answers(), "hooks": []}, 4)
+    assert unmeasured["hooks_share"] is None and "hooks not measured" in answer_text(unmeasured)
+    assert "batch_1.hooks_share" in missing(STAGES["generate"], {"batch_1": unmeasured}, on_cpu=False)
