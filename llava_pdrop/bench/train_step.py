@@ -20,7 +20,7 @@ from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.elementwise import kernels_of, optimizer_bytes
-from llava_pdrop.cost.flops import Recomputed, stage_flops, step_flops
+from llava_pdrop.cost.flops import Recomputed, StepFlops, stage_flops, step_flops
 from llava_pdrop.cost.memory import predicted_peak
 from llava_pdrop.cost.step_time import is_modelled, timed_parts
 from llava_pdrop.cost.time_report import ArmTime
@@ -84,8 +84,7 @@ class Measured:
         predicted_peak_mib: of CUDA's allocator, by `cost.memory`; empty on the CPU.
         tokens: of the samples, without padding; ``stage_tokens`` and ``image_tokens``: of the stream at every stage.
         model_flops: operations that the samples ask for: no recomputation, padding or logits that nobody needs;
-            ``hardware_flops``: operations that were done (`cost.flops`), ``ranking_flops`` those of the
-            ranking.
+            ``ranking_flops``: those of the ranking; ``hardware_flops``: operations that were done (`cost.flops`).
         times: the model of its time (`BenchTrainer.modelled_time`).
         error: why there are fewer steps than asked for.
     """
@@ -201,14 +200,9 @@ class BenchTrainer:
         self.model.zero_grad(set_to_none=True)
         return output, float(loss.detach()), times, memory.get("peak_cuda_mib", memory["peak_rss_mib"])
 
-    def model_flops(self, arm: BenchArm, batch: PackedBatch) -> float:
+    def model_flops(self, arm: BenchArm, batch: PackedBatch) -> StepFlops:
         """Operations that a step of ``arm`` on ``batch`` cannot do without."""
-        shape = self.shape
-        return step_flops(self.model.hf.config, batch, arm.schedule, shape.geometry, shape.trainable).total
-
-    def ranking_flops(self, arm: BenchArm, batch: PackedBatch) -> float:
-        """Those of them that rank."""
-        return step_flops(self.model.hf.config, batch, arm.schedule, self.shape.geometry, self.shape.trainable).ranking
+        return step_flops(self.model.hf.config, batch, arm.schedule, self.shape.geometry, self.shape.trainable)
 
     def hardware_flops(self, arm: BenchArm, batch: PackedBatch) -> float:
         """Operations that it does, recomputation and logits without a label included."""
@@ -239,7 +233,7 @@ class BenchTrainer:
         moved = optimizer_bytes(learning) * optimizer.SHARES[self.kind]
         kernels = kernels_of(resolve(arm.kernels, self.device))
         parts = timed_parts(config, batch, arm.schedule, *options, kernels=kernels)
-        return ArmTime(parts, moved, self.model_flops(arm, batch))
+        return ArmTime(parts, moved, self.model_flops(arm, batch).total)
 
     def recover(self) -> None:
         """Gives back what a step that ran out of memory has left behind."""
@@ -316,8 +310,9 @@ def _one_step(
         cuda = trainer.device.type == "cuda"
         result.add(*taken, cuda=cuda)
         result.tokens.append(sum(samples.seq_lens))
-        result.model_flops.append(trainer.model_flops(arm, samples))
-        result.ranking_flops.append(trainer.ranking_flops(arm, batch))
+        needed = trainer.model_flops(arm, samples)
+        result.model_flops.append(needed.total)
+        result.ranking_flops.append(needed.ranking)
         result.hardware_flops.append(trainer.hardware_flops(arm, batch))
         result.stage_flops.append(stage_flops(trainer.model.hf.config, batch, arm.schedule, trainer.shape.geometry))
         result.times.append(trainer.modelled_time(arm, batch))
