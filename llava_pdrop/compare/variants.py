@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from llava_pdrop.compare.entries import SET_HERE, Entry, beside, entries_of, loa
 from llava_pdrop.config.load import OVERRIDES
 from llava_pdrop.config.paths import missing_model
 from llava_pdrop.config.places import expanded
-from llava_pdrop.config.schema import AblationFile, CompareSection, Config
+from llava_pdrop.config.schema import AblationFile, Config
 from llava_pdrop.config.values import convert_fields, hints_of, read_mapping
 from llava_pdrop.errors import ConfigError, Problem, did_you_mean, first_line
 
@@ -134,10 +135,8 @@ def _own_value(key: str, text: str) -> Any:
     """A word of the command line for a key of the ablation."""
     if text in ("", "null"):
         return None
-    return text if key in (*SET_HERE, "checkpoint") else _yaml(key, text)
-
-
-def _yaml(key: str, text: str) -> Any:
+    if key in (*SET_HERE, "checkpoint"):
+        return text
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]))[key]  # type: ignore[index,call-overload]
     except (YAMLError, OmegaConfBaseException) as error:
@@ -170,13 +169,10 @@ def _of_checkpoint(checkpoint: str) -> list[str]:
 
 
 def _check_different(path: Path, variants: Sequence[Variant]) -> None:
-    seen: list[tuple[str, Config]] = []
-    for variant in variants:
-        run = replace(variant.config, name="", output_dir="", paper=None)
-        for name, other in seen:
-            if run == other:
-                raise ConfigError(f"{path}: {name} and {variant.name} are the same run: take one of them away")
-        seen.append((variant.name, run))
+    runs = [(variant.name, replace(variant.config, name="", output_dir="", paper=None)) for variant in variants]
+    for (name, run), (other, same) in combinations(runs, 2):
+        if run == same:
+            raise ConfigError(f"{path}: {name} and {other} are the same run: take one of them away")
 
 
 def _check_training_free(path: Path, file: AblationFile, variants: Sequence[Variant]) -> None:
@@ -208,17 +204,13 @@ def _check_training_free(path: Path, file: AblationFile, variants: Sequence[Vari
 
 def _check_schedules_only(path: Path, variants: Sequence[Variant]) -> None:
     """One checkpoint can be evaluated with other schedules, and with nothing else that is other."""
-    first = _but_schedule(variants[0].config)
+    theirs = ("file", "name", "output_dir", "pyramid_drop", "paper", "compare")
+    shared = [entry.name for entry in fields(Config) if entry.name not in theirs]
+    first = variants[0].config
     for variant in variants:
-        run = _but_schedule(variant.config)
-        other = [entry.name for entry in fields(Config) if getattr(run, entry.name) != getattr(first, entry.name)]
-        other = [name for name in other if name != "file"]
+        other = [name for name in shared if getattr(variant.config, name) != getattr(first, name)]
         if other:
             raise ConfigError(
                 f"{path}: {variant.name}: {', '.join(other)} is not as in {variants[0].name}, but with checkpoint= "
                 "nothing is trained: only pyramid_drop may differ"
             )
-
-
-def _but_schedule(config: Config) -> Config:
-    return replace(config, name="", output_dir="", pyramid_drop=None, paper=None, compare=CompareSection())
