@@ -32,6 +32,10 @@ LEAST = 10.0
 """Seconds below which a stage is not begun."""
 
 
+machine = cache(environment)
+"""`report.environment`, asked for once."""
+
+
 class TimeUp(BaseException):
     """The stage's time is over. No `Exception`: a stage that outlives errors of its parts must not outlive this."""
 
@@ -60,11 +64,6 @@ class Check:
     @property
     def rehearsal(self) -> bool:
         return self.device.type == "cpu"
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        """Of `report.environment`, asked for once."""
-        return _environment(self.device)
 
     @property
     def card(self) -> str | None:
@@ -110,7 +109,7 @@ class Check:
             "error": self.error,
             "missing": missing(STAGES[self.name], self.result, self.rehearsal),
             "seconds": round(time.time() - self.began, 1),
-            "environment": self.environment,
+            "environment": machine(self.device, seed=0),
             "result": self.result,
         }
         write_json(stage_file(self.work, self.name), record)
@@ -170,11 +169,6 @@ def works(device: torch.device) -> bool:
     except RuntimeError as error:
         print(f"{device}: {error}", file=sys.stderr)
         return False
-
-
-@cache
-def _environment(device: torch.device) -> dict[str, Any]:
-    return environment(device, seed=0)
 
 
 def _time_up(*_: Any) -> None:

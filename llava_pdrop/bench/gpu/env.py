@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llava_pdrop.bench.gpu.check import Check
+from llava_pdrop.bench.gpu.check import Check, machine
 from llava_pdrop.report.environment import package_version
 
 PACKAGES = (
@@ -25,7 +25,7 @@ LENGTHS = (12512, 6656, 3728, 2264, 2940, 780, 420)
 
 def run(check: Check) -> None:
     """Versions, card, rates of products in bfloat16 (a CPU: float32), of copies, and the error of rotary angles."""
-    device, cuda, made = check.device, check.device.type == "cuda", check.environment
+    device, cuda, made = check.device, check.device.type == "cuda", machine(check.device, seed=0)
     check.put(
         gpu=made["device"] if cuda else None,
         memory_gib=made["device_memory_gib"],

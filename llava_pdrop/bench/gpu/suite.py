@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -55,22 +56,18 @@ def counted(report: Path) -> dict[str, object]:
     """What a JUnit file says: counts, one line per failure, and the reasons of skipped tests with their numbers."""
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     failures: list[str] = []
-    reasons: dict[str, int] = {}
+    reasons = Counter[str]()
     for case in cases:
         for kind in ("failure", "error"):
-            found = case.find(kind)
-            if found is not None:
+            if (found := case.find(kind)) is not None:
                 why = " ".join((found.get("message") or "").split())[:200]
                 failures.append(f"{case.get('classname')}::{case.get('name')}: {why}")
-        skipped = case.find("skipped")
-        if skipped is not None:
-            why = skipped.get("message") or ""
-            reasons[why] = reasons.get(why, 0) + 1
-    not_passed = sum(reasons.values()) + len(failures)
+        if (skipped := case.find("skipped")) is not None:
+            reasons[skipped.get("message") or ""] += 1
     return {
-        "passed": len(cases) - not_passed,
+        "passed": len(cases) - reasons.total() - len(failures),
         "failed": len(failures),
-        "skipped": sum(reasons.values()),
+        "skipped": reasons.total(),
         "failures": failures,
         "reasons": reasons,
     }
