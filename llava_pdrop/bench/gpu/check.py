@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llava_pdrop.bench.gpu.runner import DONE, say
+from llava_pdrop.bench.gpu.runner import DONE, say, stage_file
 from llava_pdrop.bench.gpu.stages import STAGES, CheckStage, missing
 from llava_pdrop.files import write_json
 from llava_pdrop.report.environment import environment
@@ -30,7 +30,6 @@ BROKEN = 75
 
 LEAST = 10.0
 """Seconds below which a stage is not begun."""
-
 
 machine = cache(environment)
 """`report.environment`, asked for once."""
@@ -113,11 +112,6 @@ class Check:
             "result": self.result,
         }
         write_json(stage_file(self.work, self.name), record)
-
-
-def stage_file(work: Path, name: str) -> Path:
-    """Where the record of a stage lies."""
-    return work / "stages" / f"{name}.json"
 
 
 def run_stages(names: list[str], ends: dict[str, float], work: Path, device: torch.device) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 
-from llava_pdrop.bench.gpu.check import Check, stage_file
+from llava_pdrop.bench.gpu.check import Check
+from llava_pdrop.bench.gpu.runner import end, stage_file
 from llava_pdrop.bench.shapes import make_model, shape_named
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.config.load import load_config
@@ -100,11 +102,7 @@ def _launch(check: Check, engines: Sequence[str], processes: int, limit: float) 
         except subprocess.TimeoutExpired:
             reason = f"not finished after {limit:.0f} s"
         finally:
-            process.terminate()  # torchrun passes it on to its ranks
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            end(process, signal.SIGTERM, 10.0)  # torchrun passes it on to its ranks
     found = {}
     for engine in engines:
         file = scratch / f"{engine}.json"

@@ -93,23 +93,23 @@ def _one_process(
                     current.read_text(encoding="utf-8") if current.is_file() else ""
                 ) or now  # empty while it is being written
                 if time.time() > limits.setdefault(now, time.time()) + GRACE:  # `DONE`: it only has to end
-                    _end(process)
+                    end(process)
                 written = sum(1 for _ in (work / "stages").glob("*.json"))
                 if written != seen:
                     seen = written
                     _pack(work, out)
         finally:
             if process.poll() is None:  # interrupted, or an error of this process
-                _end(process, signal.SIGINT)
+                end(process, signal.SIGINT)
     return process.returncode, current.read_text(encoding="utf-8") if current.is_file() else None
 
 
-def _end(process: subprocess.Popen[bytes], first: int = signal.SIGABRT) -> None:
-    """Ends a process: by ``first``, then by force. At SIGABRT one that does not come back still says where it is; at
-    SIGINT one that does ends the processes it has started."""
+def end(process: subprocess.Popen[bytes], first: int = signal.SIGABRT, seconds: float = 5.0) -> None:
+    """Ends a process: by ``first``, and by force after ``seconds``. At SIGABRT one that does not come back still says
+    where it is; at SIGINT one that does ends the processes it has started."""
     process.send_signal(first)
     try:
-        process.wait(timeout=5)
+        process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -117,7 +117,7 @@ def _end(process: subprocess.Popen[bytes], first: int = signal.SIGABRT) -> None:
 
 def _mark_broken(work: Path, name: str, status: int) -> None:
     """The stage that a process did not survive. One that was over (the device broke after it) stays as it is."""
-    file = work / "stages" / f"{name}.json"
+    file = stage_file(work, name)
     never = {"stage": name, "status": "running", "missing": list(STAGES[name].needs), "result": {}}
     record = read_json(file) if file.is_file() else never  # it may have come to its name and no further
     if record["status"] == "running":
@@ -133,6 +133,11 @@ def _ending(status: int) -> str:
 def _last_line(work: Path) -> str:
     lines = (work / "errors.txt").read_text(errors="replace", encoding="utf-8").strip().splitlines()
     return lines[-1][:200] if lines else "it said nothing"
+
+
+def stage_file(work: Path, name: str) -> Path:
+    """Where the record of a stage lies."""
+    return work / "stages" / f"{name}.json"
 
 
 def say(work: Path, line: str) -> None:
@@ -163,7 +168,7 @@ def _finish(work: Path, out: Path, names: list[str]) -> int:
 
 def _records(work: Path) -> dict[str, dict[str, Any]]:
     """Stage -> its record, in the order of the stages."""
-    files = {name: work / "stages" / f"{name}.json" for name in STAGES}
+    files = {name: stage_file(work, name) for name in STAGES}
     return {name: read_json(file) for name, file in files.items() if file.is_file()}
 
 
