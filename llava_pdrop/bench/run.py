@@ -80,18 +80,15 @@ class PrefillSettings(BenchSettings):
     image_tokens: Sequence[int] = ()
     new_tokens: int = 32
     runs: int = 10
-    attention: str = "sdpa"
+    attention: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings(BenchSettings):
+class GenerateSettings(PrefillSettings):
     """What ``bench generate`` is asked for; the first of ``overrides`` may be a directory with weights."""
 
     batch: Sequence[int] = (1, 4)
-    image_tokens: Sequence[int] = ()
-    new_tokens: int = 32
     runs: int = 5
-    attention: str | None = None
 
 
 def run_train(asked: TrainSettings) -> list[dict[str, Any]]:
@@ -175,7 +172,7 @@ def run_prefill(asked: PrefillSettings) -> dict[str, Any]:
             f"--image-tokens must be at most {room - asked.new_tokens}: the decoder has no positions for more"
         )
     cases = [PrefillCase(batch, tokens, asked.new_tokens) for tokens in image_tokens for batch in asked.batch]
-    bench = PrefillBench.make(shape, device, asked.runs, asked.seed, asked.attention)
+    bench = PrefillBench.make(shape, device, asked.runs, asked.seed, asked.attention or "sdpa")
     report = prefill_report.bench_prefill(name, bench, cases)
     stem = file_name("prefill", name, device_label(device))
     page = prefill_report.page(report, f"{stem}.png")
