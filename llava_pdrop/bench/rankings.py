@@ -21,16 +21,11 @@ KEPT = 0.5
 """Share of the image tokens that stays: what a ranking computes may depend on it."""
 
 
-def arms_of_rankers(common: BenchArm, depth: int) -> list[BenchArm]:
-    """One for each ranker, otherwise like ``common``; none where the decoder has but one layer."""
-    layer = depth // 2
-    return [replace(common, name=name, schedule=Schedule((layer,), (KEPT,), name)) for name in RANKERS if layer]
-
-
 def ranker_costs(
     trainer: BenchTrainer, common: BenchArm, steps: int = STEPS, warmup: int = WARMUP
 ) -> list[dict[str, Any]]:
-    """An entry for each ranker, ready for JSON; all take turns on the same batches.
+    """An entry for each ranker, ready for JSON, none where the decoder has but one layer. Their arms, otherwise like
+    ``common``, take turns on the same batches.
 
     Returns:
         ``name``, ``layer`` and ``kept`` of the drop; ``flop``, the operations of its ranking in a step (mean), as
@@ -38,13 +33,14 @@ def ranker_costs(
         ``step``; ``ranking_share``, its share of a step. Of a ranker that did not fit into memory only the drop and an
         ``error``.
     """
-    arms = arms_of_rankers(common, trainer.shape.text["num_hidden_layers"])
-    if not arms:
+    layer = trainer.shape.text["num_hidden_layers"] // 2
+    if not layer:
         return []
+    arms = [replace(common, name=name, schedule=Schedule((layer,), (KEPT,), name)) for name in RANKERS]
     found = []
     for result in measure_arms(trainer, arms, steps, warmup, patient=(torch.OutOfMemoryError,)):
         arm = result.arm
-        entry: dict[str, Any] = {"name": arm.name, "layer": arm.schedule.layers[0], "kept": KEPT, "error": result.error}
+        entry: dict[str, Any] = {"name": arm.name, "layer": layer, "kept": KEPT, "error": result.error}
         if result.error is None:
             ranking, step = result.seconds["ranking"], result.seconds["step"]
             entry |= {
