@@ -26,16 +26,7 @@ from itertools import pairwise
 from math import ceil
 from typing import Any
 
-from llava_pdrop.cost.elementwise import (
-    MODELLED,
-    Moved,
-    drop_bytes,
-    layer_bytes,
-    loss_bytes,
-    norm_bytes,
-    projector_bytes,
-    tower_layer_bytes,
-)
+from llava_pdrop.cost import elementwise
 from llava_pdrop.cost.flops import Product, Recomputed, StepPart, Work, step_parts
 from llava_pdrop.errors import UserError, check_name
 from llava_pdrop.geometry import ImageGeometry
@@ -119,7 +110,7 @@ def is_modelled(config: Any) -> bool:
     """Whether the element-wise parts of a Hugging Face LLaVA config's decoder and tower are counted."""
     vision = config.vision_config
     known = vision.model_type == "clip_vision_model" and vision.hidden_act == "quick_gelu"
-    return known and config.text_config.model_type in MODELLED
+    return known and config.text_config.model_type in elementwise.MODELLED
 
 
 def timed_parts(
@@ -142,25 +133,26 @@ def timed_parts(
     """
     text, learns = config.text_config, "language_model" in trainable
     if not is_modelled(config):
-        raise UserError(f"the time of a step is modelled for {' and '.join(MODELLED)} with CLIP, not {text.model_type}")
+        known = " and ".join(elementwise.MODELLED)
+        raise UserError(f"the time of a step is modelled for {known} with CLIP, not {text.model_type}")
     layouts = layouts_of(batch, schedule, geometry)
     found = []
     for part in step_parts(config, batch, schedule, geometry, trainable, recomputed, layouts, split):
-        moved, back = Moved(0.0, 0.0), bool(part.backward.products)
+        moved, back = elementwise.Moved(0.0, 0.0), bool(part.backward.products)
         match part.kind:
             case "tower":
-                moved = tower_layer_bytes(config.vision_config, part.tokens)
+                moved = elementwise.tower_layer_bytes(config.vision_config, part.tokens)
             case "projector":
-                moved = projector_bytes(text.hidden_size, part.tokens)
+                moved = elementwise.projector_bytes(text.hidden_size, part.tokens)
             case "layers":
-                moved = layer_bytes(text, part.tokens, learns, kernels)
+                moved = elementwise.layer_bytes(text, part.tokens, learns, kernels)
             case "ranking":
                 back = bool(trainable)
                 for name, (before, after) in zip(schedule.rankers, pairwise(layout.tokens for layout in layouts)):
-                    moved += drop_bytes(text, before, after, kernels, RANKERS[name].projections is not None)
+                    moved += elementwise.drop_bytes(text, before, after, kernels, RANKERS[name].projections is not None)
             case "head":
-                moved = norm_bytes(text.hidden_size, part.tokens, learns, kernels)
-                moved += loss_bytes(text.vocab_size, len(batch.label_positions))
+                moved = elementwise.norm_bytes(text.hidden_size, part.tokens, learns, kernels)
+                moved += elementwise.loss_bytes(text.vocab_size, len(batch.label_positions))
         backward = part.layers * moved.backward + part.again * moved.again
         found.append(
             replace(
