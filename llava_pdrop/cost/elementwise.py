@@ -69,15 +69,6 @@ def kernels_of(choice: str) -> str:
     return "eager" if chosen == "eager" else "fused"
 
 
-def check_modelled(kernels: str) -> None:
-    """Whether ``kernels`` are modelled.
-
-    Raises:
-        UserError: they are none of `KERNELS`.
-    """
-    check_name("--kernels", kernels, KERNELS)
-
-
 def layer_bytes(text: Any, tokens: int, learns: bool = True, kernels: str = "eager") -> Moved:
     """Bytes of one decoder layer on ``tokens`` tokens.
 
@@ -88,7 +79,7 @@ def layer_bytes(text: Any, tokens: int, learns: bool = True, kernels: str = "eag
     Raises:
         UserError: kernels that are none of `KERNELS`.
     """
-    check_modelled(kernels)
+    check_name("--kernels", kernels, KERNELS)
     hidden, gate = text.hidden_size, text.intermediate_size
     rotated = (text.num_attention_heads + key_value_heads(text)) * head_size(text)
     norm, norm_back, norm_weight = NORM[kernels]
@@ -111,7 +102,7 @@ def tower_layer_bytes(vision: Any, tokens: int) -> Moved:
 
 def norm_bytes(hidden: int, tokens: int, learns: bool = True, kernels: str = "eager") -> Moved:
     """Bytes of one RMSNorm, ``hidden`` wide, on ``tokens`` tokens."""
-    check_modelled(kernels)
+    check_name("--kernels", kernels, KERNELS)
     forward, backward, weight = NORM[kernels]
     return Moved(tokens * hidden * forward, tokens * hidden * (backward + weight * learns))
 

@@ -36,9 +36,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llava_pdrop.cost.elementwise import check_modelled
+from llava_pdrop.cost.elementwise import KERNELS
 from llava_pdrop.cost.flops import Recomputed, head_size, key_value_heads, tiles_of
 from llava_pdrop.cost.states import FLOAT, GATHERED, States
+from llava_pdrop.errors import check_name
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.stream import Layout, layout_of_layers, layouts_of
 from llava_pdrop.model.vision import used_tower_layers
@@ -136,7 +137,7 @@ def predicted_peak(
     Raises:
         UserError: unknown kernels.
     """
-    check_modelled(kernels)
+    check_name("--kernels", kernels, KERNELS)
     counts, layers = Parameters.of(config), config.text_config.num_hidden_layers
     decoder = replace(counts, embedding=0, layer=adapters // layers, head=0) if adapters else counts
     layouts = layouts_of(batch, schedule, geometry) if layouts is None else layouts

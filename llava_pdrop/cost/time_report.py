@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.elementwise import MODELLED, check_modelled, kernels_of, optimizer_bytes
+from llava_pdrop.cost.elementwise import KERNELS, MODELLED, kernels_of, optimizer_bytes
 from llava_pdrop.cost.flops import StepPart, Work, step_flops
 from llava_pdrop.cost.memory import learning_parameters
 from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by, states_of
 from llava_pdrop.cost.step_time import NOTE, Card, card_named, is_modelled, timed_parts
+from llava_pdrop.errors import check_name
 from llava_pdrop.report.page import Block, Table
 from llava_pdrop.report.units import less, saved, time_unit
 from llava_pdrop.schedule import Schedule
@@ -97,7 +98,8 @@ def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str | None
     Raises:
         ConfigError: the numbers of the model are not on this machine. UserError: unknown ``card`` or ``kernels``.
     """
-    check_modelled(kernels := kernels_of(config.model.kernels) if kernels is None else kernels)
+    kernels = kernels_of(config.model.kernels) if kernels is None else kernels
+    check_name("--kernels", kernels, KERNELS)
     card_named(card)
     model, states = model_of(config), states_of(config, gpus)
     if config.lora is not None:
