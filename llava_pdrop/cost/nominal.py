@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,30 +154,15 @@ def states_of(config: Config, gpus: int) -> States:
             raise ConfigError(f"{config.file}: train.deepspeed: {settings} cannot be read: {error}") from None
     half = bool(arguments.get("bf16") or arguments.get("fp16"))
     accumulate = arguments.get("gradient_accumulation_steps", 1) > 1
+    known = partial(States, gpus=gpus, bytes=2 if half else FLOAT, accumulate=accumulate)
     if not settings:  # float32 weights and AdamW on them
-        fsdp = bool(arguments.get("fsdp"))
-        return States(
-            zero=3 if fsdp else 0,
-            gpus=gpus,
-            bytes=2 if half else FLOAT,
-            optimizer=8.0,
-            accumulate=accumulate,
-            float32=True,
-            autocast=half and not fsdp,
-            buckets=FLOAT if gpus > 1 and not fsdp else 0.0,
-            layerwise=fsdp,
-        )
+        if arguments.get("fsdp"):
+            return known(zero=3, optimizer=8.0, float32=True, layerwise=True)
+        return known(optimizer=8.0, float32=True, autocast=half, buckets=FLOAT if gpus > 1 else 0.0)
     zero = settings.get("zero_optimization", {})
     sections = {"optimizer": "offload_optimizer", "weights": "offload_param"}
     offloaded = [place for place, name in sections.items() if (zero.get(name) or {}).get("device", "none") != "none"]
-    return States(
-        zero=zero.get("stage", 0),
-        gpus=gpus,
-        bytes=2 if half else FLOAT,
-        optimizer=12.0 if half else 8.0,
-        accumulate=accumulate,
-        offloaded=tuple(offloaded),
-    )
+    return known(zero=zero.get("stage", 0), optimizer=12.0 if half else 8.0, offloaded=tuple(offloaded))
 
 
 def model_home(name: str) -> Path:
