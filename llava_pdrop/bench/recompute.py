@@ -15,7 +15,7 @@ import torch
 
 from llava_pdrop.bench.train_step import BenchArm, BenchTrainer
 from llava_pdrop.cost.flops import Recomputed
-from llava_pdrop.cost.plan import RESERVE
+from llava_pdrop.cost.plan import room_in
 from llava_pdrop.cost.step_time import card_named
 from llava_pdrop.errors import UserError
 from llava_pdrop.model.stream import layouts_of
@@ -64,17 +64,16 @@ def read_setting(word: str, arms: int, depth: int) -> RecomputeSetting:
 
 
 def room_of(device: torch.device, card: str | None) -> float | None:
-    """Bytes of ``card``, or of ``device`` where none is named, that a prediction may take: `RESERVE` stays free. None
-    on a CPU without a card.
+    """`room_in` a ``card``, or in ``device`` where none is named; None on a CPU without a card.
 
     Raises:
         UserError: an unknown card.
     """
     if card is not None:
-        return card_named(card).gib * GIB * (1 - RESERVE)
+        return room_in(card_named(card).gib)
     if device.type != "cuda":
         return None
-    return torch.cuda.get_device_properties(device).total_memory * (1 - RESERVE)
+    return room_in(torch.cuda.get_device_properties(device).total_memory / GIB)
 
 
 def to_json(recomputed: Recomputed) -> dict[str, Any]:

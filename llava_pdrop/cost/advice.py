@@ -28,7 +28,7 @@ from llava_pdrop.cost.lora import adapter_parameters
 from llava_pdrop.cost.memory import cpu_memory
 from llava_pdrop.cost.mixtures import OPEN_LLAVA_NEXT
 from llava_pdrop.cost.nominal import model_of, samples_of, states_of
-from llava_pdrop.cost.plan import RESERVE, plan_memory, plan_step
+from llava_pdrop.cost.plan import plan_memory, plan_step, room_in
 from llava_pdrop.data.mixture import read_data
 from llava_pdrop.errors import UserError
 from llava_pdrop.report.units import GIB
@@ -111,11 +111,6 @@ class Advice:
     length: RunLength
     arms: list[AdviceArm]
 
-    @property
-    def room(self) -> float:
-        """Bytes of a GPU that the prediction may take."""
-        return self.gib * GIB * (1 - RESERVE)
-
     def seconds(self, arm: AdviceArm, peak: float, samples: float) -> float:
         """That all GPUs together take for so many samples, if each of them can do ``peak`` operations a second."""
         return samples * arm.flops / (self.gpus * self.mfu * peak)
@@ -151,7 +146,7 @@ def advise(config: Config, gpus: int, gib: float, mfu: float = MFU, batch: int |
             mine = settings[name]
             smallest = min(mine, key=lambda setting: setting.total)
             least[name] = min(smallest, least.get(name, smallest), key=lambda setting: setting.total)
-            fitting = [setting for setting in mine if setting.total <= gib * GIB * (1 - RESERVE)]
+            fitting = [setting for setting in mine if setting.total <= room_in(gib)]
             if fitting and name not in found:
                 found[name] = min(fitting, key=lambda setting: (setting.recomputed, -setting.samples))
         if len(found) == len(names):
@@ -213,13 +208,13 @@ def overrides(config: Config, arm: AdviceArm) -> str:
 
 def what_lacks(advice: Advice, arm: AdviceArm, config: Config) -> str:
     """One line for an arm that fits in no way: how much is missing, and what would help."""
-    least, lacking = arm.least, arm.least.total - advice.room
+    least, room = arm.least, room_in(advice.gib)
+    missing = f"{(least.total - room) / GIB:.1f} GiB are missing"
     adapters = "" if config.lora or "language_model" not in config.model.trainable else " LoRA (a lora: section),"
     return (
         f"{arm.name}: nothing fits. {least.engine} needs the least, {least.total / GIB:.1f} GiB with {least.samples} "
-        f"samples and {least.recomputed} recomputed layers; of {advice.gib:g} GiB {advice.room / GIB:.1f} can be used, "
-        f"so {lacking / GIB:.1f} GiB are missing. What helps: GPUs with more memory,{adapters} shorter samples "
-        "(data.max_length, fewer tiles)"
+        f"samples and {least.recomputed} recomputed layers; of {advice.gib:g} GiB {room / GIB:.1f} can be used, "
+        f"so {missing}. What helps: GPUs with more memory,{adapters} shorter samples (data.max_length, fewer tiles)"
     )
 
 

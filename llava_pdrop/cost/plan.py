@@ -141,15 +141,13 @@ def solve(config: Config, average_tokens: float | None = None, tflop: float | No
     if (average_tokens is None) == (tflop is None):
         raise UserError("give either --average-tokens or --tflops")
     model = model_of(config)
-    full = full_picture(model.geometry)
-    if average_tokens is not None:
-        n = model.geometry.num_tokens(full, config.schedule.downsample)
-        return solve_budget(
-            lambda schedule: model.average_tokens(n, schedule), average_tokens, n, model.layers, config.schedule
-        )
-    assert tflop is not None
-    n = paper_tokens(model.geometry, full, config.schedule.downsample)
-    return solve_budget(lambda schedule: model.tflop(n, schedule), tflop, n, model.layers, config.schedule)
+    full, pooled = full_picture(model.geometry), config.schedule.downsample
+    if tflop is not None:
+        n = paper_tokens(model.geometry, full, pooled)
+        return solve_budget(partial(model.tflop, n), tflop, n, model.layers, config.schedule)
+    assert average_tokens is not None
+    n = model.geometry.num_tokens(full, pooled)
+    return solve_budget(partial(model.average_tokens, n), average_tokens, n, model.layers, config.schedule)
 
 
 def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> PlanStep:
@@ -163,9 +161,7 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Plan
     """
     model = model_of(config)
     batch = nominal_batch(model.geometry, config)
-    again = (
-        [recomputed_by(config, model.layers)] * 2 if recomputed is None else [Recomputed.first(n) for n in recomputed]
-    )
+    again = [Recomputed.first(n) for n in recomputed] if recomputed else [recomputed_by(config, model.layers)] * 2
 
     def operations(schedule: Schedule, again: Recomputed) -> StepFlops:
         flops = step_flops(model.config, batch, schedule, model.geometry, learning(config), again)
@@ -201,7 +197,11 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
 def least_recomputed(config: Config, states: States, gib: float) -> tuple[int | None, int | None]:
     """The fewest decoder layers to recompute so that (vanilla, dropping) leave `RESERVE` of ``gib`` GiB free; None
     where not even all of them are enough."""
-    rows = plan_memory(config, range(model_of(config).layers + 1), states)
-    room = gib * GIB * (1 - RESERVE)
+    rows, room = plan_memory(config, range(model_of(config).layers + 1), states), room_in(gib)
     vanilla = next((row.recomputed for row in rows if row.vanilla.total <= room), None)
     return vanilla, next((row.recomputed for row in rows if row.dropping.total <= room), None)
+
+
+def room_in(gib: float) -> float:
+    """Bytes of a GPU of ``gib`` GiB that a prediction may take: `RESERVE` stays free."""
+    return gib * GIB * (1 - RESERVE)

@@ -25,6 +25,7 @@ from llava_pdrop.cost.plan import (
     make_plan,
     plan_memory,
     plan_step,
+    room_in,
 )
 from llava_pdrop.cost.states import States
 from llava_pdrop.cost.time_report import TimeModel, time_blocks, time_json
@@ -268,7 +269,7 @@ def advice_json(config: Config, advice: Advice) -> dict[str, Any]:
                 "setting": arm.setting and asdict(arm.setting),
                 "overrides": overrides(config, arm) or None,
                 "why_not": None if arm.setting else what_lacks(advice, arm, config),
-                "missing_bytes": 0.0 if arm.setting else arm.least.total - advice.room,
+                "missing_bytes": 0.0 if arm.setting else arm.least.total - room_in(advice.gib),
                 "flop_per_sample": arm.flops,
                 "seconds_per_1000_samples": times(arm, 1000, 1),
                 "hours": times(arm, advice.length.samples, 3600),
