@@ -285,7 +285,8 @@ def _rankings(text: Any, layouts: Sequence[Layout], schedule: Schedule, trains: 
     """All of a step. A ranking has no backward, a mean of tokens has."""
     hidden, whole, back = text.hidden_size, Work(), Work()
     queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
-    for work in ranking_work(layouts, schedule):
+    for name, (before, after) in zip(schedule.rankers, pairwise(layouts)):
+        work = _ranking_work(RANKERS[name], before, after, schedule.merge == "nearest")
         projected = (Product(work.keys, hidden, keys), Product(work.queries, hidden, queries)) if work.keys else ()
         whole += Work(projected, 2 * (queries * work.scores + hidden * (work.products + 2 * work.merged)))
         back += Work((), 0, 2 * hidden * work.merged * trains)
@@ -301,14 +302,6 @@ class RankingWork(NamedTuple):
     scores: int
     products: int
     merged: int
-
-
-def ranking_work(layouts: Sequence[Layout], schedule: Schedule) -> list[RankingWork]:
-    """Of every drop of a batch with these ``layouts`` (`layouts_of`)."""
-    return [
-        _ranking_work(RANKERS[name], before, after, schedule.merge == "nearest")
-        for name, (before, after) in zip(schedule.rankers, pairwise(layouts))
-    ]
 
 
 def _ranking_work(ranker: Ranker, before: Layout, after: Layout, merge: bool) -> RankingWork:
@@ -330,9 +323,7 @@ def _ranking_work(ranker: Ranker, before: Layout, after: Layout, merge: bool) ->
         counts = {"instruction": [len(starts) for starts in before.answer_starts], "text": texts, None: [0]}
         asking = list(zip(counts[ranker.queries], before.seq_lens))
     queries, scores = sum(count for count, _ in asking), sum(count * length for count, length in asking)
-    return RankingWork(
-        before.tokens, max(1, queries), scores, products, merged
-    )  # where none asks, one row is projected
+    return RankingWork(before.tokens, max(1, queries), scores, products, merged)  # where none asks, one is projected
 
 
 def tiles_of(batch: PackedBatch, geometry: ImageGeometry) -> int:
