@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     template_of(config)
     out = Path(args.out) if args.out else Path(config.output_dir) / "doctor"
     encoder = None if args.no_tokens else make_encoder(config, args.tokenizer)
-    geometry = encoder.geometry if encoder else geometry_of_config(config, needed=False)
+    geometry = encoder.geometry if encoder else geometry_of_config(config)
     workers = min(os.cpu_count() or 1, 16) if args.workers is None else args.workers
     for name, value in (("workers", workers), ("listed", args.listed)):
         if value < 0:

@@ -204,14 +204,10 @@ def make_encoder(config: Config, tokenizer: str | None = None) -> Encoder:
     Raises:
         ConfigError: no tokenizer on this machine, or nothing says how many tokens a picture has.
     """
-
-    model = config.model
+    model, data = config.model, config.data
     names = [tokenizer] if tokenizer else [name for name in (model.path, model.language_model) if name is not None]
-    for name in names:
-        directory = model_home(name)
-        if any(directory.glob("tokenizer*")):
-            break
-    else:
+    directory = next((home for home in map(model_home, names) if any(home.glob("tokenizer*"))), None)
+    if directory is None:
         raise ConfigError(
             f"{config.file}: no tokenizer on this machine in {' or '.join(names)}: give --tokenizer DIR, or --no-tokens"
         )
@@ -219,27 +215,14 @@ def make_encoder(config: Config, tokenizer: str | None = None) -> Encoder:
         loaded = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{directory}: not readable as a tokenizer: {' '.join(str(error).split())}") from None
-    geometry = geometry_of_config(config)
-    assert geometry is not None
-    image_token_id = add_special_tokens(loaded, len(loaded))
-    section = config.data
-    template = template_of(config)
-    return Encoder(template, loaded, image_token_id, geometry, section.max_length, section.truncation)
+    geometry, image_token_id = model_of(config).geometry, add_special_tokens(loaded, len(loaded))
+    return Encoder(template_of(config), loaded, image_token_id, geometry, data.max_length, data.truncation)
 
 
-def geometry_of_config(config: Config, needed: bool = True) -> ImageGeometry | None:
-    """The rules for the pictures of ``config``: a whole model's own, else those of the config.
-
-    Args:
-        needed: False: None where nothing on this machine tells.
-
-    Raises:
-        ConfigError: nothing on this machine tells.
-    """
-
+def geometry_of_config(config: Config) -> ImageGeometry | None:
+    """The rules for the pictures of ``config``: a whole model's own, else those of the config; None where nothing on
+    this machine tells."""
     try:
         return model_of(config).geometry
     except ConfigError:
-        if needed:
-            raise
         return None
