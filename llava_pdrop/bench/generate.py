@@ -72,10 +72,7 @@ class Answer:
     @property
     def whole(self) -> Span:
         """From the call to the last token."""
-        total = self.first
-        for step in self.steps:
-            total = total + step
-        return total
+        return sum(self.steps, self.first)
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,6 @@ class Budget:
     tokens: float | None = None
 
     @property
-    def suffix(self) -> str:
-        """What the names of runs that are solved for it end in."""
-        return "" if self.tokens is None else f"-at_{self.tokens:g}"
-
-    @property
     def title(self) -> str:
         """Of the table of its rows."""
         return "Variants" if self.tokens is None else f"At {self.tokens:g} image tokens on average"
@@ -166,5 +161,5 @@ def _solved(path: Path, row: Row, budget: Budget, whole: Sequence[str]) -> Row:
     changes = {key: value for key, value in schedule.to_dict().items() if value != own.to_dict().get(key)}
     changes |= {"keep": []} if own.keep else {}
     words = [*row.words, *words_of({KEY: changes})]
-    name = f"{row.name}{budget.suffix}"
+    name = f"{row.name}-at_{budget.tokens:g}"
     return replace(row, name=name, words=words, config=load_entry(path, name, row.base, [*words, *whole]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from llava_pdrop.compare.budgets import Budget
@@ -137,13 +138,7 @@ def mean_row(name: str, runs: Sequence[VariantRow]) -> VariantRow:
         saving=replace(first.saving, realised=realised) if first.saving and realised is not None else None,
         answer_seconds=mean(run.answer_seconds for run in runs),
         predicted=mean(run.predicted for run in runs),
-        timing=replace(
-            timed[0],
-            wall=sum(timing.wall for timing in timed) / len(timed),
-            cpu=sum(timing.cpu for timing in timed) / len(timed),
-        )
-        if timed
-        else None,
+        timing=replace(timed[0], wall=fmean(t.wall for t in timed), cpu=fmean(t.cpu for t in timed)) if timed else None,
     )
 
 

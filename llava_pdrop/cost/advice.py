@@ -220,7 +220,8 @@ def what_lacks(advice: Advice, arm: AdviceArm, config: Config) -> str:
 
 def _by_engine(config: Config, gpus: int, share: int) -> Iterator[dict[str, list[AdviceSetting]]]:
     """For one engine after the other: name of an arm -> all its settings, of a GPU's ``share`` of the global batch."""
-    layers = model_of(config).layers
+    model = model_of(config)
+    adapters = sum(adapter_parameters(model.config.text_config, config.lora))
     for engine in ORDER:
         if (engine == "fsdp2" and gpus == 1) or (config.lora and config.lora.bits and engine not in QUANTISED):
             continue  # refused by training
@@ -229,17 +230,11 @@ def _by_engine(config: Config, gpus: int, share: int) -> Iterator[dict[str, list
             one = AdviceSetting(engine, samples, share // samples, 0, 0.0, 0.0)
             changed = with_setting(config, one)
             states = states_of(changed, gpus)
-            cpu = _cpu(changed, gpus)
-            for row in plan_memory(changed, range(layers + 1), states):
+            cpu = cpu_memory(model.config, config.model.trainable, states, adapters)
+            for row in plan_memory(changed, range(model.layers + 1), states):
                 for name, memory in (("vanilla", row.vanilla), ("dropping", row.dropping)):
                     found[name].append(replace(one, recomputed=row.recomputed, total=memory.total, cpu=cpu))
         yield found
-
-
-def _cpu(config: Config, gpus: int) -> float:
-    model = model_of(config).config
-    adapters = sum(adapter_parameters(model.text_config, config.lora))
-    return cpu_memory(model, config.model.trainable, states_of(config, gpus), adapters)
 
 
 def _flops(config: Config, name: str, setting: AdviceSetting | None) -> float:

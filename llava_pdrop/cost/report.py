@@ -231,15 +231,11 @@ def _memory(report: PlanReport) -> Table:
     parts = ("weights", "gathered", "gradients", "optimizer", "activations", "total")
     rows = []
     for row in report.memory:
-        for name, memory in (("vanilla", row.vanilla), ("dropping", row.dropping)):
-            layers = _count(row.recomputed, report.plan.layers) if name == "vanilla" else ""
-            rows.append((layers, name, *(f"{getattr(memory, part) / GIB:.1f}" for part in parts)))
+        layers = {0: "none", report.plan.layers: "all"}.get(row.recomputed, f"0-{row.recomputed - 1}")
+        for head, name, memory in ((layers, "vanilla", row.vanilla), ("", "dropping", row.dropping)):
+            rows.append((head, name, *(f"{getattr(memory, part) / GIB:.1f}" for part in parts)))
     title = f"Predicted peak of one GPU in GiB by recomputed layers, {report.states.label}"
     return Table(("layers", "", *parts), rows, title, left=2)
-
-
-def _count(recomputed: int, layers: int) -> str:
-    return {0: "none", layers: "all"}.get(recomputed, f"0-{recomputed - 1}")
 
 
 # What ``llava-pdrop plan CONFIG --gpus 8x80`` says besides, as a table and as JSON.
