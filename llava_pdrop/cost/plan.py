@@ -11,18 +11,11 @@ from functools import partial
 from itertools import pairwise
 
 from llava_pdrop.config.schema import Config
+from llava_pdrop.cost import nominal
 from llava_pdrop.cost.elementwise import kernels_of
 from llava_pdrop.cost.flops import Recomputed, StepFlops, step_flops
 from llava_pdrop.cost.lora import adapter_flops, adapter_parameters, learning
 from llava_pdrop.cost.memory import Memory, predicted_peak
-from llava_pdrop.cost.nominal import (
-    FULL_TEXT_TOKENS,
-    full_picture,
-    model_of,
-    nominal_batch,
-    paper_tokens,
-    recomputed_by,
-)
 from llava_pdrop.cost.paper import Solution, solve_budget
 from llava_pdrop.cost.states import States
 from llava_pdrop.data.conversation import template_of
@@ -106,7 +99,7 @@ def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICT
     Raises:
         ConfigError: neither config.json nor ``model.reference_shape`` gives the numbers; an unknown template.
     """
-    model = model_of(config)
+    model = nominal.model_of(config)
     template_of(config)  # a plan needs none, but should not be drawn of a config that names one that is not there
     schedule = config.schedule.check(model.layers)
 
@@ -114,7 +107,7 @@ def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICT
         n = count(size, schedule.downsample)
         return PlanRow(size, image_tokens_by_stage([n], schedule), model.tflop(count(size)), model.tflop(n, schedule))
 
-    full, tokens = full_picture(model.geometry), model.geometry.num_tokens
+    full, tokens = nominal.full_picture(model.geometry), model.geometry.num_tokens
     whole, n = tokens(full), tokens(full, schedule.downsample)
     edges = sorted({0, schedule.inject, *schedule.layers, model.layers})
     by_layer = schedule.tokens_per_layer(n, model.layers)
@@ -127,7 +120,7 @@ def make_plan(config: Config, pictures: Sequence[tuple[int, int]] = NOMINAL_PICT
         rows=[row(size, tokens) for size in pictures],
         picture=full,
         stages=stages,
-        paper=row(full, partial(paper_tokens, model.geometry)),
+        paper=row(full, partial(nominal.paper_tokens, model.geometry)),
     )
 
 
@@ -140,10 +133,10 @@ def solve(config: Config, average_tokens: float | None = None, tflop: float | No
     """
     if (average_tokens is None) == (tflop is None):
         raise UserError("give either --average-tokens or --tflops")
-    model = model_of(config)
-    full, pooled = full_picture(model.geometry), config.schedule.downsample
+    model = nominal.model_of(config)
+    full, pooled = nominal.full_picture(model.geometry), config.schedule.downsample
     if tflop is not None:
-        n = paper_tokens(model.geometry, full, pooled)
+        n = nominal.paper_tokens(model.geometry, full, pooled)
         return solve_budget(partial(model.tflop, n), tflop, n, model.layers, config.schedule)
     assert average_tokens is not None
     n = model.geometry.num_tokens(full, pooled)
@@ -159,9 +152,11 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Plan
     Raises:
         ConfigError: the config recomputes more layers than there are.
     """
-    model = model_of(config)
-    batch = nominal_batch(model.geometry, config)
-    again = [Recomputed.first(n) for n in recomputed] if recomputed else [recomputed_by(config, model.layers)] * 2
+    model = nominal.model_of(config)
+    batch = nominal.nominal_batch(model.geometry, config)
+    again = (
+        [Recomputed.first(n) for n in recomputed] if recomputed else [nominal.recomputed_by(config, model.layers)] * 2
+    )
 
     def operations(schedule: Schedule, again: Recomputed) -> StepFlops:
         flops = step_flops(model.config, batch, schedule, model.geometry, learning(config), again)
@@ -170,7 +165,7 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Plan
 
     return PlanStep(
         samples=len(batch.seq_lens),
-        text_tokens=FULL_TEXT_TOKENS,
+        text_tokens=nominal.FULL_TEXT_TOKENS,
         vanilla=operations(Schedule(), again[0]),
         dropping=operations(config.schedule.check(model.layers), again[1]),
     )
@@ -179,8 +174,8 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Plan
 def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> list[MemoryRow]:
     """The peak of a micro-batch of ``config`` for each number of recomputed decoder layers (a trainable tower's layers
     are recomputed with the first of them)."""
-    model = model_of(config)
-    batch = nominal_batch(model.geometry, config)
+    model = nominal.model_of(config)
+    batch = nominal.nominal_batch(model.geometry, config)
     adapters = sum(adapter_parameters(model.config.text_config, config.lora))
     geometry, kernels = model.geometry, kernels_of(config.model.kernels)
 
@@ -197,7 +192,7 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
 def least_recomputed(config: Config, states: States, gib: float) -> tuple[int | None, int | None]:
     """The fewest decoder layers to recompute so that (vanilla, dropping) leave `RESERVE` of ``gib`` GiB free; None
     where not even all of them are enough."""
-    rows, room = plan_memory(config, range(model_of(config).layers + 1), states), room_in(gib)
+    rows, room = plan_memory(config, range(nominal.model_of(config).layers + 1), states), room_in(gib)
     vanilla = next((row.recomputed for row in rows if row.vanilla.total <= room), None)
     return vanilla, next((row.recomputed for row in rows if row.dropping.total <= room), None)
 

@@ -10,23 +10,13 @@ from typing import Any
 import yaml
 
 from llava_pdrop.config.schema import Config
+from llava_pdrop.cost import plan as planning
 from llava_pdrop.cost.advice import PEAKS, Advice, AdviceArm, AdviceSetting, overrides, what_lacks
 from llava_pdrop.cost.flops import StepFlops
 from llava_pdrop.cost.lora import NOT_MODELLED, adapter_parameters
 from llava_pdrop.cost.memory import Memory
 from llava_pdrop.cost.nominal import FULL_TEXT_TOKENS, model_of, recomputes, states_of
 from llava_pdrop.cost.paper import Solution
-from llava_pdrop.cost.plan import (
-    RESERVE,
-    MemoryRow,
-    PlanStep,
-    TokenPlan,
-    least_recomputed,
-    make_plan,
-    plan_memory,
-    plan_step,
-    room_in,
-)
 from llava_pdrop.cost.states import States
 from llava_pdrop.cost.time_report import TimeModel, time_blocks, time_json
 from llava_pdrop.report.page import Block, Code, Page, Table
@@ -58,13 +48,13 @@ class PlanReport:
     of LoRA adapters; ``advice``: how to train on GPUs of a known size, where asked; ``time``: of the step on one GPU,
     or why it is not modelled."""
 
-    plan: TokenPlan
-    step: PlanStep
+    plan: planning.TokenPlan
+    step: planning.PlanStep
     states: States
-    memory: list[MemoryRow]
+    memory: list[planning.MemoryRow]
     budget: float
     least: tuple[int | None, int | None]
-    fitting: PlanStep | None
+    fitting: planning.PlanStep | None
     solution: Solution | None = None
     adapters: int = 0
     advice: Advice | None = None
@@ -73,13 +63,13 @@ class PlanReport:
 
 def make_report(config: Config, gpus: int = 8, budget: float = 80.0, solution: Solution | None = None) -> PlanReport:
     """Works everything out."""
-    plan, states = make_plan(config), states_of(config, gpus)
+    plan, states = planning.make_plan(config), states_of(config, gpus)
     first_stage = plan.schedule.layers[:1]
-    memory = plan_memory(config, sorted({0, *first_stage, plan.layers}), states)
-    vanilla, dropping = least = least_recomputed(config, states, budget)
-    fitting = None if vanilla is None or dropping is None else plan_step(config, (vanilla, dropping))
+    memory = planning.plan_memory(config, sorted({0, *first_stage, plan.layers}), states)
+    vanilla, dropping = least = planning.least_recomputed(config, states, budget)
+    fitting = None if vanilla is None or dropping is None else planning.plan_step(config, (vanilla, dropping))
     adapters = sum(adapter_parameters(model_of(config).config.text_config, config.lora))
-    return PlanReport(plan, plan_step(config), states, memory, budget, least, fitting, solution, adapters)
+    return PlanReport(plan, planning.plan_step(config), states, memory, budget, least, fitting, solution, adapters)
 
 
 def to_json(config: Config, report: PlanReport) -> dict[str, Any]:
@@ -151,7 +141,7 @@ def page(config: Config, report: PlanReport) -> Page:
     blocks.append("Not included: CUDA context, fragmentation, NCCL and reduce buckets (llava_pdrop/cost/memory.py).")
     for name, count in zip(("vanilla", "dropping"), report.least):
         answer = "does not fit" if count is None else f"recompute {count} of {plan.layers} decoder layers"
-        blocks.append(f"{report.budget:g} GiB with {RESERVE:.0%} left free, {name}: {answer}.")
+        blocks.append(f"{report.budget:g} GiB with {planning.RESERVE:.0%} left free, {name}: {answer}.")
     if report.fitting is not None:
         blocks.append(f"Step time with just that recomputation: {less(report.fitting.reduction)}.")
     if report.time is not None:
@@ -161,13 +151,13 @@ def page(config: Config, report: PlanReport) -> Page:
     return Page(config.name, blocks)
 
 
-def drops_nothing(plan: TokenPlan) -> bool:
+def drops_nothing(plan: planning.TokenPlan) -> bool:
     """Whether a schedule that is given leaves every layer all image tokens: shares of 1, counts above what a picture
     has, or a pooling to more features than a tile has."""
     return bool(plan.schedule.layers or plan.schedule.downsample) and plan.average >= 1
 
 
-def paper_note(plan: TokenPlan) -> str:
+def paper_note(plan: planning.TokenPlan) -> str:
     """The cost of the picture as the paper counts its tokens, and what the paper's tables print for it."""
     paper, pooled = plan.paper, " after pooling" if plan.schedule.downsample else ""
     line = (
@@ -194,13 +184,13 @@ def schedule_yaml(schedule: Schedule) -> str:
     return "\n".join(["pyramid_drop:", *lines])
 
 
-def _stages(plan: TokenPlan) -> Table:
+def _stages(plan: planning.TokenPlan) -> Table:
     width, height = plan.picture
     rows = [(f"{s.first}-{s.last}", f"{s.image_tokens:,}", f"{s.share:.1%}") for s in plan.stages]
     return Table(("layers", "image tokens", "share"), rows, f"Full picture, {width}x{height}")
 
 
-def _pictures(config: Config, plan: TokenPlan) -> Table:
+def _pictures(config: Config, plan: planning.TokenPlan) -> Table:
     edges = pairwise((plan.schedule.inject, *plan.schedule.layers, plan.layers))
     stages = (f"layers {first}-{stop - 1}" if first < stop else "whole" for first, stop in edges)
     same = len({tuple(row.tokens) for row in plan.rows}) == 1
@@ -217,7 +207,7 @@ def _pictures(config: Config, plan: TokenPlan) -> Table:
     return Table(("picture", *stages, "TFLOP vanilla", "TFLOP dropping", "saved"), rows, title)
 
 
-def _operations(step: PlanStep) -> Table:
+def _operations(step: planning.PlanStep) -> Table:
     rows = []
     for name in (*(field.name for field in fields(StepFlops)), "total"):
         vanilla, dropping = getattr(step.vanilla, name), getattr(step.dropping, name)
@@ -254,7 +244,7 @@ def advice_json(config: Config, advice: Advice) -> dict[str, Any]:
     return {
         "gpus": advice.gpus,
         "gib": advice.gib,
-        "reserve": RESERVE,
+        "reserve": planning.RESERVE,
         "global_batch": advice.batch,
         "mfu": advice.mfu,
         "peak_flops": PEAKS,
@@ -265,7 +255,7 @@ def advice_json(config: Config, advice: Advice) -> dict[str, Any]:
                 "setting": arm.setting and asdict(arm.setting),
                 "overrides": overrides(config, arm) or None,
                 "why_not": None if arm.setting else what_lacks(advice, arm, config),
-                "missing_bytes": 0.0 if arm.setting else arm.least.total - room_in(advice.gib),
+                "missing_bytes": 0.0 if arm.setting else arm.least.total - planning.room_in(advice.gib),
                 "flop_per_sample": arm.flops,
                 "seconds_per_1000_samples": times(arm, 1000, 1),
                 "hours": times(arm, advice.length.samples, 3600),
@@ -300,8 +290,8 @@ def _advice(config: Config, advice: Advice) -> list[Block]:
     return [
         Table.of_columns(columns, f"Advice for {_gpus(advice)}", left=2),
         Code("\n".join(lines)),
-        f"Global batch {advice.batch}: {advice.told}. {RESERVE:.0%} of the memory stays free. Preferred: the engine "
-        "whose GPUs wait least for each other, then the fewest recomputed layers, then the largest micro-batch "
+        f"Global batch {advice.batch}: {advice.told}. {planning.RESERVE:.0%} of the memory stays free. Preferred: the "
+        "engine whose GPUs wait least for each other, then the fewest recomputed layers, then the largest micro-batch "
         "(llava_pdrop/cost/advice.py).",
         f"Times are of {samples:,.0f} samples ({advice.length.source}), each a full picture and {FULL_TEXT_TOKENS} "
         f"text tokens, on {_gpus(advice)} at an assumed MFU of {advice.mfu:g} (--mfu) of their peak in TFLOP/s "
