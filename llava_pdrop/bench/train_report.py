@@ -140,34 +140,32 @@ def _run(result: Measured, vanilla: Measured, rate: float, card: str | None = No
     }
     if not result.losses:
         return entry
-    steps = [dict(zip(REGIONS, values)) for values in zip(*(result.seconds[name] for name in REGIONS))]
-    pieces = [parts_of(step) for step in steps]
     seconds = result.seconds["step"]
+    pieces = [parts_of(dict(zip(REGIONS, step))) for step in zip(*(result.seconds[name] for name in REGIONS))]
     entry |= {
         "quartiles": {name: _round(quartiles(result.seconds[name])) for name in REGIONS},
-        "parts": {name: _round([quartiles([piece[name] for piece in pieces])[1]])[0] for name in pieces[0]},
+        "parts": {name: _round([median(piece[name] for piece in pieces)])[0] for name in pieces[0]},
         "stages": _stages(result, rate),
         "ranking_share": median(ranking / step for ranking, step in zip(result.seconds["ranking"], seconds)),
         "peak_mib": max(result.peak_mib),
         "predicted_peak_mib": max(result.predicted_peak_mib, default=None),
-        "modelled": _modelled(result, card),
+        "modelled": mean([time.figures(card) for time in result.times]) if card is not None and result.times else None,
         "tokens_per_second": result.tokens_per_second,
-        "tflop_per_step": sum(result.model_flops) / len(steps) / 1e12,
+        "tflop_per_step": sum(result.model_flops) / len(seconds) / 1e12,
         "mfu": median(count / step for count, step in zip(result.model_flops, seconds)) / rate,
         "hfu": median(count / step for count, step in zip(result.hardware_flops, seconds)) / rate,
     }
     if result is not vanilla and vanilla.error is None and result.error is None:
         predicted = saved(sum(vanilla.hardware_flops), sum(result.hardware_flops))
-        realised = saved(vanilla.typical_seconds, result.typical_seconds)
-        compute = saved(vanilla.typical_compute, result.typical_compute)
-        pairs = zip(vanilla.seconds["step"], seconds)
+        realised = saved(vanilla.typical(vanilla.seconds["step"]), result.typical(seconds))
+        compute = saved(vanilla.typical(vanilla.compute_seconds), result.typical(result.compute_seconds))
         entry |= {
             "predicted_reduction": predicted,
             "realised_reduction": realised,
             "compute_reduction": compute,
             "realised_over_predicted": compute / predicted if predicted else None,
             "realised_total": saved(sum(vanilla.seconds["step"]), sum(seconds)),
-            "realised_by_step": _round(quartiles([saved(*pair) for pair in pairs])),
+            "realised_by_step": _round(quartiles(list(map(saved, vanilla.seconds["step"], seconds)))),
         }
     return entry | {
         "steps": {
@@ -181,12 +179,6 @@ def _run(result: Measured, vanilla: Measured, rate: float, card: str | None = No
             "hardware_flops": result.hardware_flops,
         }
     }
-
-
-def _modelled(result: Measured, card: str | None) -> dict[str, Any] | None:
-    """Means over the counted steps of what the model says for ``card``."""
-    times = [time for time in result.times if time is not None]
-    return mean([time.figures(card) for time in times]) if card is not None and times else None
 
 
 def _stages(result: Measured, rate: float) -> list[dict[str, float]]:

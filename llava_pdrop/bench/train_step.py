@@ -85,7 +85,7 @@ class Measured:
         tokens: of the samples, without padding; ``stage_tokens`` and ``image_tokens``: of the stream at every stage.
         model_flops: operations that the samples ask for: no recomputation, padding or logits that nobody needs;
             ``ranking_flops``: those of the ranking; ``hardware_flops``: operations that were done (`cost.flops`).
-        times: the model of its time (`BenchTrainer.modelled_time`).
+        times: the model of its time (`BenchTrainer.modelled_time`); empty where there is none.
         error: why there are fewer steps than asked for.
     """
 
@@ -103,7 +103,7 @@ class Measured:
     model_flops: list[float] = field(default_factory=list)
     hardware_flops: list[float] = field(default_factory=list)
     ranking_flops: list[float] = field(default_factory=list)
-    times: list[ArmTime | None] = field(default_factory=list)
+    times: list[ArmTime] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -116,19 +116,10 @@ class Measured:
         """Forward and backward of every step: what operations predict. The optimizer has next to none."""
         return [forward + backward for forward, backward in zip(self.seconds["forward"], self.seconds["backward"])]
 
-    @property
-    def typical_compute(self) -> float:
-        """`typical_seconds` of forward and backward alone."""
-        return self._typical(self.compute_seconds)
-
-    @property
-    def typical_seconds(self) -> float:
-        """What all counted steps take at their median speed: the median of seconds per operation, by their operations.
-        Batches differ in length, so that neither a median of their seconds nor a sum that one interruption may spoil
-        would do."""
-        return self._typical(self.seconds["step"])
-
-    def _typical(self, seconds: Sequence[float]) -> float:
+    def typical(self, seconds: Sequence[float]) -> float:
+        """What all counted steps, of which these are the ``seconds``, take at their median speed: the median of seconds
+        per operation, by their operations. Batches differ in length, so that neither a median of their seconds nor a
+        sum that one interruption may spoil would do."""
         speed = median(taken / count for taken, count in zip(seconds, self.hardware_flops))
         return speed * sum(self.hardware_flops)
 
@@ -315,6 +306,7 @@ def _one_step(
         result.ranking_flops.append(needed.ranking)
         result.hardware_flops.append(trainer.hardware_flops(arm, batch))
         result.stage_flops.append(stage_flops(trainer.model.hf.config, batch, arm.schedule, trainer.shape.geometry))
-        result.times.append(trainer.modelled_time(arm, batch))
+        if (time := trainer.modelled_time(arm, batch)) is not None:
+            result.times.append(time)
         if cuda and not arm.full_logits:
             result.predicted_peak_mib.append(trainer.predicted_peak_mib(arm, batch))
