@@ -120,8 +120,12 @@ def training_report(
 
 
 def add_comparison(report: dict[str, Any], group: Sequence[Compared]) -> None:
-    """Adds the variants of a group to a report."""
-    report["compare"] += [_comparison(entry, report["peak_flops"]["per_second"]) for entry in group]
+    """Adds the variants of a group to a report, with their runs but for the single steps."""
+    for entry in group:
+        runs = [_run(result, entry.results[0], report["peak_flops"]["per_second"]) for result in entry.results]
+        told = {key: getattr(entry.variant, key) for key in ("group", "name", "unavailable")}
+        runs = [{key: value for key, value in run.items() if key != "steps"} for run in runs]
+        report["compare"].append(told | {"runs": runs})
 
 
 def _run(result: Measured, vanilla: Measured, rate: float, card: str | None = None) -> dict[str, Any]:
@@ -196,15 +200,6 @@ def _stages(result: Measured, rate: float) -> list[dict[str, float]]:
 
 def _rate(count: float, seconds: float) -> float:
     return count / seconds if seconds else 0.0  # a stage has no layers where a drop comes before layer 0
-
-
-def _comparison(entry: Compared, rate: float) -> dict[str, Any]:
-    """A variant, its runs without their single steps."""
-    runs = [_run(result, entry.results[0], rate) for result in entry.results]
-    for run in runs:
-        run.pop("steps", None)
-    variant = entry.variant
-    return {"group": variant.group, "name": variant.name, "unavailable": variant.unavailable, "runs": runs}
 
 
 def _round(values: Sequence[float]) -> list[float]:
