@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from llava_pdrop.bench import prefill_report as shared
 from llava_pdrop.bench.generate import DROPPING, OVERHEAD_STEPS, Answer, HookCost, hook_cost, measure_answers, paired
-from llava_pdrop.bench.prefill import WARM_UP, PrefillCase
-from llava_pdrop.bench.subjects import Given, Subject
+from llava_pdrop.bench.subjects import Given, PrefillCase, Subject
 from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Block, Note, Page, Picture, Table
 from llava_pdrop.report.units import MEMORY, column, digits, text_of, time_unit
@@ -93,27 +92,22 @@ def bench_generate(
         case that memory sufficed for).
     """
     hf, results, hooks = subject.hf, list[dict[str, Any]](), list[dict[str, Any]]()
+    methods = {"vanilla": Schedule(), DROPPING: subject.schedule}
     for batch, image_tokens in tqdm(cases, desc=f"generate {name}", unit="case", leave=False):
         given = subject.give(batch, image_tokens)
         counted = measure_answers(subject, given, new_tokens, runs, device)
-        results += [entry(subject, given, batch, new_tokens, method, counted) for method in ("vanilla", DROPPING)]
+        results += [entry(subject, given, batch, new_tokens, method, counted) for method in methods]
         cost = hook_cost(subject, given, device)
         hooks += [overhead(cost, batch) | {"image_tokens": given.image_tokens}] if cost else []
     told = {
         "subject": name,
         "model_type": hf.config.model_type,
         "weights": "random" if subject.geometry else "its own",
-        "dtype": str(hf.dtype).removeprefix("torch."),
-        "attention": hf.config.get_text_config()._attn_implementation,
+        **shared.settings_of(hf, methods, new_tokens, runs),
         "cache": "dynamic",
-        "runs": runs,
-        "warm_up": WARM_UP,
-        "new_tokens": new_tokens,
         "hook_steps": OVERHEAD_STEPS,
-        "weights_bytes": sum(parameter.nbytes for parameter in hf.parameters()),
         "timer": "CUDA events" if device.type == "cuda" else "wall clock; speed-ups and hooks by CPU time",
         "times": CLOCKS[device.type],
-        "schedules": {"vanilla": Schedule().to_dict(), DROPPING: subject.schedule.to_dict()},
     }
     return {"environment": environment(device, seed), "settings": told, "results": results, "hooks": hooks}
 

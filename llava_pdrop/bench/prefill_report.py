@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llava_pdrop.bench.generate import Answer
-from llava_pdrop.bench.prefill import TEXT_TOKENS, WARM_UP, PrefillBench, PrefillCase, PrefillRun, measure_prefill
+from llava_pdrop.bench.generate import DROPPING, Answer
+from llava_pdrop.bench.prefill import FASTV, WARM_UP, PrefillRun, measure_prefill
+from llava_pdrop.bench.subjects import TEXT_TOKENS, PrefillCase, Subject
 from llava_pdrop.cost.flops import head_size, key_value_heads, step_flops
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment, settings
@@ -20,6 +21,7 @@ from llava_pdrop.report.page import Note, Page, Picture, Table
 from llava_pdrop.report.pictures import COLOURS, subplots
 from llava_pdrop.report.units import MEMORY, OPERATIONS, TIME, Unit, column, digits, text_of, time_unit, unit_of
 from llava_pdrop.runtime.clock import Span, quartiles
+from llava_pdrop.runtime.device import peak_flops
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.types import PackedBatch
 
@@ -100,15 +102,18 @@ def of_runs(runs: Sequence[PrefillRun | Answer]) -> dict[str, Any]:
 
 
 def entry(
-    bench: PrefillBench,
+    subject: Subject,
     case: PrefillCase,
     method: str,
+    schedule: Schedule,
     tower: Sequence[Span],
     counted: Mapping[str, Sequence[PrefillRun]],
+    peak: float,
 ) -> dict[str, Any]:
     """One method at one case, predicted and measured: what `measure_prefill` found of ``tower`` and of all methods. A
     method that ran out of memory has None for what needs its runs, or those without dropping."""
-    config, schedule, geometry = bench.hf.config, bench.methods[method], bench.shape.geometry
+    config, geometry = subject.hf.config, subject.geometry
+    assert geometry is not None, "it is a shape"
     runs, vanilla = counted.get(method, ()), counted.get("vanilla", ())
     flops = prefill_flops(config, case, schedule, geometry)
     predicted = prefill_flops(config, case, Schedule(), geometry) / flops
@@ -123,9 +128,9 @@ def entry(
         "ranking_ms": milliseconds([run.ranking for run in runs]),
         "tower_ms": milliseconds(tower),
         "decode_tokens_per_s": spread([decoded / run.decode.seconds for run in runs]),
-        "cache_bytes_predicted": predicted_cache_bytes(config, case, schedule, bench.hf.dtype),
+        "cache_bytes_predicted": predicted_cache_bytes(config, case, schedule, subject.hf.dtype),
         "prefill_tflop": flops / 1e12,
-        "share_of_peak": flops / cost / bench.peak if cost else None,
+        "share_of_peak": flops / cost / peak if cost else None,
         "speedup": realised,
         "speedup_predicted": predicted,
         "realised_over_predicted": realised / predicted if realised else None,
@@ -240,31 +245,50 @@ def bars(results: Sequence[dict[str, Any]], title: str, panels: Mapping[str, str
     return figure
 
 
-def bench_prefill(name: str, bench: PrefillBench, cases: Sequence[PrefillCase]) -> dict[str, Any]:
-    """Measures every method at every one of ``cases``; ``name`` is the shape's.
+def settings_of(hf: Any, methods: Mapping[str, Schedule], new_tokens: int, runs: int) -> dict[str, Any]:
+    """What both benches tell of the model ``hf``, and of how it was measured."""
+    return {
+        "dtype": str(hf.dtype).removeprefix("torch."),
+        "attention": hf.config.get_text_config()._attn_implementation,
+        "runs": runs,
+        "warm_up": WARM_UP,
+        "new_tokens": new_tokens,
+        "weights_bytes": sum(parameter.nbytes for parameter in hf.parameters()),
+        "schedules": {method: schedule.to_dict() for method, schedule in methods.items()},
+    }
+
+
+def bench_prefill(
+    name: str,
+    subject: Subject,
+    device: torch.device,
+    cases: Sequence[tuple[int, int]],
+    new_tokens: int,
+    runs: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Measures vanilla, PyramidDrop (unless the shape has no schedule) and FastV at every one of ``cases``, which are
+    (batch, image tokens); ``name`` is the shape's.
 
     Returns:
         ``environment``, ``settings`` and ``results``, one entry per case and method (see `entry`).
     """
-    hf, device = bench.hf, bench.device
-    results: list[dict[str, Any]] = []
-    for case in tqdm(cases, desc=f"prefill {name}", unit="case", leave=False):
-        measured = measure_prefill(bench, case)
-        results += [entry(bench, case, method, *measured) for method in bench.methods]
+    hf, results = subject.hf, list[dict[str, Any]]()
+    dropping = {DROPPING: subject.schedule} if subject.schedule.layers else {}
+    methods = {"vanilla": Schedule(), **dropping, "FastV": FASTV}
+    peak, source = peak_flops(device, hf.dtype)
+    for batch, image_tokens in tqdm(cases, desc=f"prefill {name}", unit="case", leave=False):
+        case = PrefillCase(batch, image_tokens, new_tokens)
+        measured = measure_prefill(subject, methods, case, runs, device)
+        results += [entry(subject, case, *method, *measured, peak) for method in methods.items()]
     told = {
         "shape": name,
-        "dtype": str(hf.dtype).removeprefix("torch."),
-        "attention": bench.attention,
+        **settings_of(hf, methods, new_tokens, runs),
         "kernels": "eager",  # generation is Hugging Face's: `model.kernels` holds in training
-        "runs": bench.runs,
-        "warm_up": WARM_UP,
-        "new_tokens": cases[0].new_tokens,
         "text_tokens": list(TEXT_TOKENS),
-        "weights_bytes": sum(parameter.nbytes for parameter in hf.parameters()),
-        "peak_flops": bench.peak,
-        "peak_flops_source": bench.peak_source,
+        "peak_flops": peak,
+        "peak_flops_source": source,
         "timer": "CUDA events" if device.type == "cuda" else "wall clock; speed-ups by CPU time",
         "times": CLOCKS[device.type],
-        "schedules": {method: schedule.to_dict() for method, schedule in bench.methods.items()},
     }
-    return {"environment": environment(device, bench.seed), "settings": told, "results": results}
+    return {"environment": environment(device, seed), "settings": told, "results": results}

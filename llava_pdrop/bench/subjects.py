@@ -1,13 +1,15 @@
-"""What ``bench generate`` asks to answer: a shape with random weights, or the model in a directory with its own.
+"""What ``bench prefill`` and ``bench generate`` ask to answer: a shape with random weights, or the model in a directory
+with its own.
 
 Both come as a `Subject`: the model, its schedule, and what ``generate`` is given for a batch of prompts.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +17,9 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava_pdrop.bench.prefill import TEXT_TOKENS, PrefillCase, Prompt, noise, ready
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.cost.nominal import full_picture, paper_tokens
 from llava_pdrop.errors import UserError
@@ -24,10 +27,15 @@ from llava_pdrop.eval.evaluate import finished, respondent_in
 from llava_pdrop.eval.questions import ask
 from llava_pdrop.eval.respondent import LlavaRespondent
 from llava_pdrop.eval.subject import subject_config
+from llava_pdrop.generate.plugin import noting
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.rankers import check_rankers
+from llava_pdrop.model.vision import image_features
 from llava_pdrop.runtime.device import has_fast_bfloat16
 from llava_pdrop.schedule import Schedule
+
+TEXT_TOKENS = (35, 25)
+"""Text tokens before and after the picture: LLaVA's system prompt, and a short question with its marks."""
 
 QUESTION = "What does this picture show?"
 """Asked of a model with weights of its own. What it answers is of no account: every answer has the same length."""
@@ -55,6 +63,61 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class PrefillCase:
+    """One point of the bench: ``batch`` prompts with ``image_tokens`` each between `TEXT_TOKENS`, answered with
+    ``new_tokens``."""
+
+    batch: int
+    image_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of prompts of one length, with the features of their pictures: what ``generate`` is given."""
+
+    input_ids: Tensor
+    features: list[Tensor]
+
+    @staticmethod
+    def make(hf: nn.Module, case: PrefillCase, pixels: Tensor, seed: int) -> Prompt:
+        """Random text around one picture per prompt, whose ``pixels`` (those of `noise`) go through the tower here."""
+        image, device = hf.config.image_token_id, pixels.device
+        before, after = TEXT_TOKENS
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, image, (case.batch, before + case.image_tokens + after), generator=generator)
+        ids[:, before : before + case.image_tokens] = image
+        with torch.inference_mode():
+            features = image_features(hf, pixels).unflatten(0, (case.batch, -1))[:, : case.image_tokens]
+        return Prompt(ids.to(device), list(features))
+
+    @contextmanager
+    def inputs(self, hf: nn.Module) -> Iterator[dict[str, Any]]:
+        """Keyword arguments of ``generate``, for as long as it is open; `attach` and `detach` go outside of it."""
+        encoded = BaseModelOutputWithPooling(pooler_output=list(self.features))
+        given = {"input_ids": self.input_ids, "attention_mask": torch.ones_like(self.input_ids)}
+        if "mm_encoder_outputs" in inspect.signature(hf.forward).parameters:
+            yield {**given, "mm_encoder_outputs": {"image": encoded}}
+            return
+        # transformers 5.17 takes pixels only: it is given empty ones, and finds the features where it would make them.
+        attached = vars(hf.model).get("get_image_features")  # by `attach`, which must see the features here too
+        hf.model.get_image_features = noting("image", lambda *_, **__: encoded)
+        try:
+            yield {**given, "pixel_values": self.features[0].new_empty(len(self.features), 0)}
+        finally:
+            del hf.model.get_image_features
+            if attached is not None:
+                hf.model.get_image_features = attached
+
+
+def noise(case: PrefillCase, geometry: ImageGeometry, device: torch.device, seed: int) -> Tensor:
+    """Pixels (prompts * tiles, 3, height, width) of enough tiles for the image tokens of ``case``."""
+    tiles = -(-case.image_tokens // geometry.patches)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(case.batch * tiles, 3, geometry.tile, geometry.tile, generator=generator).to(device)
+
+
+@dataclass(frozen=True)
 class Given:
     """A batch of prompts of one length.
 
@@ -76,7 +139,7 @@ class Subject:
 
     Attributes:
         hf: the Hugging Face model, on its device.
-        schedule: that stands beside vanilla.
+        schedule: that stands beside vanilla (empty: none).
         give: prompts by (batch, image tokens); image tokens None: those of the subject's own picture.
         geometry: of its pictures, where operations and cache can be predicted by it (a shape); else None.
     """
@@ -87,14 +150,21 @@ class Subject:
     geometry: ImageGeometry | None = None
 
     @classmethod
-    def of_shape(cls, shape: Shape, device: torch.device, seed: int, attention: str | None) -> Subject:
+    def of_shape(cls, shape: Shape, device: torch.device, seed: int, attention: str, bench: str) -> Subject:
         """A model of ``shape`` with random weights. Its pictures are encoded before ``generate``, so that any number of
         image tokens can be measured.
 
+        Args:
+            bench: that measures it, for messages.
+
         Raises:
-            UserError: it has no schedule, or one that pools; or an ``attn_implementation`` that is not there.
+            UserError: its schedule pools; or an ``attn_implementation`` that is not there.
         """
-        schedule = checked(shape.schedule, "CONFIG", encoded=True)
+        if shape.schedule.downsample:
+            raise UserError(
+                f"{bench} encodes the pictures of a shape before the clock starts, so that pyramid_drop.downsample "
+                "cannot be measured: set it to 0, or give bench generate a directory with weights"
+            )
         hf = ready(make_model(shape, device, seed).hf, attention)
         geometry = shape.geometry
 
@@ -104,7 +174,7 @@ class Subject:
             encode = partial(Prompt.make, hf, case, noise(case, geometry, device, seed), seed)
             return Given(encode().inputs, wanted, sum(TEXT_TOKENS), encode)
 
-        return cls(hf, schedule, give, geometry)
+        return cls(hf, shape.schedule, give, geometry)
 
     @classmethod
     def of_directory(
@@ -137,21 +207,15 @@ class Subject:
         return cls(hf, schedule, give)
 
 
-def checked(schedule: Schedule, name: str, encoded: bool = False) -> Schedule:
+def checked(schedule: Schedule, name: str) -> Schedule:
     """``schedule``, if it can be measured beside vanilla.
 
     Args:
         name: what has it, for messages.
-        encoded: whether pictures come encoded, which leaves nothing to pool.
 
     Raises:
-        UserError: it drops nothing; or it pools.
+        UserError: it drops nothing.
     """
-    if encoded and schedule.downsample:
-        raise UserError(
-            "bench generate encodes the pictures of a shape before the clock starts, so that pyramid_drop.downsample "
-            "cannot be measured: set it to 0, or name a directory with weights"
-        )
     if not schedule.layers:
         raise UserError(
             f"{name} has no schedule to measure beside vanilla: add one, such as "
@@ -159,6 +223,23 @@ def checked(schedule: Schedule, name: str, encoded: bool = False) -> Schedule:
         )
     check_rankers(schedule)
     return schedule
+
+
+def ready(hf: Any, attention: str | None) -> Any:
+    """``hf`` in evaluation mode, with its answers as long as they may be.
+
+    Raises:
+        UserError: an ``attn_implementation`` that is not there.
+    """
+    hf = hf.eval()
+    if attention is not None:
+        try:
+            hf.set_attn_implementation(attention)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"--attention {attention!r} does not work here: {error}") from error
+    hf.generation_config.eos_token_id = None  # every answer has the same length
+    hf.generation_config.pad_token_id = 0
+    return hf
 
 
 def without_drops(schedule: Schedule) -> Schedule:

@@ -10,8 +10,9 @@ import torch
 
 from llava_pdrop.__main__ import main
 from llava_pdrop.bench import variants
-from llava_pdrop.bench.prefill import PrefillCase, Prompt, generate
+from llava_pdrop.bench.prefill import generate
 from llava_pdrop.bench.shapes import make_model, shape_named
+from llava_pdrop.bench.subjects import PrefillCase, Prompt
 from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed

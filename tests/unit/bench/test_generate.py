@@ -16,8 +16,7 @@ from llava_pdrop.bench import generate as bench
 from llava_pdrop.bench import shapes
 from llava_pdrop.bench.generate import DROPPING, answer, hook_cost, measure_answers, paired
 from llava_pdrop.bench.generate_report import bench_generate, overhead
-from llava_pdrop.bench.prefill import TEXT_TOKENS
-from llava_pdrop.bench.subjects import QUESTION, Noise, Subject, without_drops
+from llava_pdrop.bench.subjects import QUESTION, TEXT_TOKENS, Noise, Subject, without_drops
 from llava_pdrop.checkpoint.build import build_parts
 from llava_pdrop.commands.bench import add_arguments, run
 from llava_pdrop.data.images import image_size, load_image
@@ -35,7 +34,7 @@ NEW = 4
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return Subject.of_shape(SHAPE, CPU, 0, "sdpa")
+    return Subject.of_shape(SHAPE, CPU, 0, "sdpa", "bench generate")
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_pdrop.bench import prefill as bench
-from llava_pdrop.bench import shapes
-from llava_pdrop.bench.prefill import FASTV, TEXT_TOKENS, PrefillBench, PrefillCase, Prompt, generate, measure_prefill
+from llava_pdrop.bench import shapes, subjects
+from llava_pdrop.bench.prefill import FASTV, generate, measure_prefill
 from llava_pdrop.bench.prefill_report import bench_prefill, predicted_cache_bytes, prefill_flops, spread
 from llava_pdrop.bench.shapes import shape_named
+from llava_pdrop.bench.subjects import TEXT_TOKENS, PrefillCase, Prompt, Subject
 from llava_pdrop.commands.bench import add_arguments, run
 from llava_pdrop.generate.cache import cache_bytes, cached_tokens
 from llava_pdrop.generate.plugin import attach, detach
@@ -40,15 +41,19 @@ NEW = 3
 METHODS = {"vanilla": Schedule(), "PyramidDrop": SHAPE.schedule, "FastV": FASTV}
 
 
+def subject_of(shape: shapes.Shape) -> Subject:
+    return Subject.of_shape(shape, CPU, 0, "sdpa", "bench prefill")
+
+
 @pytest.fixture(scope="module")
 def hf():
-    return PrefillBench.make(SHAPE, CPU).hf
+    return subject_of(SHAPE).hf
 
 
 @pytest.fixture(scope="module")
 def report():
-    cases = [PrefillCase(batch, tokens, NEW) for tokens in (20, 36) for batch in (1, 2)]
-    return bench_prefill("test", PrefillBench.make(SHAPE, CPU, runs=2, attention="sdpa"), cases)
+    cases = [(batch, tokens) for tokens in (20, 36) for batch in (1, 2)]
+    return bench_prefill("test", subject_of(SHAPE), CPU, cases, NEW, runs=2, seed=0)
 
 
 def make_prompt(hf, batch: int = 2, image_tokens: int = 50) -> tuple[PrefillCase, Prompt]:
@@ -92,7 +97,7 @@ def test_a_model_that_takes_no_encoded_pictures_is_given_them_where_it_makes_the
     try:
         with torch.no_grad(), prompt.inputs(hf) as inputs:
             expected = hf(**inputs).logits
-        monkeypatch.setattr(bench, "inspect", SimpleNamespace(signature=lambda function: inspect.Signature()))
+        monkeypatch.setattr(subjects, "inspect", SimpleNamespace(signature=lambda function: inspect.Signature()))
         with torch.no_grad(), prompt.inputs(hf) as inputs:
             assert "pixel_values" in inputs
             assert torch.equal(hf(**inputs).logits, expected)
@@ -112,7 +117,7 @@ def test_cache_bytes_are_the_predicted_ones(hf, method, batch, image_tokens):
 
 def test_pooling_cannot_be_measured_where_pictures_come_encoded():
     with pytest.raises(ValueError, match=says("bench prefill", "pyramid_drop.downsample")):
-        PrefillBench.make(replace(SHAPE, schedule=Schedule(downsample=9)), CPU)
+        subject_of(replace(SHAPE, schedule=Schedule(downsample=9)))
 
 
 def test_the_bench_leaves_the_model_as_it_was(hf):
@@ -246,11 +251,11 @@ def test_a_method_that_runs_out_of_memory_leaves_the_others(monkeypatch, victim)
         return own(hf, prompt, schedule, *rest)
 
     monkeypatch.setattr(bench, "generate", tight)
-    measured_with = PrefillBench.make(SHAPE, CPU, runs=2)
-    tower, counted = measure_prefill(measured_with, case)
+    subject = subject_of(SHAPE)
+    tower, counted = measure_prefill(subject, METHODS, case, 2, CPU)
     assert len(tower) == 2
     assert {method: len(runs) for method, runs in counted.items()} == {m: 2 for m in METHODS if m != victim}
-    report = bench_prefill("test", measured_with, [case])
+    report = bench_prefill("test", subject, CPU, [(1, 20)], NEW, runs=2, seed=0)
     for result in report["results"]:
         lost = result["method"] == victim
         assert result["out_of_memory"] is lost and (result["prefill_ms"] is None) is lost
