@@ -52,9 +52,12 @@ class PrefillRun:
 
 
 @contextmanager
-def watched(hf: nn.Module, watch: Stopwatch) -> Iterator[None]:
-    """Measures the first forward in it as ``prefill``, every ranking (`Prefill.rank`, which no hook sees) as
-    ``ranking``, and opens ``decode`` behind that forward."""
+def timing(
+    hf: nn.Module, schedule: Schedule, given: AbstractContextManager[dict[str, Any]], watch: Stopwatch
+) -> Iterator[dict[str, Any]]:
+    """One ``generate`` of what is ``given``, with ``schedule`` attached (an empty one: the plain Hugging Face model),
+    which leaves the model as it was. ``prefill`` is its first forward, ``ranking`` every ranking (`Prefill.rank`, which
+    no hook sees), and ``decode`` all behind that forward."""
 
     def begin(*_: Any) -> None:
         entering.remove()
@@ -65,31 +68,19 @@ def watched(hf: nn.Module, watch: Stopwatch) -> Iterator[None]:
         watch.stop("prefill")
         watch.start("decode")
 
-    entering, leaving = hf.register_forward_pre_hook(begin), hf.register_forward_hook(end)
-    try:
-        with replaced(Prefill, "rank", timed(watch, "ranking", Prefill.rank)):
-            yield
-    finally:
-        entering.remove()
-        leaving.remove()
-
-
-@contextmanager
-def timing(
-    hf: nn.Module, schedule: Schedule, given: AbstractContextManager[dict[str, Any]], watch: Stopwatch
-) -> Iterator[dict[str, Any]]:
-    """One ``generate`` of what is ``given``, `watched` to its end, with ``schedule`` attached (an empty one: the plain
-    Hugging Face model). The model is left as it was."""
     if schedule.layers:
         attach(hf, schedule)
+    entering, leaving = hf.register_forward_pre_hook(begin), hf.register_forward_hook(end)
     try:
-        with watched(hf, watch), given as inputs:
+        with replaced(Prefill, "rank", timed(watch, "ranking", Prefill.rank)), given as inputs:
             if watch.device.type == "cuda":
                 torch.cuda.synchronize(watch.device)
                 torch.cuda.reset_peak_memory_stats(watch.device)
             yield inputs
             watch.stop("decode")
     finally:
+        entering.remove()
+        leaving.remove()
         detach(hf)
 
 
