@@ -3,7 +3,8 @@ tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from llava_pdrop.bench.generate import DROPPING
@@ -13,28 +14,36 @@ from llava_pdrop.bench.run import GenerateSettings, PrefillSettings, TrainSettin
 from llava_pdrop.bench.train_report import modelled_stages
 from llava_pdrop.report.units import GIB, MIB, time_text, time_unit
 
+TRAINED = {
+    "next": TrainSettings(
+        shape="llava-next-7b", images=("full",), steps=6, warmup=2, recompute_layers=(ALL, AUTO)
+    ),
+    "l15": TrainSettings(shape="llava15-7b", images=("full",), steps=5, warmup=1, recompute_layers=(ALL, AUTO)),
+    "p9": TrainSettings(shape="llava-next-7b-p9", images=("full",), steps=4, warmup=1, recompute_layers=(ALL,)),
+    "mixture": TrainSettings(shape="llava15-7b", images=("mixture",), steps=6, warmup=1, recompute_layers=(ALL,)),
+}  # fmt: skip
+"""Stage -> the steps that it measures. ``next`` (full pictures of 5 tiles) and ``l15`` (a picture in every sample) are
+the goal rows: there each side is measured once more, recomputing only what memory forces. ``p9`` has full pictures of 9
+tiles. ``mixture`` is no goal row: its text-only samples and short questions save less."""
+
 ANSWERED = (1, 4, 8)
 """Batch sizes of stage ``generate``."""
 
 
-def train_next(check: Check) -> None:
-    """LLaVA-NeXT-7B, full pictures of 5 tiles: the goal row; each side also recomputing only what memory forces."""
-    _train(check, "llava-next-7b", "full", steps=6, warmup=2, settings=(ALL, AUTO))
-
-
-def train_l15(check: Check) -> None:
-    """LLaVA-1.5-7B, a picture in every sample: the goal row; each side also recomputing only what memory forces."""
-    _train(check, "llava15-7b", "full", steps=5, warmup=1, settings=(ALL, AUTO))
-
-
-def train_p9(check: Check) -> None:
-    """LLaVA-NeXT-7B, full pictures of 9 tiles."""
-    _train(check, "llava-next-7b-p9", "full", steps=4, warmup=1)
-
-
-def train_mixture(check: Check) -> None:
-    """LLaVA-1.5-7B on its training mixture, whose text-only samples and short questions save less: not the goal row."""
-    _train(check, "llava15-7b", "mixture", steps=6, warmup=1)
+def train(check: Check) -> None:
+    """The stage's row of `TRAINED`."""
+    asked = replace(TRAINED[check.name], device=check.device.type, out=check.benchmarks, card=check.card)
+    if check.rehearsal:
+        asked = replace(asked, shape="tiny", images=("mixture",), steps=1, warmup=0)
+    with check.printed():
+        (report,) = run_train(asked)
+    check.put(shape=asked.shape, images=asked.images[0], **training_row(report))
+    rows = {"": check.result, **{f"{AUTO}, ": check.result["forced"] for _ in asked.recompute_layers[1:]}}
+    for setting, row in rows.items():
+        for line in _lines(row) if "error" not in row else [row["error"]]:
+            check.note(f"{setting}{line}")
+    if report["model"]:
+        check.note(f"modelled for {report['model']['card']}: {report['model']['note']}")
 
 
 def prefill(check: Check) -> None:
@@ -111,24 +120,6 @@ def _by_arm(report: dict[str, Any], batch: int) -> dict[str, dict[str, Any]]:
 def _times(row: dict[str, Any], key: str) -> str:
     """Without dropping and with it."""
     return " -> ".join(time_text(row[f"{arm}_{key}"] / 1e3) for arm in ("vanilla", "dropping"))
-
-
-def _train(check: Check, shape: str, images: str, steps: int, warmup: int, settings: Sequence[str] = (ALL,)) -> None:
-    if check.rehearsal:
-        shape, images, steps, warmup = "tiny", "mixture", 1, 0
-    asked = TrainSettings(
-        shape=shape, device=check.device.type, out=check.benchmarks, images=(images,), steps=steps, warmup=warmup,
-        recompute_layers=settings, card=check.card,
-    )  # fmt: skip
-    with check.printed():
-        (report,) = run_train(asked)
-    check.put(shape=shape, images=images, **training_row(report))
-    rows = {"": check.result, **{f"{AUTO}, ": check.result["forced"] for _ in settings[1:]}}
-    for setting, row in rows.items():
-        for line in _lines(row) if "error" not in row else [row["error"]]:
-            check.note(f"{setting}{line}")
-    if report["model"]:
-        check.note(f"modelled for {report['model']['card']}: {report['model']['note']}")
 
 
 def _lines(row: dict[str, Any]) -> Iterator[str]:

@@ -68,7 +68,7 @@ STAGES: dict[str, CheckStage] = {
          "copy_tb_per_s", "rotary_error"),
     ),
     "tests": CheckStage("suite", 130, ("passed", "failed", "skipped", "failures")),
-    "next": CheckStage("measured", 100, FORCED, "train_next"),
+    "next": CheckStage("measured", 100, FORCED, "train"),
     "inside": CheckStage(
         "inside", 115,
         ("synchronisations.vanilla", "synchronisations.dropping", "counted_by", "profile.vanilla.kinds_ms",
@@ -76,9 +76,9 @@ STAGES: dict[str, CheckStage] = {
          "remedies"),
     ),
     "prefill": CheckStage("measured", 60, tuple(f"batch_{n}.{key}" for n in (1, 8) for key in PREFILL), "prefill"),
-    "l15": CheckStage("measured", 45, FORCED, "train_l15"),
-    "p9": CheckStage("measured", 55, TRAINING, "train_p9"),
-    "mixture": CheckStage("measured", 30, TRAINING, "train_mixture"),
+    "l15": CheckStage("measured", 45, FORCED, "train"),
+    "p9": CheckStage("measured", 55, TRAINING, "train"),
+    "mixture": CheckStage("measured", 30, TRAINING, "train"),
     "ranks": CheckStage("ranks", 240, ("gpus", "engines"), "run"),
     "learn": CheckStage(
         "learning", 240,
