@@ -20,14 +20,14 @@ from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.elementwise import kernels_of, optimizer_bytes
-from llava_pdrop.cost.flops import Recomputed, StepFlops, stage_flops, step_flops
+from llava_pdrop.cost.flops import Recomputed, Step, StepFlops, stage_flops, step_flops
 from llava_pdrop.cost.memory import predicted_peak
 from llava_pdrop.cost.step_time import is_modelled, timed_parts
 from llava_pdrop.cost.time_report import ArmTime
 from llava_pdrop.errors import UserError
 from llava_pdrop.model import vlm
 from llava_pdrop.model.kernels import resolve
-from llava_pdrop.model.stream import Layout, layouts_of
+from llava_pdrop.model.stream import Layout
 from llava_pdrop.model.vlm import Output, PyramidLlava
 from llava_pdrop.report.units import MIB
 from llava_pdrop.runtime.clock import REGIONS, STAGE, Span, Stopwatch, instrumented, no_garbage_collection, replaced
@@ -191,39 +191,39 @@ class BenchTrainer:
         self.model.zero_grad(set_to_none=True)
         return output, float(loss.detach()), times, memory.get("peak_cuda_mib", memory["peak_rss_mib"])
 
+    def counted(self, arm: BenchArm, batch: PackedBatch, layouts: Sequence[Layout] | None = None) -> Step:
+        """A step of ``arm`` on ``batch``, for those who count it. ``layouts``: where they are known."""
+        shape, config = self.shape, self.model.hf.config
+        return Step(config, batch, arm.schedule, shape.geometry, shape.trainable, arm.recomputed, layouts)
+
     def model_flops(self, arm: BenchArm, batch: PackedBatch) -> StepFlops:
         """Operations that a step of ``arm`` on ``batch`` cannot do without."""
-        return step_flops(self.model.hf.config, batch, arm.schedule, self.shape.geometry, self.shape.trainable)
+        return step_flops(replace(self.counted(arm, batch), recomputed=Recomputed()))
 
     def hardware_flops(self, arm: BenchArm, batch: PackedBatch) -> float:
         """Operations that it does, recomputation and logits without a label included."""
-        config, shape = self.model.hf.config, self.shape
-        count = step_flops(config, batch, arm.schedule, shape.geometry, shape.trainable, arm.recomputed)
+        step = self.counted(arm, batch)
+        count = step_flops(step)
         if arm.full_logits:
-            rows = layouts_of(batch, arm.schedule, shape.geometry)[-1].tokens
-            count = replace(count, head=count.head * rows / len(batch.label_positions))
+            count = replace(count, head=count.head * step.layouts[-1].tokens / len(batch.label_positions))
         return count.total
 
     def predicted_peak_mib(self, arm: BenchArm, batch: PackedBatch, layouts: Sequence[Layout] | None = None) -> float:
-        """By `cost.memory`, with this optimizer, the arm's kernels and logits of labels alone. ``layouts``: of the
-        batch under the arm's schedule, where they are known."""
+        """By `cost.memory`, with this optimizer, the arm's kernels and logits of labels alone."""
         on_gpu = self.device.type == "cuda"  # else it is asked for a card that is not here
         kernels = kernels_of(resolve(arm.kernels, self.device) if on_gpu else arm.kernels)
-        options = (self.shape.geometry, self.shape.trainable, arm.recomputed, optimizer.states(self.kind, self.dtype))
-        peak = predicted_peak(self.model.hf.config, batch, arm.schedule, *options, layouts=layouts, kernels=kernels)
-        return peak.total / MIB
+        states = optimizer.states(self.kind, self.dtype)
+        return predicted_peak(self.counted(arm, batch, layouts), states, kernels=kernels).total / MIB
 
     def modelled_time(self, arm: BenchArm, batch: PackedBatch) -> ArmTime | None:
         """The model of its time (`cost.step_time`), in bfloat16 on whatever device, with the kernels that it has here;
         None where there is none."""
-        config, shape = self.model.hf.config, self.shape
-        if arm.full_logits or not is_modelled(config):
+        if arm.full_logits or not is_modelled(self.model.hf.config):
             return None
-        options = (shape.geometry, shape.trainable, arm.recomputed)
         learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         moved = optimizer_bytes(learning) * optimizer.SHARES[self.kind]
         kernels = kernels_of(resolve(arm.kernels, self.device))
-        parts = timed_parts(config, batch, arm.schedule, *options, kernels=kernels)
+        parts = timed_parts(self.counted(arm, batch), kernels)
         return ArmTime(parts, moved, self.model_flops(arm, batch).total)
 
     def recover(self) -> None:
@@ -305,7 +305,7 @@ def _one_step(
         result.model_flops.append(needed.total)
         result.ranking_flops.append(needed.ranking)
         result.hardware_flops.append(trainer.hardware_flops(arm, batch))
-        result.stage_flops.append(stage_flops(trainer.model.hf.config, batch, arm.schedule, trainer.shape.geometry))
+        result.stage_flops.append(stage_flops(trainer.counted(arm, batch)))
         if (time := trainer.modelled_time(arm, batch)) is not None:
             result.times.append(time)
         if cuda and not arm.full_logits:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -50,6 +51,38 @@ class Recomputed:
 
 ALL_LAYERS = Recomputed(None, True)
 """Every layer of the decoder and the tower."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is counted: a step on one micro-batch.
+
+    Attributes:
+        config: of the Hugging Face LLaVA (``text_config``, ``vision_config``, ``vision_feature_layer``).
+        trainable: which of projector, language_model and vision_tower learn (empty: forward only). The gradient
+            passes through a frozen decoder to what learns before it.
+        recomputed: layers that keep their inputs only. Their forward runs once more in backward, up to the last
+            product, whose result nobody needs again.
+        known: `layouts`, where they are known already.
+    """
+
+    config: Any
+    batch: PackedBatch
+    schedule: Schedule
+    geometry: ImageGeometry
+    trainable: Collection[str] = ("projector", "language_model")
+    recomputed: Recomputed = Recomputed()
+    known: Sequence[Layout] | None = None
+
+    @cached_property
+    def layouts(self) -> Sequence[Layout]:
+        """Of the stream at every stage (`layouts_of`)."""
+        return self.known or layouts_of(self.batch, self.schedule, self.geometry)
+
+    @property
+    def tiles(self) -> int:
+        """That go through the tower: a text-only batch sends one dummy."""
+        return sum(map(self.geometry.num_tiles, self.batch.image_sizes)) or 1
 
 
 class Product(NamedTuple):
@@ -129,18 +162,10 @@ class StepFlops:
         return sum(getattr(self, entry.name) for entry in fields(self))
 
 
-def step_flops(
-    config: Any,
-    batch: PackedBatch,
-    schedule: Schedule,
-    geometry: ImageGeometry,
-    trainable: Collection[str] = ("projector", "language_model"),
-    recomputed: Recomputed = Recomputed(),
-    layouts: Sequence[Layout] | None = None,
-) -> StepFlops:
-    """Operations of forward and backward of one micro-batch; the arguments are those of `step_parts`."""
+def step_flops(step: Step) -> StepFlops:
+    """Operations of forward and backward."""
     found: dict[str, Work] = {}
-    for part in step_parts(config, batch, schedule, geometry, trainable, recomputed, layouts):
+    for part in step_parts(step):
         found[part.kind] = found.get(part.kind, Work()) + part.whole
     layers = found["layers"]
     return StepFlops(
@@ -153,11 +178,11 @@ def step_flops(
     )
 
 
-def stage_flops(config: Any, batch: PackedBatch, schedule: Schedule, geometry: ImageGeometry) -> list[float]:
+def stage_flops(step: Step) -> list[float]:
     """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
-    stages, layer = [0.0] * (len(schedule.layers) + 1), 0
-    for part in _stages(config.text_config, layouts_of(batch, schedule, geometry), schedule, (), Recomputed()):
-        stages[schedule.stage(layer)] += part.forward.flops
+    stages, layer = [0.0] * (len(step.schedule.layers) + 1), 0
+    for part in _stages(step):
+        stages[step.schedule.stage(layer)] += part.forward.flops
         layer += part.layers
     return stages
 
@@ -173,43 +198,27 @@ def predicted_reduction(
     """Share of a vanilla step's operations that ``schedule`` saves on ``batches``, between 0 and 1."""
 
     def operations(chosen: Schedule) -> float:
-        return sum(step_flops(config, batch, chosen, geometry, trainable, recomputed).total for batch in batches)
+        steps = (Step(config, batch, chosen, geometry, trainable, recomputed) for batch in batches)
+        return sum(step_flops(step).total for step in steps)
 
     return saved(operations(Schedule()), operations(schedule))
 
 
-def step_parts(
-    config: Any,
-    batch: PackedBatch,
-    schedule: Schedule,
-    geometry: ImageGeometry,
-    trainable: Collection[str] = ("projector", "language_model"),
-    recomputed: Recomputed = Recomputed(),
-    layouts: Sequence[Layout] | None = None,
-    split: Collection[int] = (),
-) -> list[StepPart]:
-    """Products and attention of one micro-batch, forward and backward: tower, projector, the layers of each stage, all
-    rankings, head.
+def step_parts(step: Step, split: Collection[int] = ()) -> list[StepPart]:
+    """Products and attention, forward and backward: tower, projector, the layers of each stage, all rankings, head.
 
     Args:
-        config: of the Hugging Face LLaVA (``text_config``, ``vision_config``, ``vision_feature_layer``).
-        trainable: which of projector, language_model and vision_tower learn (empty: forward only). The gradient
-            passes through a frozen decoder to what learns before it.
-        recomputed: layers whose forward runs once more in backward, up to the last product, whose result nobody needs
-            again.
-        layouts: of every stage (`layouts_of`), where the caller has them.
         split: layers before which a part begins though nothing is dropped there, to stand beside a schedule's.
     """
-    text, tiles = config.text_config, tiles_of(batch, geometry)
-    layouts = layouts or layouts_of(batch, schedule, geometry)
-    logits = (Product(len(batch.label_positions), text.hidden_size, text.vocab_size),)
+    text, trainable = step.config.text_config, step.trainable
+    logits = (Product(len(step.batch.label_positions), text.hidden_size, text.vocab_size),)
     back = Work(_backward(logits, "language_model" in trainable)) if trainable else Work()
     return [
-        _tower(config, tiles, "vision_tower" in trainable, recomputed.tower),
-        _projector(config, tiles * geometry.features(schedule.downsample), trainable),
-        *_stages(text, layouts, schedule, trainable, recomputed, split),
-        *([_rankings(text, layouts, schedule, bool(trainable))] if schedule.layers else []),
-        StepPart("head", "head and loss", layouts[-1].tokens, Work(logits), back),
+        _tower(step.config, step.tiles, "vision_tower" in trainable, step.recomputed.tower),
+        _projector(step.config, step.tiles * step.geometry.features(step.schedule.downsample), trainable),
+        *_stages(step, split),
+        *([_rankings(text, step.layouts, step.schedule, bool(trainable))] if step.schedule.layers else []),
+        StepPart("head", "head and loss", step.layouts[-1].tokens, Work(logits), back),
     ]
 
 
@@ -254,20 +263,14 @@ def _projector(config: Any, rows: int, trainable: Collection[str]) -> StepPart:
     return StepPart("projector", "projector", rows, Work(first + second), Work(back))
 
 
-def _stages(
-    text: Any,
-    layouts: Sequence[Layout],
-    schedule: Schedule,
-    trainable: Collection[str],
-    recomputed: Recomputed,
-    split: Collection[int] = (),
-) -> list[StepPart]:
+def _stages(step: Step, split: Collection[int] = ()) -> list[StepPart]:
     """The decoder's layers. Their linear maps are q, k, v, o and the three of the gated MLP."""
+    text, schedule, trainable = step.config.text_config, step.schedule, step.trainable
     hidden, mlp, window = text.hidden_size, text.intermediate_size, _window(text)
     queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
     maps = ((hidden, queries, 1), (hidden, keys, 2), (queries, hidden, 1), (hidden, mlp, 2), (mlp, hidden, 1))
-    repeated = len(range(text.num_hidden_layers)[: recomputed.layers]) * bool(trainable)
-    by_layer = layout_of_layers(layouts, schedule, text.num_hidden_layers)
+    repeated = len(range(text.num_hidden_layers)[: step.recomputed.layers]) * bool(trainable)
+    by_layer = layout_of_layers(step.layouts, schedule, text.num_hidden_layers)
     edges = sorted({0, schedule.inject, *schedule.layers, *split, text.num_hidden_layers})
     found = []
     for first, stop in pairwise(edges):
@@ -324,11 +327,6 @@ def _ranking_work(ranker: Ranker, before: Layout, after: Layout, merge: bool) ->
         asking = list(zip(counts[ranker.queries], before.seq_lens))
     queries, scores = sum(count for count, _ in asking), sum(count * length for count, length in asking)
     return RankingWork(before.tokens, max(1, queries), scores, products, merged)  # where none asks, one is projected
-
-
-def tiles_of(batch: PackedBatch, geometry: ImageGeometry) -> int:
-    """Tiles that go through the tower: a text-only batch sends one dummy."""
-    return sum(geometry.num_tiles(size) for size in batch.image_sizes) or 1
 
 
 def head_size(text: Any) -> int:

@@ -10,11 +10,8 @@ from typing import Any
 
 from llava_pdrop.checkpoint.lora import by_pattern
 from llava_pdrop.config.schema import Config, LoraSection
-from llava_pdrop.cost.flops import head_size, key_value_heads
-from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.stream import layout_of_layers, layouts_of
-from llava_pdrop.schedule import Schedule
-from llava_pdrop.types import PackedBatch
+from llava_pdrop.cost.flops import Step, head_size, key_value_heads
+from llava_pdrop.model.stream import layout_of_layers
 
 NOT_MODELLED = "what the adapters keep for their backward (a copy of each input after dropout), quantised weights"
 
@@ -44,17 +41,11 @@ def adapter_parameters(text: Any, section: LoraSection | None) -> list[int]:
     ]
 
 
-def adapter_flops(
-    text: Any,
-    section: LoraSection | None,
-    batch: PackedBatch,
-    schedule: Schedule,
-    geometry: ImageGeometry,
-    recomputed: int | None,
-) -> float:
-    """Operations of the adapters in a step that runs the first ``recomputed`` layers (None: all) forward again."""
-    layouts = layout_of_layers(layouts_of(batch, schedule, geometry), schedule, text.num_hidden_layers)
-    again = range(text.num_hidden_layers)[:recomputed]
+def adapter_flops(step: Step, section: LoraSection | None) -> float:
+    """Operations of the adapters in a step."""
+    text = step.config.text_config
+    layouts = layout_of_layers(step.layouts, step.schedule, text.num_hidden_layers)
+    again = range(text.num_hidden_layers)[: step.recomputed.layers]
     return float(
         sum(
             2 * layouts[layer].tokens * parameters * (3 + (layer in again))

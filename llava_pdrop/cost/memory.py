@@ -32,19 +32,16 @@ what fused kernels save under autocast.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llava_pdrop.cost.elementwise import KERNELS
-from llava_pdrop.cost.flops import Recomputed, head_size, key_value_heads, tiles_of
+from llava_pdrop.cost.flops import Step, head_size, key_value_heads
 from llava_pdrop.cost.states import FLOAT, GATHERED, States
 from llava_pdrop.errors import check_name
-from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.model.stream import Layout, layout_of_layers, layouts_of
+from llava_pdrop.model.stream import layout_of_layers
 from llava_pdrop.model.vision import used_tower_layers
-from llava_pdrop.schedule import Schedule
-from llava_pdrop.types import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -111,42 +108,26 @@ class MemoryBlock:
     casts: float = 0.0
 
 
-def predicted_peak(
-    config: Any,
-    batch: PackedBatch,
-    schedule: Schedule,
-    geometry: ImageGeometry,
-    trainable: Collection[str] = ("projector", "language_model"),
-    recomputed: Recomputed = Recomputed(),
-    states: States = States(),
-    adapters: int = 0,
-    layouts: Sequence[Layout] | None = None,
-    kernels: str = "eager",
-) -> Memory:
-    """The peak of forward, backward and a fused optimizer step of one micro-batch on one GPU.
+def predicted_peak(step: Step, states: States = States(), adapters: int = 0, kernels: str = "eager") -> Memory:
+    """The peak of forward, backward and a fused optimizer step on one GPU.
 
     Args:
-        config: of the Hugging Face LLaVA.
-        trainable: which of projector, language_model and vision_tower learn.
-        recomputed: layers that keep their inputs only and run once more in backward, as in `step_flops`.
         adapters: parameters of LoRA adapters, which learn instead of the decoder's own. What they keep for their
             backward, besides the inputs that full training keeps too, is not in it.
-        layouts: `layouts_of` the batch under ``schedule``, where that was called already.
         kernels: of norms, rotary embedding and gated product in the decoder, one of `elementwise.KERNELS`.
 
     Raises:
         UserError: unknown kernels.
     """
     check_name("--kernels", kernels, KERNELS)
+    config, trainable = step.config, step.trainable
     counts, layers = Parameters.of(config), config.text_config.num_hidden_layers
     decoder = replace(counts, embedding=0, layer=adapters // layers, head=0) if adapters else counts
-    layouts = layouts_of(batch, schedule, geometry) if layouts is None else layouts
-    again = range(layers)[: recomputed.layers]
-    tiles = tiles_of(batch, geometry)
+    rows = step.tiles * step.geometry.features(step.schedule.downsample)
     blocks = [
-        *_tower_blocks(config, counts, tiles, "vision_tower" in trainable, recomputed.tower, states),
-        _projector_block(config, counts, tiles * geometry.features(schedule.downsample), trainable, states),
-        *_decoder_blocks(config.text_config, decoder, layouts, schedule, trainable, again, states, kernels),
+        *_tower_blocks(config, counts, step.tiles, "vision_tower" in trainable, step.recomputed.tower, states),
+        _projector_block(config, counts, rows, trainable, states),
+        *_decoder_blocks(step, decoder, states, kernels),
     ]
     total, learning = counts.total(config) + adapters, sum(block.learning for block in blocks)
     fixed = dict(
@@ -163,20 +144,20 @@ def predicted_peak(
         gradients = _gradients(states, learning, done)
         moments.append(Memory(**fixed, gradients=gradients, activations=held + block.peak))
         done += block.learning
-    step = _gradients(states, learning, learning) + states.gradient_copy * learning / states.shards
-    moments.append(Memory(**fixed, gradients=0.0 if states.offloaded else step, activations=0.0))
+    whole = _gradients(states, learning, learning) + states.gradient_copy * learning / states.shards
+    moments.append(Memory(**fixed, gradients=0.0 if states.offloaded else whole, activations=0.0))
     return max(moments, key=lambda moment: moment.total)
 
 
 def cpu_memory(config: Any, trainable: Collection[str], states: States, adapters: int = 0) -> float:
     """Bytes in the memory of the CPU that an engine with offloading needs for each GPU; the arguments are those of
-    `predicted_peak`."""
+    `Step` and `predicted_peak`."""
     total = Parameters.of(config).total(config) + adapters
     return states.cpu_bytes(total, learning_parameters(config, trainable, adapters))
 
 
 def learning_parameters(config: Any, trainable: Collection[str], adapters: int = 0) -> int:
-    """How many parameters learn; the arguments are those of `predicted_peak`."""
+    """How many parameters learn; the arguments are those of `Step` and `predicted_peak`."""
     counts, used = Parameters.of(config), used_tower_layers(config)
     decoder = counts.embedding + config.text_config.num_hidden_layers * counts.layer + counts.head
     learning = adapters or decoder * ("language_model" in trainable)
@@ -218,17 +199,10 @@ def _gradients(states: States, learning: int, done: int) -> float:
     return states.stored * present / states.shards + states.buckets * learning
 
 
-def _decoder_blocks(
-    text: Any,
-    counts: Parameters,
-    layouts: Sequence[Layout],
-    schedule: Schedule,
-    trainable: Collection[str],
-    recomputed: Collection[int],
-    states: States,
-    kernels: str,
-) -> list[MemoryBlock]:
+def _decoder_blocks(step: Step, counts: Parameters, states: States, kernels: str) -> list[MemoryBlock]:
     """Embedding, layers, last norm with the head and the loss."""
+    text, layouts, schedule, trainable = step.config.text_config, step.layouts, step.schedule, step.trainable
+    recomputed = range(text.num_hidden_layers)[: step.recomputed.layers]
     hidden, learns, size, stream = text.hidden_size, "language_model" in trainable, states.bytes, states.stream
     whole = stream * layouts[0].tokens * hidden
     blocks = [MemoryBlock(0.0, whole, counts.embedding * learns)]

@@ -13,14 +13,13 @@ from itertools import pairwise
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost import nominal
 from llava_pdrop.cost.elementwise import kernels_of
-from llava_pdrop.cost.flops import Recomputed, StepFlops, step_flops
+from llava_pdrop.cost.flops import Recomputed, Step, StepFlops, step_flops
 from llava_pdrop.cost.lora import adapter_flops, adapter_parameters, learning
 from llava_pdrop.cost.memory import Memory, predicted_peak
 from llava_pdrop.cost.paper import Solution, solve_budget
 from llava_pdrop.cost.states import States
 from llava_pdrop.data.conversation import template_of
 from llava_pdrop.errors import UserError
-from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.report.units import GIB, saved
 from llava_pdrop.schedule import Schedule, image_tokens_by_stage
 
@@ -159,9 +158,9 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Plan
     )
 
     def operations(schedule: Schedule, again: Recomputed) -> StepFlops:
-        flops = step_flops(model.config, batch, schedule, model.geometry, learning(config), again)
-        adapters = adapter_flops(model.config.text_config, config.lora, batch, schedule, model.geometry, again.layers)
-        return replace(flops, decoder=flops.decoder + adapters)
+        step = Step(model.config, batch, schedule, model.geometry, learning(config), again)
+        flops = step_flops(step)
+        return replace(flops, decoder=flops.decoder + adapter_flops(step, config.lora))
 
     return PlanStep(
         samples=len(batch.seq_lens),
@@ -177,13 +176,12 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
     model = nominal.model_of(config)
     batch = nominal.nominal_batch(model.geometry, config)
     adapters = sum(adapter_parameters(model.config.text_config, config.lora))
-    geometry, kernels = model.geometry, kernels_of(config.model.kernels)
+    kernels = kernels_of(config.model.kernels)
 
     def peaks(schedule: Schedule) -> list[Memory]:
-        layouts = layouts_of(batch, schedule, geometry)
-        peak = partial(predicted_peak, model.config, batch, schedule, geometry, config.model.trainable)
-        again = map(Recomputed.first, recomputed)
-        return [peak(count, states, adapters, layouts=layouts, kernels=kernels) for count in again]
+        step = Step(model.config, batch, schedule, model.geometry, config.model.trainable)
+        steps = [replace(step, recomputed=Recomputed.first(count), known=step.layouts) for count in recomputed]
+        return [predicted_peak(step, states, adapters, kernels) for step in steps]
 
     schedule = config.schedule.check(model.layers)
     return [MemoryRow(*row) for row in zip(recomputed, peaks(Schedule()), peaks(schedule))]

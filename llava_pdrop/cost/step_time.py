@@ -27,14 +27,10 @@ from math import ceil
 from typing import Any
 
 from llava_pdrop.cost import elementwise
-from llava_pdrop.cost.flops import Product, Recomputed, StepPart, Work, step_parts
+from llava_pdrop.cost.flops import Product, Step, StepPart, Work, step_parts
 from llava_pdrop.errors import UserError, check_name
-from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.model.rankers import RANKERS
-from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.runtime.device import PEAK_TFLOPS
-from llava_pdrop.schedule import Schedule
-from llava_pdrop.types import PackedBatch
 
 NOTE = (
     "A model, within 6 % of the steps measured on one H100; no other card was measured (llava_pdrop/cost/step_time.py)."
@@ -113,16 +109,7 @@ def is_modelled(config: Any) -> bool:
     return known and config.text_config.model_type in elementwise.MODELLED
 
 
-def timed_parts(
-    config: Any,
-    batch: PackedBatch,
-    schedule: Schedule,
-    geometry: ImageGeometry,
-    trainable: Collection[str] = ("projector", "language_model"),
-    recomputed: Recomputed = Recomputed(),
-    kernels: str = "eager",
-    split: Collection[int] = (),
-) -> list[StepPart]:
+def timed_parts(step: Step, kernels: str = "eager", split: Collection[int] = ()) -> list[StepPart]:
     """`step_parts`, whose arguments these are, in bfloat16, with the bytes of what lies between the products.
 
     Args:
@@ -131,28 +118,27 @@ def timed_parts(
     Raises:
         UserError: a decoder or tower that is not modelled (`is_modelled`), or unknown kernels.
     """
-    text, learns = config.text_config, "language_model" in trainable
-    if not is_modelled(config):
+    text, learns = step.config.text_config, "language_model" in step.trainable
+    if not is_modelled(step.config):
         known = " and ".join(elementwise.MODELLED)
         raise UserError(f"the time of a step is modelled for {known} with CLIP, not {text.model_type}")
-    layouts = layouts_of(batch, schedule, geometry)
     found = []
-    for part in step_parts(config, batch, schedule, geometry, trainable, recomputed, layouts, split):
+    for part in step_parts(step, split):
         moved, back = elementwise.Moved(0.0, 0.0), bool(part.backward.products)
         match part.kind:
             case "tower":
-                moved = elementwise.tower_layer_bytes(config.vision_config, part.tokens)
+                moved = elementwise.tower_layer_bytes(step.config.vision_config, part.tokens)
             case "projector":
                 moved = elementwise.projector_bytes(text.hidden_size, part.tokens)
             case "layers":
                 moved = elementwise.layer_bytes(text, part.tokens, learns, kernels)
             case "ranking":
-                back = bool(trainable)
-                for name, (before, after) in zip(schedule.rankers, pairwise(layout.tokens for layout in layouts)):
+                back, tokens = bool(step.trainable), pairwise(layout.tokens for layout in step.layouts)
+                for name, (before, after) in zip(step.schedule.rankers, tokens):
                     moved += elementwise.drop_bytes(text, before, after, kernels, RANKERS[name].projections is not None)
             case "head":
                 moved = elementwise.norm_bytes(text.hidden_size, part.tokens, learns, kernels)
-                moved += elementwise.loss_bytes(text.vocab_size, len(batch.label_positions))
+                moved += elementwise.loss_bytes(text.vocab_size, len(step.batch.label_positions))
         backward = part.layers * moved.backward + part.again * moved.again
         found.append(
             replace(

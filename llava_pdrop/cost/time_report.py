@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.elementwise import KERNELS, MODELLED, kernels_of, optimizer_bytes
-from llava_pdrop.cost.flops import StepPart, Work, step_flops
+from llava_pdrop.cost.flops import Step, StepPart, Work, step_flops
 from llava_pdrop.cost.memory import learning_parameters
 from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by, states_of
 from llava_pdrop.cost.step_time import NOTE, Card, card_named, is_modelled, timed_parts
@@ -115,9 +115,9 @@ def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str | None
     moved = 0.0 if states.offloaded else optimizer_bytes(mine, not states.float32) / accumulation
     again, arms = recomputed_by(config, model.layers), {}
     for name, chosen in {"vanilla": Schedule(), **({"dropping": schedule} if not schedule.vanilla else {})}.items():
-        options = (model.config, batch, chosen, model.geometry, trainable)
-        parts = timed_parts(*options, again, kernels=kernels, split=schedule.layers)
-        arms[name] = ArmTime(parts, moved, step_flops(*options).total)
+        step = Step(model.config, batch, chosen, model.geometry, trainable)
+        parts = timed_parts(replace(step, recomputed=again), kernels, schedule.layers)
+        arms[name] = ArmTime(parts, moved, step_flops(step).total)
     told = f"a micro-batch's share of an optimizer step over {accumulation}, {states.label}"
     return TimeModel(card, kernels, arms, "not in it, it runs on the CPU" if states.offloaded else told)
 

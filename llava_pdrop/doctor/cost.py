@@ -19,7 +19,7 @@ import torch
 
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.flops import step_flops
+from llava_pdrop.cost.flops import Step, step_flops
 from llava_pdrop.cost.lora import adapter_flops, learning
 from llava_pdrop.cost.nominal import NominalModel, model_of, recomputed_by
 from llava_pdrop.data.packing import BatchPlan
@@ -116,10 +116,8 @@ def cost_of(config: Config, model: NominalModel, geometry: ImageGeometry, batche
     learns, again = learning(config), recomputed_by(config, model.layers)
 
     def operations(schedule: Schedule) -> float:
-        whole = [step_flops(model.config, batch, schedule, geometry, learns, again).total for batch in packed]
-        options = (schedule, geometry, again.layers)
-        text, adapters = model.config.text_config, config.lora
-        return sum(whole) + sum(adapter_flops(text, adapters, batch, *options) for batch in packed)
+        steps = [Step(model.config, batch, schedule, geometry, learns, again) for batch in packed]
+        return sum(step_flops(step).total + adapter_flops(step, config.lora) for step in steps)
 
     vanilla, dropping = operations(Schedule()), operations(config.schedule.check(model.layers))
     records = sum(len(batch.seq_lens) for batch in packed)

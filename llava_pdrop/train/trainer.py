@@ -22,7 +22,7 @@ from llava_pdrop.checkpoint.lora import ADAPTER_CONFIG
 from llava_pdrop.checkpoint.shards import open_tensors
 from llava_pdrop.checkpoint.zero3 import own_tensors
 from llava_pdrop.config.load import RUN_FILE
-from llava_pdrop.cost.flops import Recomputed, step_flops
+from llava_pdrop.cost.flops import Recomputed, Step, step_flops
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
 from llava_pdrop.errors import UserError, clip
@@ -246,8 +246,8 @@ class PyramidTrainer(SavingTrainer):
         if is_adapted(model.hf):  # the gradient passes through the decoder as to a projector, not into its weights
             trainable = trainable - {"language_model"} | {"projector"}
         recomputed = Recomputed(model.recompute_layers, True) if recomputing else Recomputed()
-        options = (model.geometry, trainable, recomputed, layouts)
-        return step_flops(model.hf.config, inputs, model.schedule, *options).total
+        step = Step(model.hf.config, inputs, model.schedule, model.geometry, trainable, recomputed, layouts)
+        return step_flops(step).total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that ``optim`` names, over the groups of `parameter_groups`."""

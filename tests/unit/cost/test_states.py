@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
+from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, Step
 from llava_pdrop.cost.memory import Memory, Parameters, cpu_memory, predicted_peak
 from llava_pdrop.cost.states import GATHERED, States
 from llava_pdrop.geometry import ImageGeometry
@@ -45,7 +45,8 @@ def peak(states: States, checkpointing: bool = False) -> Memory:
     pixels = ImageInput(torch.zeros(1, 3, 8, 8), (8, 8))
     batch = PackedBatch.pack([Sample("s", torch.full((7,), 5), labels, (pixels,), ((1, 5),))])
     return predicted_peak(
-        CONFIG, batch, Schedule(), ImageGeometry(8, 4), DECODER, ALL_LAYERS if checkpointing else Recomputed(), states
+        Step(CONFIG, batch, Schedule(), ImageGeometry(8, 4), DECODER, ALL_LAYERS if checkpointing else Recomputed()),
+        states,
     )
 
 
