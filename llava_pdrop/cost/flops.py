@@ -9,7 +9,7 @@ The paper's own figure (image tokens only) is `llava_pdrop.cost.paper.paper_tflo
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -83,6 +83,11 @@ class Step:
     def tiles(self) -> int:
         """That go through the tower: a text-only batch sends one dummy."""
         return sum(map(self.geometry.num_tiles, self.batch.image_sizes)) or 1
+
+    @property
+    def features(self) -> int:
+        """Rows that go through the projector."""
+        return self.tiles * self.geometry.features(self.schedule.downsample)
 
 
 class Product(NamedTuple):
@@ -187,21 +192,10 @@ def stage_flops(step: Step) -> list[float]:
     return stages
 
 
-def predicted_reduction(
-    config: Any,
-    batches: Sequence[PackedBatch],
-    schedule: Schedule,
-    geometry: ImageGeometry,
-    trainable: Collection[str],
-    recomputed: Recomputed = Recomputed(),
-) -> float:
-    """Share of a vanilla step's operations that ``schedule`` saves on ``batches``, between 0 and 1."""
-
-    def operations(chosen: Schedule) -> float:
-        steps = (Step(config, batch, chosen, geometry, trainable, recomputed) for batch in batches)
-        return sum(step_flops(step).total for step in steps)
-
-    return saved(operations(Schedule()), operations(schedule))
+def predicted_reduction(steps: Sequence[Step]) -> float:
+    """Share of the operations of vanilla ``steps`` that these save, between 0 and 1."""
+    vanilla = [replace(step, schedule=Schedule(), known=None) for step in steps]
+    return saved(*(sum(step_flops(step).total for step in counted) for counted in (vanilla, steps)))
 
 
 def step_parts(step: Step, split: Collection[int] = ()) -> list[StepPart]:
@@ -214,10 +208,10 @@ def step_parts(step: Step, split: Collection[int] = ()) -> list[StepPart]:
     logits = (Product(len(step.batch.label_positions), text.hidden_size, text.vocab_size),)
     back = Work(_backward(logits, "language_model" in trainable)) if trainable else Work()
     return [
-        _tower(step.config, step.tiles, "vision_tower" in trainable, step.recomputed.tower),
-        _projector(step.config, step.tiles * step.geometry.features(step.schedule.downsample), trainable),
+        _tower(step),
+        _projector(step),
         *_stages(step, split),
-        *([_rankings(text, step.layouts, step.schedule, bool(trainable))] if step.schedule.layers else []),
+        *([_rankings(step)] if step.schedule.layers else []),
         StepPart("head", "head and loss", step.layouts[-1].tokens, Work(logits), back),
     ]
 
@@ -242,11 +236,12 @@ def _alike(products: Sequence[Product], attention: int, layers: int, again: int,
     )
 
 
-def _tower(config: Any, tiles: int, learns: bool, recomputed: bool) -> StepPart:
+def _tower(step: Step) -> StepPart:
     """Only the layers that lead to ``vision_feature_layer`` run."""
-    vision, layers = config.vision_config, used_tower_layers(config)
+    vision, layers = step.config.vision_config, used_tower_layers(step.config)
+    tiles, learns = step.tiles, "vision_tower" in step.trainable
     width, mlp, patches = vision.hidden_size, vision.intermediate_size, (vision.image_size // vision.patch_size) ** 2
-    tokens, again = tiles * (patches + 1), layers * recomputed * learns
+    tokens, again = tiles * (patches + 1), layers * step.recomputed.tower * learns
     products = [Product(tokens, *sizes) for sizes in ((width, width, 4), (width, mlp, 1), (mlp, width, 1))]
     forward, back = _alike(products, 4 * tiles * (patches + 1) ** 2 * width, layers, again, learns)
     embedding = (Product(tiles * patches, 3 * vision.patch_size**2, width),)
@@ -254,11 +249,11 @@ def _tower(config: Any, tiles: int, learns: bool, recomputed: bool) -> StepPart:
     return StepPart("tower", "tower", tokens, Work(embedding) + forward, back if learns else Work(), layers, again)
 
 
-def _projector(config: Any, rows: int, trainable: Collection[str]) -> StepPart:
+def _projector(step: Step) -> StepPart:
     """The gradient goes into the first map's input only where the tower learns."""
-    width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+    width, hidden, rows = step.config.vision_config.hidden_size, step.config.text_config.hidden_size, step.features
     first, second = (Product(rows, width, hidden),), (Product(rows, hidden, hidden),)
-    learns, below = "projector" in trainable, "vision_tower" in trainable
+    learns, below = "projector" in step.trainable, "vision_tower" in step.trainable
     back = _backward(first, learns, below) + _backward(second, learns, learns or below)
     return StepPart("projector", "projector", rows, Work(first + second), Work(back))
 
@@ -284,15 +279,16 @@ def _stages(step: Step, split: Collection[int] = ()) -> list[StepPart]:
     return found
 
 
-def _rankings(text: Any, layouts: Sequence[Layout], schedule: Schedule, trains: bool) -> StepPart:
+def _rankings(step: Step) -> StepPart:
     """All of a step. A ranking has no backward, a mean of tokens has."""
+    text, schedule, layouts = step.config.text_config, step.schedule, step.layouts
     hidden, whole, back = text.hidden_size, Work(), Work()
     queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
     for name, (before, after) in zip(schedule.rankers, pairwise(layouts)):
         work = _ranking_work(RANKERS[name], before, after, schedule.merge == "nearest")
         projected = (Product(work.keys, hidden, keys), Product(work.queries, hidden, queries)) if work.keys else ()
         whole += Work(projected, 2 * (queries * work.scores + hidden * (work.products + 2 * work.merged)))
-        back += Work((), 0, 2 * hidden * work.merged * trains)
+        back += Work((), 0, 2 * hidden * work.merged * bool(step.trainable))
     return StepPart("ranking", "ranking, dropping", layouts[0].tokens, whole, back)
 
 

@@ -120,20 +120,19 @@ def predicted_peak(step: Step, states: States = States(), adapters: int = 0, ker
         UserError: unknown kernels.
     """
     check_name("--kernels", kernels, KERNELS)
-    config, trainable = step.config, step.trainable
+    config, learns = step.config, "language_model" in step.trainable
     counts, layers = Parameters.of(config), config.text_config.num_hidden_layers
     decoder = replace(counts, embedding=0, layer=adapters // layers, head=0) if adapters else counts
-    rows = step.tiles * step.geometry.features(step.schedule.downsample)
     blocks = [
-        *_tower_blocks(config, counts, step.tiles, "vision_tower" in trainable, step.recomputed.tower, states),
-        _projector_block(config, counts, rows, trainable, states),
+        *_tower_blocks(step, counts, states),
+        _projector_block(step, counts, states),
         *_decoder_blocks(step, decoder, states, kernels),
     ]
     total, learning = counts.total(config) + adapters, sum(block.learning for block in blocks)
     fixed = dict(
         weights=_stored_weights(counts, total, learning, states, bool(adapters)),
         optimizer=0.0 if states.offloaded else states.optimizer * learning / states.shards,
-        gathered=_gathered(config, counts, total, "language_model" in trainable and not adapters, states),
+        gathered=_gathered(config, counts, total, learns and not adapters, states),
     )
     held = sum(block.held for block in blocks)
     before = _gradients(states, learning, 0)
@@ -236,16 +235,14 @@ def _layer_bytes(text: Any, tokens: int, learns: bool, states: States, fused: bo
     return tokens * (norms + inputs + attention + gated), tokens * extra
 
 
-def _tower_blocks(
-    config: Any, counts: Parameters, tiles: int, learns: bool, recompute: bool, states: States
-) -> list[MemoryBlock]:
+def _tower_blocks(step: Step, counts: Parameters, states: States) -> list[MemoryBlock]:
     """Nothing of a frozen tower stays. Of a trained one only the layers below ``vision_feature_layer`` learn."""
-    vision, size = config.vision_config, states.bytes
+    vision, size, recompute = step.config.vision_config, states.bytes, step.recomputed.tower
     width, mlp = vision.hidden_size, vision.intermediate_size
-    pixels = tiles * 3 * vision.image_size**2
-    if not learns:
+    pixels = step.tiles * 3 * vision.image_size**2
+    if "vision_tower" not in step.trainable:
         return [MemoryBlock(FLOAT * pixels, FLOAT * pixels, 0)]
-    tokens = tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    tokens = step.tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
     source = states.stream * tokens * width
     stem = (FLOAT + size) * pixels + source
     casts = size * counts.tower_layer * states.autocast
@@ -254,15 +251,13 @@ def _tower_blocks(
     extra = tokens * (size * 2 * mlp + states.stream * width)
     held, peak = (source if recompute else kept), kept + extra + source * recompute
     layer = MemoryBlock(held, peak, counts.tower_layer, casts * recompute)
-    norm_behind = 2 * width  # never used, so it does not learn
-    return [MemoryBlock(stem, stem + 2 * source, counts.tower_stem - norm_behind), *[layer] * used_tower_layers(config)]
+    learning = counts.tower_stem - 2 * width  # the norm behind the layers is never used, so it does not learn
+    return [MemoryBlock(stem, stem + 2 * source, learning), *[layer] * used_tower_layers(step.config)]
 
 
-def _projector_block(
-    config: Any, counts: Parameters, rows: int, trainable: Collection[str], states: States
-) -> MemoryBlock:
-    width, hidden, size = config.vision_config.hidden_size, config.text_config.hidden_size, states.bytes
-    learns = "projector" in trainable
-    inner = size * rows * hidden * (learns or "vision_tower" in trainable)
+def _projector_block(step: Step, counts: Parameters, states: States) -> MemoryBlock:
+    width, hidden = step.config.vision_config.hidden_size, step.config.text_config.hidden_size
+    rows, size, learns = step.features, states.bytes, "projector" in step.trainable
+    inner = size * rows * hidden * (learns or "vision_tower" in step.trainable)
     held = inner + size * rows * (width + hidden) * learns
     return MemoryBlock(held, held + 2 * states.stream * rows * hidden, counts.projector * learns)

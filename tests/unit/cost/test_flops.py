@@ -173,15 +173,17 @@ def test_recomputing_only_long_streams_gains_more_by_dropping():
     assert totals == sorted(totals) and totals[-1] == step_flops(Step(config, batch(), *options, ALL_LAYERS)).total
     steps = [after - before for before, after in zip(totals, totals[1:])]
     assert steps[0] > steps[1] > steps[2] / 2 > 0  # layers 0 and 1 one by one, then 2 and 3 together
-    off, none = (predicted_reduction(config, [batch()], *options, *how) for how in ((), (Recomputed(0),)))
+    off, none = (predicted_reduction([Step(config, batch(), *options, *how)]) for how in ((), (Recomputed(0),)))
     assert off == none  # nothing runs again
 
 
 def test_reduction_is_none_without_drops_and_grows_with_them():
     config = model(Schedule()).hf.config
     options = dict(geometry=GEOMETRY, trainable=("projector", "language_model"))
-    assert predicted_reduction(config, [batch()], Schedule(), **options) == 0
-    some, more = (predicted_reduction(config, [batch()], Schedule((1,), (ratio,)), **options) for ratio in (0.5, 0.0))
+    assert predicted_reduction([Step(config, batch(), Schedule(), **options)]) == 0
+    some, more = (
+        predicted_reduction([Step(config, batch(), Schedule((1,), (ratio,)), **options)]) for ratio in (0.5, 0.0)
+    )
     assert 0 < some < more < 1
 
 
