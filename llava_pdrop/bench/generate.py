@@ -124,29 +124,25 @@ def hook_cost(subject: Subject, given: Given, device: torch.device, steps: int =
     try:
         plain = bare(attached, plugin_of(attached))
         models = {"plain": plain, "attached": attached}
-        caches, ids = {}, torch.empty(0)
-        for name, model in models.items():
-            caches[name], ids = _prefilled(model, given)
+        prefilled = {name: _prefilled(model, given) for name, model in models.items()}
         found: dict[str, list[Span]] = {name: [] for name in models}
         with no_garbage_collection():
             for step in range(COLD_STEPS + steps):
                 for name in list(models)[:: 1 if step % 2 else -1]:
-                    span = _step(models[name], caches[name], ids[:, -1:], device)
-                    if step >= COLD_STEPS:
-                        found[name].append(span)
+                    found[name].append(_step(models[name], *prefilled[name], device))
     except torch.OutOfMemoryError:
         return None
     finally:
         detach(attached)
-    return HookCost(**found)
+    return HookCost(**{name: spans[COLD_STEPS:] for name, spans in found.items()})
 
 
 @torch.inference_mode()
 def _prefilled(model: Any, given: Given) -> tuple[Any, Tensor]:
-    """The cache that one new token leaves, and the whole prompt (B, N)."""
+    """The cache that one new token leaves, and the last token of the prompt (B, 1)."""
     with given.inputs(model) as inputs:
         output = model.generate(**inputs, **GREEDY, max_new_tokens=1)
-    return output.past_key_values, inputs["input_ids"]
+    return output.past_key_values, inputs["input_ids"][:, -1:]
 
 
 @torch.inference_mode()
