@@ -139,12 +139,7 @@ def timed_parts(step: Step, kernels: str = "eager", split: Collection[int] = ())
             case "head":
                 moved = elementwise.norm_bytes(text.hidden_size, part.tokens, learns, kernels)
                 moved += elementwise.loss_bytes(text.vocab_size, len(step.batch.label_positions))
-        backward = part.layers * moved.backward + part.again * moved.again
-        found.append(
-            replace(
-                part,
-                forward=part.forward + Work(bytes=part.layers * moved.forward),
-                backward=part.backward + Work(bytes=backward * back),
-            )
-        )
+        forward = part.forward + Work(bytes=part.layers * moved.forward)
+        backward = part.backward + Work(bytes=back * (part.layers * moved.backward + part.again * moved.again))
+        found.append(replace(part, forward=forward, backward=backward))
     return found
