@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from llava_pdrop.bench import prefill_report as shared
 from llava_pdrop.bench.generate import DROPPING, OVERHEAD_STEPS, Answer, HookCost, hook_cost, measure_answers, paired
-from llava_pdrop.bench.subjects import Given, PrefillCase, Subject
+from llava_pdrop.bench.subjects import PrefillCase, Subject
 from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Block, Note, Page, Picture, Table
 from llava_pdrop.report.units import MEMORY, column, digits, text_of, time_unit
@@ -33,28 +33,33 @@ CLOCKS = {
 
 
 def entry(
-    subject: Subject, given: Given, batch: int, new_tokens: int, method: str, counted: Mapping[str, Sequence[Answer]]
+    subject: Subject,
+    case: PrefillCase,
+    text_tokens: int,
+    method: str,
+    schedule: Schedule,
+    counted: Mapping[str, Sequence[Answer]],
 ) -> dict[str, Any]:
     """One method at one batch size, measured and, where the shape is known, predicted. A method that ran out of memory
     has None for what needs its runs, or those of vanilla."""
     runs, vanilla = counted.get(method, ()), counted.get("vanilla", ())
     steps, firsts = [step for run in runs for step in run.steps], [run.first for run in runs]
-    predicted, cache = _predicted(subject, given, batch, new_tokens, method)
+    _, predicted, cache = shared.predictions(subject, case, schedule) if subject.geometry else (None, None, None)
     faster = {name: _faster(vanilla, runs, name) for name in ("first", "prefill", "token", "whole")}
     realised = faster["prefill"]
     return {
         "method": method,
-        "batch": batch,
-        "image_tokens": given.image_tokens,
-        "text_tokens": given.text_tokens,
-        "new_tokens": new_tokens,
+        "batch": case.batch,
+        "image_tokens": case.image_tokens,
+        "text_tokens": text_tokens,
+        "new_tokens": case.new_tokens,
         **shared.of_runs(runs),
         "first_token_ms": shared.milliseconds(firsts),
         "first_token_cpu_ms": shared.cpu_milliseconds(firsts),
         "tower_ms": shared.milliseconds([run.tower for run in runs if run.tower is not None]),
         "token_ms": shared.milliseconds(steps),
         "token_cpu_ms": shared.cpu_milliseconds(steps),
-        "tokens_per_s": shared.spread([batch * new_tokens / run.whole.seconds for run in runs]),
+        "tokens_per_s": shared.spread([case.batch * case.new_tokens / run.whole.seconds for run in runs]),
         "cache_bytes_predicted": cache,
         "speedup": faster,
         "prefill_speedup_predicted": predicted,
@@ -96,7 +101,8 @@ def bench_generate(
     for batch, image_tokens in tqdm(cases, desc=f"generate {name}", unit="case", leave=False):
         given = subject.give(batch, image_tokens)
         counted = measure_answers(subject, given, new_tokens, runs, device)
-        results += [entry(subject, given, batch, new_tokens, method, counted) for method in methods]
+        case = PrefillCase(batch, given.image_tokens, new_tokens)
+        results += [entry(subject, case, given.text_tokens, *method, counted) for method in methods.items()]
         cost = hook_cost(subject, given, device)
         hooks += [overhead(cost, batch) | {"image_tokens": given.image_tokens}] if cost else []
     told = {
@@ -176,20 +182,6 @@ def hook_table(hooks: Sequence[dict[str, Any]]) -> Table:
         "What the hooks add to a token: attached at ratio 1.0, step by step in turns with a model without hooks",
         left=0,
     )
-
-
-def _predicted(
-    subject: Subject, given: Given, batch: int, new_tokens: int, method: str
-) -> tuple[float | None, int | None]:
-    """How many times as fast operations say that the prefill is, and the bytes of the cache; None where the pictures'
-    geometry is not known."""
-    if subject.geometry is None:
-        return None, None
-    case = PrefillCase(batch, given.image_tokens, new_tokens)
-    schedule = Schedule() if method == "vanilla" else subject.schedule
-    config, geometry = subject.hf.config, subject.geometry
-    flops = [shared.prefill_flops(config, case, tried, geometry) for tried in (Schedule(), schedule)]
-    return flops[0] / flops[1], shared.predicted_cache_bytes(config, case, schedule, subject.hf.dtype)
 
 
 def _faster(vanilla: Sequence[Answer], runs: Sequence[Answer], name: str) -> float | None:

@@ -73,6 +73,14 @@ def predicted_cache_bytes(config: Any, case: PrefillCase, schedule: Schedule, dt
     return case.batch * tokens * 2 * key_value_heads(text) * head_size(text) * dtype.itemsize
 
 
+def predictions(subject: Subject, case: PrefillCase, schedule: Schedule) -> tuple[float, float, int]:
+    """Operations of the prefill of a shape, how many times as many it has without drops, and bytes of the cache."""
+    config, geometry = subject.hf.config, subject.geometry
+    assert geometry is not None, "it is a shape"
+    flops, vanilla = (prefill_flops(config, case, tried, geometry) for tried in (schedule, Schedule()))
+    return flops, vanilla / flops, predicted_cache_bytes(config, case, schedule, subject.hf.dtype)
+
+
 def spread(values: Sequence[float], factor: float = 1.0) -> dict[str, float] | None:
     """``median``, ``q1`` and ``q3`` of ``values`` times ``factor``; None of none."""
     return dict(zip(QUARTILES, (value * factor for value in quartiles(values)))) if values else None
@@ -112,11 +120,8 @@ def entry(
 ) -> dict[str, Any]:
     """One method at one case, predicted and measured: what `measure_prefill` found of ``tower`` and of all methods. A
     method that ran out of memory has None for what needs its runs, or those without dropping."""
-    config, geometry = subject.hf.config, subject.geometry
-    assert geometry is not None, "it is a shape"
     runs, vanilla = counted.get(method, ()), counted.get("vanilla", ())
-    flops = prefill_flops(config, case, schedule, geometry)
-    predicted = prefill_flops(config, case, Schedule(), geometry) / flops
+    flops, predicted, cache = predictions(subject, case, schedule)
     before, cost = (median(run.prefill.cost for run in own) if own else None for own in (vanilla, runs))
     realised = before / cost if before and cost else None
     decoded = case.batch * (case.new_tokens - 1)
@@ -128,7 +133,7 @@ def entry(
         "ranking_ms": milliseconds([run.ranking for run in runs]),
         "tower_ms": milliseconds(tower),
         "decode_tokens_per_s": spread([decoded / run.decode.seconds for run in runs]),
-        "cache_bytes_predicted": predicted_cache_bytes(config, case, schedule, subject.hf.dtype),
+        "cache_bytes_predicted": cache,
         "prefill_tflop": flops / 1e12,
         "share_of_peak": flops / cost / peak if cost else None,
         "speedup": realised,
