@@ -18,7 +18,6 @@ from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.plan import room_in
 from llava_pdrop.cost.step_time import card_named
 from llava_pdrop.errors import UserError
-from llava_pdrop.model.stream import layouts_of
 from llava_pdrop.report.units import GIB, MIB
 from llava_pdrop.types import PackedBatch
 
@@ -136,7 +135,7 @@ def _arm_with(
     towers = (False, True) if "vision_tower" in trainer.shape.trainable else (False,)
     counts = [None if number == depth else number for number in numbers]
     choices = [replace(arm, recomputed=Recomputed(count, tower)) for tower in towers for count in counts]
-    layouts = [layouts_of(batch, arm.schedule, trainer.shape.geometry) for batch in batches]
+    layouts = [trainer.counted(arm, batch).layouts for batch in batches]
 
     def peak(choice: BenchArm) -> float:
         return max(trainer.predicted_peak_mib(choice, *known) for known in zip(batches, layouts)) * MIB
