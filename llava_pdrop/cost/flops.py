@@ -280,30 +280,19 @@ def _stages(step: Step, split: Collection[int] = ()) -> list[StepPart]:
 
 
 def _rankings(step: Step) -> StepPart:
-    """All of a step. A ranking has no backward, a mean of tokens has."""
-    text, schedule, layouts = step.config.text_config, step.schedule, step.layouts
-    hidden, whole, back = text.hidden_size, Work(), Work()
-    queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
-    for name, (before, after) in zip(schedule.rankers, pairwise(layouts)):
-        work = _ranking_work(RANKERS[name], before, after, schedule.merge == "nearest")
-        projected = (Product(work.keys, hidden, keys), Product(work.queries, hidden, queries)) if work.keys else ()
-        whole += Work(projected, 2 * (queries * work.scores + hidden * (work.products + 2 * work.merged)))
-        back += Work((), 0, 2 * hidden * work.merged * bool(step.trainable))
-    return StepPart("ranking", "ranking, dropping", layouts[0].tokens, whole, back)
+    """All of a step."""
+    whole, back = Work(), Work()
+    for name, (before, after) in zip(step.schedule.rankers, pairwise(step.layouts)):
+        forward, backward = _ranking(step, RANKERS[name], before, after)
+        whole, back = whole + forward, back + backward
+    return StepPart("ranking", "ranking, dropping", step.layouts[0].tokens, whole, back)
 
 
-class RankingWork(NamedTuple):
-    """What a drop computes: tokens whose keys and whose queries are projected, products of a query and a key and of two
-    hidden states, and pairs of a survivor and a token that may be merged into it."""
-
-    keys: int
-    queries: int
-    scores: int
-    products: int
-    merged: int
-
-
-def _ranking_work(ranker: Ranker, before: Layout, after: Layout, merge: bool) -> RankingWork:
+def _ranking(step: Step, ranker: Ranker, before: Layout, after: Layout) -> tuple[Work, Work]:
+    """Forward and backward of a drop: projections of keys and queries and their products, products of two hidden
+    states, and those of pairs of a survivor and a token that may be merged into it. A ranking has no backward, a mean
+    of tokens has."""
+    text, hidden = step.config.text_config, step.config.text_config.hidden_size
     texts = [len(rows) for rows in before.text_rows()] if ranker.text else [0] * len(before.seq_lens)
     taken = [
         (stop - start, kept[1] - kept[0], sample)
@@ -313,16 +302,20 @@ def _ranking_work(ranker: Ranker, before: Layout, after: Layout, merge: bool) ->
         if droppable
     ]
     products = sum(ranker.products(count, keep, texts[sample]) for count, keep, sample in taken)
-    merged = sum(keep * (count - keep) for count, keep, _ in taken) * merge
+    merged = sum(keep * (count - keep) for count, keep, _ in taken) * (step.schedule.merge == "nearest")
+    back = Work((), 0, 2 * hidden * merged * bool(step.trainable))
     if ranker.projections is None:
-        return RankingWork(0, 0, 0, products, merged)
+        return Work((), 2 * hidden * (products + 2 * merged)), back
     if ranker.queries == "image":
         asking = [(count, before.seq_lens[sample]) for count, _, sample in taken]
     else:
         counts = {"instruction": [len(starts) for starts in before.answer_starts], "text": texts, None: [0]}
         asking = list(zip(counts[ranker.queries], before.seq_lens))
-    queries, scores = sum(count for count, _ in asking), sum(count * length for count, length in asking)
-    return RankingWork(before.tokens, max(1, queries), scores, products, merged)  # where none asks, one is projected
+    rows = max(1, sum(count for count, _ in asking))  # where none asks, one row is projected
+    queries, keys = (heads * head_size(text) for heads in (text.num_attention_heads, key_value_heads(text)))
+    projected = (Product(before.tokens, hidden, keys), Product(rows, hidden, queries))
+    scores = queries * sum(count * length for count, length in asking)
+    return Work(projected, 2 * (scores + hidden * (products + 2 * merged))), back
 
 
 def head_size(text: Any) -> int:
