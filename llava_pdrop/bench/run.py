@@ -13,7 +13,7 @@ from llava_pdrop.bench import generate_report, prefill_report, train_report
 from llava_pdrop.bench.rankings import ranker_costs
 from llava_pdrop.bench.recompute import arms_in, read_setting
 from llava_pdrop.bench.shapes import chosen_shape
-from llava_pdrop.bench.subjects import TEXT_TOKENS, Subject, checked
+from llava_pdrop.bench.subjects import TEXT_TOKENS, Subject, checked, refuse_pooling
 from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
 from llava_pdrop.bench.variants import arms_of, compare
 from llava_pdrop.bench.workload import Workload
@@ -170,7 +170,8 @@ def run_prefill(asked: PrefillSettings) -> dict[str, Any]:
         raise UserError(
             f"--image-tokens must be at most {room - asked.new_tokens}: the decoder has no positions for more"
         )
-    subject = Subject.of_shape(shape, device, asked.seed, asked.attention or "sdpa", "bench prefill")
+    refuse_pooling(shape.schedule, "bench prefill")
+    subject = Subject.of_shape(shape, device, asked.seed, asked.attention or "sdpa")
     cases = [(batch, tokens) for tokens in image_tokens for batch in asked.batch]
     report = prefill_report.bench_prefill(name, subject, device, cases, asked.new_tokens, asked.runs, asked.seed)
     stem = file_name("prefill", name, device_label(device))
@@ -209,8 +210,9 @@ def run_generate(asked: GenerateSettings) -> dict[str, Any]:
                 f"--image-tokens and --new-tokens must be at most {room} together, got {longest} and "
                 f"{asked.new_tokens}: the decoder has no positions for more"
             )
+        refuse_pooling(shape.schedule, "bench generate")
         checked(shape.schedule, "CONFIG")
-        subject = Subject.of_shape(shape, device, asked.seed, asked.attention or "sdpa", "bench generate")
+        subject = Subject.of_shape(shape, device, asked.seed, asked.attention or "sdpa")
     cases = [(batch, tokens) for tokens in asked.image_tokens or (None,) for batch in asked.batch]
     report = generate_report.bench_generate(name, subject, device, cases, asked.new_tokens, asked.runs, asked.seed)
     stem = file_name("generate", name, device_label(device))

@@ -150,21 +150,13 @@ class Subject:
     geometry: ImageGeometry | None = None
 
     @classmethod
-    def of_shape(cls, shape: Shape, device: torch.device, seed: int, attention: str, bench: str) -> Subject:
+    def of_shape(cls, shape: Shape, device: torch.device, seed: int, attention: str) -> Subject:
         """A model of ``shape`` with random weights. Its pictures are encoded before ``generate``, so that any number of
-        image tokens can be measured.
-
-        Args:
-            bench: that measures it, for messages.
+        image tokens can be measured, and nothing that pools (`refuse_pooling`).
 
         Raises:
-            UserError: its schedule pools; or an ``attn_implementation`` that is not there.
+            UserError: an ``attn_implementation`` that is not there.
         """
-        if shape.schedule.downsample:
-            raise UserError(
-                f"{bench} encodes the pictures of a shape before the clock starts, so that pyramid_drop.downsample "
-                "cannot be measured: set it to 0, or give bench generate a directory with weights"
-            )
         hf = ready(make_model(shape, device, seed).hf, attention)
         geometry = shape.geometry
 
@@ -205,6 +197,15 @@ class Subject:
             return Given(lambda model: nullcontext(there), shown, there["input_ids"].shape[1] - shown)
 
         return cls(hf, schedule, give)
+
+
+def refuse_pooling(schedule: Schedule, bench: str) -> None:
+    """Raises a `UserError` at a ``schedule`` of a shape that pools, of which ``bench`` would see nothing."""
+    if schedule.downsample:
+        raise UserError(
+            f"{bench} encodes the pictures of a shape before the clock starts, so that pyramid_drop.downsample cannot "
+            "be measured: set it to 0, or give bench generate a directory with weights"
+        )
 
 
 def checked(schedule: Schedule, name: str) -> Schedule:

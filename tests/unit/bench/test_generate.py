@@ -34,7 +34,7 @@ NEW = 4
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return Subject.of_shape(SHAPE, CPU, 0, "sdpa", "bench generate")
+    return Subject.of_shape(SHAPE, CPU, 0, "sdpa")
 
 
 @pytest.fixture(scope="module")

@@ -41,19 +41,15 @@ NEW = 3
 METHODS = {"vanilla": Schedule(), "PyramidDrop": SHAPE.schedule, "FastV": FASTV}
 
 
-def subject_of(shape: shapes.Shape) -> Subject:
-    return Subject.of_shape(shape, CPU, 0, "sdpa", "bench prefill")
-
-
 @pytest.fixture(scope="module")
 def hf():
-    return subject_of(SHAPE).hf
+    return Subject.of_shape(SHAPE, CPU, 0, "sdpa").hf
 
 
 @pytest.fixture(scope="module")
 def report():
     cases = [(batch, tokens) for tokens in (20, 36) for batch in (1, 2)]
-    return bench_prefill("test", subject_of(SHAPE), CPU, cases, NEW, runs=2, seed=0)
+    return bench_prefill("test", Subject.of_shape(SHAPE, CPU, 0, "sdpa"), CPU, cases, NEW, runs=2, seed=0)
 
 
 def make_prompt(hf, batch: int = 2, image_tokens: int = 50) -> tuple[PrefillCase, Prompt]:
@@ -117,7 +113,7 @@ def test_cache_bytes_are_the_predicted_ones(hf, method, batch, image_tokens):
 
 def test_pooling_cannot_be_measured_where_pictures_come_encoded():
     with pytest.raises(ValueError, match=says("bench prefill", "pyramid_drop.downsample")):
-        subject_of(replace(SHAPE, schedule=Schedule(downsample=9)))
+        measured("configs/bench/tiny.yaml", "pyramid_drop.downsample=9", "--device", "cpu")
 
 
 def test_the_bench_leaves_the_model_as_it_was(hf):
@@ -251,7 +247,7 @@ def test_a_method_that_runs_out_of_memory_leaves_the_others(monkeypatch, victim)
         return own(hf, prompt, schedule, *rest)
 
     monkeypatch.setattr(bench, "generate", tight)
-    subject = subject_of(SHAPE)
+    subject = Subject.of_shape(SHAPE, CPU, 0, "sdpa")
     tower, counted = measure_prefill(subject, METHODS, case, 2, CPU)
     assert len(tower) == 2
     assert {method: len(runs) for method, runs in counted.items()} == {m: 2 for m in METHODS if m != victim}
