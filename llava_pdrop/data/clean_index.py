@@ -14,7 +14,6 @@ from llava_pdrop.errors import MissingFileError, UserError
 from llava_pdrop.files import write_json
 
 TEXT_FORMATS = (".json", ".jsonl")
-BYTES_AT_A_TIME = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ def _part_digest(part: DataPart) -> bytes:
     if all(file.suffix.lower() in TEXT_FORMATS for file in files):
         for name in files:
             with name.open("rb") as file:
-                while block := file.read(BYTES_AT_A_TIME):
-                    digest.update(block)
+                hashlib.file_digest(file, lambda: digest)
     else:
         home = part.path if part.path.is_dir() else part.path.parent
         sizes = [(file.relative_to(home).as_posix(), file.stat().st_size) for file in files]

@@ -26,8 +26,6 @@ from llava_pdrop.report.units import GIB
 MANIFEST = "manifest.json"
 STAGING = ".partial"
 THREADS = 8
-BYTES_AT_A_TIME = 2**24
-"""Bytes read at a time."""
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -171,11 +169,8 @@ def _flushed_hash(file: Path) -> str:
 
 
 def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
     with file.open("rb") as source:
-        while block := source.read(BYTES_AT_A_TIME):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:
