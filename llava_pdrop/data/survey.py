@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,15 +111,6 @@ class ImageSizes:
         return [(width, height) for width, height in self.sizes[first : self.ends[index]].tolist()]
 
 
-@dataclass
-class Cached:
-    """What is kept of a pass: see `Survey`."""
-
-    lengths: np.ndarray
-    unlabelled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    unknown_keys: Counter[str] = field(default_factory=Counter)
-
-
 def survey(
     records: Records | Sequence[Record], measure: Measure, rules: str = "", workers: int = 0, cache: Path | None = None
 ) -> Survey:
@@ -130,38 +121,37 @@ def survey(
         workers: processes for a large data set; 0: this one.
         cache: directory for results, made if missing; None: nothing is kept. Used for `Records` only.
     """
-    before = Cached(np.full(len(records), UNUSABLE, np.int32))
+    found = Survey(np.full(len(records), UNUSABLE, np.int32), {}, np.zeros(len(records), np.int32), np.empty(0, int))
     known: ImageSizes | None = None
     files: tuple[Path, Path] | None = None
     if cache is not None and isinstance(records, Records) and len(records) >= LARGE:
         data = records.fingerprint()
         files = cache / f"sizes-{_digest(data)}.npz", cache / f"lengths-{_digest(data, rules)}.npz"
-        known, before = _load(files, before)
-    lengths, unlabelled, keys = before.lengths, before.unlabelled.tolist(), before.unknown_keys
-    todo = np.flatnonzero(lengths == UNUSABLE)
-    problems: dict[int, RecordError] = {}
-    found: dict[int, list[Size]] = {}
+        known, found = _load(files, found)
+    todo, unlabelled = np.flatnonzero(found.lengths == UNUSABLE), found.unlabelled.tolist()
+    seen: dict[int, list[Size]] = {}
     blocks = Blocks(records, sized, _Count(measure), todo, known)
     quiet = len(todo) < LARGE or not is_first()
     with tqdm(total=len(todo), desc="counting tokens", unit=" records", unit_scale=True, disable=quiet) as bar:
         for results in blocks.spread(workers if len(todo) >= LARGE else 0):
             for index, result, sizes, unread in results:
-                found[index] = sizes
+                seen[index] = sizes
                 if isinstance(result, RecordError):
-                    problems[index] = result
+                    found.problems[index] = result
                     continue
-                lengths[index] = result
-                keys.update(unread)
+                found.lengths[index] = result
+                found.unknown_keys.update(unread)
                 if isinstance(result, Unlabelled):
                     unlabelled.append(index)
             bar.update(len(results))
-    after = Cached(lengths, np.array(sorted(unlabelled), dtype=np.int64), keys)
-    if files is not None and len(todo) > len(problems):
-        _save(files, after, known, found)
-    images = np.zeros(len(records), np.int32) if known is None else np.diff(known.ends, prepend=0).astype(np.int32)
-    for index, sizes in found.items():
-        images[index] = len(sizes)
-    return Survey(lengths, problems, images, after.unlabelled, keys)
+    found = replace(found, unlabelled=np.array(sorted(unlabelled), dtype=np.int64))
+    if files is not None and len(todo) > len(found.problems):
+        _save(files, found, known, seen)
+    if known is not None:
+        found.images[:] = np.diff(known.ends, prepend=0)
+    for index, sizes in seen.items():
+        found.images[index] = len(sizes)
+    return found
 
 
 @dataclass(frozen=True)
@@ -285,35 +275,32 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def _text(key: bytes) -> str:
-    return key.decode(errors="surrogatepass")
-
-
-def _load(files: tuple[Path, Path], before: Cached) -> tuple[ImageSizes | None, Cached]:
+def _load(files: tuple[Path, Path], nothing: Survey) -> tuple[ImageSizes | None, Survey]:
     """What the cache files hold, as far as they exist."""
     known = None
     if files[0].is_file():
         with np.load(files[0]) as stored:
             known = ImageSizes(stored["ends"], stored["sizes"])
-    if files[1].is_file():
-        with np.load(files[1]) as stored:
-            keys = Counter(dict(zip(map(_text, stored["keys"].tolist()), stored["counts"].tolist())))
-            before = Cached(stored["lengths"], stored["unlabelled"], keys)
-    return known, before
+    if not files[1].is_file():
+        return known, nothing
+    with np.load(files[1]) as stored:
+        keys = [key.decode(errors="surrogatepass") for key in stored["keys"].tolist()]
+        counts = Counter(dict(zip(keys, stored["counts"].tolist())))
+        return known, replace(nothing, lengths=stored["lengths"], unlabelled=stored["unlabelled"], unknown_keys=counts)
 
 
-def _save(files: tuple[Path, Path], after: Cached, known: ImageSizes | None, found: dict[int, list[Size]]) -> None:
+def _save(files: tuple[Path, Path], found: Survey, known: ImageSizes | None, seen: dict[int, list[Size]]) -> None:
     """Writes both files, each in one move, so that other processes never see half of one."""
-    sizes = [found[i] if i in found else known.of(i) if known is not None else [] for i in range(len(after.lengths))]
+    sizes = [seen[i] if i in seen else known.of(i) if known is not None else [] for i in range(len(found.lengths))]
     flat = [size for picture_sizes in sizes for size in picture_sizes]
     ends = np.cumsum([len(picture_sizes) for picture_sizes in sizes])
     contents: list[dict[str, np.ndarray]] = [
         {"ends": ends, "sizes": np.array(flat, dtype=np.int32).reshape(-1, 2)},
         {
-            "lengths": after.lengths,
-            "unlabelled": after.unlabelled,
-            "keys": np.array([key.encode(errors="surrogatepass") for key in after.unknown_keys], dtype=bytes),
-            "counts": np.array(list(after.unknown_keys.values()), dtype=np.int64),
+            "lengths": found.lengths,
+            "unlabelled": found.unlabelled,
+            "keys": np.array([key.encode(errors="surrogatepass") for key in found.unknown_keys], dtype=bytes),
+            "counts": np.array(list(found.unknown_keys.values()), dtype=np.int64),
         },
     ]
     try:
