@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from llava_pdrop.errors import MissingFileError, UserError, clip
 from llava_pdrop.types import ImageInput, PackedBatch, Record, Sample
 
 
+@dataclass(eq=False, repr=False)
 class ConversationDataset(Dataset[Sample]):
     """Training samples made from records when they are asked for.
 
-    Args:
+    Attributes:
         records: e.g. of `llava_pdrop.data.mixture.read_data`.
         encoder: template, tokenizer, geometry and limit; records that name a template of their own keep it.
         processor: the vision tower's image processor.
@@ -32,19 +34,11 @@ class ConversationDataset(Dataset[Sample]):
         cache: directory where `survey` keeps what it found about large data sets; None: nowhere.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        encoder: Encoder,
-        processor: BaseImageProcessor,
-        workers: int = 0,
-        cache: Path | None = None,
-    ) -> None:
-        self.records = records
-        self.encoder = encoder
-        self.processor = processor
-        self.workers = workers
-        self.cache = cache
+    records: Sequence[Record]
+    encoder: Encoder
+    processor: BaseImageProcessor
+    workers: int = 0
+    cache: Path | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -95,7 +89,7 @@ class ConversationDataset(Dataset[Sample]):
             )
         usable = np.setdiff1d(np.arange(len(self)), list(found.problems))
         records = self.records.take(usable) if isinstance(self.records, Records) else [self.records[i] for i in usable]
-        rest = ConversationDataset(records, self.encoder, self.processor, self.workers, self.cache)
+        rest = replace(self, records=records)
         rest.survey = found.of(usable)
         return rest
 
