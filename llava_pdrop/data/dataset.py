@@ -1,4 +1,4 @@
-"""Records -> samples on demand, and samples -> packed batches."""
+"""Records -> samples on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import Survey, may_be_left_out, survey
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import MissingFileError, UserError, clip
-from llava_pdrop.types import ImageInput, PackedBatch, Record, Sample
+from llava_pdrop.types import ImageInput, Record, Sample
 
 
 @dataclass(eq=False, repr=False)
@@ -111,8 +111,3 @@ class ConversationDataset(Dataset[Sample]):
         for file in [Path(llava_pdrop.geometry.__file__), *sorted(Path(__file__).parent.rglob("*.py"))]:
             digest.update(file.read_bytes())
         return digest.hexdigest()
-
-
-def collate(samples: list[Sample]) -> PackedBatch:
-    """A micro-batch for training: the ``collate_fn`` of a `torch.utils.data.DataLoader`."""
-    return PackedBatch.pack(samples)

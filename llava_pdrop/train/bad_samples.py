@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from llava_pdrop.data.dataset import ConversationDataset, collate
+from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.errors import UserError, clip
 from llava_pdrop.types import PackedBatch, Sample
 
@@ -107,6 +107,6 @@ class CheckedSamples(Dataset["Sample | BadSample"]):
 
 
 def collate_checked(samples: list[Sample | BadSample]) -> PackedBatch | BadSample:
-    """`llava_pdrop.data.dataset.collate`; one sample that ends the run makes a batch that does."""
+    """A micro-batch, for the loader of training; one sample that ends the run makes a batch that does."""
     bad = next((sample for sample in samples if isinstance(sample, BadSample)), None)
-    return bad or collate([sample for sample in samples if isinstance(sample, Sample)])
+    return bad or PackedBatch.pack([sample for sample in samples if isinstance(sample, Sample)])

@@ -17,13 +17,13 @@ from transformers import CLIPImageProcessorPil
 
 from llava_pdrop.data import survey
 from llava_pdrop.data.conversation import TEMPLATES
-from llava_pdrop.data.dataset import ConversationDataset, collate
+from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.images import image_size
 from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.geometry import ImageGeometry
-from llava_pdrop.types import Record, Turn
+from llava_pdrop.types import PackedBatch, Record, Turn
 from tests.messages import says
 
 ANYRES = ImageGeometry(56, 14, "anyres", "spatial_unpad", ((56, 112), (112, 56), (112, 112)))
@@ -69,7 +69,7 @@ def test_lengths_from_headers_equal_the_real_ones(make_dataset, records, options
 def test_loader(make_dataset, records):
     dataset = make_dataset(records)
     plan = BatchPlan(dataset.lengths(), seed=1, tokens_per_batch=200)
-    batches = list(DataLoader(dataset, batch_sampler=PlanSampler(plan), collate_fn=collate))
+    batches = list(DataLoader(dataset, batch_sampler=PlanSampler(plan), collate_fn=PackedBatch.pack))
     assert sorted(name for batch in batches for name in batch.sample_ids) == ["0", "1", "2", "3"]
     for batch, indices in zip(batches, plan.micro_batches(0), strict=True):
         assert batch.seq_lens == [dataset.lengths()[i] for i in indices] and sum(batch.seq_lens) <= 200
