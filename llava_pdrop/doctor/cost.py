@@ -39,19 +39,6 @@ DEFAULT_TFLOPS = 125.0
 
 
 @dataclass(frozen=True)
-class StageTokens:
-    """Image tokens of a data set before any drop and after each one: ``total`` of all ``images``."""
-
-    images: int
-    total: list[int]
-
-    @property
-    def mean(self) -> list[float]:
-        """Per image."""
-        return [total / max(1, self.images) for total in self.total]
-
-
-@dataclass(frozen=True)
 class Rate:
     """Operations per second of training without and with dropping, and where they are from.
 
@@ -81,15 +68,17 @@ class Cost:
         return 1000 * self.vanilla / rate.vanilla / 3600, 1000 * self.dropping / rate.dropping / 3600
 
 
-def stage_tokens(sizes: np.ndarray, times: np.ndarray, geometry: ImageGeometry, schedule: Schedule) -> StageTokens:
-    """Image tokens of pictures of ``sizes`` (m, 2), (width, height), each shown ``times`` (m,) times."""
+def stage_tokens(sizes: np.ndarray, times: np.ndarray, geometry: ImageGeometry, schedule: Schedule) -> dict[str, Any]:
+    """Image tokens before any drop and after each one, of pictures of ``sizes`` (m, 2), (width, height), each shown
+    ``times`` (m,) times: how many images that are, the total of all, and the mean."""
     keys, which = np.unique(sizes[:, 0].astype(np.int64) << 32 | sizes[:, 1], return_inverse=True)
     shown = np.bincount(which, weights=times, minlength=len(keys)).astype(np.int64).tolist()
     counts = [geometry.num_tokens((key >> 32, key & 0xFFFFFFFF), schedule.downsample) for key in keys.tolist()]
     total = [sum(n * many for n, many in zip(counts, shown))]
     for stage in range(len(schedule.layers)):
         total.append(sum(schedule.kept(n, stage) * many for n, many in zip(counts, shown)))
-    return StageTokens(sum(shown), total)
+    images = sum(shown)
+    return {"images": images, "total": total, "mean_per_image": [round(n / max(1, images), 2) for n in total]}
 
 
 def sampled_batches(config: Config, lengths: Sequence[int]) -> list[list[int]]:
@@ -208,10 +197,7 @@ def predict(
     times = np.bincount(findings.which, minlength=len(findings.records)) * findings.usable
     known = findings.shown[:, 0] > 0
     shown = np.repeat(times, findings.counts)
-    tokens = stage_tokens(findings.shown[known], shown[known], geometry, config.schedule)
-    report["image_tokens_per_stage"] = {
-        "images": tokens.images, "total": tokens.total, "mean_per_image": [round(mean, 2) for mean in tokens.mean]
-    }  # fmt: skip
+    report["image_tokens_per_stage"] = stage_tokens(findings.shown[known], shown[known], geometry, config.schedule)
     clean = findings.which[findings.clean]
     if encoder is None or not len(clean):
         return report | {"why_not": "Operations and hours are not known: no tokens were counted."}

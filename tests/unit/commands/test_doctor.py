@@ -203,8 +203,8 @@ def test_stage_tokens_weigh_pictures_by_how_often_they_are_shown():
     sizes, times = np.array([[30, 60], [112, 112], [30, 60]]), np.array([2, 1, 3])
     tokens = stage_tokens(sizes, times, anyres, Schedule((1, 2), (0.5, 0.1)))
     tall, square = 48, 80
-    assert tokens.images == 6
-    assert tokens.total == [5 * tall + square, 5 * tall // 2 + square // 2, 5 * int(tall * 0.1) + int(square * 0.1)]
+    assert tokens["images"] == 6
+    assert tokens["total"] == [5 * tall + square, 5 * tall // 2 + square // 2, 5 * int(tall * 0.1) + int(square * 0.1)]
 
 
 COST = Cost(batches=1, records=1, vanilla=2e12, dropping=1e12, reduction=0.5)
