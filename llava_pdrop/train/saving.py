@@ -3,9 +3,8 @@ whether one was written, and a resumed run goes on where the other stopped, to t
 
 from __future__ import annotations
 
-import errno
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from llava_pdrop.errors import first_line
+from llava_pdrop.errors import FULL, first_line
 from llava_pdrop.runtime.ranks import from_every_rank, number_of_ranks
 from llava_pdrop.runtime.watchdog import Watchdog
 from llava_pdrop.train import checkpoints
@@ -107,20 +106,17 @@ class SavingTrainer(Trainer):
                 failed only, if the ranks gather what they write: DeepSpeed and FSDP).
         """
         failure: Exception | None = None
+        text: str | None = None
         output = Path(self.args.output_dir)
         self.watchdog.at(f"{action.__name__} {target.name}")
         try:
             if everywhere or self.args.should_save:
                 action()
-        except (CheckpointError, *WRITE_ERRORS) as error:
-            failure = error
-        text = None
-        if isinstance(failure, CheckpointError):
-            text = str(failure)
-        elif failure is not None:
-            text = f"{target} could not be written: {first_line(failure)}"
-            full = getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            if full or checkpoints.free_bytes(output) < needed:
+        except CheckpointError as error:
+            failure, text = error, str(error)
+        except WRITE_ERRORS as error:
+            failure, text = error, f"{target} could not be written: {first_line(error)}"
+            if getattr(error, "errno", None) in FULL or checkpoints.free_bytes(output) < needed:
                 text = f"{text}; {checkpoints.shortage(output, needed)}"
         if text is not None and everywhere and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise CheckpointError(text) from failure  # the others wait inside for this rank: the launcher ends them
@@ -170,12 +166,10 @@ class SavingTrainer(Trainer):
         return weights + sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
     def _bytes_of_weights(self) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._saved_parameters())
-
-    def _saved_parameters(self) -> Iterable[nn.Parameter]:
-        """Those whose values go into a checkpoint."""
+        """Of those whose values go into a checkpoint."""
         hf = self._hf()
-        return [p for p in hf.parameters() if p.requires_grad or not is_adapted(hf)]
+        saved = [p for p in hf.parameters() if p.requires_grad or not is_adapted(hf)]
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
 
     def _without_base(self) -> AbstractContextManager[None]:
         """As long as it lasts, the state of the model is what is saved of it."""
