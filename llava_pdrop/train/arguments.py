@@ -20,7 +20,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.nominal import recomputes
 from llava_pdrop.errors import ConfigError, first_line
 from llava_pdrop.runtime.device import has_fast_bfloat16, peak_flops
 from llava_pdrop.world import environment_kept, number_of_processes
@@ -165,11 +164,6 @@ def warn_of_locks(args: TrainingArguments) -> None:
     compiled = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
     for lock in compiled.glob("**/cpu_adam/lock") if settings is not None and settings.is_offload() else ():
         log.warning("this run waits for %s: if no other one is compiling, it was killed while it did: remove it", lock)
-
-
-def recomputes_activations(args: TrainingArguments) -> bool:
-    """Whether the backward pass computes activations anew."""
-    return recomputes(vars(args))
 
 
 def peak_of(args: TrainingArguments) -> float | None:

@@ -17,30 +17,21 @@ from accelerate.utils import DynamoBackend
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 from transformers.models.llama import modeling_llama
 from transformers.utils import is_torch_tf32_available
 
 from llava_pdrop.config.load import load_config
 from llava_pdrop.config.paths import check_paths, number, part_configs, pretrain_words
 from llava_pdrop.config.schema import Config
+from llava_pdrop.cost.nominal import recomputes
 from llava_pdrop.data.conversation import template_of
 from llava_pdrop.data.readers import READERS
 from llava_pdrop.errors import ConfigError, UserError, check_name, first_line, line_of
 from llava_pdrop.model.attention import check_transformers
 from llava_pdrop.model.decoder import COVERED, check_decoder
-from llava_pdrop.train.arguments import (
-    LIBRARY_ERRORS,
-    NOT_TRIED,
-    TriedArguments,
-    on_cpu,
-    recomputes_activations,
-    tried_arguments,
-)
+from llava_pdrop.train.arguments import LIBRARY_ERRORS, NOT_TRIED, TriedArguments, on_cpu, tried_arguments
 from llava_pdrop.train.history import FINISHED_FILE
 from llava_pdrop.world import number_of_processes
 
@@ -144,13 +135,13 @@ def check_reporting(config: Config) -> None:
         key = f"{config.file}: train.report_to:"
         if service in ("all", "none"):
             continue
-        check_name("train.report_to", service, INTEGRATION_TO_CALLBACK, config.file)
+        check_name("train.report_to", service, integration_utils.INTEGRATION_TO_CALLBACK, config.file)
         if service in ("wandb", "tensorboard"):
             if importlib.util.find_spec(service) is None:
                 raise ConfigError(
                     f"{key} {service} is not installed: pip install {service}, or llava_pdrop with its extra [train]"
                 )
-        elif service not in get_available_reporting_integrations():
+        elif service not in integration_utils.get_available_reporting_integrations():
             raise ConfigError(f"{key} the package of {service} is not installed")
 
 
@@ -243,7 +234,7 @@ def check_arguments(config: Config) -> None:
     check_hub(config)
     check_engine(config)
     args = tried_arguments(config)
-    if config.train.recompute_layers is not None and not recomputes_activations(args):
+    if config.train.recompute_layers is not None and not recomputes(vars(args)):
         raise ConfigError(f"{line}.recompute_layers needs train.gradient_checkpointing=true")
     if args.max_steps == 0:
         raise ConfigError(f"{line}.max_steps must be above 0, or -1 (as many as train.num_train_epochs has), got 0")

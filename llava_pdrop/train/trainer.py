@@ -23,6 +23,7 @@ from llava_pdrop.checkpoint.shards import open_tensors
 from llava_pdrop.checkpoint.zero3 import own_tensors
 from llava_pdrop.config.load import RUN_FILE
 from llava_pdrop.cost.flops import Recomputed, Step, step_flops
+from llava_pdrop.cost.nominal import recomputes
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
 from llava_pdrop.errors import UserError, clip
@@ -33,7 +34,7 @@ from llava_pdrop.runtime.preemption import Preemption, outlive_signals
 from llava_pdrop.runtime.ranks import from_every_rank, number_of_ranks
 from llava_pdrop.runtime.watchdog import Watchdog
 from llava_pdrop.train.adapters import fingerprint_of_base, is_adapted, load_adapters, save_adapters
-from llava_pdrop.train.arguments import peak_of, recomputes_activations
+from llava_pdrop.train.arguments import peak_of
 from llava_pdrop.train.bad_samples import BAD_SAMPLES_FILE, BadSample, CheckedSamples, collate_checked
 from llava_pdrop.train.checkpoints import read_manifest
 from llava_pdrop.train.metrics import MetricsFile, Progress, StepMeter
@@ -238,7 +239,7 @@ class PyramidTrainer(SavingTrainer):
         of, planned = self._planned
         layouts = planned if of is inputs.seq_lens else None
         self.meter.flops += self._operations(inputs, False, layouts)
-        return self._operations(inputs, recomputes_activations(self.args), layouts)
+        return self._operations(inputs, recomputes(vars(self.args)), layouts)
 
     def _operations(self, inputs: PackedBatch, recomputing: bool, layouts: list[Layout] | None) -> float:
         model = self.accelerator.unwrap_model(self.model)
