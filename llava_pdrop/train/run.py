@@ -33,20 +33,11 @@ from llava_pdrop.runtime.preemption import Preempted
 from llava_pdrop.runtime.processes import end_with_launcher
 from llava_pdrop.runtime.ranks import by_first_rank, engine_for_one_run
 from llava_pdrop.runtime.watchdog import SHARE_OF_TIMEOUT, Watchdog
+from llava_pdrop.train import history
 from llava_pdrop.train.adapters import adapt
 from llava_pdrop.train.arguments import endless_warmup, learning_rates, total_steps, training_arguments
 from llava_pdrop.train.checks import CheckedRun, check_arguments, checked
 from llava_pdrop.train.fit import check_learning, check_positions, check_templates, make_servable, warn_of_rates
-from llava_pdrop.train.history import (
-    check_steps,
-    checkpoint_to_resume,
-    clear,
-    digest,
-    is_finished,
-    made_elsewhere,
-    mark_finished,
-    why_outdated,
-)
 from llava_pdrop.train.optim import freeze, trainable_table
 from llava_pdrop.train.report import TRAINING_FILE, forget_report, leave_report
 from llava_pdrop.train.trainer import PyramidTrainer
@@ -82,15 +73,15 @@ def train_checked(run: CheckedRun, callbacks: Sequence[TrainerCallback] = ()) ->
         prepare_data(run.stage1.config)
         projector = str(Path(run.stage1.config.output_dir) / PROJECTOR_FILE)
         config = replace(config, model=replace(config.model, projector=projector))
-        why_outdated(config)  # raises before stage 1, not after it
+        history.why_outdated(config)  # raises before stage 1, not after it
         train_checked(run.stage1)
-    output, stamp = Path(config.output_dir), digest(config)
-    if is_finished(config, stamp):
-        say(f"{config.name}: finished before with the same settings{made_elsewhere(config)}, using {output}")
+    output, stamp = Path(config.output_dir), history.digest(config)
+    if history.is_finished(config, stamp):
+        say(f"{config.name}: finished before with the same settings{history.made_elsewhere(config)}, using {output}")
         if is_first() and not (output / TRAINING_FILE).is_file():
             leave_report(output, config.name, say)
         return output
-    outdated = why_outdated(config)
+    outdated = history.why_outdated(config)
     fresh = config.train.resume == "never" or (outdated is not None and config.train.resume == "auto")
 
     console().rule(f"{config.name}  ->  {output}")
@@ -102,7 +93,7 @@ def train_checked(run: CheckedRun, callbacks: Sequence[TrainerCallback] = ()) ->
         args = training_arguments(config)
         watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
         with owned_by_first_rank(output, config.file), watchdog.running():
-            complete = by_first_rank(lambda: is_finished(config, stamp))  # by the run that this one waited for
+            complete = by_first_rank(lambda: history.is_finished(config, stamp))  # by the run that this one waited for
             complete = complete or train_watched(config, args, watchdog, stamp, fresh, callbacks)
     release_memory()
     if not complete:
@@ -137,17 +128,17 @@ def train_watched(
 
     Args:
         watchdog: it runs already.
-        stamp: the `digest` under which the finished run will be known.
+        stamp: the `history.digest` under which the finished run will be known.
         fresh: whether to start over, instead of going on from a checkpoint.
     """
     output, checkpoint = Path(config.output_dir), None
     if not fresh:
         with watchdog.led_by(args.process_index == 0, "looking for a checkpoint"):
-            checkpoint = by_first_rank(lambda: checkpoint_to_resume(config, say))
+            checkpoint = by_first_rank(lambda: history.checkpoint_to_resume(config, say))
     else:
         args.distributed_state.wait_for_everyone()  # every rank has looked at what is removed now
         if args.process_index == 0:
-            clear(output)
+            history.clear(output)
     set_seed(config.seed)
     watchdog.at("loading the model", limited=args.world_size > 1)
     parts, model = learning_model(config, args)
@@ -159,7 +150,7 @@ def train_watched(
     warn_of_rates(config)
     plan = build_plan(config, dataset, args)
     if checkpoint:
-        check_steps(config, checkpoint, total_steps(args, plan.steps))
+        history.check_steps(config, checkpoint, total_steps(args, plan.steps))
     if (line := endless_warmup(args, plan.steps)) is not None:
         say(f"{config.name}: {line}")
     trainer = PyramidTrainer(
@@ -190,8 +181,9 @@ def train_watched(
     with watchdog.led_by(args.process_index == 0, "writing the report"):
         if args.process_index == 0:
             seconds = round(time.perf_counter() - start, 2)
+            facts = {"steps": result.global_step, "seconds": seconds, "resumed_from": checkpoint}
             forget_report(output)
-            mark_finished(config, stamp, {"steps": result.global_step, "seconds": seconds, "resumed_from": checkpoint})
+            history.mark_finished(config, stamp, facts)
             leave_report(output, config.name, say)  # from here on nothing that fails costs the run
     trainer.accelerator.wait_for_everyone()  # no rank starts a next stage before the files of this one are complete
     return True
