@@ -5,7 +5,7 @@ error. All is compared before the first step."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,11 +181,9 @@ def beyond_positions(
     )
 
 
-def warn_of_rates(config: Config) -> None:
+def warn_of_rates(config: Config, rates: Mapping[str, float]) -> None:
     """Says that every learning rate is 0, which somebody has given: the loss will be the same from the first step to
-    the last."""
-    section, trained = config.train, config.model.trainable
-    rate = section.arguments.get("learning_rate", 5e-5)
-    own = {"projector": section.projector_lr, "vision_tower": section.vision_tower_lr}
-    if not any(rate if own.get(part) is None else own[part] for part in trained):
-        log.warning("%s: train.learning_rate is 0 for all of %s: nothing will learn", config.name, list(trained))
+    the last. ``rates``: of every part of the model."""
+    trained = list(config.model.trainable)
+    if not any(rates[part] for part in trained):
+        log.warning("%s: train.learning_rate is 0 for all of %s: nothing will learn", config.name, trained)

@@ -147,7 +147,8 @@ def train_watched(
         dataset = build_dataset(config, parts)
     with watchdog.led_by(args.local_process_index == 0, "comparing data and model"):
         check_positions(config, parts.hf.config.text_config, dataset)
-    warn_of_rates(config)
+    rates = learning_rates(config, args)
+    warn_of_rates(config, rates)
     plan = build_plan(config, dataset, args)
     if checkpoint:
         history.check_steps(config, checkpoint, total_steps(args, plan.steps))
@@ -158,7 +159,7 @@ def train_watched(
         args,
         dataset,
         plan,
-        learning_rates(config, args),
+        rates,
         processor=parts.processor(),
         config_yaml=to_yaml(config, from_anywhere=True),
         skip_bad_samples=config.train.on_bad_sample == "skip",
@@ -167,7 +168,7 @@ def train_watched(
     )
     for callback in callbacks:
         trainer.add_callback(callback)
-    trainable_table(model, trainer.learning_rates).show()
+    trainable_table(model, rates).show()
     if checkpoint:
         say(f"resuming from {checkpoint}")
     start = time.perf_counter()

@@ -17,6 +17,7 @@ from llava_pdrop.checkpoint.export import save_original
 from llava_pdrop.checkpoint.open import open_llava
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
+from llava_pdrop.train.arguments import learning_rates, tried_arguments
 from llava_pdrop.train.fit import check_positions, positions_of, warn_of_rates
 from llava_pdrop.train.run import build_dataset, load_parts, train
 from tests.messages import says
@@ -274,9 +275,13 @@ def test_training_compares_them(tiny_config, tiny_files, tmp_path):
 
 
 def test_learning_rates_of_zero_are_said(tiny_config, caplog):
-    warn_of_rates(load_config(tiny_config(), ["train.learning_rate=0", "train.projector_lr=1e-3"]))
+    def warn(*words: str) -> None:
+        config = load_config(tiny_config(), list(words))
+        warn_of_rates(config, learning_rates(config, tried_arguments(config)))
+
+    warn("train.learning_rate=0", "train.projector_lr=1e-3")
     assert not caplog.records
-    warn_of_rates(load_config(tiny_config(), ["train.learning_rate=0"]))
+    warn("train.learning_rate=0")
     assert re.search(says("train.learning_rate", "0", "projector", "nothing"), caplog.text)
 
 
