@@ -88,11 +88,8 @@ class RecordChecks:
 
     def refused(self) -> list[str]:
         """The kinds of problem that training refuses; it cuts to the token without asking what is left."""
-        return [
-            k
-            for k, v in PROBLEM_KINDS.items()
-            if v.refused and (k, self.truncation) != ("no_supervised_token", "tokens")
-        ]
+        allowed = "no_supervised_token" if self.truncation == "tokens" else None
+        return [name for name, kind in PROBLEM_KINDS.items() if kind.refused and name != allowed]
 
     @cached_property
     def unlimited(self) -> Encoder:

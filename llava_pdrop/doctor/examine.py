@@ -69,7 +69,7 @@ class Findings:
         found: (n, kinds) bool, whether a record has a problem of each of `PROBLEM_KINDS`.
         lengths: (n, 2) int32 tokens before and after truncation, or `UNKNOWN`.
         counts: (n,) pictures of every record; ``shown``: (all of these, 2) their (width, height), 0 where unknown.
-        problems: of each kind the first ones.
+        problems: of each kind the first ones; a `defaultdict`.
         unknown_keys: key -> records that have it.
         same_images: groups of names of files with the same content, the first ones of ``duplicates`` files.
     """
@@ -90,8 +90,7 @@ class Findings:
     @cached_property
     def usable(self) -> np.ndarray:
         """(n,) bool: training takes the record. Where no tokens were counted, as far as one can tell without."""
-        kinds = list(PROBLEM_KINDS)
-        refused = [kinds.index(kind) for kind in self.checks.refused()]
+        refused = np.isin(list(PROBLEM_KINDS), self.checks.refused())
         return np.asarray(~self.found[:, refused].any(axis=1))
 
     @property
@@ -146,7 +145,7 @@ def examine(
         counts=np.bincount(places[:, 0], minlength=len(distinct)),
         shown=shapes[:, :2],
         pictures=Pictures.of(places, together("names"), shapes, [mode for block in blocks for mode in block.modes]),
-        problems=dict(problems),
+        problems=problems,
         unknown_keys=keys,
     )
     _mark_duplicate_ids(findings, together("ids"), listed)
@@ -175,10 +174,8 @@ def _mark_duplicate_ids(findings: Findings, ids: np.ndarray, listed: int) -> Non
     findings.has("duplicate_id")[again] = True
     for number in again[:listed].tolist():
         record, earlier = findings.records[number], findings.records[int(first[which[number]])]
-        _list(
-            findings,
-            RecordProblem(number, record.origin, record.id, "duplicate_id", f"also the id of {earlier.origin}"),
-        )
+        problem = RecordProblem(number, record.origin, record.id, "duplicate_id", f"also the id of {earlier.origin}")
+        findings.problems["duplicate_id"].append(problem)
 
 
 def _mark_duplicate_images(findings: Findings, workers: int, listed: int, bar: Any) -> None:
@@ -191,18 +188,15 @@ def _mark_duplicate_images(findings: Findings, workers: int, listed: int, bar: A
         for _, record, _ in owners[1:]:
             findings.has("duplicate_image")[record] = True
         findings.duplicates += len(group) - 1
-        if len(findings.problems.get("duplicate_image", ())) >= listed:
+        if len(findings.problems["duplicate_image"]) >= listed:
             continue
         read = [(record, findings.records[record], place) for _, record, place in owners[: listed + 1]]
         names = [str(record.images[place]) for _, record, place in read]
         findings.same_images.append(names)
         for (number, record, _), name in zip(read[1:], names[1:]):
             reason = f"{name}: same content as {names[0]}"
-            _list(findings, RecordProblem(number, record.origin, record.id, "duplicate_image", reason, name))
-
-
-def _list(findings: Findings, problem: RecordProblem) -> None:
-    findings.problems.setdefault(problem.kind, []).append(problem)
+            problem = RecordProblem(number, record.origin, record.id, "duplicate_image", reason, name)
+            findings.problems["duplicate_image"].append(problem)
 
 
 def examine_set(
