@@ -49,7 +49,6 @@ class Template:
         question_only_images: training writes the images of the question and not its words (captioning, LLaVA stage 1);
             the conversation must then be one question with an image and one answer.
         image_first: a turn with one image shows it in front of its text (`image_to_front`).
-        stop: texts that end an answer in generation.
         prompt_as: the format of prompts where LLaVA asks in another one than it trains in (v0, plain).
     """
 
@@ -65,8 +64,13 @@ class Template:
     empty: Literal["trained", "masked", "absent"] = "masked"
     question_only_images: bool = False
     image_first: bool = False
-    stop: tuple[str, ...] = ()
     prompt_as: Template | None = None
+
+    @property
+    def stop(self) -> str:
+        """What ends an answer in generation: ``end`` without the white space around it, or where it is nothing else, as
+        it is."""
+        return self.end.strip() or self.end
 
     def with_system(self, prompt: str | None) -> Template:
         """The format with a record's own system prompt instead of its own; None: as it is.
@@ -214,7 +218,6 @@ _INST = Template(
     end=" </s>",
     empty="absent",
     image_first=True,
-    stop=("</s>",),
 )
 _CHATML = Template(
     system_as="<|im_start|>system\n{}<|im_end|>",
@@ -224,7 +227,6 @@ _CHATML = Template(
     end="<|im_end|>",
     empty="absent",
     image_first=True,
-    stop=("<|im_end|>",),
 )
 
 
@@ -246,7 +248,6 @@ TEMPLATES: dict[str, Template] = {
         empty="trained",
         question_only_images=True,
         image_first=True,
-        stop=("\n",),
         prompt_as=Template(after_question="\n"),
     ),
     # The first LLaVA. It trains on "### Human: " lines and asks with "###Human: ", v0 even with an example in front
@@ -260,7 +261,6 @@ TEMPLATES: dict[str, Template] = {
         end="\n###",
         after_answer=" ",
         image_first=True,
-        stop=("###",),
         prompt_as=replace(_V0, system=_HUMAN),
     ),
     # Vicuna 1.1, the format of LLaVA-1.5 and of LLaVA-NeXT on Vicuna
@@ -274,7 +274,6 @@ TEMPLATES: dict[str, Template] = {
         end="</s>",
         empty="absent",
         image_first=True,
-        stop=("</s>",),
     ),
     "llama_2": _llama_2(_LLAMA_2),
     "llava_llama_2": _llama_2(_LLAVA),
@@ -307,7 +306,6 @@ TEMPLATES: dict[str, Template] = {
         before_answer="<|start_header_id|>assistant<|end_header_id|>\n\n",
         end="<|eot_id|>",
         image_first=True,
-        stop=("<|eot_id|>",),
     ),
     "gemma": Template(
         before_question="<start_of_turn>user\n",
@@ -316,10 +314,9 @@ TEMPLATES: dict[str, Template] = {
         end="<end_of_turn>",
         after_answer="\n",
         image_first=True,
-        stop=("<end_of_turn>",),
     ),
     # The embedded task: question, answer, end of line. No role names: every token more is one a miniature must learn
-    "qa": Template(system_as="{}\n", answer_lead=" ", end="\n", empty="trained", stop=("\n",)),
+    "qa": Template(system_as="{}\n", answer_lead=" ", end="\n", empty="trained"),
 }
 TEMPLATES["v0"] = replace(
     TEMPLATES["llava_v0"], prompt_as=replace(_V0, system=_HUMAN + _V0_EXAMPLE, system_as="{}" + _V0_EXAMPLE)

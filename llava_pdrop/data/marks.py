@@ -25,7 +25,7 @@ def split_marks(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple
     plain text (an end that is no control mark among them)."""
     text = "\n".join(_texts(template))
     control = [mark for mark in dict.fromkeys(CONTROL.findall(text)) if mark != IMAGE_MARKER]
-    plain = [*PLAIN.findall(text), *(stop for stop in template.stop if not CONTROL.fullmatch(stop))]
+    plain = [*PLAIN.findall(text), *([] if CONTROL.fullmatch(template.stop) else [template.stop])]
     split = [mark for mark in control if token_of(mark, tokenizer) is None]
     return split, [mark for mark in dict.fromkeys(plain) if token_of(mark, tokenizer) is None]
 
@@ -40,9 +40,9 @@ def fitting(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def end_ids(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: of every stop text that is a single one."""
-    found = [token_of(stop, tokenizer) for stop in template.stop]
-    return list(dict.fromkeys(token for token in found if token is not None))
+    """The token that ends an answer, in a list that is empty where its stop text is no single one."""
+    token = token_of(template.stop, tokenizer)
+    return [] if token is None else [token]
 
 
 def token_of(mark: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -70,7 +70,5 @@ def _texts(template: Template) -> Iterator[str]:
         value = getattr(template, entry.name)
         if isinstance(value, Template):
             yield from _texts(value)
-        elif isinstance(value, tuple):
-            yield from value
         elif isinstance(value, str) and entry.name != "empty":
             yield value

@@ -106,7 +106,7 @@ class LlavaRespondent:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return self.template.stop if self.template else ()
+        return (self.template.stop,) if self.template else ()
 
     @cached_property
     def ends(self) -> list[int]:

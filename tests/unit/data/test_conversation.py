@@ -112,7 +112,6 @@ def test_a_template_is_one_row():
         before_answer="A:",
         answer_lead=" ",
         end="\n",
-        stop=("\n",),
     )
     rounds = row.rounds(turns("<image> What?", "A cat.", "Sure?"))
     assert "".join(p.text for p in row.pieces(rounds)) == "Be brief.\nQ: <image> What?\nA: A cat.\nQ: Sure?\n"

@@ -48,7 +48,7 @@ def test_plain_marks_are_told_apart(tokenizer, with_tokens):
 
 
 def test_a_new_template_needs_no_list_of_its_marks(tokenizer):
-    row = Template(before_question="<|ask|>", before_answer="<reply>", end="<|done|>", stop=("<|done|>",))
+    row = Template(before_question="<|ask|>", before_answer="<reply>", end="<|done|>")
     assert split_marks(row, tokenizer)[0] == ["<|ask|>", "<reply>", "<|done|>"]
 
 

@@ -122,7 +122,7 @@ def test_a_model_that_goes_on_behind_its_end_is_right(parts, tiny_files, monkeyp
     tokenizer = parts.tokenizer
     if tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [end]})
-    template = replace(TEMPLATES["qa"], stop=(end,), end=end)
+    template = replace(TEMPLATES["qa"], end=end)
     questions = llava_json(tiny_files / "data/eval.json", tiny_files / "data/images")
     golds = iter([question.gold for question in questions])
 
