@@ -48,17 +48,11 @@ def check_templates(config: Config, records: Records, tokenizer: Any) -> list[st
     """
     lines = []
     for name in templates_of(config.model.template, records):
-        key = (
-            f"{config.file}: model.template"
-            if name == config.model.template
-            else f"{config.file}: data.train: template"
-        )
+        key = f"{config.file}: {'model.template' if name == config.model.template else 'data.train: template'}"
         split, plain = split_marks(TEMPLATES[name], tokenizer)
         if split:
-            names = fitting(tokenizer)
-            remedy = (
-                f"take a template that the tokenizer knows ({', '.join(names)})" if names else "take a plain one (qa)"
-            )
+            known = ", ".join(fitting(tokenizer))
+            remedy = f"take a template that the tokenizer knows ({known})" if known else "take a plain one (qa)"
             raise ConfigError(
                 f"{key} {name}: {', '.join(split)} must each be one token and fall into several with the tokenizer of "
                 f"{config.model.path or config.model.language_model}: {remedy}, or add them to the tokenizer"
