@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_pdrop.data.images import image_size
@@ -130,7 +131,7 @@ def survey(
         known, found = _load(files, found)
     todo, unlabelled = np.flatnonzero(found.lengths == UNUSABLE), found.unlabelled.tolist()
     seen: dict[int, list[Size]] = {}
-    blocks = Blocks(records, sized, _Count(measure), todo, known)
+    blocks = Blocks(records, sized, partial(_counted, measure), todo, known)
     quiet = len(todo) < LARGE or not is_first()
     with tqdm(total=len(todo), desc="counting tokens", unit=" records", unit_scale=True, disable=quiet) as bar:
         for results in blocks.spread(workers if len(todo) >= LARGE else 0):
@@ -168,36 +169,30 @@ class Block:
     seen: list[list[Any]]
 
 
-class Blocks(Dataset[Any]):
+@dataclass(frozen=True)
+class Blocks:
     """A data set's records a block at a time, as training and the doctor go through them.
 
-    Args:
+    Attributes:
         look: at a picture; several threads do it, and a picture that several records of a block show is looked at once.
         judge: makes of a block what the pass is for; goes to other processes, as its result does from there.
         todo: numbers of the records; None: all.
         known: sizes that stand for looks.
     """
 
-    def __init__(
-        self,
-        records: Records | Sequence[Record],
-        look: Callable[[ImageSource], Any],
-        judge: Callable[[Block], Any],
-        todo: np.ndarray | None = None,
-        known: ImageSizes | None = None,
-    ) -> None:
-        self.records, self.look, self.judge, self.known = records, look, judge, known
-        self.todo = np.arange(len(records)) if todo is None else todo
-
-    def __len__(self) -> int:
-        return -(-len(self.todo) // RECORDS_AT_A_TIME)
+    records: Records | Sequence[Record]
+    look: Callable[[ImageSource], Any]
+    judge: Callable[[Block], Any]
+    todo: np.ndarray | None = None
+    known: ImageSizes | None = None
 
     def spread(self, workers: int) -> Iterable[Any]:
         """What was made of all blocks, in order, by so many processes beside this one; 0: by this one."""
-        return DataLoader(self, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+        todo = np.arange(len(self.records)) if self.todo is None else self.todo
+        return in_processes(self._judged, todo, RECORDS_AT_A_TIME, workers)
 
-    def __getitem__(self, number: int) -> Any:
-        numbers = self.todo[number * RECORDS_AT_A_TIME : (number + 1) * RECORDS_AT_A_TIME].tolist()
+    def _judged(self, todo: np.ndarray) -> Any:
+        numbers = todo.tolist()
         examined = [self._examined(index) for index in numbers]
         records = [record for record, _ in examined]
         return self.judge(Block(numbers, records, [keys for _, keys in examined], self._seen(numbers, records)))
@@ -216,30 +211,25 @@ class Blocks(Dataset[Any]):
         return seen
 
 
-@dataclass(frozen=True)
-class _Count:
+def _counted(measure: Measure, block: Block) -> list[tuple[int, int | RecordError, list[Size], list[str]]]:
     """For training: of every record its number, its tokens or why it cannot be used, the sizes of its pictures, and
     its keys that nobody reads."""
-
-    measure: Measure
-
-    def __call__(self, block: Block) -> list[tuple[int, int | RecordError, list[Size], list[str]]]:
-        results: dict[int, int | RecordError] = {}
-        ready: dict[int, Record] = {}
-        for place, (record, sizes) in enumerate(zip(block.records, block.seen)):
-            unseen = next((size for size in sizes if isinstance(size, Unfit)), None)
-            if isinstance(record, RecordError):
-                results[place] = record
-            elif unseen is not None:
-                results[place] = RecordError(record.origin, record.id, str(unseen), unseen.kind)
-            else:
-                ready[place] = record
-        counts = self.measure(list(ready.values()), [block.seen[place] for place in ready])
-        results |= zip(ready, counts, strict=True)
-        return [
-            (number, results[place], block.seen[place] if place in ready else [], block.unread[place])
-            for place, number in enumerate(block.numbers)
-        ]
+    results: dict[int, int | RecordError] = {}
+    ready: dict[int, Record] = {}
+    for place, (record, sizes) in enumerate(zip(block.records, block.seen)):
+        unseen = next((size for size in sizes if isinstance(size, Unfit)), None)
+        if isinstance(record, RecordError):
+            results[place] = record
+        elif unseen is not None:
+            results[place] = RecordError(record.origin, record.id, str(unseen), unseen.kind)
+        else:
+            ready[place] = record
+    counts = measure(list(ready.values()), [block.seen[place] for place in ready])
+    results |= zip(ready, counts, strict=True)
+    return [
+        (number, results[place], block.seen[place] if place in ready else [], block.unread[place])
+        for place, number in enumerate(block.numbers)
+    ]
 
 
 def tried(look: Callable[[ImageSource], T], image: ImageSource) -> T | Unfit:
@@ -266,9 +256,11 @@ def in_threads(function: Callable[[ImageSource], T], images: Sequence[ImageSourc
         return [result for part in parts for result in part]
 
 
-def as_it_is(item: Any) -> Any:
-    """Collates nothing (a lambda could not be sent to a worker)."""
-    return item
+def in_processes(function: Callable[[np.ndarray], T], todo: np.ndarray, at_a_time: int, workers: int) -> Iterable[T]:
+    """``function`` of every stretch of ``at_a_time`` of ``todo``, in order, by so many processes beside this one; 0: by
+    this one. It goes to the processes, so it is no lambda."""
+    stretches: Any = [todo[start : start + at_a_time] for start in range(0, len(todo), at_a_time)]
+    return DataLoader(stretches, batch_size=None, num_workers=workers, collate_fn=function)
 
 
 def _digest(*parts: str) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 
 from llava_pdrop.data.images import image_header, load_image
 from llava_pdrop.data.records import Records
-from llava_pdrop.data.survey import as_it_is, in_threads, tried
+from llava_pdrop.data.survey import in_processes, in_threads, tried
 from llava_pdrop.errors import QUOTED, Unfit, clip
 from llava_pdrop.types import ImageSource
 
@@ -91,10 +91,8 @@ def same_content(
         todo = todo[_repeated(keys)]
         if not len(todo):
             return []
-        blocks = _Digests(records, places[todo], whole)
-        loader: Iterable[Any] = DataLoader(blocks, batch_size=None, num_workers=workers, collate_fn=as_it_is)
         found = []
-        for digests in loader:
+        for digests in in_processes(partial(_digests, records, whole), places[todo], PICTURES_AT_A_TIME, workers):
             found.append(digests)
             progress(len(digests))
         keys = np.concatenate(found)
@@ -109,19 +107,10 @@ def _repeated(keys: np.ndarray) -> np.ndarray:
     return np.flatnonzero(counts[which] > 1)
 
 
-class _Digests(Dataset[np.ndarray]):
-    """Hashes of pictures, in blocks, so that a `DataLoader` spreads them over processes."""
-
-    def __init__(self, records: Records, places: np.ndarray, whole: bool) -> None:
-        self.records, self.places, self.whole = records, places, whole
-
-    def __len__(self) -> int:
-        return -(-len(self.places) // PICTURES_AT_A_TIME)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        places = self.places[number * PICTURES_AT_A_TIME : (number + 1) * PICTURES_AT_A_TIME].tolist()
-        sources = [self.records[record].images[place] for record, place in places]
-        return np.array(in_threads(lambda source: _digest(source, self.whole), sources), dtype=np.uint64)
+def _digests(records: Records, whole: bool, places: np.ndarray) -> np.ndarray:
+    """A hash of each of some pictures."""
+    sources = [records[record].images[place] for record, place in places.tolist()]
+    return np.array(in_threads(lambda source: _digest(source, whole), sources), dtype=np.uint64)
 
 
 def _digest(source: ImageSource, whole: bool) -> int:
