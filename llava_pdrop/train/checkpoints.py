@@ -122,13 +122,8 @@ def rotate(output: Path, limit: int | None) -> None:
     kept = whole[-limit:]
     for path in checkpoints:
         if kept and path not in kept and step_of(path) < step_of(kept[-1]):
-            remove(path)
-
-
-def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint, its manifest first: what is left if this is interrupted does not look whole."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+            (path / MANIFEST).unlink(missing_ok=True)  # first: what an interruption leaves does not look whole
+            shutil.rmtree(path)
 
 
 def check_space(directory: Path, needed: int, name: str) -> None:
