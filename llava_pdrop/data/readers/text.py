@@ -167,29 +167,27 @@ def _list_bounds(path: Path) -> Iterator[tuple[int, int]]:
         if text.next() != "[":
             raise UserError(_what_else(text.rest()))
         text.skip(1)
-        if text.next() == "]":
+        separator = text.next()
+        if separator == "]":
             text.skip(1)
-        else:
-            while True:
-                text.next()
-                try:
-                    _, stop = parse(text.buffer, text.at)
-                except RecursionError:
-                    raise UserError(f"not valid JSON: nested too deeply near byte {text.byte}") from None
-                except json.JSONDecodeError as error:
-                    cut = error.pos >= len(text.buffer) - _LITERAL or error.msg.startswith("Unterminated string")
-                    if cut and text.more():
-                        continue
-                    raise UserError(f"not valid JSON: {error.msg} near byte {text.byte_of(error.pos)}") from None
-                start = text.byte
-                text.skip(stop - text.at)
-                yield start, text.byte
-                if text.next() not in (",", "]"):
-                    raise UserError(f"not valid JSON: expected ',' or ']' near byte {text.byte}")
-                separator = text.buffer[text.at]
-                text.skip(1)
-                if separator == "]":
-                    break
+        while separator != "]":
+            text.next()
+            try:
+                _, stop = parse(text.buffer, text.at)
+            except RecursionError:
+                raise UserError(f"not valid JSON: nested too deeply near byte {text.byte}") from None
+            except json.JSONDecodeError as error:
+                cut = error.pos >= len(text.buffer) - _LITERAL or error.msg.startswith("Unterminated string")
+                if cut and text.more():
+                    continue
+                raise UserError(f"not valid JSON: {error.msg} near byte {text.byte_of(error.pos)}") from None
+            start = text.byte
+            text.skip(stop - text.at)
+            yield start, text.byte
+            separator = text.next()
+            if separator not in (",", "]"):
+                raise UserError(f"not valid JSON: expected ',' or ']' near byte {text.byte}")
+            text.skip(1)
         if text.next():
             raise UserError(f"not valid JSON: extra data behind the list, near byte {text.byte}")
 
