@@ -19,7 +19,7 @@ from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import Survey, may_be_left_out, survey
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import MissingFileError, UserError, clip
-from llava_pdrop.types import ImageInput, Record, Sample
+from llava_pdrop.types import Record, Sample
 
 
 @dataclass(eq=False, repr=False)
@@ -49,8 +49,14 @@ class ConversationDataset(Dataset[Sample]):
         Raises:
             UserError, MissingFileError: an image cannot be read or the conversation not be used; names the record.
         """
-        record = self.records[index]
-        return self.encoder.train(record, self._images(record))
+        record, geometry = self.records[index], self.encoder.geometry
+        try:
+            images = [preprocess(load_image(source), geometry, self.processor) for source in record.images]
+        except FileNotFoundError as error:
+            raise MissingFileError(f"{record.origin} (id {clip(record.id)}): {error}") from None
+        except UserError as error:
+            raise UserError(f"{record.origin} (id {clip(record.id)}): {error}") from None
+        return self.encoder.train(record, images)
 
     def lengths(self) -> list[int]:
         """Tokens of every sample, without decoding a picture. Goes through all records (`survey`), so an unusable one
@@ -92,14 +98,6 @@ class ConversationDataset(Dataset[Sample]):
         rest = replace(self, records=records)
         rest.survey = found.of(usable)
         return rest
-
-    def _images(self, record: Record) -> list[ImageInput]:
-        try:
-            return [preprocess(load_image(source), self.encoder.geometry, self.processor) for source in record.images]
-        except FileNotFoundError as error:
-            raise MissingFileError(f"{record.origin} (id {clip(record.id)}): {error}") from None
-        except UserError as error:
-            raise UserError(f"{record.origin} (id {clip(record.id)}): {error}") from None
 
     def _rules(self) -> str:
         """Stands for everything the lengths depend on beside the records: settings, tokenizer, templates, and the code
