@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -161,18 +161,12 @@ def read_records(
         UserError: unknown format, a broken file or (with ``check``) an invalid record; names file and record.
     """
     records = Records.of(DataPart.open(Path(path), None if image_root is None else Path(image_root), format))
-    if check:
-        _check(records)
-    return records
-
-
-def _check(records: Iterable[Record]) -> None:
-    """Many records share pictures, and a look at a network file system is slow: every path is looked at once."""
-    seen: set[ImageSource] = set()
-    for record in records:
+    seen: set[ImageSource] = set()  # many records share pictures, and a look at a network file system is slow
+    for record in records if check else ():
         for image in record.images:
             if image not in seen and isinstance(image, Path) and not os.path.isfile(image):
                 raise MissingFileError(
                     f"{record.origin} (id {clip(record.id)}): image {clip(image)} does not exist; check the image root"
                 )
             seen.add(image)
+    return records
