@@ -22,7 +22,6 @@ from llava_pdrop.config.schema import Config, ModelSection
 from llava_pdrop.cost.flops import Recomputed
 from llava_pdrop.cost.paper import paper_tflop
 from llava_pdrop.cost.states import FLOAT, States
-from llava_pdrop.data.conversation import template_of
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.errors import ConfigError, UserError
 from llava_pdrop.geometry import ImageGeometry, Size
@@ -204,7 +203,7 @@ def make_encoder(config: Config, tokenizer: str | None = None) -> Encoder:
     Raises:
         ConfigError: no tokenizer on this machine, or nothing says how many tokens a picture has.
     """
-    model, data = config.model, config.data
+    model = config.model
     names = [tokenizer] if tokenizer else [name for name in (model.path, model.language_model) if name is not None]
     directory = next((home for home in map(model_home, names) if any(home.glob("tokenizer*"))), None)
     if directory is None:
@@ -215,8 +214,8 @@ def make_encoder(config: Config, tokenizer: str | None = None) -> Encoder:
         loaded = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{directory}: not readable as a tokenizer: {' '.join(str(error).split())}") from None
-    geometry, image_token_id = model_of(config).geometry, add_special_tokens(loaded, len(loaded))
-    return Encoder(template_of(config), loaded, image_token_id, geometry, data.max_length, data.truncation)
+    geometry = model_of(config).geometry
+    return Encoder.of(config, loaded, add_special_tokens(loaded, len(loaded)), geometry)
 
 
 def geometry_of_config(config: Config) -> ImageGeometry | None:

@@ -31,7 +31,8 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llava_pdrop.data.conversation import Piece, Round, Template, template_for
+from llava_pdrop.config.schema import Config
+from llava_pdrop.data.conversation import Piece, Round, Template, template_for, template_of
 from llava_pdrop.data.labels import (
     IMAGE_SLOT,
     SURROGATE,
@@ -87,6 +88,16 @@ class Encoder:
 
     def __post_init__(self) -> None:
         check_name("truncation", self.truncation, get_args(Truncation))
+
+    @staticmethod
+    def of(config: Config, tokenizer: PreTrainedTokenizerBase, image_token_id: int, geometry: ImageGeometry) -> Encoder:
+        """For the records of ``config``, with the template, the limit and the truncation that it names.
+
+        Raises:
+            ConfigError: it names a template that there is not.
+        """
+        section = config.data
+        return Encoder(template_of(config), tokenizer, image_token_id, geometry, section.max_length, section.truncation)
 
     def train(self, record: Record, images: Sequence[ImageInput]) -> Sample:
         """A record tokenised for training; ``images`` are the record's, in order.

@@ -18,7 +18,6 @@ from llava_pdrop.checkpoint.load import PROJECTOR_FILE
 from llava_pdrop.config.load import to_yaml
 from llava_pdrop.config.schema import Config
 from llava_pdrop.data.clean_index import CleanIndex
-from llava_pdrop.data.conversation import template_of
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.packing import BatchPlan
@@ -268,20 +267,9 @@ def build_dataset(config: Config, parts: ModelParts) -> ConversationDataset:
     for line in check_templates(config, records, parts.tokenizer):
         say(line)
     make_servable(parts.hf.generation_config, name, records, parts.tokenizer)
-    dataset = ConversationDataset(
-        records,
-        Encoder(
-            template_of(config),
-            parts.tokenizer,
-            parts.hf.config.image_token_id,
-            parts.geometry,
-            section.max_length,
-            section.truncation,
-        ),
-        parts.image_processor,
-        workers=min(os.cpu_count() or 1, 16),
-        cache=Path(section.cache) if section.cache is not None else None,
-    )
+    encoder = Encoder.of(config, parts.tokenizer, parts.hf.config.image_token_id, parts.geometry)
+    cache = Path(section.cache) if section.cache is not None else None
+    dataset = ConversationDataset(records, encoder, parts.image_processor, min(os.cpu_count() or 1, 16), cache)
     usable = dataset
     if section.on_invalid == "stop":
         dataset.lengths()  # reports the first record that cannot be used
