@@ -27,7 +27,7 @@ class BatchPlan:
     micro-batches on each of ``world_size`` ranks, and an epoch is a whole number of steps, so every rank has the same
     number of micro-batches. What is left over for the last step is spread thinner instead of being dropped: its
     micro-batches are split until every rank has one. (The loss is normalised over the step, so a smaller micro-batch
-    weighs less by itself.) Only when single samples are all that is left to split are `repeats` samples seen twice, at
+    weighs less by itself.) Only when single samples are all that is left to split are some samples seen twice, at
     most one micro-batch each, fewer than ``world_size * gradient_accumulation`` in all.
 
     Attributes:
@@ -83,11 +83,6 @@ class BatchPlan:
     def batches_per_rank(self) -> int:
         """Micro-batches every rank runs in an epoch."""
         return self.steps * self.gradient_accumulation
-
-    @property
-    def repeats(self) -> int:
-        """Samples seen a second time in an epoch."""
-        return sum(map(len, _plan(self, 0))) - len(self.lengths)
 
     def fingerprint(self) -> str:
         """Stands for which micro-batches make up which step; equal for all splits of a step into ranks and
