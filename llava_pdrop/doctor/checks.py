@@ -22,36 +22,31 @@ UNKNOWN = -1
 """Length of a record whose tokens were not counted."""
 
 
-@dataclass(frozen=True)
-class ProblemKind:
-    """A kind of problem. ``refused``: training does not take such a record."""
-
-    summary: str
-    refused: bool = True
-
-
-PROBLEM_KINDS: dict[str, ProblemKind] = {
-    "format": ProblemKind("not a record"),
-    "media": ProblemKind("shows what is no picture (video, audio)"),
-    "empty_conversation": ProblemKind("a conversation without turns"),
-    "image_markers": ProblemKind("number of <image> markers is not the number of images"),
-    "role_order": ProblemKind("turns out of order"),
-    "template": ProblemKind("a conversation its template cannot write"),
-    "missing_image": ProblemKind("image file missing"),
-    "corrupt_image": ProblemKind("image file not readable"),
-    "no_supervised_token": ProblemKind("nothing to learn"),
-    "no_last_answer": ProblemKind("evaluation only: does not end in an answer, so nothing can be scored"),
-    "image_token": ProblemKind("the tokenizer's image token written out in the text"),
-    "control_token": ProblemKind("a control token written out in the text"),
-    "not_tokenised": ProblemKind("text the tokenizer cannot label"),
-    "too_long": ProblemKind("does not fit data.max_length, not even its first answer"),
-    "over_budget": ProblemKind("longer than data.tokens_per_batch"),
-    "shortened": ProblemKind("longer than data.max_length, shortened by data.truncation", refused=False),
-    "duplicate_id": ProblemKind("id of an earlier record", refused=False),
-    "duplicate_image": ProblemKind("image with the content of another file", refused=False),
-    "non_rgb_image": ProblemKind("image that is not RGB (converted when it is loaded)", refused=False),
+PROBLEM_KINDS = {
+    "format": "not a record",
+    "media": "shows what is no picture (video, audio)",
+    "empty_conversation": "a conversation without turns",
+    "image_markers": "number of <image> markers is not the number of images",
+    "role_order": "turns out of order",
+    "template": "a conversation its template cannot write",
+    "missing_image": "image file missing",
+    "corrupt_image": "image file not readable",
+    "no_supervised_token": "nothing to learn",
+    "no_last_answer": "evaluation only: does not end in an answer, so nothing can be scored",
+    "image_token": "the tokenizer's image token written out in the text",
+    "control_token": "a control token written out in the text",
+    "not_tokenised": "text the tokenizer cannot label",
+    "too_long": "does not fit data.max_length, not even its first answer",
+    "over_budget": "longer than data.tokens_per_batch",
+    "shortened": "longer than data.max_length, shortened by data.truncation",
+    "duplicate_id": "id of an earlier record",
+    "duplicate_image": "image with the content of another file",
+    "non_rgb_image": "image that is not RGB (converted when it is loaded)",
 }
 """Name in reports -> what it means. Their order is that of the reports."""
+
+TAKEN = ("shortened", "duplicate_id", "duplicate_image", "non_rgb_image")
+"""Those with which training takes a record."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,8 @@ class RecordChecks:
 
     def refused(self) -> list[str]:
         """The kinds of problem that training refuses; it cuts to the token without asking what is left."""
-        allowed = "no_supervised_token" if self.truncation == "tokens" else None
-        return [name for name, kind in PROBLEM_KINDS.items() if kind.refused and name != allowed]
+        taken = (*TAKEN, "no_supervised_token") if self.truncation == "tokens" else TAKEN
+        return [kind for kind in PROBLEM_KINDS if kind not in taken]
 
     @cached_property
     def unlimited(self) -> Encoder:

@@ -50,7 +50,7 @@ def describe(findings: Findings, data: str, max_length: int | None) -> dict[str,
 def _problems(findings: Findings, kind: str) -> dict[str, Any]:
     listed = [{key: value for key, value in asdict(p).items() if key != "kind"} for p in findings.problems[kind]]
     return {
-        "summary": PROBLEM_KINDS[kind].summary,
+        "summary": PROBLEM_KINDS[kind],
         "refused": kind in findings.checks.refused(),
         "records": findings.count(kind),
         "listed": listed,

@@ -24,7 +24,7 @@ from llava_pdrop.data.mixture import read_data
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor import checks as doctor_checks
 from llava_pdrop.doctor import images as doctor_images
-from llava_pdrop.doctor.checks import PROBLEM_KINDS, RecordChecks
+from llava_pdrop.doctor.checks import PROBLEM_KINDS, TAKEN, RecordChecks
 from llava_pdrop.doctor.examine import Findings, examine
 from llava_pdrop.doctor.images import SAMPLE, look, same_content
 from llava_pdrop.doctor.report import describe
@@ -112,7 +112,7 @@ def test_every_kind_of_problem(write, check, kind):
     assert {k: found.count(k) for k in PROBLEM_KINDS if found.count(k)} == {kind: 1}
     (problem,) = found.problems[kind]
     assert problem.index == 1 and problem.origin == f"{path}[1]" and problem.kind == kind and problem.reason
-    assert found.clean.tolist() == ([0] if PROBLEM_KINDS[kind].refused else [0, 1])
+    assert found.clean.tolist() == ([0, 1] if kind in TAKEN else [0])
     with_file = {"missing_image": "none.png", "corrupt_image": "broken.png", "duplicate_image": "copy.png"}
     with_file["non_rgb_image"] = "grey.png"
     assert problem.file == (str(path.parent / with_file[kind]) if kind in with_file else None)
@@ -291,9 +291,7 @@ def test_unknown_keys_are_counted(write, check):
 def test_report(write, check, encoder):
     report = describe(check(write(GOOD, *BAD.values())), "d.json", encoder.max_length)
     assert json.loads(json.dumps(report)) == report
-    assert report["records"] == 1 + len(BAD) and report["usable"] == 1 + len(BAD) - sum(
-        PROBLEM_KINDS[k].refused for k in BAD
-    )
+    assert report["records"] == 1 + len(BAD) and report["usable"] == 1 + len(BAD) - sum(k not in TAKEN for k in BAD)
     assert list(report["problems"]) == [kind for kind in PROBLEM_KINDS if kind in BAD]
     assert set(report["problems"]["too_long"]["listed"][0]) == {"index", "origin", "id", "reason", "file"}
     images = report["images"]
