@@ -83,7 +83,7 @@ class TarEntries(Sequence[tuple[str, Any]]):
                 raise RecordError(origin, key, f"{name} is not its text, {key}.json: {FIRST_DOT}")
         if self._texts["size"][index] < 0:
             raise RecordError(origin, key, f"there is no {key}.json beside its pictures; {TOGETHER}")
-        with self._slice(shard, f"{key}.json", self._texts[index]).open() as file:
+        with FileSlice(shard, f"{key}.json", *self._texts[index].item()).open() as file:
             text = file.read()
         try:
             entry = parse_json(text)
@@ -98,16 +98,12 @@ class TarEntries(Sequence[tuple[str, Any]]):
                     f"{origin}.json", key, f"it names {wanted} picture(s) and {count} stand beside it; {TOGETHER}"
                 )
             entry["image"] = [
-                self._slice(shard, f"{key}.{self._suffixes[i].as_py()}", self._pictures[i])
+                FileSlice(shard, f"{key}.{self._suffixes[i].as_py()}", *self._pictures[i].item())
                 for i in range(first, self._ends[index])
             ]
             entry.pop("images", None)
             entry.setdefault("id", key)
         return origin, entry
-
-    @staticmethod
-    def _slice(shard: Path, name: str, member: Any) -> FileSlice:
-        return FileSlice(shard, name, int(member["offset"]), int(member["size"]))
 
 
 def read_webdataset(path: Path) -> TarEntries:
