@@ -135,9 +135,14 @@ class Template:
         for number, (question, answer, learnt) in enumerate(rounds):
             shown = IMAGE_MARKER * question.count(IMAGE_MARKER) if self.question_only_images else question
             pieces = [Piece(self.system)] if number == 0 else []
-            pieces.append(Piece(self._before(number) + shown + self.after_question))
+            before = self.before_question if number or self.before_first is None else self.before_first
+            pieces.append(Piece(before + shown + self.after_question))
             if answer is not None:
-                pieces += [Piece(self.before_answer), *self._answer(answer, learnt), Piece(self.after_answer)]
+                pieces.append(Piece(self.before_answer))
+                if answer or self.empty != "absent":
+                    trained = learnt and (answer != "" or self.empty == "trained")
+                    pieces.append(Piece(self.answer_lead + answer + self.end, trained))
+                pieces.append(Piece(self.after_answer))
             result.append([piece for piece in pieces if piece.text])
         return result
 
@@ -148,16 +153,6 @@ class Template:
         *before, last = rounds
         pieces = [*self.pieces([*before, Round(last.question, None)]), Piece(self.before_answer)]
         return [piece for piece in pieces if piece.text]
-
-    def _before(self, number: int) -> str:
-        return self.before_question if number or self.before_first is None else self.before_first
-
-    def _answer(self, answer: str, learnt: bool) -> list[Piece]:
-        if answer:
-            return [Piece(self.answer_lead + answer + self.end, learnt)]
-        return (
-            [] if self.empty == "absent" else [Piece(self.answer_lead + self.end, learnt and self.empty == "trained")]
-        )
 
 
 def image_to_front(text: str) -> str:
