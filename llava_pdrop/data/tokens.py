@@ -149,9 +149,8 @@ class Encoder:
         """
         result: list[int | RecordError] = []
         for start in range(0, len(records), TEXTS_AT_A_TIME):
-            result += self._block_lengths(
-                records[start : start + TEXTS_AT_A_TIME], sizes[start : start + TEXTS_AT_A_TIME]
-            )
+            stretch = slice(start, start + TEXTS_AT_A_TIME)
+            result += self._block_lengths(records[stretch], sizes[stretch])
         return result
 
     def _block_lengths(self, records: Sequence[Record], sizes: Sequence[Sequence[Size]]) -> list[int | RecordError]:
@@ -189,11 +188,8 @@ class Encoder:
         except UserError:
             return None
         text = "".join(piece.text for piece in pieces)
-        if (image is not None and image in text) or SURROGATE.search(text):
-            return None
-        if not _surely_supervised(pieces, special):
-            return None
-        return text.split(IMAGE_MARKER)
+        doubtful = (image is not None and image in text) or SURROGATE.search(text)
+        return None if doubtful or not _surely_supervised(pieces, special) else text.split(IMAGE_MARKER)
 
     def _template(self, record: Record) -> Template:
         return template_for(record, self.template).with_system(record.system)
