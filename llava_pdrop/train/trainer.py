@@ -335,13 +335,11 @@ class StepGuard:
 
     def __init__(self, device: torch.device, rank: int, preemption: Preemption) -> None:
         self.device, self.rank, self.preemption = device, rank, preemption
-        self._losses: list[Tensor] = []
-        self._samples: list[list[str]] = []
+        self._watched: list[tuple[Tensor, list[str]]] = []
 
     def watch(self, loss: Tensor, sample_ids: list[str]) -> None:
         """Notes the loss (scalar) of a micro-batch; waits for nothing."""
-        self._losses.append(loss.detach().float())
-        self._samples.append(sample_ids)
+        self._watched.append((loss.detach().float(), sample_ids))
 
     def check(self, step: int) -> None:
         """Looks at all losses since the last call, on all ranks together.
@@ -354,26 +352,25 @@ class StepGuard:
         """
         ranks = number_of_ranks()
         flags = torch.zeros(ranks + 1, device=self.device)
-        flags[self.rank] = (~torch.stack(self._losses).isfinite()).any()
+        flags[self.rank] = (~torch.stack([loss for loss, _ in self._watched]).isfinite()).any()
         flags[ranks] = float(self.preemption.received is not None)
         if ranks > 1:
             distributed.all_reduce(flags)
         *failed, signals = flags.tolist()
         self.preemption.agreed = signals > 0
-        losses, samples = self._losses, self._samples
-        self._losses, self._samples = [], []
+        watched, self._watched = self._watched, []
         if any(failed):
-            lines = from_every_rank(self._describe(losses, samples))
+            lines = from_every_rank(self._describe(watched))
             raise NotFiniteError(
                 f"step {step} is not made, its loss is not a number: {'; '.join(line for line in lines if line)}; look "
                 "at these samples, lower train.learning_rate, or give train.max_grad_norm; the last checkpoint is sound"
             )
 
-    def _describe(self, losses: list[Tensor], samples: list[list[str]]) -> str:
+    def _describe(self, watched: list[tuple[Tensor, list[str]]]) -> str:
         found = [
-            f"rank {self.rank}, micro-batch {number} of {len(losses)}, loss {loss:g}, samples "
+            f"rank {self.rank}, micro-batch {number} of {len(watched)}, loss {loss:g}, samples "
             + ", ".join(map(clip, ids))
-            for number, (loss, ids) in enumerate(zip(torch.stack(losses).tolist(), samples), 1)
-            if loss != loss or loss in (float("inf"), float("-inf"))
+            for number, (loss, ids) in enumerate(watched, 1)
+            if not loss.isfinite()
         ]
         return "; ".join(found)
