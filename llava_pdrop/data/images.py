@@ -203,11 +203,14 @@ def process_tiles(tiles: list[Image.Image], processor: BaseImageProcessor) -> to
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """The picture centred on a square of its longer side."""
-    width, height = image.size
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    side = max(image.size)
+    return _centred(image, (side, side), colour)
+
+
+def _centred(image: Image.Image, canvas: tuple[int, int], colour: tuple[int, ...]) -> Image.Image:
+    result = Image.new("RGB", canvas, colour)
+    result.paste(image, ((canvas[0] - image.width) // 2, (canvas[1] - image.height) // 2))
+    return result
 
 
 def resized_square(image: Image.Image, colour: tuple[int, ...], side: int, resample: Image.Resampling) -> Image.Image:
@@ -237,10 +240,7 @@ def fit_to_canvas(image: Image.Image, canvas: tuple[int, int]) -> Image.Image:
         fitted = canvas[0], min(math.ceil(height * by_width), canvas[1])
     else:
         fitted = min(math.ceil(width * by_height), canvas[0]), canvas[1]
-    result = Image.new("RGB", canvas, (0, 0, 0))
-    corner = (canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2
-    result.paste(image.resize(fitted, Image.Resampling.BICUBIC), corner)
-    return result
+    return _centred(image.resize(fitted, Image.Resampling.BICUBIC), canvas, (0, 0, 0))
 
 
 def _tiles(canvas: Image.Image, side: int) -> list[Image.Image]:
