@@ -299,11 +299,8 @@ def check_tf32(config: Config) -> None:
         f"transformers {transformers.__version__} makes the angles of rotary position embeddings by a matrix product, "
         "in which TF32 rounds positions and frequencies to 11 bits"
     )
-    if given.get("tf32"):
-        raise ConfigError(f"{line}.tf32 cannot be: {reason}: train.tf32=null, or transformers from 5.19 on")
-    raise ConfigError(
-        f"{line}.torch_compile allows TF32, which cannot be: {reason}: train.tf32=false, or transformers from 5.19 on"
-    )
+    what, remedy = ("tf32", "null") if given.get("tf32") else ("torch_compile allows TF32, which", "false")
+    raise ConfigError(f"{line}.{what} cannot be: {reason}: train.tf32={remedy}, or transformers from 5.19 on")
 
 
 def rotary_angles_are_a_product() -> bool:
