@@ -14,9 +14,9 @@ from llava_pdrop.data.conversation import Template, template_for
 from llava_pdrop.data.labels import refuse_halves
 from llava_pdrop.data.survey import Block
 from llava_pdrop.data.tokens import NOTHING_TO_LEARN, Encoder, Truncation, Unlabelled
-from llava_pdrop.doctor.images import Look, hash64, look
+from llava_pdrop.doctor.images import hash64
 from llava_pdrop.errors import RecordError, Unfit, clip
-from llava_pdrop.types import ImageSource, Record
+from llava_pdrop.types import Record
 
 UNKNOWN = -1
 """Length of a record whose tokens were not counted."""
@@ -91,10 +91,6 @@ class RecordChecks:
         """The encoder without its limit."""
         assert self.encoder is not None
         return replace(self.encoder, max_length=None)
-
-    def look(self, image: ImageSource) -> Look:
-        """At a picture."""
-        return look(image, self.decode)
 
     def judge(self, block: Block) -> Found:
         """What is wrong in a block of the pass."""

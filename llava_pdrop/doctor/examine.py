@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from llava_pdrop.data.records import Records
 from llava_pdrop.data.survey import Blocks, may_be_left_out
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor.checks import PROBLEM_KINDS, UNKNOWN, Found, RecordChecks, RecordProblem
-from llava_pdrop.doctor.images import same_content
+from llava_pdrop.doctor.images import look, same_content
 from llava_pdrop.train.fit import beyond_positions, nothing_learnt
 
 LISTED = 1000
@@ -124,7 +124,7 @@ def examine(
     problems: dict[str, list[RecordProblem]] = defaultdict(list)
     keys: Counter[str] = Counter()
     with tqdm(total=len(distinct), desc="checking records", unit=" records", unit_scale=True, disable=off) as bar:
-        for block in Blocks(distinct, checks.look, checks.judge).spread(workers):
+        for block in Blocks(distinct, partial(look, decode=checks.decode), checks.judge).spread(workers):
             for problem in block.problems:
                 if len(problems[problem.kind]) < listed:
                     problems[problem.kind].append(problem)
