@@ -44,10 +44,9 @@ class StepMeter(TrainerCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self.steps, self.samples, self.tokens, self.flops = 0, 0, 0, 0.0
+        self.steps, self.samples, self.flops = 0, 0, 0.0
         self.cpu = self.data = 0.0
-        self.stage_tokens: list[int] = []
-        self.image_tokens: list[int] = []
+        self.tokens: list[int] = []  # of every stage, and then the image tokens among them
         self._marks: list[tuple[Mark, Mark]] = []
         self._drained = time.perf_counter()
 
@@ -60,10 +59,9 @@ class StepMeter(TrainerCallback):
 
     def count(self, samples: int, output: Output) -> None:
         """Adds one micro-batch."""
+        tokens = [*output.tokens, *output.image_tokens]
         self.samples += samples
-        self.tokens += output.tokens[0]
-        self.stage_tokens = _plus(self.stage_tokens, output.tokens)
-        self.image_tokens = _plus(self.image_tokens, output.image_tokens)
+        self.tokens = [a + b for a, b in zip(self.tokens, tokens, strict=True)] if self.tokens else tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         reset_peak_memory()
@@ -101,17 +99,16 @@ class StepMeter(TrainerCallback):
         if self._marks:
             self._marks[-1][1].reached()
         wall = sum(began.until(ended).seconds for began, ended in self._marks)
-        stages = len(self.image_tokens)
         parts = {} if self.clock is None else self.clock.drain()
         times = [self.data, *(parts.get(part, 0.0) for part in TIME_PARTS)]
-        sums = total([self.flops, self.samples, self.tokens, *times, *self.stage_tokens, *self.image_tokens])
-        flops, all_samples, tokens, *sums = sums
+        flops, all_samples, *sums = total([self.flops, self.samples, *times, *self.tokens])
         data, *seconds = (value / ranks for value in sums[: len(times)])
-        per_stage = sums[len(times) :]
+        tokens = sums[len(times) :]
+        stages = len(tokens) // 2
         samples = max(1.0, all_samples)
         passed = max(1e-9, time.perf_counter() - self._drained)
         metrics = {
-            "tokens_per_second": tokens / passed,
+            "tokens_per_second": sum(tokens[:1]) / passed,
             "step_seconds": wall / steps,
             "step_cpu_seconds": self.cpu / steps,
             "data_seconds": data / steps,
@@ -123,8 +120,8 @@ class StepMeter(TrainerCallback):
         if self.clock is not None:
             metrics |= {f"{part}_seconds": value / steps for part, value in zip(TIME_PARTS, seconds) if part in parts}
             metrics["rest_seconds"] = max(0.0, passed - data - sum(seconds)) / steps
-        metrics |= {f"tokens_{k}": n / samples for k, n in enumerate(per_stage[:stages])}
-        metrics |= {f"image_tokens_{k}": n / samples for k, n in enumerate(per_stage[stages:])}
+        metrics |= {f"tokens_{k}": n / samples for k, n in enumerate(tokens[:stages])}
+        metrics |= {f"image_tokens_{k}": n / samples for k, n in enumerate(tokens[stages:])}
         metrics |= peak_memory(self.device)
         self._reset()
         return metrics
@@ -189,10 +186,6 @@ def steps_of(rows: Sequence[dict[str, Any]]) -> list[int]:
     """How many steps each of all log lines of a run is the mean of: those since the line before
     (``train.logging_steps``, and at the end what is left)."""
     return [step - before for before, step in pairwise([0, *(row["step"] for row in rows)])]
-
-
-def _plus(left: list[int], right: list[int]) -> list[int]:
-    return [a + b for a, b in zip(left, right, strict=True)] if left else list(right)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_meter_adds_up_to_the_time_that_passed(now):
     meter.count(2, output([20], [8]))
     now[0] += 10.0
     meter.on_step_end(None, None, None)
-    metrics = meter.drain(lambda mine: [2 * n + 3.0 * (place == 3) for place, n in enumerate(mine)], ranks=2)
+    metrics = meter.drain(lambda mine: [2 * n + 3.0 * (place == 2) for place, n in enumerate(mine)], ranks=2)
     assert metrics["data_seconds"] == (1.0 + 4.0) / 2 and metrics["data_wait_share"] == 2.5 / 11.0
     assert {part: metrics[f"{part}_seconds"] for part in measured} == measured
     assert {f"{part}_seconds" for part in TIME_PARTS} & metrics.keys() == {f"{part}_seconds" for part in measured}
