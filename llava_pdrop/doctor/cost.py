@@ -23,6 +23,7 @@ from llava_pdrop.cost.flops import Step, step_flops
 from llava_pdrop.cost.lora import adapter_flops, learning
 from llava_pdrop.cost.nominal import NominalModel, model_of, recomputed_by
 from llava_pdrop.data.packing import BatchPlan
+from llava_pdrop.data.survey import ImageSizes
 from llava_pdrop.data.tokens import Encoder
 from llava_pdrop.doctor.examine import Findings
 from llava_pdrop.errors import ConfigError, MissingFileError, UserError, first_line
@@ -223,10 +224,8 @@ def predict(
 
 def _samples(findings: Findings, encoder: Encoder, numbers: np.ndarray) -> list[Sample]:
     """Records as training makes them, without pixels."""
-    ends = np.cumsum(findings.counts)
-    samples = []
-    for number in numbers.tolist():
-        sizes = findings.shown[ends[number] - findings.counts[number] : ends[number]].tolist()
-        images = [ImageInput(torch.empty(0), (width, height)) for width, height in sizes]
-        samples.append(encoder.train(findings.records[number], images))
-    return samples
+    sizes = ImageSizes(np.cumsum(findings.counts), findings.shown)
+    return [
+        encoder.train(findings.records[number], [ImageInput(torch.empty(0), size) for size in sizes.of(number)])
+        for number in numbers.tolist()
+    ]
