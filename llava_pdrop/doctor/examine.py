@@ -184,13 +184,12 @@ def _mark_duplicate_images(findings: Findings, workers: int, listed: int, bar: A
     sizes = np.where(pictures.readable, pictures.bytes, UNKNOWN)
     groups = same_content(findings.records, pictures.places, sizes, workers, bar.update)
     for group in groups:
-        owners = [(number, *pictures.places[number].tolist()) for number in group]
-        for _, record, _ in owners[1:]:
-            findings.has("duplicate_image")[record] = True
+        findings.has("duplicate_image")[pictures.places[group[1:], 0]] = True
         findings.duplicates += len(group) - 1
         if len(findings.problems["duplicate_image"]) >= listed:
             continue
-        read = [(record, findings.records[record], place) for _, record, place in owners[: listed + 1]]
+        places = pictures.places[group[: listed + 1]].tolist()
+        read = [(number, findings.records[number], place) for number, place in places]
         names = [str(record.images[place]) for _, record, place in read]
         findings.same_images.append(names)
         for (number, record, _), name in zip(read[1:], names[1:]):
