@@ -162,9 +162,7 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys = rows[:, 0].astype(np.int64) << 32 | rows[:, 1]
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return first[order], rank[which]
+    return first[order], np.argsort(order)[which]
 
 
 def _mark_duplicate_ids(findings: Findings, ids: np.ndarray, listed: int) -> None:
