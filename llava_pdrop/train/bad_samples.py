@@ -59,8 +59,7 @@ class CheckedSamples(Dataset["Sample | BadSample"]):
             replacement = self._load(other)
             if isinstance(replacement, Sample):
                 return self._note(index, found, other) or replacement
-            ended = self._note(other, replacement, None)
-            if ended is not None:
+            if (ended := self._note(other, replacement, None)) is not None:
                 return ended
         return BadSample(f"{found}; no sample of at most {self._lengths[index]} tokens can take its place")
 
@@ -85,7 +84,8 @@ class CheckedSamples(Dataset["Sample | BadSample"]):
 
     def _note(self, index: int, reason: str, replaced_by: int | None) -> BadSample | None:
         """Writes a bad sample down, once per run, and counts; returns what ends the run if there are too many."""
-        known = self._noted()
+        noted = self.report.read_text(encoding="utf-8") if self.report.is_file() else ""
+        known = {json.loads(line)["index"] for line in noted.splitlines()}
         if index not in known:
             record = self.dataset.records[index]
             entry = {"index": index, "origin": record.origin, "id": record.id, "reason": reason}
@@ -99,11 +99,6 @@ class CheckedSamples(Dataset["Sample | BadSample"]):
             f"{reason}; {len(known)} samples could not be loaded, more than train.max_bad_samples={self.limit}; all of "
             f"them are listed in {self.report}"
         )
-
-    def _noted(self) -> set[int]:
-        if not self.report.is_file():
-            return set()
-        return {json.loads(line)["index"] for line in self.report.read_text(encoding="utf-8").splitlines()}
 
 
 def collate_checked(samples: list[Sample | BadSample]) -> PackedBatch | BadSample:
