@@ -177,6 +177,7 @@ _LLAVA = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
+_MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 _LLAMA_2 = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
     "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
@@ -214,15 +215,7 @@ _INST = Template(
     empty="absent",
     image_first=True,
 )
-_CHATML = Template(
-    system_as="<|im_start|>system\n{}<|im_end|>",
-    before_question="<|im_start|>user\n",
-    after_question="<|im_end|>",
-    before_answer="<|im_start|>assistant\n",
-    end="<|im_end|>",
-    empty="absent",
-    image_first=True,
-)
+_CHATML = "<|im_start|>{}\n", "<|im_end|>"
 
 
 def _llama_2(system: str) -> Template:
@@ -233,6 +226,25 @@ def _llama_2(system: str) -> Template:
         system_as=opening,
         before_first="",
         before_question="<s>[INST] ",
+    )
+
+
+def _headed(
+    head: str, end: str, system: str = "", between: str = "", empty: Literal["masked", "absent"] = "masked"
+) -> Template:
+    """A format in which every turn, the system prompt too, has a head that names its speaker, and the same end; what
+    stands ``between`` two turns is not learnt."""
+    system_as = head.format("system") + "{}" + end + between
+    return Template(
+        system=system_as.replace("{}", system) if system else "",
+        system_as=system_as,
+        before_question=head.format("user"),
+        after_question=end + between,
+        before_answer=head.format("assistant"),
+        end=end,
+        after_answer=between,
+        empty=empty,
+        image_first=True,
     )
 
 
@@ -275,40 +287,17 @@ TEMPLATES: dict[str, Template] = {
     # LLaVA-NeXT on Mistral
     "mistral_instruct": _INST,
     # ChatML without line ends between the turns, as LLaVA on MPT and LLaVA-NeXT 34B write it
-    "mpt": replace(
-        _CHATML,
-        system=(
-            "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
-            "The assistant gives helpful and honest answers.<|im_end|>"
-        ),
-    ),
-    "chatml_direct": replace(_CHATML, system="<|im_start|>system\nAnswer the questions.<|im_end|>"),
+    "mpt": _headed(*_CHATML, _MPT, empty="absent"),
+    "chatml_direct": _headed(*_CHATML, "Answer the questions.", empty="absent"),
     # LLaVA-NeXT on Qwen 2: ChatML as its makers write it
-    "qwen_2": replace(
-        _CHATML,
-        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-        system_as="<|im_start|>system\n{}<|im_end|>\n",
-        after_question="<|im_end|>\n",
-        after_answer="\n",
-        empty="masked",
-    ),
+    "qwen_2": _headed(*_CHATML, "You are a helpful assistant.", between="\n"),
     # LLaVA-NeXT on Llama 3
-    "llama_3": Template(
-        system=f"<|start_header_id|>system<|end_header_id|>\n\n{_LLAVA}<|eot_id|>",
-        system_as="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        before_question="<|start_header_id|>user<|end_header_id|>\n\n",
-        after_question="<|eot_id|>",
-        before_answer="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        end="<|eot_id|>",
-        image_first=True,
-    ),
-    "gemma": Template(
-        before_question="<start_of_turn>user\n",
-        after_question="<end_of_turn>\n",
+    "llama_3": _headed("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", _LLAVA),
+    # Its assistant has another name, and it has no place for a system prompt
+    "gemma": replace(
+        _headed("<start_of_turn>{}\n", "<end_of_turn>", between="\n"),
+        system_as=None,
         before_answer="<start_of_turn>model\n",
-        end="<end_of_turn>",
-        after_answer="\n",
-        image_first=True,
     ),
     # The embedded task: question, answer, end of line. No role names: every token more is one a miniature must learn
     "qa": Template(system_as="{}\n", answer_lead=" ", end="\n", empty="trained"),
