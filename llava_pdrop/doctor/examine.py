@@ -107,23 +107,19 @@ class Findings:
         return int(self.has(kind).sum())
 
 
-def examine(
-    records: Records, checks: RecordChecks, workers: int = 0, listed: int = LISTED, progress: bool | None = None
-) -> Findings:
-    """Goes through all ``records`` and all their pictures.
+def examine(records: Records, checks: RecordChecks, workers: int = 0, listed: int = LISTED) -> Findings:
+    """Goes through all ``records`` and all their pictures, on a terminal with a bar.
 
     Args:
         workers: processes beside this one; 0: this one does all. The result is the same.
         listed: problems of one kind that are kept with their words.
-        progress: show a bar; None: on terminals only.
     """
     first, which = _distinct(records.rows)
     distinct = records.take(first)
-    off = None if progress is None else not progress
     blocks: list[Found] = []
     problems: dict[str, list[RecordProblem]] = defaultdict(list)
     keys: Counter[str] = Counter()
-    with tqdm(total=len(distinct), desc="checking records", unit=" records", unit_scale=True, disable=off) as bar:
+    with tqdm(total=len(distinct), desc="checking records", unit=" records", unit_scale=True, disable=None) as bar:
         for block in Blocks(distinct, partial(look, decode=checks.decode), checks.judge).spread(workers):
             for problem in block.problems:
                 if len(problems[problem.kind]) < listed:
@@ -149,7 +145,7 @@ def examine(
         unknown_keys=keys,
     )
     _mark_duplicate_ids(findings, together("ids"), listed)
-    with tqdm(desc="comparing images", unit=" files", unit_scale=True, disable=off) as bar:
+    with tqdm(desc="comparing images", unit=" files", unit_scale=True, disable=None) as bar:
         _mark_duplicate_images(findings, workers, listed, bar)
     for kind, found in findings.problems.items():  # so far they count distinct records
         own = [replace(problem, index=int(first[problem.index])) for problem in found]

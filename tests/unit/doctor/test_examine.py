@@ -100,7 +100,7 @@ def encoder(tokenizer, image_token_id) -> Encoder:
 def check(encoder: Encoder) -> Callable[..., Findings]:
     def check(path: Path, workers: int = 0, listed: int = 1000, **options: Any) -> Findings:
         checks = RecordChecks(encoder.template, **{"encoder": encoder, **options})
-        return examine(read_data(path), checks, workers, listed, progress=False)
+        return examine(read_data(path), checks, workers, listed)
 
     return check
 
@@ -125,7 +125,7 @@ def test_every_kind_is_tested_here_or_below():
 def test_a_conversation_the_template_cannot_write(write, check):
     found = check(write(GOOD, {"id": "t", "conversations": talk("What?", "a cat")}), encoder=None)
     assert found.clean.tolist() == [0, 1]
-    plain = examine(found.records, RecordChecks(TEMPLATES["plain"]), progress=False)
+    plain = examine(found.records, RecordChecks(TEMPLATES["plain"]))
     assert plain.count("template") == 1 and plain.clean.tolist() == [0]
 
 
