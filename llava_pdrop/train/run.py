@@ -234,18 +234,15 @@ def load_parts(config: Config) -> ModelParts:
             require_tokenizer(parts, model.path or "")  # without a path it has been read with the decoder
         return parts
     except UserError as error:
-        if error.key is None:
-            raise ConfigError(f"{config.file}: {first_line(error)}") from error
-        value = getattr(model, error.key.removeprefix("model."))
-        named = ConfigError(f"{config.file}: {error.key} {value}: {first_line(error)}")
+        part = "" if error.key is None else f"{error.key} {getattr(model, error.key.removeprefix('model.'))}: "
+        named = ConfigError(f"{config.file}: {part}{first_line(error)}")
         named.key = error.key
         raise named from error
 
 
 def build_model(config: Config, parts: ModelParts) -> PyramidLlava:
     """The training model of ``config`` around ``parts``."""
-    recompute = config.train.recompute_layers
-    section = config.model
+    section, recompute = config.model, config.train.recompute_layers
     return PyramidLlava(parts.hf, config.schedule, parts.geometry, section.attention, recompute, section.kernels)
 
 
