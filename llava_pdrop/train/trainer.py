@@ -14,7 +14,6 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_pt_utils import nested_gather
 
 from llava_pdrop.checkpoint.layouts import HF_TO_MEMORY, in_memory, rename
 from llava_pdrop.checkpoint.load import load_strictly, save_pretrained, save_projector
@@ -270,8 +269,8 @@ class PyramidTrainer(SavingTrainer):
     def _total(self, numbers: list[float]) -> list[float]:
         if self.accelerator.num_processes == 1:
             return numbers
-        mine = torch.tensor([numbers], dtype=torch.float64, device=self.args.device)
-        return nested_gather(mine, self.args.parallel_mode).sum(0).tolist()
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(mine, "sum").tolist()
 
     # ---- checkpoints ----
 
