@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,30 +88,18 @@ def train_checked(run: CheckedRun, callbacks: Sequence[TrainerCallback] = ()) ->
         say(f"{config.name}: trained again, because the finished run in {output} had {outdated}")
     if run.finished:  # before, but with other settings or files
         check_arguments(config)
-    with engine_for_one_run():
+    with engine_for_one_run(), ExitStack() as stack:
         args = training_arguments(config)
         watchdog = Watchdog(output, args.process_index, args.world_size, SHARE_OF_TIMEOUT * args.ddp_timeout)
-        with owned_by_first_rank(output, config.file), watchdog.running():
-            complete = by_first_rank(lambda: history.is_finished(config, stamp))  # by the run that this one waited for
-            complete = complete or train_watched(config, args, watchdog, stamp, fresh, callbacks)
+        mine = owning(output, f"{config.file}: output_dir", say)
+        by_first_rank(lambda: stack.enter_context(mine))  # from here on no other run writes to it
+        stack.enter_context(watchdog.running())
+        complete = by_first_rank(lambda: history.is_finished(config, stamp))  # by the run that this one waited for
+        complete = complete or train_watched(config, args, watchdog, stamp, fresh, callbacks)
     release_memory()
     if not complete:
         raise Preempted
     return output
-
-
-@contextmanager
-def owned_by_first_rank(output: Path, file: str) -> Iterator[None]:
-    """No other run writes to ``output``, the ``output_dir`` of the config ``file``, as long as it lasts. Every rank
-    comes here.
-
-    Raises:
-        UserError: one does; on every rank.
-    """
-    with ExitStack() as stack:
-        mine = owning(output, f"{file}: output_dir", say)
-        by_first_rank(lambda: stack.enter_context(mine))
-        yield
 
 
 def train_watched(
