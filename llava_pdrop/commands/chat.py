@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llava_pdrop.commands.arguments import a_path, add_model, model_in
+from llava_pdrop.commands.arguments import a_path, add_model, given, model_in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +37,8 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.serve.chat import Chat
     from llava_pdrop.serve.conversation import Conversation, Settings
 
-    directory, overrides, pictures = model_in([*([args.directory] if args.directory else []), *args.words])
-    given = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed", "reuse_cache")}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    conversation = Conversation.of(directory, overrides, settings)
+    directory, overrides, pictures = model_in(args.model, args.words)
+    conversation = Conversation.of(directory, overrides, Settings(**given(args, Settings)))
     for picture in pictures:
         conversation.show(Path(a_path(picture)))
     Chat(conversation).run()

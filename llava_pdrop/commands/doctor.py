@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.commands.arguments import a_path
+from llava_pdrop.commands.arguments import a_path, add_config
 from llava_pdrop.errors import UserError
 
 DOCTOR_FILE, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
@@ -18,8 +18,7 @@ DOCTOR_FILE, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
-    parser.add_argument("config", type=a_path, metavar="CONFIG", help="YAML file, or the directory of a run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
+    add_config(parser, "YAML file, or the directory of a run")
     parser.add_argument("--eval", action="store_true", help="check data.eval too")
     parser.add_argument(
         "--out", type=a_path, metavar="DIR", help="directory of the report (default: OUTPUT_DIR/doctor)"

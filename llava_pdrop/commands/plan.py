@@ -8,14 +8,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from llava_pdrop.commands.arguments import a_path
+from llava_pdrop.commands.arguments import add_config
 from llava_pdrop.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
-    parser.add_argument("config", type=a_path, metavar="CONFIG", help="YAML file, or the directory of a run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
+    add_config(parser, "YAML file, or the directory of a run")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--average-tokens",

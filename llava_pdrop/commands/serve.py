@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from llava_pdrop.commands.arguments import a_place, add_model, model_in
+from llava_pdrop.commands.arguments import a_place, add_model, add_server, given, model_in
 
 KEY_VARIABLE = "LLAVA_PDROP_API_KEY"
 
@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="section.key=value",
         help="override of a config key; pyramid_drop=FILE takes another schedule, pyramid_drop=null none",
     )  # fmt: skip
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    add_server(parser, 8000)
     parser.add_argument("--name", help="the model's name in requests (default: that of its directory)")
     parser.add_argument(
         "--key-file", type=a_place, metavar="FILE",
@@ -37,13 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, metavar="X", help="where a request says nothing (default: 1, as the API has it)"
     )
-    parser.add_argument("--pictures", type=a_place, metavar="DIR", help="requests may name files in here")
     parser.add_argument(
-        "--allow-urls", action="store_true", help="fetch pictures from http(s) URLs of public hosts, never private ones"
+        "--pictures", type=a_place, dest="directory", metavar="DIR", help="requests may name files in here"
     )
-    parser.add_argument("--most-pictures", type=int, metavar="N", help="of a request (default: 8)")
-    parser.add_argument("--most-pixels", type=int, metavar="N", help="of a picture (default: 25 million)")
-    parser.add_argument("--most-bytes", type=int, metavar="N", help="of a picture (default: 10 MiB)")
+    parser.add_argument(
+        "--allow-urls", action="store_true", dest="urls",
+        help="fetch pictures from http(s) URLs of public hosts, never private ones",
+    )  # fmt: skip
+    parser.add_argument("--most-pictures", type=int, dest="pictures", metavar="N", help="of a request (default: 8)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,24 +62,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"serve needs {' and '.join(missing)}: pip install 'llava_pdrop[serve]'")
     from llava_pdrop.serve.server import serve
 
-    directory, overrides, more = model_in([*([args.directory] if args.directory else []), *args.overrides])
+    directory, overrides, more = model_in(args.model, args.overrides)
     if more:
         raise UserError(f"{more[0]}: one model is served, {directory}; pictures come with the requests")
     key = args.key_file.read_text(encoding="utf-8").strip() if args.key_file else os.environ.get(KEY_VARIABLE)
-    limits = {"pictures": args.most_pictures, "pixels": args.most_pixels, "picture_bytes": args.most_bytes}
-    for name, value in limits.items():
-        if value is not None and value < 1:
-            raise UserError(f"--most-{name.removeprefix('picture_')} must be at least 1, got {value}")
-    given = {name: getattr(args, name) for name in ("rows", "queue", "seconds", "max_new_tokens", "most_new_tokens")}
-    given |= {"temperature": args.temperature}
-    settings = Settings(
-        name=args.name or directory.resolve().name,
-        key=key,
-        limits=Limits(
-            **{name: value for name, value in limits.items() if value is not None},
-            directory=args.pictures,
-            urls=args.allow_urls,
-        ),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    args.name = args.name or directory.resolve().name
+    settings = Settings(**given(args, Settings), key=key, limits=Limits(**given(args, Limits)))
     serve(Service.of(directory, overrides, settings), args.host, args.port)

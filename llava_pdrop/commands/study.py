@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from llava_pdrop.commands.arguments import a_path, a_place
+from llava_pdrop.commands.arguments import a_place, add_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{parser.description}. CONFIG may be a run directory, or any vision-language model that attach() knows, with "
         "data.eval=FILE or benchmarks=NAME. A second start goes on."
     )
-    parser.add_argument("config", type=a_path, metavar="CONFIG", help="YAML file, or the directory of a model")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
+    add_config(parser, "YAML file, or the directory of a model")
     parser.add_argument("--out", type=a_place, metavar="DIR", help="where everything goes (default: study in the run)")
     parser.add_argument(
         "--layers", type=int, nargs="+", metavar="N", help="layers before which tokens are dropped (default: eight)"

@@ -48,6 +48,11 @@ class Limits:
     body_bytes: int = 32 * 2**20
     body_seconds: float = 30.0
 
+    def __post_init__(self) -> None:
+        for option, value in (("pictures", self.pictures), ("pixels", self.pixels), ("bytes", self.picture_bytes)):
+            if value < 1:
+                raise UserError(f"--most-{option} must be at least 1, got {value}")
+
 
 @dataclass(frozen=True)
 class Picture:
