@@ -5,36 +5,20 @@ What comes out, a `Source`, is what `build.py` loads into a model and `export.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava_pdrop.checkpoint import lora
+from llava_pdrop.checkpoint import layouts, lora, original
 from llava_pdrop.checkpoint.ends import GENERATION_CONFIG, settle_ends
 from llava_pdrop.checkpoint.hf_files import chat_template_in, reading
 from llava_pdrop.checkpoint.hf_models import make_config, meta_hf_model
-from llava_pdrop.checkpoint.layouts import (
-    HF_TO_MEMORY,
-    ORIGINAL_TO_MEMORY,
-    TOWER,
-    NameTable,
-    in_memory,
-    is_projector,
-    rename,
-)
 from llava_pdrop.checkpoint.load import check_fit, mean_rows
-from llava_pdrop.checkpoint.original import (
-    SECTION,
-    carried,
-    original_geometry,
-    original_schedule,
-    refuse_unsupported,
-    text_config_of,
-    written_schedule,
-)
 from llava_pdrop.checkpoint.shards import Stored, beside, open_tensors, resolve, weight_files
 from llava_pdrop.checkpoint.tower import TOWER_FOLDER, open_tower
 from llava_pdrop.checkpoint.vocabulary import add_special_tokens, rows_with_specials
@@ -91,8 +75,8 @@ class Source:
         with reading(Path(self.origin) / "config.json"):
             hf = meta_hf_model(self.config)
         own = hf.state_dict()
-        tensors = in_memory(self.tensors, own)
-        made = {name: Stored.of(tensor) for name, tensor in own.items() if fresh and is_projector(name)}
+        tensors = layouts.in_memory(self.tensors, own)
+        made = {name: Stored.of(tensor) for name, tensor in own.items() if fresh and layouts.is_projector(name)}
         check_fit(hf, tensors | made, self.origin, rows=rows)
         notes: list[str] = []
         if self.tokenizer is not None:
@@ -143,7 +127,7 @@ def _open_peft(directory: Path, base: str | None, vision_tower: str | None) -> S
         tokenizer = source.tokenizer
     elif tokenizer.chat_template is None and source.tokenizer is not None:
         tokenizer.chat_template = source.tokenizer.chat_template
-    tensors = lora.merged(source.tensors, directory, HF_TO_MEMORY)
+    tensors = lora.merged(source.tensors, directory, layouts.HF_TO_MEMORY)
     return replace(source, origin=str(directory), tensors=tensors, tokenizer=tokenizer)
 
 
@@ -158,16 +142,12 @@ def _open_adapters(directory: Path, fields: dict[str, Any], base: str | None, vi
         tensors = open_llava(base, vision_tower=vision_tower if "mm_vision_tower" in under else None).tensors
     else:
         with reading(directory / "config.json"):
-            tower, side = vision_tower or fields[SECTION]["mm_vision_tower"], fields["vision_config"]["image_size"]
-        tower = beside(directory, tower)
-        try:
+            side = fields["vision_config"]["image_size"]
+            tower = beside(directory, vision_tower or fields[original.SECTION]["mm_vision_tower"])
+        with _naming_tower(directory):
             resolve(tower)
-        except MissingFileError as error:
-            raise MissingFileError(
-                f"{directory}/config.json: mm_vision_tower: {error}; name a copy of it (convert: --vision-tower DIR)"
-            ) from None
         tensors = open_parts(base, tower, {}, side).tensors
-    return _open_hf(directory, fields, lora.merged(tensors, directory, HF_TO_MEMORY))
+    return _open_hf(directory, fields, lora.merged(tensors, directory, layouts.HF_TO_MEMORY))
 
 
 def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored] | None = None) -> Source:
@@ -181,14 +161,15 @@ def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored]
         raise UserError(f"{directory}/config.json: quantised weights are not supported: take the float ones")
     if "tie_word_embeddings" not in fields:  # transformers 4 asked the decoder's config
         config.tie_word_embeddings = bool(getattr(config.text_config, "tie_word_embeddings", False))
-    section = getattr(config, "pyramid_drop", None)
     with reading(directory / "config.json"):
         geometry = geometry_of(config)
-        schedule = None if section is None else written_schedule(section).check(config.text_config.num_hidden_layers)
+        schedule = original.original_schedule(fields)
+        if schedule is not None:
+            schedule.check(config.text_config.num_hidden_layers)
     return Source(
         str(directory),
         config,
-        _named(directory, HF_TO_MEMORY) if tensors is None else tensors,
+        _named(directory, layouts.HF_TO_MEMORY) if tensors is None else tensors,
         geometry,
         schedule,
         _tokenizer(directory),
@@ -201,23 +182,19 @@ def _open_original(
     directory: Path, fields: dict[str, Any], base: str | None, vision_tower: str | None, pad: bool
 ) -> Source:
     """The layout of `liuhaotian/llava-v1.5-7b`: a LLaMA config with ``mm_*`` fields, the tower inside or beside."""
-    refuse_unsupported(fields, str(directory))
+    original.refuse_unsupported(fields, str(directory))
     tensors, home = _original_tensors(directory, base)
-    tensors = rename(tensors, ORIGINAL_TO_MEMORY)
+    tensors = layouts.rename(tensors, layouts.ORIGINAL_TO_MEMORY)
     tower_source = vision_tower or _named_tower(directory, fields["mm_vision_tower"])
-    try:
+    with _naming_tower(directory):
         vision, beside_tensors = open_tower(tower_source)
-    except FileNotFoundError as error:
-        raise MissingFileError(
-            f"{directory}/config.json: mm_vision_tower: {error}; name a copy of it (convert: --vision-tower DIR)"
-        ) from None
     with reading(directory / "config.json"):
-        geometry = original_geometry(fields, vision)
-        text = text_config_of(fields)
-        schedule = original_schedule(fields)
+        geometry = original.original_geometry(fields, vision)
+        text = original.text_config_of(fields)
+        schedule = original.original_schedule(fields)
         if schedule is not None:
             schedule.check(text.num_hidden_layers)
-    inside = {name for name in tensors if name.startswith(TOWER)}
+    inside = {name for name in tensors if name.startswith(layouts.TOWER)}
     if not fields.get("unfreeze_mm_vision_tower") or not inside:  # golden/README 4.13: a frozen tower is CLIP's own
         tensors = {name: tensor for name, tensor in tensors.items() if name not in inside} | beside_tensors
     if geometry.aspect == "pad":
@@ -227,7 +204,7 @@ def _open_original(
     image_token_id = rows if tokenizer is None else add_special_tokens(tokenizer, rows)
     text.vocab_size = rows_with_specials(rows, tokenizer) if pad else rows
     config = make_config(text, vision, geometry, image_token_id, fields.get("mm_vision_select_layer", -2))
-    setattr(config, SECTION, carried(fields))
+    setattr(config, original.SECTION, original.carried(fields))
     if schedule is not None:
         config.pyramid_drop = schedule.to_dict()
     return Source(
@@ -240,6 +217,17 @@ def _open_original(
         _image_processor(resolve(tower_source), geometry.tile),
         _generation(directory, text, tokenizer),
     ).checked(rows=rows)
+
+
+@contextmanager
+def _naming_tower(directory: Path) -> Iterator[None]:
+    """A tower that is not there is one that the config of ``directory`` names."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"{directory}/config.json: mm_vision_tower: {error}; name a copy of it (convert: --vision-tower DIR)"
+        ) from None
 
 
 def _named_tower(directory: Path, name: str) -> str:
@@ -292,49 +280,37 @@ def open_parts(
         geometry = ImageGeometry(vision.image_size, vision.patch_size, **geometry_options)
         image_processor = _image_processor(resolve(vision_tower), vision.image_size)
     with naming("model.language_model"):
-        return _joined(language_model, vision_tower, vision, tower, geometry, image_processor)
+        home = resolve(language_model)
+        with reading(home / "config.json"):
+            text = AutoConfig.from_pretrained(home)
+        rows = text.vocab_size
+        tokenizer = _tokenizer(home)
+        if tokenizer is None:
+            raise MissingFileError(f"{home}: has no tokenizer*: copy it from where the language model comes from")
+        image_token_id = add_special_tokens(tokenizer, rows)
+        text.vocab_size = rows_with_specials(rows, tokenizer)
+        if text.pad_token_id is None:
+            text.pad_token_id = tokenizer.pad_token_id
+        config = make_config(text, vision, geometry, image_token_id)
+        origin = {"mm_vision_tower": absolute("model.vision_tower", vision_tower), "vocab_size": rows}
+        setattr(config, original.SECTION, origin)
+        return Source(
+            language_model,
+            config,
+            mean_rows(_named(home, layouts.ORIGINAL_TO_MEMORY), rows, text.vocab_size) | tower,
+            geometry,
+            None,
+            tokenizer,
+            image_processor,
+            _generation(home, text, tokenizer),
+        ).checked(fresh=True, rows=rows)
 
 
-def _joined(
-    language_model: str,
-    vision_tower: str,
-    vision: CLIPVisionConfig,
-    tower: dict[str, Stored],
-    geometry: ImageGeometry,
-    image_processor: CLIPImageProcessorPil,
-) -> Source:
-    """A raw LLM with the opened tower."""
-    home = resolve(language_model)
-    with reading(home / "config.json"):
-        text = AutoConfig.from_pretrained(home)
-    rows = text.vocab_size
-    tokenizer = _tokenizer(home)
-    if tokenizer is None:
-        raise MissingFileError(f"{home}: has no tokenizer*: copy it from where the language model comes from")
-    image_token_id = add_special_tokens(tokenizer, rows)
-    text.vocab_size = rows_with_specials(rows, tokenizer)
-    if text.pad_token_id is None:
-        text.pad_token_id = tokenizer.pad_token_id
-    config = make_config(text, vision, geometry, image_token_id)
-    setattr(config, SECTION, {"mm_vision_tower": absolute("model.vision_tower", vision_tower), "vocab_size": rows})
-    tensors = mean_rows(_named(home, ORIGINAL_TO_MEMORY), rows, text.vocab_size)
-    return Source(
-        language_model,
-        config,
-        tensors | tower,
-        geometry,
-        None,
-        tokenizer,
-        image_processor,
-        _generation(home, text, tokenizer),
-    ).checked(fresh=True, rows=rows)
-
-
-def _named(directory: Path, table: NameTable) -> dict[str, Stored]:
+def _named(directory: Path, table: layouts.NameTable) -> dict[str, Stored]:
     """The tensors of ``directory`` under names in memory."""
     tensors = open_tensors(directory)
     with reading(directory):
-        return rename(tensors, table)
+        return layouts.rename(tensors, table)
 
 
 def _tokenizer(directory: Path, text: Any | None = None) -> Any | None:

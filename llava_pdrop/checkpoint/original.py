@@ -84,9 +84,8 @@ def original_geometry(config: Mapping[str, Any], vision: Any) -> ImageGeometry:
     Raises:
         UserError: a setting that this package does not have.
     """
-    for key, value in (("mm_vision_select_feature", "patch"), ("mm_projector_type", "mlp2x_gelu")):
-        if config.get(key, value) != value:
-            raise UserError(f"config.json: {key} {config[key]!r} is not supported, only {value!r}")
+    if (feature := config.get("mm_vision_select_feature", "patch")) != "patch":
+        raise UserError(f"config.json: mm_vision_select_feature {feature!r} is not supported, only 'patch'")
     aspect = config.get("image_aspect_ratio")
     if aspect not in ("pad", "anyres"):
         raise UserError(f"config.json: image_aspect_ratio {aspect!r} is not supported, only 'pad' and 'anyres'")
@@ -101,15 +100,19 @@ def original_geometry(config: Mapping[str, Any], vision: Any) -> ImageGeometry:
 
 
 def original_schedule(config: Mapping[str, Any]) -> Schedule | None:
-    """The dropping schedule written in an original config.json: our ``pyramid_drop`` section, or the official
+    """The dropping schedule written in a config.json: our ``pyramid_drop`` section, or in an original one the official
     ``layer_list`` and ``image_token_ratio_list`` (lists or their text, with or without the leading 1.0). None if it
     says nothing.
 
     Raises:
-        UserError: only one of the two lists, or a schedule that cannot be.
+        UserError: only one of the two lists, keys that no schedule has, or a schedule that cannot be.
     """
-    if config.get("pyramid_drop") is not None:
-        return written_schedule(config["pyramid_drop"])
+    section = config.get("pyramid_drop")
+    if section is not None:
+        try:
+            return Schedule.from_dict(section).at("renumber")  # the positions of a LLaVA have one axis
+        except TypeError as error:
+            raise UserError(f"config.json: pyramid_drop {section!r} is no schedule ({error})") from None
     layers, ratios = config.get("layer_list"), config.get("image_token_ratio_list")
     if layers is None and ratios is None:
         return None
@@ -120,18 +123,6 @@ def original_schedule(config: Mapping[str, Any]) -> Schedule | None:
     if len(ratios) == len(layers) + 1 and ratios[0] == 1.0:
         ratios = ratios[1:]  # train and eval scripts insert it (golden/README 4.1)
     return Schedule(tuple(layers), tuple(ratios), positions="renumber")
-
-
-def written_schedule(section: Mapping[str, Any]) -> Schedule:
-    """The schedule of a ``pyramid_drop`` section.
-
-    Raises:
-        UserError: keys that no schedule has, or a schedule that cannot be.
-    """
-    try:
-        return Schedule.from_dict(section).at("renumber")  # the positions of a LLaVA have one axis
-    except TypeError as error:
-        raise UserError(f"config.json: pyramid_drop {section!r} is no schedule ({error})") from None
 
 
 def _literal(value: Any, key: str) -> list[Any]:

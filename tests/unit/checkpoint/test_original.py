@@ -14,7 +14,6 @@ from tests.parity.test_export import sources  # noqa: F401
     ("key", "value"),
     [
         ("mm_vision_select_feature", "cls_patch"),
-        ("mm_projector_type", "linear"),
         ("image_aspect_ratio", "anyres_max_9"),
         ("image_aspect_ratio", "square"),
         ("image_aspect_ratio", None),
