@@ -69,12 +69,10 @@ def grow_decoder(decoder: LlamaForCausalLM, layers: int, hidden: int, noise: flo
                 continue
             place[2] = str(number // share)
         whole = weights[".".join(place)]
-        ways_in = 1 if whole.ndim == 1 or "embed_tokens" in name else ways
-        ways_out = 1 if "lm_head" in name else ways
         if "embed_tokens" in name:
             parameter.copy_(whole.repeat(1, ways))
         else:
-            parameter.copy_(widen(whole, ways_in, ways_out))
+            parameter.copy_(widen(whole, ways, 1 if "lm_head" in name else ways))
         if whole.ndim == 2 and noise:
             parameter.add_(torch.randn(parameter.shape, generator=random), alpha=noise * float(whole.std()))
     return grown

@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-)
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import set_zero3_state
 
@@ -48,11 +43,9 @@ def make_config(
     return config
 
 
-def make_hf_model(
-    text_config: Any, vision_config: Any, geometry: ImageGeometry, image_token_id: int, feature_layer: int = -2
-) -> HfLlava:
+def make_hf_model(text_config: Any, vision_config: Any, geometry: ImageGeometry, image_token_id: int) -> HfLlava:
     """An untrained LLaVA (see `make_config`). Costs nothing under ``torch.device("meta")``."""
-    config = make_config(text_config, vision_config, geometry, image_token_id, feature_layer)
+    config = make_config(text_config, vision_config, geometry, image_token_id)
     return CLASSES[config.model_type]._from_config(config)
 
 

@@ -7,7 +7,7 @@ layout, conversion without a model) in `export.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +119,15 @@ def mean_rows(tensors: Mapping[str, Stored], old_rows: int, rows: int) -> dict[s
     same old rows, so that rows taken off by `cut_rows` come back bit by bit. A tensor with another number of rows than
     ``old_rows`` stays, to be refused by `check_fit`."""
 
-    def pad(count: int) -> Callable[[Tensor], Tensor]:
-        def change(old_VD: Tensor) -> Tensor:
-            mean_D = old_VD.float().mean(0).to(old_VD.dtype)
-            return torch.cat([old_VD, mean_D.expand(count, -1)])
-
-        return change
+    def pad(old_VD: Tensor) -> Tensor:
+        mean_D = old_VD.float().mean(0).to(old_VD.dtype)
+        return torch.cat([old_VD, mean_D.expand(rows - old_rows, -1)])
 
     padded = dict(tensors)
     for name in EMBEDDINGS:
         old = padded.get(name)
         if old is not None and old.shape[0] == old_rows < rows:
-            padded[name] = old.map(pad(rows - old.shape[0]), (rows, *old.shape[1:]))
+            padded[name] = old.map(pad, (rows, *old.shape[1:]))
     return padded
 
 

@@ -59,28 +59,24 @@ def is_lora(directory: Path) -> bool:
     return (directory / ADAPTER_CONFIG).is_file()
 
 
-def named_base(directory: Path) -> str | None:
-    """The base model that the adapter was trained on, as its config names it."""
-    return read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
-
-
 def find_base(directory: Path) -> str | None:
     """Where the model under the adapters in ``directory`` lies; None where their config names none.
 
     Raises:
         MissingFileError: it is neither where it was, nor beside the run, nor on the hub.
     """
-    base = named_base(directory)
-    if base is None:
+    named = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if named is None:
         return None
+    base = beside(directory, named)
     try:
-        resolve(beside(directory, base))
+        resolve(base)
     except MissingFileError as error:
         raise MissingFileError(
             f"{directory / ADAPTER_CONFIG}: base_model_name_or_path: {error}; join the run with a copy of its base: "
             "llava-pdrop convert RUN DIR --to llava-hf --base BASE, and use DIR"
         ) from None
-    return beside(directory, base)
+    return base
 
 
 def config_directory(directory: Path, base: str | None = None) -> Path:
