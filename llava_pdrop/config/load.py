@@ -25,11 +25,7 @@ from llava_pdrop.config import presets
 from llava_pdrop.config.nearer import settle
 from llava_pdrop.config.paths import decoder_layers
 from llava_pdrop.config.places import absolute, expanded, mapped
-from llava_pdrop.config.schema import (
-    Config,
-    DataSection,
-    TrainSection,
-)
+from llava_pdrop.config.schema import Config, DataSection, TrainSection
 from llava_pdrop.config.values import at_least, convert, convert_fields, keys_of, nearest_key, read_mapping
 from llava_pdrop.errors import ConfigError, Problem, check_name, clip, did_you_mean, first_line
 from llava_pdrop.geometry import PINPOINTS
@@ -143,7 +139,6 @@ def to_yaml(config: Config, from_anywhere: bool = False) -> str:
     del values["file"]
     values["train"] |= values["train"].pop("arguments")
     values["pyramid_drop"] = config.pyramid_drop.to_dict() if config.pyramid_drop else None
-    values = _lists(values)
     return OmegaConf.to_yaml(OmegaConf.create(mapped(values, absolute) if from_anywhere else values))
 
 
@@ -335,12 +330,6 @@ def _origin(key: str, layers: Sequence[tuple[str, Mapping[str, Any]]], path: Pat
 
 
 _ABSENT = object()
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _lists(entry) for key, entry in value.items()}
-    return [_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 # ``train.engine``: one word for the training arguments that say what is cut up over the GPUs. A new engine is a row in

@@ -20,7 +20,7 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class Rivals:
-    """``key`` has no effect while ``rival`` has a value that ``cancels`` it; ``off`` is the value that does not."""
+    """A ``key`` of ``train`` has no effect while its ``rival`` has a value that ``cancels`` it; ``off`` does not."""
 
     key: str
     rival: str
@@ -28,23 +28,15 @@ class Rivals:
     off: Any
 
 
-def _above_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
-
-
-def _constant(value: Any) -> bool:
-    return value == "constant"
-
-
 def _not_steps(value: Any) -> bool:
     return value in ("no", "epoch", False)
 
 
 RIVALS = (
-    Rivals("train.num_train_epochs", "train.max_steps", _above_zero, -1),
-    Rivals("train.save_steps", "train.save_strategy", _not_steps, "steps"),
-    Rivals("train.warmup_steps", "train.lr_scheduler_type", _constant, "constant_with_warmup"),
-    Rivals("train.logging_steps", "train.logging_strategy", _not_steps, "steps"),
+    Rivals("num_train_epochs", "max_steps", lambda value: isinstance(value, int | float) and value > 0, -1),
+    Rivals("save_steps", "save_strategy", _not_steps, "steps"),
+    Rivals("warmup_steps", "lr_scheduler_type", lambda value: value == "constant", "constant_with_warmup"),
+    Rivals("logging_steps", "logging_strategy", _not_steps, "steps"),
 )
 
 Layers = Sequence[tuple[str, Mapping[str, Any]]]
@@ -53,39 +45,31 @@ Layers = Sequence[tuple[str, Mapping[str, Any]]]
 def settle(merged: dict[str, Any], layers: Layers) -> dict[str, Any]:
     """``merged``, all ``layers`` (the deepest base first) in one, with every rival switched off over which a key wins.
     Who wins over a key that somebody has given is said."""
+    if not isinstance(merged.get("train"), dict):
+        return merged
+    train = dict(merged["train"])
     for pair in RIVALS:
-        section, key = pair.key.split(".")
-        rival = pair.rival.split(".")[1]
-        part = merged.get(section)
-        if not isinstance(part, dict) or part.get(key) is None or not pair.cancels(part.get(rival)):
+        if train.get(pair.key) is None or not pair.cancels(train.get(pair.rival)):
             continue
-        given, other = _where(layers, section, key), _where(layers, section, rival)
+        given, other = _nearest(layers, pair.key), _nearest(layers, pair.rival)
+        key = f"train.{pair.key}={train[pair.key]} ({layers[given][0]})"
+        rival = f"train.{pair.rival}={train[pair.rival]} ({layers[other][0]})"
         if given > other:
-            _say(
-                f"{pair.key}={part[key]} ({_name(layers, given)})", f"{pair.rival}={part[rival]}", _name(layers, other)
-            )
-            part = {**part, rival: pair.off}
-            merged = {**merged, section: part}
-        elif pair.rival == "train.max_steps":  # who saves or logs nothing wants that, whatever is inherited
-            _say(
-                f"{pair.rival}={part[rival]} ({_name(layers, other)})", f"{pair.key}={part[key]}", _name(layers, given)
-            )
-    return merged
+            _say(key, rival)
+            train[pair.rival] = pair.off
+        elif pair.rival == "max_steps":  # who saves or logs nothing wants that, whatever is inherited
+            _say(rival, key)
+    return {**merged, "train": train}
 
 
-def _where(layers: Layers, section: str, key: str) -> int:
-    """The number of the nearest layer that sets a key."""
-    setting = [n for n, (_, layer) in enumerate(layers) if key in (layer.get(section) or {})]
-    return max(setting, default=-1)
+def _nearest(layers: Layers, key: str) -> int:
+    """The number of the nearest layer that sets a key of ``train``."""
+    return max((n for n, (_, layer) in enumerate(layers) if key in (layer.get("train") or {})), default=-1)
 
 
-def _name(layers: Layers, number: int) -> str:
-    return layers[number][0]
-
-
-def _say(winner: str, loser: str, where: str) -> None:
+def _say(winner: str, loser: str) -> None:
     """Once a program, however often the config is read, on its first rank."""
-    line = f"{winner} wins over {loser} ({where}), which has no effect"
+    line = f"{winner} wins over {loser}, which has no effect"
     if line not in _said and is_first():
         log.warning("%s", line)
     _said.add(line)

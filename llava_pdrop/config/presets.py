@@ -74,8 +74,7 @@ def taken_depth(values: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     if not isinstance(section, Mapping) or "depth" not in section:
         return dict(values), None
     depth = convert(section["depth"], int | None, f"{KEY}.depth")
-    if depth is not None:
-        at_least(1, f"{KEY}.depth", depth)
+    at_least(1, f"{KEY}.depth", depth)
     return {**values, KEY: {name: value for name, value in section.items() if name != "depth"}}, depth
 
 

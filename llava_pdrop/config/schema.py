@@ -65,8 +65,7 @@ class ModelSection:
             raise Problem("model", "give either model.path, or both model.language_model and model.vision_tower")
         if self.aspect == "anyres" and not self.pinpoints:
             raise Problem("model.pinpoints", "model.aspect 'anyres' needs model.pinpoints, a list of [width, height]")
-        if self.image_size is not None:
-            at_least(1, "model.image_size", self.image_size)
+        at_least(1, "model.image_size", self.image_size)
         if not self.trainable:
             raise Problem("model.trainable", "model.trainable is empty: nothing would be trained")
 
@@ -145,8 +144,7 @@ class TrainSection:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.recompute_layers is not None:
-            at_least(0, "train.recompute_layers", self.recompute_layers)
+        at_least(0, "train.recompute_layers", self.recompute_layers)
         at_least(0, "train.max_bad_samples", self.max_bad_samples)
 
 
@@ -203,10 +201,8 @@ class EvalSection:
     """Largest share of a benchmark's questions that may be unreadable; more, and the exit status is 1."""
 
     def __post_init__(self) -> None:
-        at_least(1, "eval.batch_size", self.batch_size)
-        for name in ("max_new_tokens", "limit"):
-            if getattr(self, name) is not None:
-                at_least(1, f"eval.{name}", getattr(self, name))
+        for name in ("batch_size", "max_new_tokens", "limit"):
+            at_least(1, f"eval.{name}", getattr(self, name))
         if not 0 <= self.max_unread <= 1:
             raise Problem("eval.max_unread", f"eval.max_unread is a share, 0 to 1, got {self.max_unread}")
 

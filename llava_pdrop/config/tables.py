@@ -13,17 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.config.schema import (
-    AblationFile,
-    CompareSection,
-    Config,
-    DataSection,
-    EvalSection,
-    LoraSection,
-    ModelSection,
-    PaperRow,
-    TrainSection,
-)
+from llava_pdrop.config import schema
 from llava_pdrop.config.values import hints_of
 from llava_pdrop.schedule import Schedule
 
@@ -78,30 +68,30 @@ class TrainingArgumentsHere:
 
 
 TABLES: dict[str, tuple[type, ...]] = {
-    "top": (Inherited, Config),
-    "model": (ModelSection,),
-    "data": (DataSection,),
+    "top": (Inherited, schema.Config),
+    "model": (schema.ModelSection,),
+    "data": (schema.DataSection,),
     "pyramid_drop": (Schedule,),
-    "train": (Engine, TrainSection),
+    "train": (Engine, schema.TrainSection),
     "training_arguments": (TrainingArgumentsHere,),
-    "lora": (LoraSection,),
-    "eval": (EvalSection,),
-    "compare": (CompareSection,),
-    "paper": (PaperRow,),
-    "ablation": (AblationFile,),
+    "lora": (schema.LoraSection,),
+    "eval": (schema.EvalSection,),
+    "compare": (schema.CompareSection,),
+    "paper": (schema.PaperRow,),
+    "ablation": (schema.AblationFile,),
 }
 """Name of a table -> the dataclasses whose keys it lists."""
 
 FILLED_IN: dict[tuple[type, str], str] = {
-    (Config, "name"): "`DIRECTORY/FILE`",
-    (Config, "output_dir"): "`checkpoints/NAME`",
+    (schema.Config, "name"): "`DIRECTORY/FILE`",
+    (schema.Config, "output_dir"): "`checkpoints/NAME`",
 }
 """Required fields of the schema that `load.py` fills in where the file does not set them."""
 
 
-def sentences(schema: type) -> dict[str, str]:
+def sentences(section: type) -> dict[str, str]:
     """The strings under the fields of a dataclass, each on one line."""
-    definition = ast.parse(inspect.getsource(schema)).body[0]
+    definition = ast.parse(inspect.getsource(section)).body[0]
     assert isinstance(definition, ast.ClassDef)
     found = {}
     for statement, below in zip(definition.body, definition.body[1:]):
@@ -112,23 +102,23 @@ def sentences(schema: type) -> dict[str, str]:
     return found
 
 
-def keys_in(schema: type) -> list[str]:
+def keys_in(section: type) -> list[str]:
     """The keys of a dataclass that need a sentence: all that YAML may set, less sections that have a table."""
-    sections = TABLES.keys() if schema is Config else ()
-    return [name for name in hints_of(schema) if name not in sections]
+    apart = TABLES.keys() if section is schema.Config else ()
+    return [name for name in hints_of(section) if name not in apart]
 
 
-def render(*schemas: type) -> str:
+def render(*sections: type) -> str:
     """The Markdown table of these dataclasses.
 
     Raises:
         KeyError: a field has no sentence.
     """
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    for schema in schemas:
-        entries, meaning = {entry.name: entry for entry in fields(schema)}, sentences(schema)
-        for name in keys_in(schema):
-            default = FILLED_IN.get((schema, name)) or in_yaml(entries[name])
+    for section in sections:
+        entries, meaning = {entry.name: entry for entry in fields(section)}, sentences(section)
+        for name in keys_in(section):
+            default = FILLED_IN.get((section, name)) or in_yaml(entries[name])
             lines.append(f"| `{name}` | {default} | {meaning[name].replace('``', '`').replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
 

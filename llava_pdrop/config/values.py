@@ -42,9 +42,9 @@ def read_mapping(path: Path, resolve: bool = False, wanted: str = "a config") ->
     return content  # type: ignore[return-value]
 
 
-def at_least(least: int, key: str, value: float) -> None:
-    """Raises `Problem` if ``value`` is smaller than ``least``."""
-    if value < least:
+def at_least(least: int, key: str, value: float | None) -> None:
+    """Raises `Problem` if ``value`` is smaller than ``least``; None, which sets nothing, is not."""
+    if value is not None and value < least:
         raise Problem(key, f"{key} must be at least {least}, got {value}")
 
 
