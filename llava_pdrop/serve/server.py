@@ -20,18 +20,11 @@ from starlette.exceptions import HTTPException
 
 from llava_pdrop.errors import UserError, clip, line_of
 from llava_pdrop.report.console import say
+from llava_pdrop.serve import protocol
 from llava_pdrop.serve.chat import described
 from llava_pdrop.serve.guard import read_body
 from llava_pdrop.serve.loop import Finish
-from llava_pdrop.serve.protocol import (
-    Refusal,
-    chunk,
-    completion,
-    error_body,
-    last_chunk,
-    read_json_body,
-    read_request,
-)
+from llava_pdrop.serve.protocol import Refusal
 from llava_pdrop.serve.service import Answering, Service
 
 T = TypeVar("T")
@@ -93,8 +86,8 @@ async def _chat(service: Service, request: Request) -> Response:
     async with AsyncExitStack() as stack:
         stack.enter_context(service.place())
         own = service.settings
-        body = read_json_body(await read_body(request, own.limits.body_bytes, own.limits.body_seconds))
-        asked = read_request(body, own.name, service.schedule, service.depth, own.temperature)
+        body = protocol.read_json_body(await read_body(request, own.limits.body_bytes, own.limits.body_seconds))
+        asked = protocol.read_request(body, own.name, service.schedule, service.depth, own.temperature)
         try:
             answering = await _unless_left(request, service.answer(asked, arrived))
             stack.callback(answering.leave)
@@ -107,7 +100,7 @@ async def _chat(service: Service, request: Request) -> Response:
                 first = await _unless_left(request, answering.next())
         except _Left:
             return Response(status_code=499)  # for the log: nobody reads it
-        return JSONResponse(completion(head, answering.prompt, first))
+        return JSONResponse(protocol.completion(head, answering.prompt, first))
 
 
 class _Left(UserError):
@@ -153,17 +146,17 @@ async def _written(
     head: dict[str, Any], answering: Answering, event: str | Finish, with_usage: bool
 ) -> AsyncIterator[str]:
     """The answer as server-sent events, from its first ``event`` on. What goes wrong on the way is an event too."""
-    yield _event(chunk(head, {"role": "assistant", "content": ""}))
+    yield _event(protocol.chunk(head, {"role": "assistant", "content": ""}))
     try:
         while not isinstance(event, Finish):
-            yield _event(chunk(head, {"content": event}))
+            yield _event(protocol.chunk(head, {"content": event}))
             event = await answering.next()
     except UserError as error:
-        yield _event(error_body(error)[1])
+        yield _event(protocol.error_body(error)[1])
         return
-    yield _event(chunk(head, {}, event.reason))
+    yield _event(protocol.chunk(head, {}, event.reason))
     if with_usage:
-        yield _event(last_chunk(head, answering.prompt, event))
+        yield _event(protocol.last_chunk(head, answering.prompt, event))
     yield "data: [DONE]\n\n"
 
 
@@ -172,7 +165,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _error(error: Exception) -> JSONResponse:
-    status, body = error_body(error)
+    status, body = protocol.error_body(error)
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {"Retry-After": "1"} if status == 429 else None
     return JSONResponse(body, status, headers)
 
