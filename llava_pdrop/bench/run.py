@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -46,11 +46,6 @@ class BenchSettings:
     seed: int = 0
     device: str | None = None
     out: Path = OUT
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """Of the values of a command line, which has others besides."""
-        return cls(**{entry.name: given[entry.name] for entry in fields(cls) if entry.name in given})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from llava_pdrop.commands.arguments import a_place
+from llava_pdrop.commands.arguments import a_place, given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes. (No import of torch: this also runs for ``--help``.)"""
+    """What the command line takes. (No import of torch: this also runs for ``--help``. What is not given is as
+    `bench.run` has it.)"""
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     synthetic = "with random weights and synthetic batches"
     for name, summary, how, add in (
@@ -19,34 +21,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "of the model in a directory with its weights, or of a shape with random ones", add_generate_arguments,
         ),
     ):  # fmt: skip
-        own = kinds.add_parser(
-            name,
-            help=summary,
-            description=f"Measure {summary}, {how}, on one device.",
-            argument_default=argparse.SUPPRESS,  # what is not given is as `bench.run` has it
-        )
+        own = kinds.add_parser(name, help=summary, description=f"Measure {summary}, {how}, on one device.")
         add(own)
         add_common_arguments(own)
-        own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        own.add_argument(  # which may also stand before WHAT, and is not to be taken back then
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs one bench."""
-    from llava_pdrop.bench.run import (
-        GenerateSettings,
-        PrefillSettings,
-        TrainSettings,
-        run_generate,
-        run_prefill,
-        run_train,
-    )
+    from llava_pdrop.bench import run as bench
 
-    if args.what == "train":
-        run_train(TrainSettings.of(vars(args)))
-    elif args.what == "generate":
-        run_generate(GenerateSettings.of(vars(args)))
-    else:
-        run_prefill(PrefillSettings.of(vars(args)))
+    measures: dict[str, tuple[Any, Any]] = {
+        "train": (bench.run_train, bench.TrainSettings),
+        "prefill": (bench.run_prefill, bench.PrefillSettings),
+        "generate": (bench.run_generate, bench.GenerateSettings),
+    }
+    measure, settings = measures[args.what]
+    measure(settings(**given(args, settings)))
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
