@@ -99,7 +99,7 @@ class Call:
         shown: what the encoders have made.
         pooled: whether the features that went through the projector were pooled.
         prefill: the plan of a prompt, from the decoder on.
-        stage: how many drops came before the layer that runs.
+        stage: of a prompt, how many drops came before the layer that runs.
         entry: which entry of `PromptStages` holds at that layer; None: the prompt is as it was given.
         whole: the packed prompt, while its text runs alone.
         picture_T, column_T: picture and first column of every token of the packed prompt at this stage.
@@ -134,18 +134,20 @@ class Call:
     def at(self, index: int, layer: nn.Module, hidden_BND: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict]:
         """Hidden states and arguments of layer number ``index``, given those that the model hands to it."""
         inject = self.schedule.inject
-        if self.prompt or self.stages is not None:
+        if self.prompt:
             if inject and index in (0, inject):
-                hidden_BND = self._enter(index, layer, hidden_BND, kwargs) if self.prompt else hidden_BND
+                hidden_BND = self._enter(index, layer, hidden_BND, kwargs)
                 self._next()
             for _ in range(self.schedule.shortening.count(index)):
-                hidden_BND = self._drop(index, layer, hidden_BND, kwargs) if self.prompt else hidden_BND
+                hidden_BND = self._drop(index, layer, hidden_BND, kwargs)
                 self.stage += 1
                 self._next()
-        kwargs = kwargs | self._placed(index, hidden_BND, kwargs)
-        before_drop = self.prompt and index + 1 in self.schedule.layers
-        if before_drop and RANKERS[self.schedule.rankers[self.schedule.stage(index)]].looks_back:
-            self.before = (layer, hidden_BND, kwargs)
+            kwargs = kwargs | self._placed(index, hidden_BND, kwargs)
+            before_drop = index + 1 in self.schedule.layers
+            if before_drop and RANKERS[self.schedule.rankers[self.schedule.stage(index)]].looks_back:
+                self.before = (layer, hidden_BND, kwargs)
+        elif self.stages is not None:
+            kwargs = kwargs | self.behind(index, hidden_BND, kwargs)
         if self.step is not None and kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
             positions = positions.expand(*positions.shape[:-2], len(hidden_BND), -1)
@@ -153,9 +155,8 @@ class Call:
         return hidden_BND, kwargs
 
     def behind(self, index: int, hidden_BND: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What other arguments layer number ``index`` is to be given in a forward behind a pruned prompt: `at`, without
-        all that only prompts need. It runs for every layer of every token of an answer, and layers of one stage and
-        kind are given the same."""
+        """What other arguments layer number ``index`` is to be given in a forward behind a pruned prompt. It runs for
+        every layer of every token of an answer, and layers of one stage and kind are given the same."""
         entry, kind = self.layers.entries[index], self.layers.types[index]
         if entry is None:
             return {}
@@ -299,24 +300,20 @@ class Call:
         return Projections(query_QHE, key_TGE, asking, now.seq_lens, got.scaling, got.softcap, got.sink_H)
 
     def _placed(self, index: int, hidden_BND: Tensor, kwargs: dict) -> dict[str, Any]:
-        """Mask and positions of a layer that does not see all that the model was given, in the place of those that the
-        model made."""
-        if self.entry is None or (self.prompt and self.whole is None and not self.stage):
+        """Mask and positions of a layer of a prompt that does not see all that the model was given, in the place of
+        those that the model made."""
+        if self.entry is None or (self.whole is None and not self.stage):
             return {}
         made = {"attention_mask": self._mask(index, hidden_BND, kwargs)}
         ids, rope = kwargs.get("position_ids"), kwargs.get("position_embeddings")
         if self.schedule.positions == "renumber":
-            if self.prompt:
-                alone = None if self.whole is None else self.prefill.alone
-                stage = self.prefill.stages[self.stage] if alone is None else alone[0]
-                ids = self._once("ids", None, lambda: stage.frame.unpack(stage.position_T.to(hidden_BND.device)))
-            else:
-                shift_B = self.stages.shift_B[self.entry].to(hidden_BND.device)
-                ids = self._once("ids", ids, lambda: ids - shift_B[:, None])
+            alone = None if self.whole is None else self.prefill.alone
+            stage = self.prefill.stages[self.stage] if alone is None else alone[0]
+            ids = self._once("ids", None, lambda: stage.frame.unpack(stage.position_T.to(hidden_BND.device)))
             extra = self.layers.types[index]
             if rope is not None:
                 rope = self._once(("rope", *extra), None, lambda: self.decoder.rotary_emb(hidden_BND, ids, *extra))
-        elif self.prompt:
+        else:
             column_BN = self.column_BN.to(hidden_BND.device)
             if ids is not None:
                 ids = self._once("ids", ids, lambda: _taken(kwargs["position_ids"], column_BN, -1))
@@ -327,12 +324,12 @@ class Call:
         return made | {name: value for name, value in given.items() if name in kwargs}
 
     def _mask(self, index: int, hidden_BND: Tensor, kwargs: dict) -> Any:
-        """The mask of a layer behind a drop, in the form its attention implementation takes."""
+        """The mask of a layer of a prompt behind a drop, in the form its attention implementation takes."""
         config, own, cache = self.decoder.config, kwargs.get("attention_mask"), cache_in(kwargs)
         window, implementation = self.layers.windows[index], config._attn_implementation
         stages, entry = self.stages, self.entry
         assert stages is not None and entry is not None, "here the prompt's stages are known"
-        if self.prompt and isinstance(own, Tensor) and own.ndim == 4:
+        if isinstance(own, Tensor) and own.ndim == 4:
             keys = mask_sizes(cache, index, hidden_BND.shape[1])[0]
             wide = window if self.schedule.positions == "renumber" else None
             column_BN = self.column_BN.to(hidden_BND.device)
@@ -342,7 +339,7 @@ class Call:
                 lambda: sliced_mask(own, stages, entry, column_BN, keys, wide),
             )
         causal = getattr(getattr(self.decoder.layers[index], "self_attn", None), "is_causal", True)
-        if self.prompt and own is None and not causal:  # no mask: everything sees everything (PaliGemma)
+        if own is None and not causal:  # no mask: everything sees everything (PaliGemma)
             fed, real_BK = hidden_BND.shape[1], stages.real_BN[entry].to(hidden_BND.device)
             return real_BK[:, None, None].expand(-1, 1, fed, -1) if stages.padded[entry] else None
         return self._once(
