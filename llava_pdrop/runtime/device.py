@@ -86,8 +86,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         key = known_gpu(name)
         if key is not None:
             return PEAK_TFLOPS[key] * 1e12, f"published dense peak of {key} ({PEAK_TFLOPS[key]:g} TFLOP/s)"
-    size = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"])
-    return matmul_flops(device, dtype, size), f"measured: product of two {size}x{size} {_short(dtype)} matrices"
+    size, kind = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"]), str(dtype).removeprefix("torch.")
+    return matmul_flops(device, dtype, size), f"measured: product of two {size}x{size} {kind} matrices"
 
 
 def known_gpu(name: str) -> str | None:
@@ -121,10 +121,6 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # Which precision a machine is good at.
@@ -174,11 +170,9 @@ def release_memory() -> None:
 
 
 def _peak_rss() -> int:
-    try:
+    with suppress(OSError):
         for line in STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

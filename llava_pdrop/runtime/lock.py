@@ -58,10 +58,9 @@ class Owner:
     @staticmethod
     def me() -> Owner:
         """This process, now."""
-        try:
+        ticks = None
+        with suppress(OSError):
             ticks = started(os.getpid())
-        except OSError:
-            ticks = None
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return Owner(socket.gethostname(), os.getpid(), now, machine(), ticks, uuid.uuid4().hex)
 
@@ -71,10 +70,9 @@ class Owner:
             return None
         if self.process == os.getpid() and self.token not in _held:
             return False  # left by this process, before it became this program
-        try:
+        with suppress(OSError):
             return started(self.process) == self.ticks
-        except OSError:
-            return None
+        return None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from llava_pdrop.world import rank
@@ -32,16 +33,12 @@ _watching = threading.Lock()
 
 def machine() -> str:
     """What process numbers mean something on: this host since its last start, and the container in it."""
-    parts = [socket.gethostname()]
-    for read in (
-        lambda: (PROC / "sys/kernel/random/boot_id").read_text(encoding="utf-8").strip(),
-        lambda: os.readlink("/proc/self/ns/pid"),
-    ):
-        try:
-            parts.append(read())
-        except OSError:  # no Linux, or a sandbox
-            parts.append("?")
-    return " ".join(parts)
+    boot = container = "?"  # no Linux, or a sandbox
+    with suppress(OSError):
+        boot = (PROC / "sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    with suppress(OSError):
+        container = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {boot} {container}"
 
 
 def started(process: int) -> int | None:
@@ -52,7 +49,7 @@ def started(process: int) -> int | None:
         OSError: it is there, but not to be looked at; or this system does not tell.
     """
     try:
-        text = (PROC / str(process) / "stat").read_text(encoding="utf-8", errors="replace")
+        state, *fields = _stat(process)
     except (FileNotFoundError, ProcessLookupError):
         os.stat(PROC / "self" / "stat")  # raises where no process can be looked at
         try:
@@ -60,8 +57,13 @@ def started(process: int) -> int | None:
         except ProcessLookupError:
             return None
         raise  # hidden from this user
-    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold anything
     return None if state in "ZX" else int(fields[18])
+
+
+def _stat(process: int) -> list[str]:
+    """What the system says of ``process``, from its state on: the name before it may hold anything."""
+    text = (PROC / str(process) / "stat").read_text(encoding="utf-8", errors="replace")
+    return text.rpartition(")")[2].split()
 
 
 def launcher() -> int | None:
@@ -75,12 +77,7 @@ def launcher() -> int | None:
             words = (PROC / str(process) / "cmdline").read_bytes().decode(errors="replace").split("\0")
             if any(Path(word).name in LAUNCHERS for word in words):
                 return process
-            process = int(
-                (PROC / str(process) / "stat")
-                .read_text(errors="replace", encoding="utf-8")
-                .rpartition(")")[2]
-                .split()[1]
-            )
+            process = int(_stat(process)[1])
         except (OSError, ValueError, IndexError):
             break
     return os.getppid()
@@ -94,23 +91,20 @@ def end_with_launcher() -> None:
     if process is None or not _watching.acquire(blocking=False):
         return
     parent = os.getppid()
-    try:
+    since = None  # then the parent alone tells
+    with suppress(OSError):
         since = started(process)
-    except OSError:
-        since = None  # then the parent alone tells
+
+    def lives() -> bool:
+        with suppress(OSError):
+            return since is None or started(process) == since
+        return True
 
     def watch() -> None:
-        while os.getppid() == parent and (since is None or _still(process, since)):
+        while os.getppid() == parent and lives():
             time.sleep(SECONDS_BETWEEN_LOOKS)
         line = f"[rank {rank()}] error: its launcher (process {process}) is gone, so it ends without saving; start the "
         print(f"{line}same command again: it goes on from the newest checkpoint", file=sys.stderr, flush=True)
         os._exit(ORPHANED_EXIT)
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
-
-
-def _still(process: int, since: int) -> bool:
-    try:
-        return started(process) == since
-    except OSError:
-        return True
