@@ -38,10 +38,6 @@ class Attended:
 class _Recorded(Exception):
     """Ends a layer at its attention, and carries what that was given. No error: nobody outside of `probe` sees it."""
 
-    def __init__(self, attended: Attended) -> None:
-        super().__init__()
-        self.attended = attended
-
 
 def _record(
     module: nn.Module,
@@ -73,7 +69,8 @@ def probe(layer: nn.Module, hidden_BND: Tensor, kwargs: dict[str, Any]) -> Atten
         try:
             layer.forward(hidden_BND, **withheld)
         except _Recorded as recorded:
-            return recorded.attended
+            attended: Attended = recorded.args[0]
+            return attended
     raise UserError(
         f"attach() cannot rank: the attention of {type(layer).__name__} does not go through transformers' attention "
         "functions, where queries and keys are taken"
