@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from llava_pdrop import __version__
 from llava_pdrop.errors import UserError, is_about_a_file, line_of
 from llava_pdrop.runtime.processes import end_with_launcher
 from llava_pdrop.world import number_of_processes, rank
@@ -81,7 +82,7 @@ def _parser(wanted: str | None = None) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         own = commands.add_parser(name, help=summary, description=summary)
@@ -89,12 +90,6 @@ def _parser(wanted: str | None = None) -> argparse.ArgumentParser:
             _module(name).add_arguments(own)
         own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _version() -> str:
-    from llava_pdrop import __version__
-
-    return __version__
 
 
 if __name__ == "__main__":

@@ -243,11 +243,7 @@ def _check_readable(shown: Picture) -> None:
 
 
 def _number(sent: object, name: str) -> float:
-    """``sent``, which stands for what ``name`` says.
-
-    Raises:
-        UserError: it is no finite number.
-    """
+    """``sent``, which stands for what ``name`` says; a `UserError` where it is no finite number."""
     if isinstance(sent, int | float) and not isinstance(sent, bool) and -LARGEST < sent < LARGEST:  # so no NaN
         return sent
     shown = clip(repr(sent), 40) if isinstance(sent, int | float | str | None) else f"a {type(sent).__name__}"

@@ -71,11 +71,7 @@ def _split(url: str) -> SplitResult:
 
 
 def _addresses(host: str, port: int) -> list[str]:
-    """All addresses of ``host``.
-
-    Raises:
-        UserError: it has none, or one that is not public.
-    """
+    """All addresses of ``host``; a `UserError` where it has none, or one that is not public."""
     try:
         found = list(
             dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
@@ -129,11 +125,7 @@ def _shut(kept: socket.socket) -> None:
 
 
 def _left(end: float, host: str) -> float:
-    """Seconds that are left.
-
-    Raises:
-        UserError: none.
-    """
+    """Seconds that are left; a `UserError` where there are none."""
     left = end - time.monotonic()
     if left <= 0:
         raise UserError(f"{clip(host, 100)}: takes too long")

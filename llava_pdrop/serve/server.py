@@ -108,11 +108,7 @@ class _Left(UserError):
 
 
 async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client leaves.
-
-    Raises:
-        _Left: it has.
-    """
+    """The result of ``work``, which is cancelled when the client leaves: then `_Left`."""
 
     async def leaving() -> None:
         while (await request.receive())["type"] != "http.disconnect":
