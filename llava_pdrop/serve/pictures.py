@@ -4,7 +4,6 @@ them: bytes, pixels and format are looked at before anything is decoded, and no 
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 import stat
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 from urllib.parse import unquote
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from llava_pdrop.data.images import READ_ERRORS
 from llava_pdrop.errors import UserError, clip
@@ -106,7 +105,16 @@ def looked_at(data: bytes, where: str, limits: Limits) -> Picture:
     """
     if len(data) > limits.picture_bytes:
         raise _too_large(limits.picture_bytes)
-    _look(data, limits.pixels)
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        raise UserError(f"the picture has more than {limits.pixels:,} pixels: make it smaller") from None
+    except READ_ERRORS:
+        raise UserError(f"the bytes are no picture of {', '.join(FORMATS)}") from None
+    if width * height > limits.pixels:
+        shown = f"{width} x {height} pixels, and at most {limits.pixels:,}"
+        raise UserError(f"the picture has {shown} are taken: make it smaller")
     return Picture(blake2b(data, digest_size=16).digest(), data, where)
 
 
@@ -118,12 +126,9 @@ def _decoded(url: str, most: int) -> bytes:
     if len(text) > (most + 2) // 3 * 4:
         raise _too_large(most)
     try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
         raise UserError(f"the data URI is no base64 ({clip(error, 80)})") from None
-    if len(data) > most:
-        raise _too_large(most)
-    return data
 
 
 def _read(url: str, directory: Path | None, most: int) -> bytes:
@@ -153,28 +158,12 @@ def _read(url: str, directory: Path | None, most: int) -> bytes:
         if found.st_size > most:
             raise _too_large(most)
         with os.fdopen(handles.pop(), "rb") as file:
-            data = file.read(most + 1)
+            return file.read(most + 1)  # it may have grown: `looked_at` counts again
     except OSError:
         raise refused from None
     finally:
         for handle in handles:
             os.close(handle)
-    if len(data) > most:
-        raise _too_large(most)
-    return data
-
-
-def _look(data: bytes, most: int) -> None:
-    """Raises `UserError` unless ``data`` begins like a picture of at most ``most`` pixels."""
-    try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-    except (UnidentifiedImageError, Image.DecompressionBombError, *READ_ERRORS) as error:
-        if isinstance(error, Image.DecompressionBombError):
-            raise UserError(f"the picture has more than {most:,} pixels: make it smaller") from None
-        raise UserError(f"the bytes are no picture of {', '.join(FORMATS)}") from None
-    if width * height > most:
-        raise UserError(f"the picture has {width} x {height} pixels, and at most {most:,} are taken: make it smaller")
 
 
 def _too_large(most: int) -> UserError:
