@@ -16,13 +16,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_pdrop.errors import UserError, clip, line_of
-from llava_pdrop.serve.protocol import Refusal
+from llava_pdrop.serve.protocol import MISTAKE, Refusal
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 NOT_UPLOADED = "the picture was not uploaded to this server, or is deleted by now: upload it"
-MISTAKE = "the server has made a mistake: its log says which"
 MOST_CHARACTERS = 500
 """Of a line that is told."""
 

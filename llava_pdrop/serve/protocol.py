@@ -6,7 +6,7 @@ Whatever the server does not do is refused in one line, never ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ NEUTRAL: dict[str, Any] = {
 }  # fmt: skip
 """Other parameters of the API -> the value that asks for nothing, which is taken."""
 
+MISTAKE = "the server has made a mistake: its log says which"
 STOPS, STOP_LENGTH = 4, 200
 MESSAGES = 1000
 LONGEST = 600
@@ -258,20 +259,16 @@ def _url(value: Any, where: str) -> str:
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and OpenAI's form of an error; of a bug nothing is told."""
-    status, param, code = 500, None, None
-    message = "the server has made a mistake: its log says which"
+    status, param, code, message = 400, None, None, clip(line_of(error), LONGEST)
     if isinstance(error, Refusal):
         status, param, code = error.status, error.param, error.code
     elif isinstance(error, Late):
         status, code = 504, "timeout"
     elif isinstance(error, Unable):
         status, code = 503, "unavailable"
-    elif isinstance(error, UserError):
-        status = 400
-    if isinstance(error, UserError):
-        message = clip(line_of(error), LONGEST)
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-    kind = "rate_limit_error" if status == 429 else kind
+    elif not isinstance(error, UserError):
+        status, message = 500, MISTAKE
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -296,5 +293,4 @@ def chunk(head: Mapping[str, Any], delta: Mapping[str, Any], reason: str | None 
 
 def last_chunk(head: Mapping[str, Any], prompt: int, finish: Finish) -> dict[str, Any]:
     """The figures, behind the pieces."""
-    choices: Sequence[Any] = []
-    return {"object": "chat.completion.chunk", **head, "choices": choices, "usage": usage(prompt, finish)}
+    return {"object": "chat.completion.chunk", **head, "choices": [], "usage": usage(prompt, finish)}

@@ -128,9 +128,7 @@ class Service:
         config: Any = respondent.hf.config.get_text_config()
         self.depth = int(config.num_hidden_layers)
         self.context: int | None = positions_of(config)
-        own = respondent.hf.config
-        tokens = (getattr(own, f"{kind}_token_id", None) for kind in ("image", "video"))
-        named = [respondent.tokenizer.convert_ids_to_tokens(token) for token in tokens if token is not None]
+        named = [respondent.tokenizer.convert_ids_to_tokens(token) for token in self.loop.pictured]
         self._placeholders = [name for name in named if name]
         self._orders = isinstance(respondent, LlavaRespondent) and respondent.template is not None
 

@@ -14,7 +14,8 @@ import pytest
 from fastapi import FastAPI, Request
 
 from llava_pdrop.errors import UserError
-from llava_pdrop.serve.guard import MISTAKE, NOT_UPLOADED, BodyLimit, attempted, clicked_token, padded, uploaded
+from llava_pdrop.serve.guard import NOT_UPLOADED, BodyLimit, attempted, clicked_token, padded, uploaded
+from llava_pdrop.serve.protocol import MISTAKE
 from tests.messages import says
 
 
