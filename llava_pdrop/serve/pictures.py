@@ -7,7 +7,7 @@ import base64
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -58,8 +58,8 @@ class Picture:
     """An `ImageSource` in memory. Pictures of the same bytes are equal, wherever they come from."""
 
     digest: bytes
-    data: bytes
-    name: str
+    data: bytes = field(compare=False)
+    name: str = field(compare=False)
 
     def open(self, mode: Literal["rb"], /) -> BinaryIO:
         """The bytes as a file."""
@@ -67,12 +67,6 @@ class Picture:
 
     def __str__(self) -> str:
         return self.name
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Picture) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
 
 
 def picture_of(url: str, where: str, limits: Limits) -> Picture:
