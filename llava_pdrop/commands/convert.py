@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
     schedule = source.schedule
     drops = "says nothing about dropping" if schedule is None else schedule.told
     weights = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 1e9
-    lines = [f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}"]
-    for line in [*lines, *source.notes]:
-        say(line)
+    say(f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}")
+    for note in source.notes:
+        say(note)
 
 
 def _serving(origin: str, asked: str | None) -> Callable[[Any], list[str]]:

@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -191,13 +191,12 @@ def instrumented(model: PyramidLlava, watch: Stopwatch) -> Iterator[None]:
         if inputs[0].requires_grad:
             inputs[0].register_hook(lambda gradient: watch.start("tower_backward"))
 
-    hooks = watch_forward(watch, bench_regions(model))
-    hooks.append(model.hf.model.multi_modal_projector.register_forward_pre_hook(enter_projector))
-    try:
+    projector = model.hf.model.multi_modal_projector
+    with ExitStack() as hooks:
+        for hook in watch_forward(watch, bench_regions(model)):
+            hooks.enter_context(hook)
+        hooks.enter_context(projector.register_forward_pre_hook(enter_projector))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class StepClock(Stopwatch):

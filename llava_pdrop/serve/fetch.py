@@ -70,19 +70,17 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
-def _addresses(host: str, port: int) -> list[str]:
-    """All addresses of ``host``; a `UserError` where it has none, or one that is not public."""
+def _address(host: str, port: int) -> str:
+    """The first address of ``host``; a `UserError` where it has none, or any that is not public."""
     try:
-        found = list(
-            dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        )
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError):
         found = []
     if not found:
         raise UserError(f"{clip(host, 100)}: there is no such host")
     if not all(map(is_public, found)):
         raise UserError(f"{clip(host, 100)}: its address is not a public one, and none other is fetched from")
-    return found
+    return found[0]
 
 
 def _one(parts: SplitResult, most: int, end: float) -> tuple[bytes, str | None]:
@@ -92,7 +90,7 @@ def _one(parts: SplitResult, most: int, end: float) -> tuple[bytes, str | None]:
     connection = http.client.HTTPConnection(host, port)
     cut = None
     try:
-        kept = socket.create_connection((_addresses(host, port)[0], port), timeout=_left(end, host))
+        kept = socket.create_connection((_address(host, port), port), timeout=_left(end, host))
         connection.sock = kept
         if parts.scheme == "https":
             connection.sock = kept = ssl.create_default_context().wrap_socket(kept, server_hostname=host)
