@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,9 +33,13 @@ def generating(hf: Any, schedule: Schedule, trace: list[ForwardStep] | None = No
 def answer_text(ids: Sequence[int], tokenizer: Any, ends: Sequence[int], stops: Sequence[str]) -> str:
     """The answer in what a model has written: up to the first token that ends one, and then up to the first text that
     does. Tokens first: a decoder leaves special ones out, and what follows them would be taken for the answer."""
-    ids = list(ids)
-    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return until_stop(tokenizer.decode(ids[:stop], skip_special_tokens=True), stops)
+    return until_stop(written_text(ids, tokenizer, ends), stops)
+
+
+def written_text(ids: Sequence[int], tokenizer: Any, ends: Sequence[int]) -> str:
+    """What a model has written, up to the first token that ends an answer."""
+    answer = itertools.takewhile(lambda token: token not in ends, ids)
+    return tokenizer.decode(list(answer), skip_special_tokens=True)
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from llava_pdrop.eval.generation import answer_text
+from llava_pdrop.eval.generation import answer_text, written_text
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for a character of which bytes are still to come."""
@@ -51,7 +51,7 @@ class AnswerStream(BaseStreamer):
         if self.stopped:
             return
         self.ids += value.flatten().tolist()
-        whole = self.tokenizer.decode(self._content(), skip_special_tokens=True).lstrip()
+        whole = written_text(self.ids, self.tokenizer, self.ends).lstrip()
         self.stopped = any(stop in whole for stop in self.stops)
         self._hand_on(self.answer if self.stopped else self._certain(whole))
 
@@ -63,10 +63,6 @@ class AnswerStream(BaseStreamer):
     def answer(self) -> str:
         """The answer so far, without white space at its ends."""
         return answer_text(self.ids, self.tokenizer, self.ends, self.stops)
-
-    def _content(self) -> list[int]:
-        stop = next((place for place, token in enumerate(self.ids) if token in self.ends), len(self.ids))
-        return self.ids[:stop]
 
     def _certain(self, whole: str) -> str:
         """What of ``whole`` no later token can change: neither white space at its end, nor half a character, nor what
