@@ -58,13 +58,10 @@ def one_or_all(ids: list[int]) -> int | list[int] | None:
 
 def _line(file: Path, said: list[int], used: list[int], tokenizer: Any) -> str:
     def named(ids: list[int]) -> str:
-        return ", ".join(f"{index} ({_token(index, tokenizer)})" for index in ids)
+        tokens = (tokenizer.convert_ids_to_tokens(i) if 0 <= i < len(tokenizer) else "no token" for i in ids)
+        return ", ".join(f"{index} ({token})" for index, token in zip(ids, tokens))
 
     return (
         f"{file}: eos_token_id {named(said)} contradicts tokenizer_config.json, whose eos_token is "
         f"{named([tokenizer.eos_token_id])}: answers end at {named(used)}"
     )
-
-
-def _token(index: int, tokenizer: Any) -> str:
-    return tokenizer.convert_ids_to_tokens(index) if 0 <= index < len(tokenizer) else "no token"

@@ -20,7 +20,6 @@ from llava_pdrop.eval.respondent import Respondent
 from llava_pdrop.eval.subject import subject_config
 from llava_pdrop.generate.cache import cache_bytes
 from llava_pdrop.generate.prefill import ForwardStep
-from llava_pdrop.model.rankers import check_rankers
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.serve.stream import AnswerStream, AtStop
 from llava_pdrop.train.fit import positions_of
@@ -147,7 +146,6 @@ class Conversation:
         Raises:
             UserError: it does not fit the model.
         """
-        check_rankers(schedule)
         with generating(self.respondent.hf, schedule):
             pass
         self.schedule = schedule

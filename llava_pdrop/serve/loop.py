@@ -136,12 +136,7 @@ class Loop:
         Args:
             dtype: half precision to run in by autocast; None: the weights' own.
             rows: answers that are written at a time.
-
-        Raises:
-            UserError: there is no such number of rows.
         """
-        if rows < 1:
-            raise UserError(f"--rows must be at least 1, got {rows}")
         self.hf, self.dtype = respondent.hf, dtype
         self.alone = why_alone(self.hf)
         self.rows = rows if self.alone is None else 1

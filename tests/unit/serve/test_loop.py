@@ -273,5 +273,3 @@ def test_what_is_left_at_the_end_is_told(respondent: LlavaRespondent, pictures: 
     with pytest.raises(UserError, match=says("stopping")):
         made.submit(asked[0].job)
     assert not hasattr(respondent.hf, "_pyramid_drop") and threading.active_count() < 10
-    with pytest.raises(UserError, match=says("--rows", "0")):
-        Loop(respondent, rows=0)

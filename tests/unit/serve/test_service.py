@@ -125,6 +125,8 @@ def test_a_run_is_served_with_its_schedule(tiny_config: Any) -> None:
 
 
 def test_settings_that_mean_nothing() -> None:
+    with pytest.raises(UserError, match=says("--rows", "0")):
+        Settings("a", rows=0)
     with pytest.raises(UserError, match=says("--most-new-tokens", "512")):
         Settings("a", most_new_tokens=4)
     with pytest.raises(UserError, match=says("--pictures", "gone")):
