@@ -137,6 +137,12 @@ class Schedule:
         return (self.inject,) * bool(self.downsample) + self.layers
 
     @property
+    def stage_starts(self) -> list[int]:
+        """The layers before which a stage of a prompt begins: those in `shortening`, and where image tokens enter late
+        the first one, which sees text alone, and the one before which they do."""
+        return sorted((*self.shortening, *((0, self.inject) if self.inject else ())))
+
+    @property
     def amounts(self) -> tuple[int | float, ...]:
         """What stays after each drop: shares of the original tokens, and counts where they are whole numbers."""
         return self.keep or self.ratios
@@ -197,7 +203,8 @@ class Schedule:
 
     def kept(self, image_tokens: int, stage: int) -> int:
         """Tokens an image of ``image_tokens`` has left after drop number ``stage``."""
-        return min(_kept(image_tokens, amount) for amount in self.amounts[: stage + 1])
+        amounts = self.amounts[: stage + 1]
+        return min(int(image_tokens * x) if isinstance(x, float) else min(x, image_tokens) for x in amounts)
 
     def stage(self, layer: int) -> int:
         """How many drops come before layer number ``layer``."""
@@ -255,10 +262,6 @@ class Schedule:
     def from_dict(section: Mapping[str, Any] | None) -> Schedule:
         """The inverse of `to_dict`; ``None`` is the vanilla schedule."""
         return Schedule(**section) if section else Schedule()
-
-
-def _kept(image_tokens: int, amount: int | float) -> int:
-    return int(image_tokens * amount) if isinstance(amount, float) else min(amount, image_tokens)
 
 
 def image_tokens_by_stage(totals: Sequence[int], schedule: Schedule) -> list[int]:

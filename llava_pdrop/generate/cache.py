@@ -50,11 +50,6 @@ class PromptStages:
         """(S, B) int64: ``shift_B`` of all stages."""
         return torch.stack(self.shift_B)
 
-    @property
-    def from_first_layer(self) -> bool:
-        """Whether the first layer has not seen the whole prompt."""
-        return self.schedule.inject > 0 or self.schedule.shortening[0] == 0
-
     def rows(self, index: Tensor) -> PromptStages:
         """The stages of the batch rows ``index`` (beams that survive, repeated samples)."""
         return replace(
@@ -93,7 +88,7 @@ class PrunedCache(Cache):
         """Tokens that layer number ``layer_idx`` holds; without one, those of the whole sequence, by which a model
         counts positions. (Models ask layer 0, which a drop before the decoder has pruned too.)"""
         held = super().get_seq_length(layer_idx or 0)
-        if layer_idx is not None or self.stages is None or not self.layers or not self.stages.from_first_layer:
+        if layer_idx is not None or self.stages is None or not self.layers or self.stages.schedule.stage_starts[0] > 0:
             return held
         return held + (self.stages.length - self.stages.real_BN[0].shape[1]) * (held > 0)
 

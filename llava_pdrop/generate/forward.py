@@ -55,8 +55,7 @@ class Layers:
     def of(cls, decoder: Any, schedule: Schedule) -> Layers:
         """Of the layers of ``decoder`` under ``schedule``."""
         numbers = range(len(decoder.layers))
-        starts = [*schedule.shortening, *((0, schedule.inject) if schedule.inject else ())]
-        behind = [sum(start <= number for start in starts) for number in numbers]
+        behind = [sum(start <= number for start in schedule.stage_starts) for number in numbers]
         rotary = getattr(decoder, "rotary_emb", None)
         typed = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
         return cls(

@@ -146,7 +146,7 @@ class RowBatch:
     def _stages(self, length: int, device: torch.device) -> PromptStages:
         """All that was fed so far, ``length`` columns of it, as a prompt that was pruned."""
         assert self._schedule is not None, "a row was pruned"
-        firsts = first_layers(self._schedule, len(self.rows[0].held))
+        firsts = self._schedule.stage_starts
         real_BN = [_on_the_right([row.held[layer] for row in self.rows]) for layer in firsts]
         shift_B = [[row.shift[entry] if row.shift else 0 for row in self.rows] for entry in range(len(firsts))]
         return PromptStages(
@@ -158,15 +158,6 @@ class RowBatch:
             0,
             self._schedule,
         )
-
-
-def first_layers(schedule: Schedule, layers: int) -> list[int]:
-    """Of every entry of `PromptStages`, the first decoder layer of ``layers`` that it holds for."""
-    found = list[int]()
-    for layer in range(layers):
-        found += [layer] * (schedule.inject > 0 and layer in (0, schedule.inject))
-        found += [layer] * schedule.shortening.count(layer)
-    return found
 
 
 def why_alone(hf: Any) -> str | None:

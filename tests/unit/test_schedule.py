@@ -174,3 +174,10 @@ def test_stage_counts_are_per_image():
 def test_every_figure_of_the_paper(tokens, schedule, figure):
     """Tables 1, 3, 5, 7, 9 for a 7B decoder (hidden 4096, intermediate 11008, 32 layers)."""
     assert paper_tflop(tokens, 32, 4096, 11008, schedule) == pytest.approx(figure, abs=0.006)
+
+
+def test_where_the_stages_of_a_prompt_start() -> None:
+    assert Schedule((2, 3, 5), (0.5, 0.25, 0.125)).stage_starts == [2, 3, 5]
+    assert Schedule((3, 5), (0.5, 0.2), inject=2).stage_starts == [0, 2, 3, 5]
+    assert Schedule((2,), (0.5,), downsample=2).stage_starts == [0, 2]
+    assert Schedule().stage_starts == []

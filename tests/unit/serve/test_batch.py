@@ -15,7 +15,7 @@ from llava_pdrop.generate.families import ATTACHABLE
 from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.model.attention import is_older
 from llava_pdrop.schedule import Schedule
-from llava_pdrop.serve.batch import ROOM, RowBatch, first_layers, why_alone
+from llava_pdrop.serve.batch import ROOM, RowBatch, why_alone
 from tests.families import FAMILIES, collate, make_row
 
 NEW = 6
@@ -156,10 +156,3 @@ def test_a_cache_holds_what_its_longest_row_needs() -> None:
             batch.step([5])
         assert cached_tokens(batch._cache) == short.held and short.held[0] == short.whole
     detach(model)
-
-
-def test_first_layers_of_the_stages() -> None:
-    assert first_layers(SCHEDULES["dropping"], 6) == [2, 3, 5]
-    assert first_layers(SCHEDULES["late"], 6) == [0, 2, 3, 5]
-    assert first_layers(Schedule((2,), (0.5,), downsample=2), 6) == [0, 2]
-    assert first_layers(Schedule(), 6) == []
