@@ -242,31 +242,6 @@ class _Plugin:
             shown = shown | (ids == self.video_token)
         return bool(shown.any())
 
-    def _plan(self, call: Call, cached: bool) -> Prefill:
-        """The drops of a prompt, once its encoders have run. Reads ids and mask back from the device.
-
-        Args:
-            cached: whether the prompt is kept in a cache of the caller's.
-        """
-        ids, mask = call.given["input_ids"], call.given.get("attention_mask")
-        real = mask.to(ids.device) if mask is not None else torch.ones_like(ids)
-        ids_BN, real_BN = torch.stack([ids, real.to(ids.dtype)]).cpu().numpy()
-        prompt = _PROMPT.get()
-        ours = prompt if prompt is not None and prompt.owner is self else Generation(self)
-        encoded = call.given.get("mm_encoder_outputs") or {}
-        for name in ("image", "video"):
-            if encoded.get(name) is not None:
-                call.shown = call.shown.noting(name, encoded[name])
-        clips = next(
-            (pixels for place in (call.given, ours.given) if (pixels := place.get("pixel_values_videos")) is not None),
-            None,
-        )
-        call.shown.frames = None if clips is None else clips.shape[1]
-        picture_BN = pictures_of(ids_BN, real_BN != 0, self.family, self.image_token, self.video_token, call.shown)
-        check_prompt(picture_BN, real_BN != 0, cached and prompt is None, self.schedule.positions == "renumber")
-        staying = None if self.pooling is None else functools.partial(self.pooling.staying, call, ours)
-        return Prefill.build(picture_BN, real_BN != 0, ours.columns, self.schedule, ids.device, staying)
-
     def _try_once(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of a model of an unchecked class: at its first prompt with a picture, keeping all tokens has to give
         the logits of the detached model.
@@ -312,11 +287,28 @@ class _Plugin:
         return prompt if prompt is not None and prompt.owner is self and prompt.begins else None
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Pre-hook of the decoder: plans the drops of a prompt, whose pictures the encoders have seen by now."""
+        """Pre-hook of the decoder: plans the drops of a prompt, whose pictures the encoders have seen by now. Reads ids
+        and mask back from the device."""
         call = self._pruning()
-        if call is not None:
-            cached = cache_in(kwargs) is not None or bool(kwargs.get("use_cache"))
-            call.prefill = self._plan(call, cached)
+        if call is None:
+            return
+        ids, mask = call.given["input_ids"], call.given.get("attention_mask")
+        real = mask.to(ids.device) if mask is not None else torch.ones_like(ids)
+        ids_BN, real_BN = torch.stack([ids, real.to(ids.dtype)]).cpu().numpy()
+        prompt = _PROMPT.get()
+        ours = prompt if prompt is not None and prompt.owner is self else Generation(self)
+        encoded = call.given.get("mm_encoder_outputs") or {}
+        for name in ("image", "video"):
+            if encoded.get(name) is not None:
+                call.shown = call.shown.noting(name, encoded[name])
+        given = (place.get("pixel_values_videos") for place in (call.given, ours.given))
+        clips = next((pixels for pixels in given if pixels is not None), None)
+        call.shown.frames = None if clips is None else clips.shape[1]
+        picture_BN = pictures_of(ids_BN, real_BN != 0, self.family, self.image_token, self.video_token, call.shown)
+        by_caller = prompt is None and (cache_in(kwargs) is not None or bool(kwargs.get("use_cache")))
+        check_prompt(picture_BN, real_BN != 0, by_caller, self.schedule.positions == "renumber")
+        staying = None if self.pooling is None else functools.partial(self.pooling.staying, call, ours)
+        call.prefill = Prefill.build(picture_BN, real_BN != 0, ours.columns, self.schedule, ids.device, staying)
 
     def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of a decoder layer."""
