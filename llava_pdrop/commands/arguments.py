@@ -41,7 +41,7 @@ def a_place(text: str) -> Path:
 
 def add_config(parser: argparse.ArgumentParser, what: str = "YAML file") -> None:
     """CONFIG, which may be ``what``, and its overrides."""
-    parser.add_argument("config", type=a_path, metavar="CONFIG", help=what)
+    parser.add_argument("config", type=a_place, metavar="CONFIG", help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.commands.arguments import a_path
+from llava_pdrop.commands.arguments import a_place
 
 NUMBERS = ["number", "rule", "value", "as the paper prints it"]
 FILES = ["benchmark", "file or directory", "there", "comes from", "licence"]
@@ -19,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="benchmarks to list; paper: those of its tables (default: all)"
     )
-    parser.add_argument("--root", type=a_path, metavar="DIR", help="where they lie (default: playground/data/eval)")
+    parser.add_argument("--root", type=a_place, metavar="DIR", help="where they lie (default: playground/data/eval)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--rules", action="store_true", help="list splits and rules instead of files")
     what.add_argument(
-        "--score", type=a_path, metavar="FILE", help="score the answers in FILE (LLaVA's JSON lines) to the one NAME"
+        "--score", type=a_place, metavar="FILE", help="score the answers in FILE (LLaVA's JSON lines) to the one NAME"
     )
 
 
@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> None:
     if args.rules:
         Table(RULES, rules(rows), "How benchmarks are scored", left=len(RULES)).show()
         return
-    root = args.root or ROOT
+    root = args.root or Path(ROOT)
     if args.score is not None:
         if len(rows) != 1 or not names:
             raise UserError(f"--score {args.score}: name the one benchmark that it answers")
-        found = numbers(rows[0], Path(root), Path(args.score))
+        found = numbers(rows[0], root, args.score)
         Table(NUMBERS, found, f"{rows[0].title}: {args.score}", left=2).show()
         return
-    Table(FILES, files(rows, Path(root)), f"Files of the benchmarks below {root}", left=len(FILES)).show()
+    Table(FILES, files(rows, root), f"Files of the benchmarks below {root}", left=len(FILES)).show()
 
 
 def numbers(benchmark: Any, root: Path, file: Path) -> list[list[str]]:

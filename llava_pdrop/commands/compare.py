@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from llava_pdrop.commands.arguments import add_config
 
@@ -19,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    if Path(args.config).is_dir():
+    if args.config.is_dir():
         from llava_pdrop.compare.runs import compare_runs
 
         compare_runs([args.config, *args.overrides])

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.commands.arguments import a_path, add_config
+from llava_pdrop.commands.arguments import a_path, a_place, add_config
 from llava_pdrop.errors import UserError
 
 DOCTOR_FILE, TEXT, INDEX = "doctor.json", "doctor.md", "clean_index.json"
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "YAML file, or the directory of a run")
     parser.add_argument("--eval", action="store_true", help="check data.eval too")
     parser.add_argument(
-        "--out", type=a_path, metavar="DIR", help="directory of the report (default: OUTPUT_DIR/doctor)"
+        "--out", type=a_place, metavar="DIR", help="directory of the report (default: OUTPUT_DIR/doctor)"
     )
     parser.add_argument("--decode", action="store_true", help="read images in full, not only their headers")
     parser.add_argument("--no-tokens", action="store_true", help="do not count tokens; needs no tokenizer")
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument(
-        "--measured", type=a_path, metavar="PATH", help="predict hours from this run directory or bench JSON"
+        "--measured", type=a_place, metavar="PATH", help="predict hours from this run directory or bench JSON"
     )
     rate.add_argument("--tflops-per-second", type=float, metavar="X", help="or from this speed of a GPU, in TFLOP/s")
 
@@ -58,10 +58,9 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.report.console import say
     from llava_pdrop.train.fit import check_templates
 
-    path = Path(args.config)
-    config = load_config(path / RUN_FILE if path.is_dir() else path, args.overrides)
+    config = load_config(args.config / RUN_FILE if args.config.is_dir() else args.config, args.overrides)
     template_of(config)
-    out = Path(args.out) if args.out else Path(config.output_dir) / "doctor"
+    out = args.out or Path(config.output_dir) / "doctor"
     encoder = None if args.no_tokens else make_encoder(config, args.tokenizer)
     geometry = encoder.geometry if encoder else geometry_of_config(config)
     workers = min(os.cpu_count() or 1, 16) if args.workers is None else args.workers
@@ -94,7 +93,6 @@ def run(args: argparse.Namespace) -> None:
     CleanIndex.of(section.train, sets["train"], found["train"].clean).write(out / INDEX)
 
     training = training_start(config, found["train"])
-    measured = Path(args.measured) if args.measured else None
     report: dict[str, Any] = {
         "name": config.name,
         "config": config.file,
@@ -102,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         "training": training,
         "clean_index": INDEX,
         "data": data,
-        "cost": predict(config, found["train"], encoder, geometry, measured, args.tflops_per_second),
+        "cost": predict(config, found["train"], encoder, geometry, args.measured, args.tflops_per_second),
     }
     drawn = {name: pictures(findings, name, limits[name]) for name, findings in found.items()}
     shown = page(report, drawn)

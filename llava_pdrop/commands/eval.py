@@ -6,7 +6,6 @@ Exit status: 0; 1 more pictures of a benchmark than ``eval.max_unread`` cannot b
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from llava_pdrop.commands.arguments import add_config
 
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from llava_pdrop.eval.score_table import refuse_unread
     from llava_pdrop.eval.subject import subject_config
 
-    config = subject_config(Path(args.config), args.overrides)
+    config = subject_config(args.config, args.overrides)
     if not config.eval.benchmarks:
         if config.eval.training_free:
             raise ConfigError(f"{config.file}: eval.training_free: is for benchmarks: add benchmarks=NAME,NAME")

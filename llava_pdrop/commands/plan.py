@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 from llava_pdrop.commands.arguments import add_config
 from llava_pdrop.errors import UserError
@@ -67,8 +66,7 @@ def run(args: argparse.Namespace) -> None:
     card_named(args.card)
     gpus, gib = gpus_of(args.gpus)
     budget = _budget(args, gib)
-    path = Path(args.config)
-    config = load_config(path / RUN_FILE if path.is_dir() else path, args.overrides)
+    config = load_config(args.config / RUN_FILE if args.config.is_dir() else args.config, args.overrides)
     solution = advice = None
     if args.average_tokens is not None or args.tflops is not None:
         solution = solve(config, args.average_tokens, args.tflops)

@@ -39,13 +39,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: with status 1, after all is written, where too many pictures cannot be read.
     """
-    from pathlib import Path
-
     from llava_pdrop.eval.score_table import refuse_unread
     from llava_pdrop.eval.subject import subject_config
     from llava_pdrop.study.run import study
 
-    config = subject_config(Path(args.config), args.overrides)
+    config = subject_config(args.config, args.overrides)
     wanted = {name: getattr(args, name) for name in ("layers", "shares", "ranker", "budgets")}
     given = {name: value for name, value in wanted.items() if value is not None}
     refuse_unread(study(config, args.out, **given), config.eval.max_unread)
