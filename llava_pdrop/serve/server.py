@@ -49,9 +49,6 @@ def app_of(service: Service) -> FastAPI:
         return _error(Refusal(message, None, error.status_code, "not_found" if error.status_code == 404 else None))
 
     @app.exception_handler(UserError)
-    async def unfit(request: Request, error: UserError) -> Response:
-        return _error(error)
-
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         return _error(error)
