@@ -42,10 +42,7 @@ def load_strictly(
     own, twins = own_tensors(module), tied(module)
     done: set[str] = set()
     for name, tensor in tensors.items():
-
-        def read(tensor: Tensor | Stored = tensor) -> Tensor:
-            return tensor.read() if isinstance(tensor, Stored) else tensor
-
+        read = (tensor if isinstance(tensor, Stored) else Stored.of(tensor)).read
         if twins.get(name) not in done:
             overwrite(own[name], read)
         else:

@@ -156,11 +156,6 @@ class Loop:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
-    def check(self, schedule: Schedule) -> None:
-        """Raises `UserError` unless ``schedule`` fits the model; before `start`."""
-        attach(self.hf, schedule)
-        detach(self.hf)
-
     def start(self) -> Loop:
         """Starts the thread; the model is in evaluation mode from here on."""
         self.hf.eval()

@@ -99,11 +99,10 @@ def read_request(body: Any, served: str, schedule: Schedule, depth: int, tempera
     if not isinstance(body, dict):
         raise Refusal("the body must be a JSON object")
     for name, value in body.items():
-        if name in NEUTRAL and (value is None or value == NEUTRAL[name]):
-            continue
         if name in NEUTRAL:
-            raise Refusal(f"{name} is not supported: leave it out", name, code="unsupported_parameter")
-        if name not in KNOWN:
+            if value not in (None, NEUTRAL[name]):
+                raise Refusal(f"{name} is not supported: leave it out", name, code="unsupported_parameter")
+        elif name not in KNOWN:
             hint = did_you_mean(name, KNOWN)
             raise Refusal(f"unknown parameter {clip(name, 60)!r}{hint}", clip(name, 60), code="unknown_parameter")
     given = {name: value for name, value in body.items() if value is not None or name == "pyramid_drop"}

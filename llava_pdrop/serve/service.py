@@ -20,6 +20,7 @@ from llava_pdrop.eval.evaluate import AnswerSettings, finished, respondent_in
 from llava_pdrop.eval.questions import Question
 from llava_pdrop.eval.respondent import LlavaRespondent, Respondent
 from llava_pdrop.eval.subject import subject_config
+from llava_pdrop.generate.plugin import attach, detach
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.serve.loop import Finish, Job, Late, Loop
 from llava_pdrop.serve.pictures import Limits, Picture, picture_of
@@ -143,9 +144,8 @@ class Service:
         own = AnswerSettings.of(config)
         respondent = respondent_in(finished(config, writes=False), config)
         respondent.hf.to(own.device)
-        made = cls(respondent, settings, config.schedule, own.dtype)
-        made.loop.check(config.schedule)
-        return made
+        detach(attach(respondent.hf, config.schedule))  # which refuses what does not fit the model
+        return cls(respondent, settings, config.schedule, own.dtype)
 
     def start(self) -> Service:
         """Starts the loop."""
