@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def merged(base: Mapping[str, Stored], directory: Path, table: NameTable = ()) -
         elif pair["A"].shape[0] != pair["B"].shape[1] or weight.shape != (pair["B"].shape[0], pair["A"].shape[1]):
             problems.append(f"{module} {pair['B'].shape} x {pair['A'].shape} for a weight {weight.shape}")
         else:
-            tensors[own] = _merge(weight, pair["A"], pair["B"], _scaling(config, module))
+            tensors[own] = weight.map(partial(_merge, pair["A"], pair["B"], _scaling(config, module)))
     if problems:
         raise UserError(f"{file} does not fit the base model; " + "; ".join(problems))
     return tensors
@@ -180,12 +181,9 @@ def _is_saved_whole(name: str, own: str, config: Mapping[str, Any]) -> bool:
     return own in EMBEDDINGS or any(f".{module}." in f".{name}" for module in asked)
 
 
-def _merge(weight: Stored, down: Stored, up: Stored, scaling: float) -> Stored:
-    def change(weight_OI: Tensor) -> Tensor:
-        delta_OI = (up.read().float() @ down.read().float()) * scaling
-        return weight_OI + delta_OI.to(weight_OI.dtype)
-
-    return weight.map(change)
+def _merge(down: Stored, up: Stored, scaling: float, weight_OI: Tensor) -> Tensor:
+    delta_OI = (up.read().float() @ down.read().float()) * scaling
+    return weight_OI + delta_OI.to(weight_OI.dtype)
 
 
 def _scaling(config: Mapping[str, Any], module: str) -> float:

@@ -15,11 +15,11 @@ the original code's environment.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava_pdrop.commands.arguments import a_path
+from llava_pdrop.commands.arguments import a_path, a_place
 
 DTYPES = ("bfloat16", "float16", "float32", "keep")
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="directory or hub id: llava-hf, original LLaVA, a LoRA run, or adapters of peft",
     )
-    parser.add_argument("target", type=a_path, metavar="DST", help="directory to write to")
+    parser.add_argument("target", type=a_place, metavar="DST", help="directory to write to")
     parser.add_argument("--to", required=True, choices=("llava-hf", "llava"), help="layout to write")
     parser.add_argument("--base", type=a_path, metavar="MODEL", help="model under a LoRA run or an mm_projector.bin")
     parser.add_argument(
@@ -59,36 +59,32 @@ def run(args: argparse.Namespace) -> None:
 
     if args.template is not None and args.to == "llava":
         raise UserError("--template: the original layout has no place for a chat template: leave it out")
-    target = Path(args.target)
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    prepare = _serving(args.source, args.template)
-    source = convert(args.source, target, args.to, args.base, args.vision_tower, dtype, args.overwrite, prepare)
+    prepare = partial(_made_ready, args.source, args.template)
+    source = convert(args.source, args.target, args.to, args.base, args.vision_tower, dtype, args.overwrite, prepare)
     schedule = source.schedule
     drops = "says nothing about dropping" if schedule is None else schedule.told
-    weights = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 1e9
-    say(f"{args.source} -> {target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}")
+    weights = sum(file.stat().st_size for file in args.target.glob("*.safetensors")) / 1e9
+    say(f"{args.source} -> {args.target} ({args.to}): {len(source.tensors)} tensors, {weights:.3g} GB; {drops}")
     for note in source.notes:
         say(note)
 
 
-def _serving(origin: str, asked: str | None) -> Callable[[Any], list[str]]:
-    """What makes an opened checkpoint ready to serve; ``asked``: name of the conversation template, if the user gives
-    one."""
+def _made_ready(origin: str, asked: str | None, source: Any) -> list[str]:
+    """Makes an opened checkpoint ready to serve; ``asked``: name of the conversation template, if the user gives one.
+    Returns lines for the user."""
     from llava_pdrop.checkpoint.export import usual_template
     from llava_pdrop.checkpoint.shards import resolve
     from llava_pdrop.data.chat import give_chat
     from llava_pdrop.errors import UserError
 
-    def prepare(source: Any) -> list[str]:
-        if source.tokenizer is None:
-            if asked is not None:
-                raise UserError(f"--template {asked}: {origin} has no tokenizer to write it for: copy its files there")
-            return [f"chat template: none, as {origin} has no tokenizer"]
-        recorded, usual = template_of_run(resolve(origin)), usual_template(source.config)
-        because = "which the run was trained with" if recorded else "that of the published models of this kind"
-        return [give_chat(source.tokenizer, source.generation, asked, recorded or usual, because)]
-
-    return prepare
+    if source.tokenizer is None:
+        if asked is not None:
+            raise UserError(f"--template {asked}: {origin} has no tokenizer to write it for: copy its files there")
+        return [f"chat template: none, as {origin} has no tokenizer"]
+    recorded, usual = template_of_run(resolve(origin)), usual_template(source.config)
+    because = "which the run was trained with" if recorded else "that of the published models of this kind"
+    return [give_chat(source.tokenizer, source.generation, asked, recorded or usual, because)]
 
 
 def template_of_run(directory: Path) -> str | None:

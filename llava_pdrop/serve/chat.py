@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from llava_pdrop.config.presets import bare_schedule, file_of
@@ -37,11 +38,11 @@ class Chat:
         self.commands: dict[str, Callable[[list[str]], None]] = {
             "/image": self._image,
             "/schedule": self._schedule,
-            "/vanilla": _alone("/vanilla", lambda: self._take(Schedule())),
+            "/vanilla": partial(_alone, "/vanilla", lambda: self._take(Schedule())),
             "/save": self._save,
-            "/clear": _alone("/clear", self.conversation.clear),
-            "/help": _alone("/help", lambda: say(HELP)),
-            "/quit": _alone("/quit", self._quit),
+            "/clear": partial(_alone, "/clear", self.conversation.clear),
+            "/help": partial(_alone, "/help", lambda: say(HELP)),
+            "/quit": partial(_alone, "/quit", self._quit),
         }
 
     def run(self) -> None:
@@ -117,15 +118,11 @@ class Chat:
         say(f"saved: {file}")
 
 
-def _alone(name: str, do: Callable[[], None]) -> Callable[[list[str]], None]:
+def _alone(name: str, do: Callable[[], None], words: list[str]) -> None:
     """A command ``name`` that takes nothing."""
-
-    def checked(words: list[str]) -> None:
-        if words:
-            raise UserError(f"{name} takes nothing behind it, got {' '.join(words)}")
-        do()
-
-    return checked
+    if words:
+        raise UserError(f"{name} takes nothing behind it, got {' '.join(words)}")
+    do()
 
 
 def parsed(words: Sequence[str], depth: int) -> Schedule:
