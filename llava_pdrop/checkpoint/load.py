@@ -77,7 +77,7 @@ def check_fit(
         wanted |= {n: (rows, *wanted[n][1:]) for n in padded if tuple(tensors[n].shape) != wanted[n]}
     check_shapes(
         wanted,
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        tensors,
         f"{origin} does not fit the model",
         {name for name, twin in twins.items() if twin in tensors} | set(kept),
     )
@@ -85,16 +85,14 @@ def check_fit(
 
 def check_shapes(
     wanted: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Tensor | Stored],
     sentence: str,
     optional: Collection[str] = (),
 ) -> None:
     """Raises `UserError`, ``sentence`` and a list of the keys, unless ``found`` are the ``wanted`` tensors."""
-    misshaped = sorted(
-        f"{name} {found[name]} instead of {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    wrong = [(name, shape) for name, shape in wanted.items() if shapes.get(name, shape) != shape]
+    misshaped = sorted(f"{name} {shapes[name]} instead of {shape}" for name, shape in wrong)
     missing = sorted(wanted.keys() - found.keys() - set(optional))
     unexpected = sorted(found.keys() - wanted.keys())
     if problems := listed({"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}):
@@ -159,7 +157,7 @@ def load_projector(hf: nn.Module, file: Path) -> None:
     own = {name: tensor for name, tensor in own_tensors(hf).items() if is_projector(name)}
     check_shapes(
         {name: whole_shape(tensor) for name, tensor in own.items()},
-        {name: tensor.shape for name, tensor in tensors.items()},
+        tensors,
         f"{file} does not fit the projector",
         {"model.image_newline"},  # a projector pretrained on plain pictures has no newline yet
     )

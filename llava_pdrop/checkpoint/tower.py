@@ -44,8 +44,7 @@ def open_tower(source: str, image_size: int | None = None) -> tuple[CLIPVisionCo
     with reading(directory / "config.json"), torch.device("meta"):
         own = rename(CLIPVisionModel(config).state_dict(), TOWER_TO_MEMORY)
     wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    check_shapes(wanted, found, f"{source} does not fit a CLIP tower")
+    check_shapes(wanted, tensors, f"{source} does not fit a CLIP tower")
     if image_size not in (None, config.image_size):
         name = f"{TOWER}embeddings.position_embedding.weight"
         side = image_size // config.patch_size

@@ -245,8 +245,7 @@ def load_adapters(hf: nn.Module, directory: Path) -> None:
             stored |= open_tensors(directory / name)
     own = own_tensors(hf)
     wanted = {name: whole_shape(own[name]) for name in own if ADAPTER.search(name) or name in stored}
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    check_shapes(wanted, found, f"{directory} does not fit the model")
+    check_shapes(wanted, stored, f"{directory} does not fit the model")
     for name, tensor in stored.items():
         overwrite(own[name], tensor.read)
 
