@@ -86,8 +86,7 @@ def write_original_tokenizer(tokenizer: Any, directory: Path, text_config: Any) 
         fields["tokenizer_class"] = FAST  # the sentencepiece model beside it is that of another tokenizer
         (directory / SENTENCEPIECE).unlink()
         write_json(directory / "tokenizer_config.json", fields)
-    old = for_tokenizers_0_15(content, f"{tokenizer.name_or_path}: tokenizer.json")
-    write_json(file, old)
+    write_json(file, for_tokenizers_0_15(content, f"{tokenizer.name_or_path}: tokenizer.json"))
     if content["model"].get("ignore_merges"):
         return [
             "tokenizer.json: tokenizers 0.15 has no ignore_merges, so that some words are other tokens there: use the "

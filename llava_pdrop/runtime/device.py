@@ -82,8 +82,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Operations a second that matrix products in ``dtype`` can reach on ``device``, and where the number is from: the
     published dense peak of a known GPU in half precision, else the measured rate of one large product."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        name = torch.cuda.get_device_name(device)
-        key = known_gpu(name)
+        key = known_gpu(torch.cuda.get_device_name(device))
         if key is not None:
             return PEAK_TFLOPS[key] * 1e12, f"published dense peak of {key} ({PEAK_TFLOPS[key]:g} TFLOP/s)"
     size, kind = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"]), str(dtype).removeprefix("torch.")

@@ -181,8 +181,7 @@ class Conversation:
 
     def _generate(self, question: Question, start: float, say: Callable[[str], None] | None) -> Reply:
         own, settings = self.respondent, self.settings
-        prepared = own.prepare(question)
-        inputs, image_tokens = own.inputs([prepared], self.schedule)
+        inputs, image_tokens = own.inputs([own.prepare(question)], self.schedule)
         ids, trace = inputs["input_ids"], list[ForwardStep]()
         room = self._room(ids.shape[1])
         held = self._cache if self._goes_on(ids[0].tolist()) else None
@@ -214,11 +213,8 @@ class Conversation:
         if self.schedule.downsample:
             pooled = int((ids == own.hf.config.image_token_id).sum()) - stages[0]
         if settings.reuse_cache:
-            self._cache, self._cached_ids, self._last_stages = (
-                output.past_key_values,
-                output.sequences[0].tolist(),
-                stages,
-            )
+            self._cache, self._cached_ids = output.past_key_values, output.sequences[0].tolist()
+            self._last_stages = stages
         assert stream.first is not None and stream.last is not None, "generate writes at least one token"
         tokens = output.sequences.shape[1] - ids.shape[1]
         self.written = Written(question, tuple(output.sequences[0, ids.shape[1] :].tolist()), trace[0])

@@ -148,8 +148,7 @@ def _attention(demo: Demo, dropping: bool) -> Callable[..., list[Any]]:
             raise UserError("the answer is not kept any longer: ask again")
         if event.index is None:
             raise UserError("no token of the answer is meant: click on one")
-        pictures = demo.attention(found, dropping, event.index)
-        return [gr.update(visible=False), pictures_of(pictures)]
+        return [gr.update(visible=False), pictures_of(demo.attention(found, dropping, event.index))]
 
     return attention
 

@@ -91,8 +91,7 @@ async def _chat(service: Service, request: Request) -> Response:
             first = await _unless_left(request, answering.next())  # what is wrong shows before it: still a status
             head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": own.name}
             if asked.stream:
-                written = _written(head, answering, first, asked.with_usage)
-                return _Events(written, stack.pop_all())
+                return _Events(_written(head, answering, first, asked.with_usage), stack.pop_all())
             while not isinstance(first, Finish):
                 first = await _unless_left(request, answering.next())
         except _Left:
