@@ -75,7 +75,7 @@ def answer_all(
     Raises:
         UserError: a picture that cannot be read (``strict``), or a schedule that does not fit the model.
     """
-    device, start, cpu_start = next(respondent.hf.parameters()).device, time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), time.process_time()
     known, own = known or {}, Answers()
     order = by_length(respondent, questions)
     batches = [[questions[i] for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size)]
@@ -83,11 +83,7 @@ def answer_all(
     left = [[q for q in batches[number] if q.id not in known] for number in team.tasks(len(batches))]
     if "random" in schedule.rankers:  # what is drawn for a question depends on the others of its batch
         left = [batches[number] if some else [] for number, some in zip(team.tasks(len(batches)), left)]
-    with (
-        generating(respondent.hf, schedule, steps),
-        torch.autocast(device.type, dtype, dtype is not None),
-        _prepared(respondent, left) as ready,
-    ):
+    with generating(respondent.hf, schedule, steps, dtype), _prepared(respondent, left) as ready:
         for turn in tqdm(turns, desc=progress, disable=progress is None, leave=False):
             team.at(f"round {turn + 1} of the questions")
             if turn >= len(left):

@@ -15,14 +15,19 @@ from llava_pdrop.schedule import Schedule
 
 
 @contextmanager
-def generating(hf: Any, schedule: Schedule, trace: list[ForwardStep] | None = None) -> Iterator[None]:
-    """``hf`` in evaluation mode with ``schedule`` attached; it and the random numbers afterwards as before."""
+def generating(
+    hf: Any, schedule: Schedule, trace: list[ForwardStep] | None = None, dtype: torch.dtype | None = None
+) -> Iterator[None]:
+    """``hf`` in evaluation mode with ``schedule`` attached, in the half precision ``dtype``, if any; it and the random
+    numbers afterwards as before."""
     device = next(hf.parameters()).device
     attach(hf, schedule, trace)
     modes = [(module, module.training) for module in hf.modules()]  # a frozen tower may be in another than the rest
     hf.eval()
-    try:  # of all GPUs only its own: a process that looks at another one's random numbers takes memory there
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+    own = [device] if device.type == "cuda" else []  # looking at the random numbers of another GPU takes memory there
+    half = torch.autocast(device.type, dtype, dtype is not None)
+    try:
+        with torch.random.fork_rng(own), torch.inference_mode(), half:
             yield
     finally:
         detach(hf)

@@ -189,16 +189,12 @@ class Conversation:
         self.forget_cache()  # generate writes into it: what an error or Ctrl-C leaves there is no prompt
         if reused:
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        device = next(own.hf.parameters()).device
         stream = AnswerStream(own.tokenizer, own.ends, own.stops, say)
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
-        with (
-            generating(own.hf, self.schedule, trace),
-            torch.autocast(device.type, settings.dtype, settings.dtype is not None),
-        ):
+        with generating(own.hf, self.schedule, trace, settings.dtype):
             torch.manual_seed(settings.seed)
             output = own.hf.generate(
-                **{name: value.to(device) for name, value in inputs.items()},
+                **{name: value.to(own.hf.device) for name, value in inputs.items()},
                 **({"past_key_values": held} if reused else {}),
                 **(sampling if settings.temperature > 0 else {"do_sample": False}),
                 max_new_tokens=room,

@@ -77,7 +77,7 @@ def recorded(
     steps, logits, found = list[ForwardStep](), list[Tensor](), list[Tensor]()
     device = next(hf.parameters()).device
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    with generating(hf, schedule, steps), torch.autocast(device.type, dtype, dtype is not None), ExitStack() as hooks:
+    with generating(hf, schedule, steps, dtype), ExitStack() as hooks:
         plugin = plugin_of(hf)
         for index, layer in enumerate(plugin.decoder.layers):  # behind those of `attach`: these see what is left
             before = functools.partial(_before_layer, found, plugin, index, len(ids))
