@@ -172,11 +172,8 @@ def base_left_out(model: PyramidLlava) -> Iterator[None]:
         for name in base:
             state.pop(prefix + name, None)
 
-    hook = model.register_state_dict_post_hook(drop)
-    try:
+    with model.register_state_dict_post_hook(drop):
         yield
-    finally:
-        hook.remove()
 
 
 def fingerprint_of_base(model: PyramidLlava) -> str:
