@@ -24,18 +24,14 @@ Size = tuple[int, int]
 NEWLINE = -1
 """Entry of `ImageGeometry.merge_index` that stands for the learned ``image_newline`` vector."""
 
-PAPER_PINPOINTS_5_TILES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-"""(width, height) of the LLaVA-NeXT canvases: at most 4 tiles plus the whole picture (the paper's 2,880 tokens)."""
-
-PINPOINTS_9_TILES = tuple((336 * w, 336 * h) for w in range(1, 9) for h in range(1, 9) if 1 < w * h <= 8)
-"""(width, height) of every canvas of 2 to 8 tiles, so that the whole picture makes at most 9: the paper's larger
-setting (5,184 tokens). Which canvases the authors used is published nowhere; taking all of them is our choice."""
-
 PINPOINTS: dict[str, tuple[tuple[int, int], ...]] = {
-    "5_tiles": PAPER_PINPOINTS_5_TILES,
-    "9_tiles": PINPOINTS_9_TILES,
+    "5_tiles": ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+    "9_tiles": tuple((336 * w, 336 * h) for w in range(1, 9) for h in range(1, 9) if 1 < w * h <= 8),
 }
-"""Canvas sets by name, for towers of 336 pixels. A new set is one row."""
+"""Canvases (width, height) by the name of their set, for towers of 336 pixels; a new set is one row. ``5_tiles`` are
+those of LLaVA-NeXT: at most 4 tiles plus the whole picture (the paper's 2,880 tokens). ``9_tiles`` are all canvases of
+2 to 8 tiles, so that the whole picture makes at most 9: the paper's larger setting (5,184 tokens). Which canvases the
+authors used is published nowhere; taking all of them is our choice."""
 
 
 @dataclass(frozen=True)

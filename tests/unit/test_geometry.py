@@ -11,14 +11,14 @@ import pytest
 
 from llava_pdrop.config.load import load_config
 from llava_pdrop.errors import ConfigError
-from llava_pdrop.geometry import NEWLINE, PAPER_PINPOINTS_5_TILES, PINPOINTS, PINPOINTS_9_TILES, ImageGeometry
+from llava_pdrop.geometry import NEWLINE, PINPOINTS, ImageGeometry
 from tests.messages import meant, says
 from tests.parity.test_export import sources  # noqa: F401
 from tests.slow_pooling import slow_tokens
 
 ROOT = Path(__file__).parents[2]
 NEXT = ROOT / "configs" / "llava_next_7b" / "finetune.yaml"
-ANYRES = ImageGeometry(336, 14, "anyres", "spatial_unpad", PAPER_PINPOINTS_5_TILES)
+ANYRES = ImageGeometry(336, 14, "anyres", "spatial_unpad", PINPOINTS["5_tiles"])
 SIZES = [(1, 1), (1, 10000), (10000, 1), (336, 336), (337, 335), (20000, 20000), (640, 480), (3, 4000)]
 
 
@@ -52,10 +52,10 @@ def test_the_largest_pictures_of_the_paper():
     """2,880 and 5,184 image tokens (576 per tile), where nothing is unpadded and no newline added."""
     flat = replace(ANYRES, merge="flat")
     assert flat.num_tokens((672, 672)) == 2880
-    nine = replace(flat, pinpoints=PINPOINTS_9_TILES)
+    nine = replace(flat, pinpoints=PINPOINTS["9_tiles"])
     assert nine.num_tokens((672, 1344)) == nine.num_tokens((2688, 336)) == 5184
-    assert max(nine.num_tiles(size) for size in PINPOINTS_9_TILES) == 9
-    assert set(PAPER_PINPOINTS_5_TILES) < set(PINPOINTS_9_TILES) and len(set(PINPOINTS_9_TILES)) == 19
+    assert max(nine.num_tiles(size) for size in PINPOINTS["9_tiles"]) == 9
+    assert set(PINPOINTS["5_tiles"]) < set(PINPOINTS["9_tiles"]) and len(set(PINPOINTS["9_tiles"])) == 19
 
 
 @pytest.mark.parametrize("budget", [1, 5, 144, 270, 575])
@@ -89,7 +89,7 @@ def test_a_new_pinpoint_set_is_one_row(monkeypatch):
 
 
 def test_pinpoints_by_name():
-    assert load_config(NEXT, ["model.pinpoints=5_tiles"]).model.pinpoints == PAPER_PINPOINTS_5_TILES
+    assert load_config(NEXT, ["model.pinpoints=5_tiles"]).model.pinpoints == PINPOINTS["5_tiles"]
     with pytest.raises(ConfigError, match=says("'9_tile'", "['5_tiles', '9_tiles']", meant("9_tiles'"))):
         load_config(NEXT, ["model.pinpoints=9_tile"])
 

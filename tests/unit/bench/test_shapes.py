@@ -20,7 +20,7 @@ from llava_pdrop.checkpoint.hf_models import make_config, make_hf_model
 from llava_pdrop.config.load import RUN_FILE, load_config, to_yaml
 from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed
 from llava_pdrop.cost.nominal import model_of, nominal_batch
-from llava_pdrop.geometry import PAPER_PINPOINTS_5_TILES, PINPOINTS_9_TILES, ImageGeometry
+from llava_pdrop.geometry import PINPOINTS, ImageGeometry
 from llava_pdrop.model.decoder import COVERED
 from llava_pdrop.schedule import Schedule
 from tests.messages import meant, says
@@ -82,10 +82,10 @@ MEASURED: dict[str, dict] = {
         schedule=Schedule((10, 20, 30), RATIOS, positions="renumber"),
     ),
     "llava-next-7b": NEXT_7B | dict(
-        geometry=ImageGeometry(336, 14, "anyres", "spatial_unpad", PAPER_PINPOINTS_5_TILES), max_length=4096
+        geometry=ImageGeometry(336, 14, "anyres", "spatial_unpad", PINPOINTS["5_tiles"]), max_length=4096
     ),
     "llava-next-7b-p9": NEXT_7B | dict(
-        geometry=ImageGeometry(336, 14, "anyres", "spatial_unpad", PINPOINTS_9_TILES), max_length=8192
+        geometry=ImageGeometry(336, 14, "anyres", "spatial_unpad", PINPOINTS["9_tiles"]), max_length=8192
     ),
 }  # fmt: skip
 """What each named shape is: published figures were measured on these numbers."""
