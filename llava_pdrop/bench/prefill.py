@@ -72,15 +72,13 @@ def timing(
         attach(hf, schedule)
     entering, leaving = hf.register_forward_pre_hook(begin), hf.register_forward_hook(end)
     try:
-        with replaced(Prefill, "rank", timed(watch, "ranking", Prefill.rank)), given as inputs:
+        with entering, leaving, replaced(Prefill, "rank", timed(watch, "ranking", Prefill.rank)), given as inputs:
             if watch.device.type == "cuda":
                 torch.cuda.synchronize(watch.device)
                 torch.cuda.reset_peak_memory_stats(watch.device)
             yield inputs
             watch.stop("decode")
     finally:
-        entering.remove()
-        leaving.remove()
         detach(hf)
 
 
