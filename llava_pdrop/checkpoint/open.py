@@ -163,7 +163,7 @@ def _open_hf(directory: Path, fields: dict[str, Any], tensors: dict[str, Stored]
         config.tie_word_embeddings = bool(getattr(config.text_config, "tie_word_embeddings", False))
     with reading(directory / "config.json"):
         geometry = geometry_of(config)
-        schedule = original.original_schedule(fields)
+        schedule = original.original_schedule({"pyramid_drop": fields.get("pyramid_drop")})
         if schedule is not None:
             schedule.check(config.text_config.num_hidden_layers)
     return Source(

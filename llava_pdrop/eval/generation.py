@@ -21,11 +21,11 @@ def generating(
     """``hf`` in evaluation mode with ``schedule`` attached, in the half precision ``dtype``, if any; it and the random
     numbers afterwards as before."""
     device = next(hf.parameters()).device
+    half = torch.autocast(device.type, dtype, dtype is not None)  # refused where the device has no such precision
     attach(hf, schedule, trace)
     modes = [(module, module.training) for module in hf.modules()]  # a frozen tower may be in another than the rest
     hf.eval()
     own = [device] if device.type == "cuda" else []  # looking at the random numbers of another GPU takes memory there
-    half = torch.autocast(device.type, dtype, dtype is not None)
     try:
         with torch.random.fork_rng(own), torch.inference_mode(), half:
             yield

@@ -65,8 +65,7 @@ def pictures_of(
     if family.shared:  # one placeholder for both: whichever the model was shown
         kinds = [kinds[0] if shown.image is not None else ("video", image, family.clip, shown.video)]
     for name, token, unit, lengths in kinds:
-        place_BN = (ids_BN == token) & real_BN  # nowhere, where the class has no such token
-        if not place_BN.any():
+        if token is None or not (place_BN := (ids_BN == token) & real_BN).any():
             continue
         if unit is None:
             raise UserError(f"attach() knows no {name}s of this class of models: leave them out, or detach(model)")

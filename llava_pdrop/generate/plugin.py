@@ -382,4 +382,9 @@ def _refuse_labels(parameters: list[str], model: nn.Module, args: tuple, kwargs:
 def _reduce(model: nn.Module, protocol: Any) -> tuple:
     """How an attached model is pickled and copied: as its vanilla self, which is attached again when it is read."""
     plugin = getattr(model, HANDLE)
-    return functools.partial(attach, unchecked=plugin.unchecked), (bare(model, plugin), plugin.given)
+    return _again, (bare(model, plugin), plugin.given, plugin.unchecked)
+
+
+def _again(model: nn.Module, schedule: Schedule, unchecked: bool) -> nn.Module:
+    """Named in every pickle of an attached model."""
+    return attach(model, schedule, unchecked=unchecked)

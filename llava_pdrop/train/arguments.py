@@ -7,6 +7,7 @@ import logging
 import math
 import netrc
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ from urllib.parse import urlparse
 
 import torch
 from accelerate.utils import DistributedType
-from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
@@ -140,7 +140,10 @@ def prepare_deepspeed(on_cpu: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" in os.environ:
         return
-    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": get_free_port()}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
     os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in world.items()})
 
 

@@ -108,7 +108,7 @@ class StepMeter(TrainerCallback):
         samples = max(1.0, all_samples)
         passed = max(1e-9, time.perf_counter() - self._drained)
         metrics = {
-            "tokens_per_second": sum(tokens[:1]) / passed,
+            "tokens_per_second": (tokens[0] if tokens else 0) / passed,
             "step_seconds": wall / steps,
             "step_cpu_seconds": self.cpu / steps,
             "data_seconds": data / steps,

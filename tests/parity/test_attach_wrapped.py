@@ -127,6 +127,15 @@ def test_a_copy_is_attached_and_its_vanilla_self(how):
     same(torch.cat(generate(hf, row).logits), torch.cat(want.logits), 0.0)
 
 
+def test_pickles_of_earlier_versions_open():
+    """They name this function of the plug-in, and give it these arguments."""
+    made, (bare, schedule, unchecked), *_ = attach(make_hf_model(), PYRAMID).__reduce_ex__(2)
+    assert (made.__module__, made.__qualname__) == ("llava_pdrop.generate.plugin", "_again")
+    assert schedule == PYRAMID and unchecked is False
+    got = generate(made(bare, schedule, unchecked), make_sample(*ONE))
+    assert [tokens - 10 for tokens in cached_tokens(got.past_key_values)] == KEPT
+
+
 def test_a_saved_model_restores_its_schedule(tmp_path):
     hf, row = attach(make_hf_model(), PYRAMID), make_sample(*ONE)
     want = generate(hf, row)

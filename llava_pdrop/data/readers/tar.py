@@ -136,7 +136,7 @@ def _records(shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, Members
                 members = [(suffix, offset, size) for _, suffix, offset, size in group if _is_ours(suffix)]
                 text = next(((offset, size) for suffix, offset, size in members if suffix.lower() == "json"), None)
                 pictures = [member for member in members if _kind(member[0]) in PICTURE_SUFFIXES]
-                odd = [member for member in members if member not in pictures and member[0].lower() != "json"]
+                odd = [m for m in members if _kind(m[0]) not in PICTURE_SUFFIXES and m[0].lower() != "json"]
                 if not members:
                     continue
                 own: dict[str, str] = {}

@@ -263,6 +263,16 @@ def test_schedules_of_original_configs(fields, expected):
     assert original_schedule(fields) == (None if expected is None else Schedule(*expected).at("renumber"))
 
 
+def test_schedules_of_the_official_code_are_read_in_its_own_layout_only(tmp_path):
+    write(tmp_path / "source", *original())
+    parts = build_parts(str(tmp_path / "source"))
+    save_pretrained(parts.hf, None, tmp_path / "hf")
+    parts.image_processor.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_list": [2]}))
+    assert build_parts(str(tmp_path / "hf")).schedule is None
+
+
 @pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}])
 def test_rope_comes_from_the_original_config(tmp_path, scaling):
     config, tensors = original()

@@ -22,6 +22,7 @@ from llava_pdrop.data.conversation import TEMPLATES
 from llava_pdrop.data.images import load_image
 from llava_pdrop.errors import ConfigError
 from llava_pdrop.eval.evaluate import chance_of, evaluate, evaluate_config, load_questions
+from llava_pdrop.eval.generation import generating
 from llava_pdrop.eval.questions import llava_json
 from llava_pdrop.eval.respondent import LlavaRespondent, model_inputs
 from llava_pdrop.geometry import ImageGeometry
@@ -70,6 +71,21 @@ def test_the_model_is_left_as_it_was(parts, questions):
     assert len(parts.hf.model._forward_pre_hooks) == hooks
     again = [run(parts, questions, Schedule((1,), (0.25,), ranker="random"), seed=3).predictions for _ in range(2)]
     assert again[0] == again[1]
+
+
+def test_the_model_is_left_as_it_was_where_the_device_refuses_the_precision(parts, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Current device does not support bfloat16")
+
+    monkeypatch.setattr(torch, "autocast", refuse)
+    parts.hf.train()
+    before = vars(parts.hf).keys()
+    with (
+        pytest.raises(RuntimeError, match="bfloat16"),
+        generating(parts.hf, Schedule((1,), (0.25,)), None, torch.bfloat16),
+    ):
+        pytest.fail("it is refused before anything is asked")
+    assert parts.hf.training and vars(parts.hf).keys() == before
 
 
 def test_trace_says_which_tokens_survive(parts, questions):
