@@ -80,14 +80,9 @@ def choose(name: str, parameters: list[nn.Parameter], device: torch.device) -> s
 
 
 def extra_bytes(kind: str, parameters: list[nn.Parameter]) -> float:
-    """Bytes that gradients and optimizer need beside the weights."""
-    count = sum(p.numel() for p in parameters)
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    if kind == "adamw":
-        return STATE_BYTES * count - weights
-    if kind == "sharded":
-        return weights + (STATE_BYTES * count - 2 * weights) / SHARDS
-    return weights
+    """Bytes that gradients, as many as the weights have, and optimizer need beside these."""
+    count, weights = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+    return weights + SHARES[kind] * (STATE_BYTES * count - 2 * weights)
 
 
 def states(kind: str, dtype: torch.dtype) -> States:
