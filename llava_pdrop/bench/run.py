@@ -166,7 +166,7 @@ def run_prefill(asked: PrefillSettings) -> dict[str, Any]:
             f"--image-tokens must be at most {room - asked.new_tokens}: the decoder has no positions for more"
         )
     refuse_pooling(shape.schedule, "bench prefill")
-    subject = Subject.of_shape(shape, device, asked.seed, asked.attention or "sdpa")
+    subject = Subject.of_shape(shape, device, asked.seed, "sdpa" if asked.attention is None else asked.attention)
     cases = [(batch, tokens) for tokens in image_tokens for batch in asked.batch]
     report = prefill_report.bench_prefill(name, subject, device, cases, asked.new_tokens, asked.runs, asked.seed)
     stem = file_name("prefill", name, device_label(device))
@@ -207,7 +207,7 @@ def run_generate(asked: GenerateSettings) -> dict[str, Any]:
             )
         refuse_pooling(shape.schedule, "bench generate")
         checked(shape.schedule, "CONFIG")
-        subject = Subject.of_shape(shape, device, asked.seed, asked.attention or "sdpa")
+        subject = Subject.of_shape(shape, device, asked.seed, "sdpa" if asked.attention is None else asked.attention)
     cases = [(batch, tokens) for tokens in asked.image_tokens or (None,) for batch in asked.batch]
     report = generate_report.bench_generate(name, subject, device, cases, asked.new_tokens, asked.runs, asked.seed)
     stem = file_name("generate", name, device_label(device))

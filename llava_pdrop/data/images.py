@@ -82,6 +82,7 @@ def upright(picture: Image.Image, name: str = "the picture") -> Image.Image:
     with _named(name):
         try:
             _check_sides(picture)
+            picture.load()  # so that EXIF behind the pixels of a PNG counts at the first look as it does at the next
             return _upright(picture)
         except (AssertionError, AttributeError):  # what PIL meets where it looks for the file
             raise UserError("cannot be read as an image, its file is closed; open it again") from None

@@ -162,9 +162,10 @@ def _batch(
 ) -> list[Answer]:
     """The answers to the questions of a batch that can be asked; the others are empty."""
     start = time.perf_counter()
-    problems = {question.id: own for question, own in batch if isinstance(own, UserError)}
-    for problem in problems.values() if strict else ():
+    refused = {question.id: own for question, own in batch if isinstance(own, UserError)}
+    for problem in refused.values() if strict else ():
         raise problem
+    problems = {id: str(problem) for id, problem in refused.items()}  # an error would keep this frame, and its tensors
     asked = [(question, own) for question, own in batch if question.id not in problems]
     try:
         given = respondent.inputs([own for _, own in asked], schedule) if asked else None
@@ -175,10 +176,10 @@ def _batch(
             except UserError as error:
                 if strict:
                     raise UserError(f"question {clip(question.id)}: {error}") from None
-                problems[question.id] = error
+                problems[question.id] = str(error)
         asked = [(question, own) for question, own in asked if question.id not in problems]
         given = respondent.inputs([own for _, own in asked], schedule) if asked else None
-    answers = {id: Answer(id, "", problem=str(problem)) for id, problem in problems.items()}
+    answers = {id: Answer(id, "", problem=problem) for id, problem in problems.items()}
     if given is not None:
         inputs, image_tokens = given
         device = next(respondent.hf.parameters()).device

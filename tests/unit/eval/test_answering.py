@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -106,10 +108,19 @@ def test_a_question_that_a_processor_refuses_costs_no_other_one(respondent, ques
     def inputs(self, prepared, schedule):
         if not all(sample.images for sample in prepared):
             raise UserError("a picture is wanted")
-        return original(self, prepared, schedule)
+        given, tokens = original(self, prepared, schedule)
+        made.extend(map(weakref.ref, given.values()))
+        return given, tokens
 
+    made: list[weakref.ref[torch.Tensor]] = []
     monkeypatch.setattr(LlavaRespondent, "inputs", inputs)
-    found = answer_all(respondent, questions, DROP, batch_size=8, max_new_tokens=2, strict=False)
+    gc.collect()
+    gc.disable()
+    try:
+        found = answer_all(respondent, questions, DROP, batch_size=8, max_new_tokens=2, strict=False)
+        assert made and not any(tensor() is not None for tensor in made), "what is refused keeps no batch in memory"
+    finally:
+        gc.enable()
     assert [answer.problem is not None for answer in found.answers] == [i in (2, 5) for i in range(8)]
     assert all(answer.text for answer in found.answers if answer.problem is None)
     with pytest.raises(UserError, match=says("question", "wanted")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,6 +39,24 @@ def test_it_is_what_the_file_would_be(tmp_path, mode):
         assert image_size(found) == image_size(file) == ((3, 5) if mode == "turned" else (5, 3))
         assert np.array_equal(np.asarray(load_image(found)), np.asarray(load_image(file)))
         assert load_image(found).mode == "RGB"
+
+
+def test_exif_behind_the_pixels_counts_at_every_look():
+    """PNG allows it there; Pillow knows of it once the pixels are read."""
+    file = io.BytesIO()
+    turned = picture("turned")
+    turned.save(file, "PNG", exif=turned.getexif())
+    content = file.getvalue()
+    start = content.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(content[start : start + 4])
+    end = content.index(b"IEND") - 4
+    moved = content[:start] + content[stop:end] + content[start:stop] + content[end:]
+    with Image.open(io.BytesIO(moved)) as stored:
+        (found,) = pictures_of("t test[0]", lambda: [stored])
+        expected = np.asarray(turned.transpose(Image.Transpose.ROTATE_270))
+        assert image_size(found) == (3, 5)
+        for _ in range(2):
+            assert np.array_equal(np.asarray(load_image(found)), expected)
 
 
 def test_its_size_costs_no_second_look_and_pixels_one():
