@@ -14,7 +14,7 @@ from tqdm import tqdm
 from llava_pdrop.bench.generate import DROPPING, Answer
 from llava_pdrop.bench.prefill import FASTV, WARM_UP, PrefillRun, measure_prefill
 from llava_pdrop.bench.subjects import TEXT_TOKENS, PrefillCase, Subject
-from llava_pdrop.cost.flops import Step, head_size, key_value_heads, step_flops
+from llava_pdrop.cost.flops import CountedStep, head_size, key_value_heads, step_flops
 from llava_pdrop.geometry import ImageGeometry
 from llava_pdrop.report.environment import environment, settings
 from llava_pdrop.report.page import Note, Page, Picture, Table
@@ -61,7 +61,7 @@ def prefill_flops(config: Any, case: PrefillCase, schedule: Schedule, geometry: 
         answer_starts=[[start + length] for start in starts],
         label_positions=[start + length - 1 for start in starts],
     )
-    flops = step_flops(Step(config, batch, schedule, geometry, trainable=()))
+    flops = step_flops(CountedStep(config, batch, schedule, geometry, trainable=()))
     return flops.total - flops.tower - flops.projector
 
 

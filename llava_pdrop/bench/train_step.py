@@ -20,7 +20,7 @@ from llava_pdrop.bench import optimizer
 from llava_pdrop.bench.shapes import Shape, make_model
 from llava_pdrop.bench.workload import Workload
 from llava_pdrop.cost.elementwise import kernels_of, optimizer_bytes
-from llava_pdrop.cost.flops import Recomputed, Step, StepFlops, stage_flops, step_flops
+from llava_pdrop.cost.flops import CountedStep, Recomputed, StepFlops, stage_flops, step_flops
 from llava_pdrop.cost.memory import predicted_peak
 from llava_pdrop.cost.step_time import is_modelled, timed_parts
 from llava_pdrop.cost.time_report import ArmTime
@@ -191,10 +191,10 @@ class BenchTrainer:
         self.model.zero_grad(set_to_none=True)
         return output, float(loss.detach()), times, memory.get("peak_cuda_mib", memory["peak_rss_mib"])
 
-    def counted(self, arm: BenchArm, batch: PackedBatch, layouts: Sequence[Layout] | None = None) -> Step:
+    def counted(self, arm: BenchArm, batch: PackedBatch, layouts: Sequence[Layout] | None = None) -> CountedStep:
         """A step of ``arm`` on ``batch``, for those who count it. ``layouts``: where they are known."""
         shape, config = self.shape, self.model.hf.config
-        return Step(config, batch, arm.schedule, shape.geometry, shape.trainable, arm.recomputed, layouts)
+        return CountedStep(config, batch, arm.schedule, shape.geometry, shape.trainable, arm.recomputed, layouts)
 
     def model_flops(self, arm: BenchArm, batch: PackedBatch) -> StepFlops:
         """Operations that a step of ``arm`` on ``batch`` cannot do without."""

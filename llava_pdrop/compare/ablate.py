@@ -14,7 +14,7 @@ from llava_pdrop.compare.candidates import Candidate, run_variants
 from llava_pdrop.compare.pareto import Shown, marks, shown_rows
 from llava_pdrop.compare.rows import VariantRow, publish, table
 from llava_pdrop.compare.variants import Ablation, Variant
-from llava_pdrop.cost.flops import Step, predicted_reduction
+from llava_pdrop.cost.flops import CountedStep, predicted_reduction
 from llava_pdrop.cost.nominal import model_of, nominal_batch
 from llava_pdrop.cost.plan import make_plan, plan_step
 from llava_pdrop.errors import ConfigError
@@ -49,7 +49,8 @@ def plan(ablation: Ablation) -> list[VariantRow]:
         elif not config.schedule.vanilla:
             model = model_of(config)
             batch = nominal_batch(model.geometry, config)
-            predicted = predicted_reduction([Step(model.config, batch, config.schedule, model.geometry, trainable=())])
+            step = CountedStep(model.config, batch, config.schedule, model.geometry, trainable=())
+            predicted = predicted_reduction([step])
         paper = config.paper if ablation.checkpoint is None else None  # which is about trained models
         rows.append(VariantRow(variant.name, config, make_plan(config), predicted=predicted, paper=paper))
     return rows

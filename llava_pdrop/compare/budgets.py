@@ -82,7 +82,7 @@ def counts(config: Config) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class Row:
+class BudgetRow:
     """A row of the table: runs that differ in their seed only."""
 
     name: str
@@ -95,7 +95,7 @@ class Row:
 
 def rows_of(
     path: Path, entries: Sequence[Entry], whole: Sequence[str], base: Config
-) -> tuple[list[Row], tuple[Budget, ...], tuple[str, ...]]:
+) -> tuple[list[BudgetRow], tuple[Budget, ...], tuple[str, ...]]:
     """Every entry at each of its budgets. What is run already, because ratios come out alike, is not run again.
 
     Args:
@@ -122,11 +122,11 @@ def rows_of(
     }
     found = {each for row in wanted.values() for each in row}
     budgets = sorted(found, key=lambda each: each.tokens or 0.0)  # schedules as they are written come first
-    rows, notes = list[Row](), list[str]()
+    rows, notes = list[BudgetRow](), list[str]()
     for budget in budgets:
         for entry in entries:
             config = configs[entry.name]
-            row = Row(entry.name, entry.base, entry.words, config, entry.seeds, (budget,))
+            row = BudgetRow(entry.name, entry.base, entry.words, config, entry.seeds, (budget,))
             if config.schedule.vanilla:  # stands beside whatever others keep
                 rows += [replace(row, budgets=tuple(budgets))] if budget == budgets[0] else []
                 continue
@@ -145,7 +145,7 @@ def rows_of(
     return rows, tuple(budgets), tuple(notes)
 
 
-def _solved(path: Path, row: Row, budget: Budget, whole: Sequence[str]) -> Row:
+def _solved(path: Path, row: BudgetRow, budget: Budget, whole: Sequence[str]) -> BudgetRow:
     """``row`` with the ratios that have the ``budget``; as it is, where its own have."""
     assert budget.tokens is not None
     own = row.config.schedule

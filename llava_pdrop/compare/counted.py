@@ -11,7 +11,7 @@ import torch
 from llava_pdrop.checkpoint.build import ModelParts, build_parts
 from llava_pdrop.compare.rows import VariantRow
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.flops import Step, predicted_reduction
+from llava_pdrop.cost.flops import CountedStep, predicted_reduction
 from llava_pdrop.cost.lora import learning
 from llava_pdrop.cost.nominal import recomputed_by
 from llava_pdrop.data.dataset import ConversationDataset
@@ -53,7 +53,7 @@ class RunBatches:
         """Share of the operations without drops that the run ``config`` saves on them."""
         options = (config.schedule, self.geometry, learning(config))
         again = recomputed_by(config, self.hf.text_config.num_hidden_layers)
-        return predicted_reduction([Step(self.hf, batch, *options, again) for batch in self.batches])
+        return predicted_reduction([CountedStep(self.hf, batch, *options, again) for batch in self.batches])
 
 
 def with_predictions(rows: Sequence[VariantRow]) -> list[VariantRow]:

@@ -28,7 +28,7 @@ from llava_pdrop.eval.team import ALONE
 from llava_pdrop.files import write_json
 from llava_pdrop.report.console import say
 from llava_pdrop.report.environment import environment
-from llava_pdrop.runtime.device import device_named, release_memory
+from llava_pdrop.runtime.device import release_memory
 from llava_pdrop.runtime.preemption import Preempted
 from llava_pdrop.schedule import Schedule
 from llava_pdrop.train.checkpoints import newest_whole
@@ -84,7 +84,11 @@ def learn(out: Path, device: str, config: Path, seconds: float, overrides: Seque
     Raises:
         ConfigError, UserError, MissingFileError: the config cannot be run, or there is no such device.
     """
-    began, place = time.monotonic(), device_named(device)
+    began = time.monotonic()
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: this machine has no CUDA GPU: take cpu")
     base = out / "base"
     places = [f"output_dir={out}", f"model.language_model={base}/language_model"]
     places += [f"model.projector={base}/projector.safetensors", f"train.use_cpu={str(device == 'cpu').lower()}"]
@@ -95,7 +99,7 @@ def learn(out: Path, device: str, config: Path, seconds: float, overrides: Seque
     found: dict[str, Any] = {
         "config": str(config),
         "device": device,
-        "environment": environment(place, run.seed),
+        "environment": environment(torch.device(device), run.seed),
         "decoder_parameters": sum(t.numel() for t in load_file(base / "language_model/model.safetensors").values()),
         "arms": {},
     }

@@ -54,7 +54,7 @@ ALL_LAYERS = Recomputed(None, True)
 
 
 @dataclass(frozen=True)
-class Step:
+class CountedStep:
     """What is counted: a step on one micro-batch.
 
     Attributes:
@@ -167,7 +167,7 @@ class StepFlops:
         return sum(getattr(self, entry.name) for entry in fields(self))
 
 
-def step_flops(step: Step) -> StepFlops:
+def step_flops(step: CountedStep) -> StepFlops:
     """Operations of forward and backward."""
     found: dict[str, Work] = {}
     for part in step_parts(step):
@@ -183,7 +183,7 @@ def step_flops(step: Step) -> StepFlops:
     )
 
 
-def stage_flops(step: Step) -> list[float]:
+def stage_flops(step: CountedStep) -> list[float]:
     """Operations of the forward of the decoder layers of every stage, the ranking not counted."""
     stages, layer = [0.0] * (len(step.schedule.layers) + 1), 0
     for part in _stages(step):
@@ -192,13 +192,13 @@ def stage_flops(step: Step) -> list[float]:
     return stages
 
 
-def predicted_reduction(steps: Sequence[Step]) -> float:
+def predicted_reduction(steps: Sequence[CountedStep]) -> float:
     """Share of the operations of vanilla ``steps`` that these save, between 0 and 1."""
     vanilla = [replace(step, schedule=Schedule(), known=None) for step in steps]
     return saved(*(sum(step_flops(step).total for step in counted) for counted in (vanilla, steps)))
 
 
-def step_parts(step: Step, split: Collection[int] = ()) -> list[StepPart]:
+def step_parts(step: CountedStep, split: Collection[int] = ()) -> list[StepPart]:
     """Products and attention, forward and backward: tower, projector, the layers of each stage, all rankings, head.
 
     Args:
@@ -236,7 +236,7 @@ def _alike(products: Sequence[Product], attention: int, layers: int, again: int,
     )
 
 
-def _tower(step: Step) -> StepPart:
+def _tower(step: CountedStep) -> StepPart:
     """Only the layers that lead to ``vision_feature_layer`` run."""
     vision, layers = step.config.vision_config, used_tower_layers(step.config)
     tiles, learns = step.tiles, "vision_tower" in step.trainable
@@ -249,7 +249,7 @@ def _tower(step: Step) -> StepPart:
     return StepPart("tower", "tower", tokens, Work(embedding) + forward, back if learns else Work(), layers, again)
 
 
-def _projector(step: Step) -> StepPart:
+def _projector(step: CountedStep) -> StepPart:
     """The gradient goes into the first map's input only where the tower learns."""
     width, hidden, rows = step.config.vision_config.hidden_size, step.config.text_config.hidden_size, step.features
     first, second = (Product(rows, width, hidden),), (Product(rows, hidden, hidden),)
@@ -258,7 +258,7 @@ def _projector(step: Step) -> StepPart:
     return StepPart("projector", "projector", rows, Work(first + second), Work(back))
 
 
-def _stages(step: Step, split: Collection[int] = ()) -> list[StepPart]:
+def _stages(step: CountedStep, split: Collection[int] = ()) -> list[StepPart]:
     """The decoder's layers. Their linear maps are q, k, v, o and the three of the gated MLP."""
     text, schedule, trainable = step.config.text_config, step.schedule, step.trainable
     hidden, mlp, window = text.hidden_size, text.intermediate_size, _window(text)
@@ -279,7 +279,7 @@ def _stages(step: Step, split: Collection[int] = ()) -> list[StepPart]:
     return found
 
 
-def _rankings(step: Step) -> StepPart:
+def _rankings(step: CountedStep) -> StepPart:
     """All of a step."""
     whole, back = Work(), Work()
     for name, (before, after) in zip(step.schedule.rankers, pairwise(step.layouts)):
@@ -288,7 +288,7 @@ def _rankings(step: Step) -> StepPart:
     return StepPart("ranking", "ranking, dropping", step.layouts[0].tokens, whole, back)
 
 
-def _ranking(step: Step, ranker: Ranker, before: Layout, after: Layout) -> tuple[Work, Work]:
+def _ranking(step: CountedStep, ranker: Ranker, before: Layout, after: Layout) -> tuple[Work, Work]:
     """Forward and backward of a drop: projections of keys and queries and their products, products of two hidden
     states, and those of pairs of a survivor and a token that may be merged into it. A ranking has no backward, a mean
     of tokens has."""

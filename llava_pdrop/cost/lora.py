@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_pdrop.checkpoint.lora import by_pattern
 from llava_pdrop.config.schema import Config, LoraSection
-from llava_pdrop.cost.flops import Step, head_size, key_value_heads
+from llava_pdrop.cost.flops import CountedStep, head_size, key_value_heads
 from llava_pdrop.model.stream import layout_of_layers
 
 NOT_MODELLED = "what the adapters keep for their backward (a copy of each input after dropout), quantised weights"
@@ -41,7 +41,7 @@ def adapter_parameters(text: Any, section: LoraSection | None) -> list[int]:
     ]
 
 
-def adapter_flops(step: Step, section: LoraSection | None) -> float:
+def adapter_flops(step: CountedStep, section: LoraSection | None) -> float:
     """Operations of the adapters in a step."""
     text = step.config.text_config
     layouts = layout_of_layers(step.layouts, step.schedule, text.num_hidden_layers)

@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llava_pdrop.cost.elementwise import KERNELS
-from llava_pdrop.cost.flops import Step, head_size, key_value_heads
+from llava_pdrop.cost.flops import CountedStep, head_size, key_value_heads
 from llava_pdrop.cost.states import FLOAT, GATHERED, States
 from llava_pdrop.errors import check_name
 from llava_pdrop.model.stream import layout_of_layers
@@ -108,7 +108,7 @@ class MemoryBlock:
     casts: float = 0.0
 
 
-def predicted_peak(step: Step, states: States = States(), adapters: int = 0, kernels: str = "eager") -> Memory:
+def predicted_peak(step: CountedStep, states: States = States(), adapters: int = 0, kernels: str = "eager") -> Memory:
     """The peak of forward, backward and a fused optimizer step on one GPU.
 
     Args:
@@ -198,7 +198,7 @@ def _gradients(states: States, learning: int, done: int) -> float:
     return states.stored * present / states.shards + states.buckets * learning
 
 
-def _decoder_blocks(step: Step, counts: Parameters, states: States, kernels: str) -> list[MemoryBlock]:
+def _decoder_blocks(step: CountedStep, counts: Parameters, states: States, kernels: str) -> list[MemoryBlock]:
     """Embedding, layers, last norm with the head and the loss."""
     text, layouts, schedule, trainable = step.config.text_config, step.layouts, step.schedule, step.trainable
     recomputed = range(text.num_hidden_layers)[: step.recomputed.layers]
@@ -235,7 +235,7 @@ def _layer_bytes(text: Any, tokens: int, learns: bool, states: States, fused: bo
     return tokens * (norms + inputs + attention + gated), tokens * extra
 
 
-def _tower_blocks(step: Step, counts: Parameters, states: States) -> list[MemoryBlock]:
+def _tower_blocks(step: CountedStep, counts: Parameters, states: States) -> list[MemoryBlock]:
     """Nothing of a frozen tower stays. Of a trained one only the layers below ``vision_feature_layer`` learn."""
     vision, size, recompute = step.config.vision_config, states.bytes, step.recomputed.tower
     width, mlp = vision.hidden_size, vision.intermediate_size
@@ -255,7 +255,7 @@ def _tower_blocks(step: Step, counts: Parameters, states: States) -> list[Memory
     return [MemoryBlock(stem, stem + 2 * source, learning), *[layer] * used_tower_layers(step.config)]
 
 
-def _projector_block(step: Step, counts: Parameters, states: States) -> MemoryBlock:
+def _projector_block(step: CountedStep, counts: Parameters, states: States) -> MemoryBlock:
     width, hidden = step.config.vision_config.hidden_size, step.config.text_config.hidden_size
     rows, size, learns = step.features, states.bytes, "projector" in step.trainable
     inner = size * rows * hidden * (learns or "vision_tower" in step.trainable)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost import nominal
 from llava_pdrop.cost.elementwise import kernels_of
-from llava_pdrop.cost.flops import Recomputed, Step, StepFlops, step_flops
+from llava_pdrop.cost.flops import CountedStep, Recomputed, StepFlops, step_flops
 from llava_pdrop.cost.lora import adapter_flops, adapter_parameters, learning
 from llava_pdrop.cost.memory import Memory, predicted_peak
 from llava_pdrop.cost.paper import Solution, solve_budget
@@ -158,7 +158,7 @@ def plan_step(config: Config, recomputed: tuple[int, int] | None = None) -> Plan
     )
 
     def operations(schedule: Schedule, again: Recomputed) -> StepFlops:
-        step = Step(model.config, batch, schedule, model.geometry, learning(config), again)
+        step = CountedStep(model.config, batch, schedule, model.geometry, learning(config), again)
         flops = step_flops(step)
         return replace(flops, decoder=flops.decoder + adapter_flops(step, config.lora))
 
@@ -179,7 +179,7 @@ def plan_memory(config: Config, recomputed: Sequence[int], states: States) -> li
     kernels = kernels_of(config.model.kernels)
 
     def peaks(schedule: Schedule) -> list[Memory]:
-        step = Step(model.config, batch, schedule, model.geometry, config.model.trainable)
+        step = CountedStep(model.config, batch, schedule, model.geometry, config.model.trainable)
         steps = [replace(step, recomputed=Recomputed.first(count), known=step.layouts) for count in recomputed]
         return [predicted_peak(step, states, adapters, kernels) for step in steps]
 

@@ -27,7 +27,7 @@ from math import ceil
 from typing import Any
 
 from llava_pdrop.cost import elementwise
-from llava_pdrop.cost.flops import Product, Step, StepPart, Work, step_parts
+from llava_pdrop.cost.flops import CountedStep, Product, StepPart, Work, step_parts
 from llava_pdrop.errors import UserError, check_name
 from llava_pdrop.model.rankers import RANKERS
 from llava_pdrop.runtime.device import PEAK_TFLOPS
@@ -109,7 +109,7 @@ def is_modelled(config: Any) -> bool:
     return known and config.text_config.model_type in elementwise.MODELLED
 
 
-def timed_parts(step: Step, kernels: str = "eager", split: Collection[int] = ()) -> list[StepPart]:
+def timed_parts(step: CountedStep, kernels: str = "eager", split: Collection[int] = ()) -> list[StepPart]:
     """`step_parts`, whose arguments these are, in bfloat16, with the bytes of what lies between the products.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_pdrop.config.schema import Config
 from llava_pdrop.cost.elementwise import KERNELS, MODELLED, kernels_of, optimizer_bytes
-from llava_pdrop.cost.flops import Step, StepPart, Work, step_flops
+from llava_pdrop.cost.flops import CountedStep, StepPart, Work, step_flops
 from llava_pdrop.cost.memory import learning_parameters
 from llava_pdrop.cost.nominal import model_of, nominal_batch, recomputed_by, states_of
 from llava_pdrop.cost.step_time import NOTE, Card, card_named, is_modelled, timed_parts
@@ -115,7 +115,7 @@ def plan_time(config: Config, gpus: int, card: str = "H100", kernels: str | None
     moved = 0.0 if states.offloaded else optimizer_bytes(mine, not states.float32) / accumulation
     again, arms = recomputed_by(config, model.layers), {}
     for name, chosen in {"vanilla": Schedule(), **({"dropping": schedule} if not schedule.vanilla else {})}.items():
-        step = Step(model.config, batch, chosen, model.geometry, trainable)
+        step = CountedStep(model.config, batch, chosen, model.geometry, trainable)
         parts = timed_parts(replace(step, recomputed=again), kernels, schedule.layers)
         arms[name] = ArmTime(parts, moved, step_flops(step).total)
     told = f"a micro-batch's share of an optimizer step over {accumulation}, {states.label}"

@@ -19,7 +19,7 @@ import torch
 
 from llava_pdrop.config.load import RUN_FILE, load_config
 from llava_pdrop.config.schema import Config
-from llava_pdrop.cost.flops import Step, step_flops
+from llava_pdrop.cost.flops import CountedStep, step_flops
 from llava_pdrop.cost.lora import adapter_flops, learning
 from llava_pdrop.cost.nominal import NominalModel, model_of, recomputed_by
 from llava_pdrop.data.packing import BatchPlan
@@ -106,7 +106,7 @@ def cost_of(config: Config, model: NominalModel, geometry: ImageGeometry, batche
     learns, again = learning(config), recomputed_by(config, model.layers)
 
     def operations(schedule: Schedule) -> float:
-        steps = [Step(model.config, batch, schedule, geometry, learns, again) for batch in packed]
+        steps = [CountedStep(model.config, batch, schedule, geometry, learns, again) for batch in packed]
         return sum(step_flops(step).total + adapter_flops(step, config.lora) for step in steps)
 
     vanilla, dropping = operations(Schedule()), operations(config.schedule.check(model.layers))

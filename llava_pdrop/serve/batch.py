@@ -60,7 +60,7 @@ class GrowingLayer(DynamicLayer):
 
 
 @dataclass
-class Row:
+class BatchRow:
     """One sequence of a batch.
 
     Attributes:
@@ -79,7 +79,7 @@ class RowBatch:
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
-        self.rows = list[Row]()
+        self.rows = list[BatchRow]()
         self._schedule: Schedule | None = None
         self._cache: Any = None
         self._mask_BN: Tensor | None = None
@@ -97,7 +97,7 @@ class RowBatch:
             self._schedule = stages.schedule
         shift = [] if stages is None else [int(shift_B[0]) for shift_B in stages.shift_B]
         blocks = [(self._cache, list(range(len(self.rows))))] if self.rows else []
-        self.rows.append(Row(whole, cached_tokens(cache), shift))
+        self.rows.append(BatchRow(whole, cached_tokens(cache), shift))
         self._lay([*blocks, (cache, [0])])
 
     def leave(self, places: Collection[int]) -> None:

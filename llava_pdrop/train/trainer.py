@@ -21,7 +21,7 @@ from llava_pdrop.checkpoint.lora import ADAPTER_CONFIG
 from llava_pdrop.checkpoint.shards import open_tensors
 from llava_pdrop.checkpoint.zero3 import own_tensors
 from llava_pdrop.config.load import RUN_FILE
-from llava_pdrop.cost.flops import Recomputed, Step, step_flops
+from llava_pdrop.cost.flops import CountedStep, Recomputed, step_flops
 from llava_pdrop.cost.nominal import recomputes
 from llava_pdrop.data.dataset import ConversationDataset
 from llava_pdrop.data.packing import BatchPlan, PlanSampler
@@ -246,7 +246,7 @@ class PyramidTrainer(SavingTrainer):
         if is_adapted(model.hf):  # the gradient passes through the decoder as to a projector, not into its weights
             trainable = trainable - {"language_model"} | {"projector"}
         recomputed = Recomputed(model.recompute_layers, True) if recomputing else Recomputed()
-        step = Step(model.hf.config, inputs, model.schedule, model.geometry, trainable, recomputed, layouts)
+        step = CountedStep(model.hf.config, inputs, model.schedule, model.geometry, trainable, recomputed, layouts)
         return step_flops(step).total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_pdrop.checkpoint.hf_models import make_hf_model
-from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, Step
+from llava_pdrop.cost.flops import ALL_LAYERS, CountedStep, Recomputed
 from llava_pdrop.cost.memory import predicted_peak
 from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
@@ -40,7 +40,7 @@ def test_peak_is_predicted_within_a_tenth(schedule, recompute):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batch = PackedBatch.pack([make_sample(20, (672, 672), 100, "30", geometry=GEOMETRY, seed=i) for i in range(4)])
     predicted = predicted_peak(
-        Step(hf.config, batch, schedule, GEOMETRY, PARTS, ALL_LAYERS if recompute else Recomputed()), STATES
+        CountedStep(hf.config, batch, schedule, GEOMETRY, PARTS, ALL_LAYERS if recompute else Recomputed()), STATES
     ).total
     batch = batch.to("cuda")
     for _ in range(2):  # the first step makes the optimizer's state

@@ -12,7 +12,7 @@ from llava_pdrop.bench import train_step, variants
 from llava_pdrop.bench.shapes import shape_named
 from llava_pdrop.bench.train_step import BenchArm, BenchTrainer, measure_arms
 from llava_pdrop.bench.workload import Workload
-from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, Step, predicted_reduction
+from llava_pdrop.cost.flops import ALL_LAYERS, CountedStep, Recomputed, predicted_reduction
 from llava_pdrop.model import kernels, vlm
 from llava_pdrop.report.units import MIB
 from llava_pdrop.runtime import clock
@@ -73,7 +73,7 @@ def test_the_predicted_reduction_is_that_of_the_operation_count() -> None:
     vanilla, dropping = measure_arms(trainer, arms, steps=3, warmup=1)
     batches = [trainer.workload.batch(number, CPU) for number in range(3)]
     options = (SMALL.schedule, MIXED.geometry, MIXED.trainable, ALL_LAYERS)
-    expected = predicted_reduction([Step(trainer.model.hf.config, batch, *options) for batch in batches])
+    expected = predicted_reduction([CountedStep(trainer.model.hf.config, batch, *options) for batch in batches])
     assert 1 - sum(dropping.hardware_flops) / sum(vanilla.hardware_flops) == pytest.approx(expected)
     assert all(m < h for m, h in zip(vanilla.model_flops, vanilla.hardware_flops))
 

@@ -12,8 +12,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.cost.flops import (
     ALL_LAYERS,
+    CountedStep,
     Recomputed,
-    Step,
     causal_pairs,
     predicted_reduction,
     stage_flops,
@@ -72,7 +72,7 @@ def test_by_hand():
     vision = SimpleNamespace(hidden_size=8, intermediate_size=16, num_hidden_layers=2, image_size=48, patch_size=12)
     config = SimpleNamespace(text_config=text, vision_config=vision, vision_feature_layer=-2)
     batch = PackedBatch.pack([sample(6)])
-    forward = step_flops(Step(config, batch, Schedule((1,), (0.25,)), GEOMETRY, trainable=()))
+    forward = step_flops(CountedStep(config, batch, Schedule((1,), (0.25,)), GEOMETRY, trainable=()))
     # q 4x4, k 4x2, v 4x2, o 4x4, three MLP maps 4x6: 48 + 72 = 120 multiply-accumulates per token and layer
     assert forward.decoder == 2 * 120 * (23 + 11)
     assert forward.attention == 2 * 2 * 4 * (23 * 24 // 2 + 11 * 12 // 2)
@@ -80,12 +80,12 @@ def test_by_hand():
     assert forward.head == 2 * 2 * 4 * 10
     assert forward.projector == 2 * 16 * (8 * 4 + 4 * 4)
     assert forward.tower == 2 * (16 * 3 * 144 * 8 + 17 * (4 * 64 + 2 * 128) + 2 * 17 * 17 * 8)  # one of two layers
-    trained = step_flops(Step(config, batch, Schedule((1,), (0.25,)), GEOMETRY, ("projector", "language_model")))
+    trained = step_flops(CountedStep(config, batch, Schedule((1,), (0.25,)), GEOMETRY, ("projector", "language_model")))
     assert (trained.decoder, trained.head) == (3 * forward.decoder, 3 * forward.head)
     assert (trained.tower, trained.ranking) == (forward.tower, forward.ranking)
     assert trained.projector == 2 * 16 * (2 * 8 * 4 + 3 * 4 * 4)  # nothing below wants a gradient
     again = step_flops(
-        Step(config, batch, Schedule((1,), (0.25,)), GEOMETRY, ("projector", "language_model"), ALL_LAYERS)
+        CountedStep(config, batch, Schedule((1,), (0.25,)), GEOMETRY, ("projector", "language_model"), ALL_LAYERS)
     )
     assert again.decoder == 4 * forward.decoder - 2 * 4 * 6 * (23 + 11)  # without the last map of every layer
 
@@ -137,7 +137,7 @@ def equals_what_torch_counts(schedule, trainable, checkpointing, recompute_layer
     modules = counter.get_flop_counts()
     counted = modules["Global"]
     recomputed = Recomputed(recompute_layers, recompute_tower) if checkpointing else Recomputed()
-    ours = step_flops(Step(net.hf.config, packed, schedule, GEOMETRY, trainable, recomputed))
+    ours = step_flops(CountedStep(net.hf.config, packed, schedule, GEOMETRY, trainable, recomputed))
     # torch has no rule for the attention kernels of CPUs; all else is a product it knows
     products = sum(count for operation, count in counted.items() if "attention" not in str(operation))
     # older transformers make the angles of the rotary embedding, positions times frequencies, by a matrix product
@@ -158,7 +158,7 @@ def test_attention_is_the_causal_half_of_what_torch_would_count():
     """torch counts n x n products for a sample of n tokens; a causal kernel runs n (n + 1) / 2 of them."""
     net = model(DROP)
     packed = batch()
-    ours = step_flops(Step(net.hf.config, packed, DROP, GEOMETRY, trainable=()))
+    ours = step_flops(CountedStep(net.hf.config, packed, DROP, GEOMETRY, trainable=()))
     stages = layouts_of(packed, DROP, GEOMETRY)
     lengths = [stages[0].seq_lens, stages[1].seq_lens, stages[2].seq_lens, stages[2].seq_lens]
     full = sum(4 * n * n * 32 for layer in lengths for n in layer)
@@ -168,21 +168,21 @@ def test_attention_is_the_causal_half_of_what_torch_would_count():
 
 def test_recomputing_only_long_streams_gains_more_by_dropping():
     """Recomputation of a vanilla step is spread over all layers; a short late stream is no longer run again."""
-    config, options = model(DROP).hf.config, (DROP, GEOMETRY, EVERYTHING)
-    totals = [step_flops(Step(config, batch(), *options, Recomputed(first, True))).total for first in (0, 1, 2, 4)]
-    assert totals == sorted(totals) and totals[-1] == step_flops(Step(config, batch(), *options, ALL_LAYERS)).total
+    options = model(DROP).hf.config, batch(), DROP, GEOMETRY, EVERYTHING
+    totals = [step_flops(CountedStep(*options, Recomputed(first, True))).total for first in (0, 1, 2, 4)]
+    assert totals == sorted(totals) and totals[-1] == step_flops(CountedStep(*options, ALL_LAYERS)).total
     steps = [after - before for before, after in zip(totals, totals[1:])]
     assert steps[0] > steps[1] > steps[2] / 2 > 0  # layers 0 and 1 one by one, then 2 and 3 together
-    off, none = (predicted_reduction([Step(config, batch(), *options, *how)]) for how in ((), (Recomputed(0),)))
+    off, none = (predicted_reduction([CountedStep(*options, *how)]) for how in ((), (Recomputed(0),)))
     assert off == none  # nothing runs again
 
 
 def test_reduction_is_none_without_drops_and_grows_with_them():
     config = model(Schedule()).hf.config
     options = dict(geometry=GEOMETRY, trainable=("projector", "language_model"))
-    assert predicted_reduction([Step(config, batch(), Schedule(), **options)]) == 0
+    assert predicted_reduction([CountedStep(config, batch(), Schedule(), **options)]) == 0
     some, more = (
-        predicted_reduction([Step(config, batch(), Schedule((1,), (ratio,)), **options)]) for ratio in (0.5, 0.0)
+        predicted_reduction([CountedStep(config, batch(), Schedule((1,), (ratio,)), **options)]) for ratio in (0.5, 0.0)
     )
     assert 0 < some < more < 1
 
@@ -191,7 +191,7 @@ def test_reduction_is_none_without_drops_and_grows_with_them():
 def test_stages_add_up_to_the_forward_of_the_layers(schedule):
     """With nothing to learn `step_flops` counts a forward: its decoder and attention, split at the drops."""
     config = model(schedule).hf.config
-    whole = step_flops(Step(config, batch(), schedule, GEOMETRY, trainable=()))
-    stages = stage_flops(Step(config, batch(), schedule, GEOMETRY))
+    whole = step_flops(CountedStep(config, batch(), schedule, GEOMETRY, trainable=()))
+    stages = stage_flops(CountedStep(config, batch(), schedule, GEOMETRY))
     assert len(stages) == len(schedule.layers) + 1
     assert sum(stages) == whole.decoder + whole.attention

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from llava_pdrop.bench.shapes import Shape, shape_named
 from llava_pdrop.checkpoint.hf_models import make_hf_model
-from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, Step
+from llava_pdrop.cost.flops import ALL_LAYERS, CountedStep, Recomputed
 from llava_pdrop.cost.memory import Parameters, predicted_peak
 from llava_pdrop.cost.states import States
 from llava_pdrop.geometry import ImageGeometry
@@ -172,10 +172,10 @@ def test_a_tower_that_is_not_recomputed_keeps_what_it_keeps_without_checkpointin
     shape, batch = shape_with("llava-next-7b", 4), batch_of(shape_named("llava-next-7b").geometry, 4, (672, 672))
     config, options = config_of(shape), (DROP_4, shape.geometry, ALL_PARTS)
     whole, kept = (
-        predicted_peak(Step(config, batch, *options, Recomputed(0, recompute and tower)), NO_OPTIMIZER).total
+        predicted_peak(CountedStep(config, batch, *options, Recomputed(0, recompute and tower)), NO_OPTIMIZER).total
         for tower in (True, False)
     )
-    assert kept == predicted_peak(Step(config, batch, *options), states=NO_OPTIMIZER).total
+    assert kept == predicted_peak(CountedStep(config, batch, *options), states=NO_OPTIMIZER).total
     assert (kept > whole) == recompute
 
 
@@ -188,7 +188,7 @@ def test_fused_kernels_keep_less(trainable):
     options = (config_of(shape), batch, Schedule(), shape.geometry, trainable)
     held = {
         kernels: predicted_peak(
-            Step(*options), states=States(optimizer=0, accumulate=True), kernels=kernels
+            CountedStep(*options), states=States(optimizer=0, accumulate=True), kernels=kernels
         ).activations
         for kernels in ("eager", "fused")
     }
@@ -196,7 +196,7 @@ def test_fused_kernels_keep_less(trainable):
     norms = 2 * ((4 + 2 * learns) - 2) * hidden  # the normalised stream before its weight stays where that learns
     assert held["eager"] - held["fused"] == pytest.approx(4 * len(batch.input_ids) * (norms + 2 * mlp), rel=0.02)
     autocast = [
-        predicted_peak(Step(*options), states=AUTOCAST, kernels=kernels).total for kernels in ("eager", "fused")
+        predicted_peak(CountedStep(*options), states=AUTOCAST, kernels=kernels).total for kernels in ("eager", "fused")
     ]
     assert autocast[0] == autocast[1], "not modelled, so what eager kernels keep is an upper bound"
 
@@ -208,7 +208,7 @@ def test_peak_of_four_layers_at_the_real_widths(name, schedule, trainable, recom
     batch = batch_of(shape.geometry, 4 if shape.geometry.aspect == "anyres" else 16, size)
     traced = traced_step(shape, batch, schedule, trainable, recompute, first)
     predicted = predicted_peak(
-        Step(config_of(shape), batch, schedule, shape.geometry, trainable, again(recompute, first)), NO_OPTIMIZER
+        CountedStep(config_of(shape), batch, schedule, shape.geometry, trainable, again(recompute, first)), NO_OPTIMIZER
     )
     assert predicted.weights == pytest.approx(traced.weights, rel=1e-4)  # buffers are not parameters
     assert predicted.total - predicted.weights == pytest.approx(traced.peak - traced.weights, rel=0.07)
@@ -234,7 +234,7 @@ def test_peak_of_four_layers_under_autocast(schedule, trainable, recompute, firs
     batch = batch_of(shape.geometry, 4, (672, 672))
     traced = traced_step(shape, batch, schedule, trainable, recompute, first, autocast=True)
     predicted = predicted_peak(
-        Step(config_of(shape), batch, schedule, shape.geometry, trainable, again(recompute, first)), AUTOCAST
+        CountedStep(config_of(shape), batch, schedule, shape.geometry, trainable, again(recompute, first)), AUTOCAST
     )
     assert predicted.weights == pytest.approx(traced.weights, rel=1e-4)
     assert predicted.total - predicted.weights == pytest.approx(traced.peak - traced.weights, rel=0.07)
@@ -247,7 +247,7 @@ def test_the_whole_7b_under_autocast_holds_the_casts_of_all_weights():
     traced = traced_step(shape, batch, PAPER, DECODER, recompute=True, first=None, autocast=True)
     kept = replace(AUTOCAST, accumulate=True)
     alone, later = (
-        predicted_peak(Step(config, batch, PAPER, shape.geometry, DECODER, ALL_LAYERS), states)
+        predicted_peak(CountedStep(config, batch, PAPER, shape.geometry, DECODER, ALL_LAYERS), states)
         for states in (AUTOCAST, kept)
     )
     assert alone.total == pytest.approx(traced.peak, rel=0.03)
@@ -262,7 +262,7 @@ def test_peak_at_the_shape_of_the_gpu_tests(schedule, recompute):
     batch = batch_of(HALF_BILLION.geometry, HALF_BILLION.samples, (672, 672))
     traced = traced_step(HALF_BILLION, batch, schedule, HALF_BILLION.trainable, recompute, None)
     options = (HALF_BILLION.geometry, HALF_BILLION.trainable, again(recompute))
-    predicted = predicted_peak(Step(config_of(HALF_BILLION), batch, schedule, *options), states=NO_OPTIMIZER)
+    predicted = predicted_peak(CountedStep(config_of(HALF_BILLION), batch, schedule, *options), states=NO_OPTIMIZER)
     assert predicted.total == pytest.approx(traced.peak, rel=0.03)
 
 
@@ -276,7 +276,7 @@ def test_one_more_layer_costs_exactly_what_it_says():
         traced.append(traced_step(shape, batch, Schedule(), DECODER, False, None).peak)
         predicted.append(
             predicted_peak(
-                Step(config_of(shape), batch, Schedule(), shape.geometry, DECODER), states=NO_OPTIMIZER
+                CountedStep(config_of(shape), batch, Schedule(), shape.geometry, DECODER), states=NO_OPTIMIZER
             ).total
         )
     assert predicted[1] - predicted[0] == pytest.approx(traced[1] - traced[0], rel=1e-4)
@@ -287,7 +287,7 @@ def test_the_whole_7b_with_the_papers_schedule():
     batch = batch_of(shape.geometry, 4, (672, 672))
     traced = traced_step(shape, batch, PAPER, ALL_PARTS, recompute=True, first=None)
     predicted = predicted_peak(
-        Step(config_of(shape), batch, PAPER, shape.geometry, ALL_PARTS, ALL_LAYERS), states=NO_OPTIMIZER
+        CountedStep(config_of(shape), batch, PAPER, shape.geometry, ALL_PARTS, ALL_LAYERS), states=NO_OPTIMIZER
     )
     assert predicted.total == pytest.approx(traced.peak, rel=0.03)
     assert "aten._scaled_dot_product_flash_attention_for_cpu.default" in traced.operations  # no T x T matrix is kept
@@ -313,7 +313,7 @@ def test_sixteen_bytes_for_every_trainable_parameter_and_two_for_the_others():
 
     def states(zero: int, gpus: int):
         kept = States(zero, gpus, accumulate=True)
-        memory = predicted_peak(Step(config, batch, Schedule(), shape.geometry, DECODER, Recomputed()), kept)
+        memory = predicted_peak(CountedStep(config, batch, Schedule(), shape.geometry, DECODER, Recomputed()), kept)
         assert memory.activations > 0  # the peak is in backward, not in the optimizer step
         return memory.weights + memory.gradients + memory.optimizer
 
@@ -328,7 +328,8 @@ def test_gradients_that_are_not_kept_grow_while_activations_shrink():
     config, batch = config_of(shape), batch_of(shape.geometry, 4, (672, 672))
     once, kept = (
         predicted_peak(
-            Step(config, batch, Schedule(), shape.geometry, ALL_PARTS, Recomputed()), States(accumulate=accumulate)
+            CountedStep(config, batch, Schedule(), shape.geometry, ALL_PARTS, Recomputed()),
+            States(accumulate=accumulate),
         )
         for accumulate in (False, True)
     )
@@ -344,7 +345,7 @@ def test_the_optimizer_step_copies_gradients_to_float32():
     learning = counts.total(config) - counts.tower_stem - 24 * counts.tower_layer
 
     def peak(states: States) -> float:
-        memory = predicted_peak(Step(config, batch, Schedule(), shape.geometry, DECODER, ALL_LAYERS), states)
+        memory = predicted_peak(CountedStep(config, batch, Schedule(), shape.geometry, DECODER, ALL_LAYERS), states)
         return memory.total - memory.weights
 
     assert peak(States()) == (2 + 12 + 4) * learning

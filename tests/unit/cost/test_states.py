@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from llava_pdrop.cost.flops import ALL_LAYERS, Recomputed, Step
+from llava_pdrop.cost.flops import ALL_LAYERS, CountedStep, Recomputed
 from llava_pdrop.cost.memory import Memory, Parameters, cpu_memory, predicted_peak
 from llava_pdrop.cost.states import GATHERED, States
 from llava_pdrop.geometry import ImageGeometry
@@ -44,10 +44,8 @@ def peak(states: States, checkpointing: bool = False) -> Memory:
     labels[-1] = 5
     pixels = ImageInput(torch.zeros(1, 3, 8, 8), (8, 8))
     batch = PackedBatch.pack([Sample("s", torch.full((7,), 5), labels, (pixels,), ((1, 5),))])
-    return predicted_peak(
-        Step(CONFIG, batch, Schedule(), ImageGeometry(8, 4), DECODER, ALL_LAYERS if checkpointing else Recomputed()),
-        states,
-    )
+    again = ALL_LAYERS if checkpointing else Recomputed()
+    return predicted_peak(CountedStep(CONFIG, batch, Schedule(), ImageGeometry(8, 4), DECODER, again), states)
 
 
 def test_parameters_by_hand():

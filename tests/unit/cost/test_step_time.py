@@ -19,7 +19,7 @@ from llava_pdrop.checkpoint.hf_models import make_hf_model
 from llava_pdrop.config.load import load_config
 from llava_pdrop.cost import step_time
 from llava_pdrop.cost.elementwise import optimizer_bytes
-from llava_pdrop.cost.flops import ALL_LAYERS, Product, Recomputed, Step, StepPart, Work, stage_flops, step_flops
+from llava_pdrop.cost.flops import ALL_LAYERS, CountedStep, Product, Recomputed, StepPart, Work, stage_flops, step_flops
 from llava_pdrop.cost.memory import Parameters, learning_parameters, predicted_peak
 from llava_pdrop.cost.nominal import NominalModel, model_of, nominal_batch
 from llava_pdrop.cost.step_time import (
@@ -64,7 +64,7 @@ def step_ms(name: str, dropping: bool, card: Card = H100, recomputed: Recomputed
     it."""
     model, batch, schedule, trainable = case(name)
     chosen = schedule if dropping else Schedule()
-    parts = timed_parts(Step(model.config, batch, chosen, model.geometry, trainable, recomputed), **options)
+    parts = timed_parts(CountedStep(model.config, batch, chosen, model.geometry, trainable, recomputed), **options)
     parameters = Parameters.of(model.config).total(model.config) / 8
     return 1000 * (card.seconds(whole(parts)) + card.seconds(Work(bytes=optimizer_bytes(parameters))))
 
@@ -102,7 +102,7 @@ def test_fused_kernels_agree_with_that_count(rates_of_the_count):
 
 def test_forward_by_stage_agrees_with_that_count(rates_of_the_count):
     model, batch, schedule, trainable = case("NeXT, 5 tiles")
-    parts = timed_parts(Step(model.config, batch, schedule, model.geometry, trainable, ALL_LAYERS))
+    parts = timed_parts(CountedStep(model.config, batch, schedule, model.geometry, trainable, ALL_LAYERS))
     forward = {part.name: 1000 * rates_of_the_count.seconds(part.forward) for part in parts}
     expected = {"layers 0-7": 84.9, "layers 8-15": 45.1, "layers 16-23": 25.6, "layers 24-31": 16.7}
     for name, ms in expected.items():
@@ -132,11 +132,11 @@ def test_agrees_with_the_steps_that_were_measured_on_an_h100(file):
     for run in report["runs"]:
         schedule = shape.schedule if run["schedule"]["layers"] else Schedule()
         options = (shape.geometry, shape.trainable, from_json(run))
-        parts = timed_parts(Step(config, batch, schedule, *options), kernels="fused")
+        parts = timed_parts(CountedStep(config, batch, schedule, *options), kernels="fused")
         modelled = H100.seconds(whole(parts)) + H100.seconds(Work(bytes=updated))
         assert modelled == pytest.approx(run["quartiles"]["step"][1], rel=0.06)
         states = optimizer.states(report["optimizer"]["kind"], torch.bfloat16)
-        held = predicted_peak(Step(config, batch, schedule, *options), states, kernels="fused").total
+        held = predicted_peak(CountedStep(config, batch, schedule, *options), states, kernels="fused").total
         assert held == pytest.approx(run["peak_mib"] * MIB, rel=0.005)
 
 
@@ -158,7 +158,7 @@ def test_its_operations_are_those_that_are_counted(recomputed, trainable):
     )
     for chosen in (Schedule(), *(replace(schedule, **change) for change in changed)):
         options = (model.config, batch, chosen, model.geometry, trainable, recomputed)
-        parts, counted = timed_parts(Step(*options)), step_flops(Step(*options))
+        parts, counted = timed_parts(CountedStep(*options)), step_flops(CountedStep(*options))
         assert whole(parts).flops == pytest.approx(counted.total, rel=1e-12)
         by_name = {part.name: part for part in parts}
         for name, flops in (
@@ -168,7 +168,7 @@ def test_its_operations_are_those_that_are_counted(recomputed, trainable):
         ):
             assert by_name[name].whole.flops == pytest.approx(flops, rel=1e-12)
         stages = [part.forward.flops for part in parts if part.name.startswith("layers")]
-        assert stages == pytest.approx(stage_flops(Step(model.config, batch, chosen, model.geometry)), rel=1e-12)
+        assert stages == pytest.approx(stage_flops(CountedStep(model.config, batch, chosen, model.geometry)), rel=1e-12)
 
 
 def test_bounds_are_the_data_sheets_and_nothing_is_faster():
@@ -180,7 +180,7 @@ def test_bounds_are_the_data_sheets_and_nothing_is_faster():
     assert H100.seconds(work) == pytest.approx(products + 1 / 250 + 2 / 215 + 1e-3 / BANDWIDTH_SHARE)
     model, batch, schedule, trainable = case("LLaVA-1.5")
     for card in CARDS.values():
-        for part in timed_parts(Step(model.config, batch, schedule, model.geometry, trainable)):
+        for part in timed_parts(CountedStep(model.config, batch, schedule, model.geometry, trainable)):
             for work in (part.forward, part.backward):
                 assert card.seconds(work) >= sum(card.bounds(work))
 
@@ -212,7 +212,7 @@ def test_what_is_not_modelled_is_refused():
     model.config.text_config.model_type = "qwen2"
     assert not is_modelled(model.config)
     with pytest.raises(ValueError, match=says("time", "llama", "qwen2")):
-        timed_parts(Step(model.config, batch, schedule, model.geometry, trainable))
+        timed_parts(CountedStep(model.config, batch, schedule, model.geometry, trainable))
     with pytest.raises(ValueError, match=says("--card", "'H1000'", "H100")):
         card_named("H1000")
 
