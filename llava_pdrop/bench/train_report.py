@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -98,7 +99,7 @@ def training_report(
     vanilla = {result.arm.setting: result for result in reversed(results)}
     return {
         "bench": "train",
-        "shape": {"name": shape, **vars(trainer.shape)},
+        "shape": {"name": shape, **asdict(trainer.shape)},
         "options": options,
         "environment": environment(trainer.device, trainer.workload.seed),
         "dtype": str(trainer.dtype).removeprefix("torch."),
