@@ -269,7 +269,8 @@ def test_schedules_of_the_official_code_are_read_in_its_own_layout_only(tmp_path
     save_pretrained(parts.hf, None, tmp_path / "hf")
     parts.image_processor.save_pretrained(tmp_path / "hf")
     file = tmp_path / "hf/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_list": [2]}))
+    fields = json.loads(file.read_text(encoding="utf-8")) | {"layer_list": [2]}
+    file.write_text(json.dumps(fields), encoding="utf-8")
     assert build_parts(str(tmp_path / "hf")).schedule is None
 
 
